@@ -1,0 +1,1 @@
+"""Experiment configurations: one ml_collections file per experiment, all derived from base.py."""

@@ -1,0 +1,39 @@
+"""Packaging of precision_scaling: requirements are pinned from below to the versions the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="precision_scaling",
+    version="0.1.0",
+    description="Train, quantize and fit scaling laws for numerical precision, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["precision_scaling*", "analysis*", "configs*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "aqtp>=0.9.0",
+        "tensorflow-datasets>=4.9.9",
+        "grain>=0.2.15",
+        "array-record>=0.8.1",
+        "ml-collections>=1.1",
+        "scipy>=1.15",
+        "numpy>=2.0",
+        "matplotlib>=3.10",
+        "pandas>=2.2",
+        "absl-py>=2.1",
+        "tqdm>=4.66",
+        "tokenizers>=0.21",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "dev": ["pytest>=8", "ruff>=0.9"],
+    },
+)
