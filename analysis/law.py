@@ -1,0 +1,184 @@
+"""What a scaling law is to this package: named parameters, the columns it reads, and log L or log δ as pure functions.
+
+The functions are written against an array namespace `xp` (numpy or jax.numpy), so that prediction, fitting and planning
+share one definition. analysis/laws.py holds the registry of laws built from these parts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Values = Mapping[str, Any]
+LogFunction = Callable[[Values, Values, Any], Any]
+
+HIGH_PRECISION_BITS = 16.0
+PRECISION_COLUMNS = ("P_w", "P_a", "P_kv")
+MIN_FRACTION = 1e-3  # f_x is clipped here: below its zero the paper's runs diverge, and log f must stay finite
+
+
+class LawError(ValueError):
+    """A law, parameter or column that does not exist, is missing or is out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One constant of a law.
+
+    `log` parameters are positive and fitted as their logarithm. `grid` holds the values that starts are drawn from.
+    `default` is the value where a set of constants leaves the parameter out; `held` the value that switches its effect off
+    (used where no row informs it). `fit` is False for a parameter that is redundant with another: it stays at its default.
+    """
+
+    name: str
+    lower: float
+    upper: float
+    grid: tuple[float, ...]
+    log: bool = False
+    unit: str = "1"
+    published: float | None = None
+    default: float | None = None
+    held: float | None = None
+    fit: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """`params` can be told from the rest of the law only if `column` takes at least `levels` values on these rows."""
+
+    column: str
+    levels: int
+    params: tuple[str, ...]
+    rows: str = "any"  # "loss" (before PTQ), "delta" (after PTQ) or "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a staged fit: `params` are fitted on `rows` ("high_precision", "loss", "delta"), the rest held."""
+
+    rows: str
+    params: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """A scaling law: `log_loss(params, columns, xp)` is the log of L in nats per token, `log_delta` that of δ.
+
+    A law with only `log_delta` predicts δ; one with both predicts L + δ, with δ = 0 where P_post is empty (NaN).
+    """
+
+    name: str
+    formula: str
+    source: str
+    params: tuple[Parameter, ...]
+    columns: tuple[str, ...]
+    log_loss: LogFunction | None = None
+    log_delta: LogFunction | None = None
+    needs: tuple[Need, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    biases: tuple[str, ...] = ()  # zero in the unbiased form
+    high_precision_only: bool = False  # the law says nothing about runs trained below 16 bits
+    check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None
+    expand: Callable[[tuple[str, ...]], "Law"] | None = None  # families: the law with one parameter per label
+    labels: Callable[[Values], tuple[str, ...]] | None = None  # families: the labels that these columns hold
+
+    @property
+    def target(self) -> str:
+        """'delta' for a law of the PTQ loss alone, else 'loss'."""
+        return "delta" if self.log_loss is None else "loss"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.params)
+
+    def parameter(self, name: str) -> Parameter:
+        for p in self.params:
+            if p.name == name:
+                return p
+        raise LawError(f"law {self.name} has no parameter {name!r}; it has {', '.join(self.names)}")
+
+    @property
+    def published(self) -> dict[str, float]:
+        """The published constants: those of the parameters that have one."""
+        return {p.name: p.published for p in self.params if p.published is not None}
+
+    def values(self, params: Values) -> dict[str, Any]:
+        """`params` completed with defaults; raises LawError on a name that is unknown, missing or null."""
+        for name in params:
+            self.parameter(name)
+        out = {}
+        for p in self.params:
+            value = params.get(p.name, p.default)
+            if value is None:
+                why = "is null (the fit's table does not inform it)" if p.name in params else "is missing"
+                raise LawError(f"parameter {p.name} of law {self.name} {why}")
+            out[p.name] = value
+        return out
+
+    def evaluate(self, params: Values, columns: Values, xp=np):
+        """Predicted L (nats per token), or δ where the law is one of δ alone; `params` and `columns` complete."""
+        if self.log_loss is None:
+            return xp.exp(self.log_delta(params, columns, xp))
+        loss = xp.exp(self.log_loss(params, columns, xp))
+        if self.log_delta is None:
+            return loss
+        p_post = xp.asarray(columns["P_post"])
+        quantized = ~xp.isnan(p_post)
+        safe = {**columns, "P_post": xp.where(quantized, p_post, HIGH_PRECISION_BITS)}
+        return loss + xp.where(quantized, xp.exp(self.log_delta(params, safe, xp)), 0.0)
+
+
+def fraction(P, gamma, n, xp=np):
+    """f(P) = 1 - exp(-P/γ + n): the share of N that P bits leave, at least MIN_FRACTION (2411.04330, section 4.1)."""
+    return xp.maximum(-xp.expm1(n - P / gamma), MIN_FRACTION)
+
+
+def log_power_law(amplitude, exponent, count, xp=np):
+    """log(amplitude · count^-exponent)."""
+    return xp.log(amplitude) - exponent * xp.log(count)
+
+
+def log_sum(xp, *log_terms):
+    """log Σ exp(term), stable."""
+    total = log_terms[0]
+    for term in log_terms[1:]:
+        total = xp.logaddexp(total, term)
+    return total
+
+
+def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:
+    """A, alpha, B, beta, E with the start grid of Hoffmann et al. (2203.15556, appendix D.3)."""
+    logs = (1.0, 148.4, 22026.0, 3.269e6, 4.852e8, 7.2e10)  # exp(0, 5, ..., 25)
+    exponents = (0.0, 0.5, 1.0, 1.5, 2.0)
+    floors = (0.3679, 0.6065, 1.0, 1.6487, 2.7183)  # exp(-1, -.5, ..., 1)
+    get = published.get
+    return (
+        Parameter("A", 1e-6, 1e30, logs, log=True, unit="nats · parameters^alpha", published=get("A"), held=1e-6),
+        Parameter("alpha", 0.0, 3.0, exponents, published=get("alpha"), held=0.5),
+        Parameter("B", 1e-6, 1e30, logs, log=True, unit="nats · tokens^beta", published=get("B"), held=1e-6),
+        Parameter("beta", 0.0, 3.0, exponents, published=get("beta"), held=0.5),
+        Parameter("E", 1e-3, 30.0, floors, log=True, unit="nats per token", published=get("E"), held=1e-3),
+    )
+
+
+CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))
+
+
+def fraction_parameters(
+    published: Mapping[str, float], parts: tuple[str, ...] = ("w", "a", "kv"), suffix: str = ""
+) -> tuple[Parameter, ...]:
+    """gamma_x and n_x of f_x for every part, with the values that make f_x = 1 as the held ones."""
+    out = []
+    for x in parts:
+        gamma, n = f"gamma_{x}{suffix}", f"n_{x}{suffix}"
+        out.append(Parameter(gamma, 0.05, 50.0, (0.5, 1.0, 2.0, 4.0), True, "bits", published.get(gamma), held=0.05))
+        out.append(Parameter(n, -10.0, 10.0, (0.0, 1.0, 2.0), False, "1", published.get(n), default=0.0, held=0.0))
+    return tuple(out)
+
+
+def fraction_needs(parts: tuple[str, ...] = ("w", "a", "kv"), suffix: str = "") -> tuple[Need, ...]:
+    """Two precisions of a part inform one of gamma_x and n_x, three inform both."""
+    one = tuple(Need(f"P_{x}", 2, (f"gamma_{x}{suffix}", f"n_{x}{suffix}")) for x in parts)
+    two = tuple(Need(f"P_{x}", 3, (f"n_{x}{suffix}",)) for x in parts)
+    return one + two

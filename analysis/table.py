@@ -1,0 +1,193 @@
+"""The table of measured losses: reads runs.csv, checks every row and counts the rows left out with the reason.
+
+Everything in analysis starts from a Table: one row per measured validation loss, δ by pairing the rows of a run.
+"""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+COUNTS = ("N", "D")
+PRECISIONS = ("P_w", "P_a", "P_kv")
+NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
+SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size")  # with every text column: what makes two rows repeats
+HIGH_PRECISION_BITS = 16.0
+
+
+class TableError(ValueError):
+    """A table that cannot be used: unreadable, a required column missing, or no usable row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Usable rows: arrays of one length by column name (float64 for the numeric ones, P_post NaN before PTQ)."""
+
+    columns: Mapping[str, np.ndarray]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    source: str = "memory"
+    sha256: str = ""
+
+    def __len__(self) -> int:
+        return len(self.columns["loss"])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            raise TableError(f"{self.source}: no column {name}; it has {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def select(self, mask: np.ndarray, reason: str | None = None) -> "Table":
+        """The rows where mask is true; with a reason, the others are counted as left out."""
+        left_out = dict(self.left_out)
+        dropped = int(len(mask) - np.count_nonzero(mask))
+        if reason and dropped:
+            left_out[reason] = left_out.get(reason, 0) + dropped
+        return dataclasses.replace(self, columns={k: v[mask] for k, v in self.columns.items()}, left_out=left_out)
+
+    def where(self, **values: str) -> "Table":
+        """The rows whose column equals the value (compared as numbers where both are); the others count as left out."""
+        table = self
+        for name, value in values.items():
+            column = table[name]
+            if np.issubdtype(column.dtype, np.number):
+                try:
+                    mask = column == float(value)
+                except ValueError:
+                    raise TableError(f"column {name} holds numbers, asked for {value!r}") from None
+            else:
+                mask = column.astype(str) == str(value)
+            if not mask.any():
+                seen = sorted({str(v) for v in column})
+                raise TableError(f"{self.source}: no row has {name}={value}; it holds {', '.join(seen[:12])}")
+            table = table.select(mask, f"{name} is not {value}")
+        return table
+
+    @property
+    def quantized(self) -> np.ndarray:
+        """True for rows measured after PTQ."""
+        return ~np.isnan(self["P_post"])
+
+    @property
+    def high_precision(self) -> np.ndarray:
+        """True for rows of runs trained with 16 bits or more in every part."""
+        return np.all([self[c] >= HIGH_PRECISION_BITS for c in PRECISIONS], axis=0)
+
+    def before_ptq(self) -> "Table":
+        """The rows measured before PTQ (P_post empty)."""
+        return self.select(~self.quantized)
+
+    def deltas(self) -> "Table":
+        """The rows after PTQ with loss_before (of the same run, N and D before PTQ) and delta = loss - loss_before."""
+        before = ~self.quantized
+        keys = list(zip(self["run"], self["N"], self["D"], strict=True))
+        base = {}
+        for i in np.flatnonzero(before):
+            base.setdefault(keys[i], self["loss"][i])
+        loss_before = np.array([base.get(key, np.nan) for key in keys], dtype=np.float64)
+        columns = {**self.columns, "loss_before": loss_before, "delta": self["loss"] - loss_before}
+        paired = dataclasses.replace(self, columns=columns).select(self.quantized)
+        return paired.select(~np.isnan(paired["loss_before"]), "after PTQ, but its run has no loss before PTQ")
+
+
+def from_columns(columns: Mapping[str, object], source: str = "memory") -> Table:
+    """A Table from arrays or lists, checked as a file is."""
+    return _check(pd.DataFrame({k: np.ravel(v) for k, v in columns.items()}), source, "")
+
+
+def load(path: str | Path) -> Table:
+    """Read runs.csv. Raises TableError where the file, a required column (N, D, loss) or every row is unusable."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"no table at {path}") from None
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
+        raise TableError(f"{path} is not a readable CSV table: {' '.join(str(err).split())}") from None
+    return _check(frame, str(path), hashlib.sha256(raw).hexdigest())
+
+
+def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """The column as float64 and a mask of the entries that are neither a number nor empty."""
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    text = column.astype(str).str.strip().str.lower()
+    empty = column.isna().to_numpy() | text.isin(["", "nan", "none", "null"]).to_numpy()
+    return numbers, np.isnan(numbers) & ~empty
+
+
+def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
+    frame = frame.rename(columns=lambda name: str(name).strip()).reset_index(drop=True)
+    repeated = [name for name, count in Counter(frame.columns).items() if count > 1]
+    if repeated:
+        raise TableError(f"{source}: column {repeated[0]} appears more than once")
+    missing = [name for name in ("N", "D", "loss") if name not in frame]
+    if missing:
+        raise TableError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}")
+    if frame.empty:
+        raise TableError(f"{source}: the table has no rows")
+    for name in PRECISIONS:
+        if name not in frame:
+            frame[name] = HIGH_PRECISION_BITS
+    if "P_post" not in frame:
+        frame["P_post"] = np.nan
+    if "run" not in frame:
+        frame["run"] = [f"row-{i + 1}" for i in range(len(frame))]
+
+    keep = np.ones(len(frame), dtype=bool)
+    left_out: dict[str, int] = {}
+
+    def leave_out(bad: np.ndarray, reason: str) -> None:
+        count = int(np.count_nonzero(bad & keep))
+        if count:
+            left_out[reason] = count
+        keep[bad] = False
+
+    if "status" in frame:
+        status = frame["status"].fillna("").astype(str).str.strip().str.lower()
+        for value in sorted(set(status) - {"", "ok"}):
+            leave_out((status == value).to_numpy(), f"status {value}")
+    columns: dict[str, np.ndarray] = {}
+    for name in NUMERIC:
+        values, text = _numbers(frame[name])
+        leave_out(text, f"{name} is not a number")
+        if name != "P_post":
+            leave_out(np.isnan(values), f"{name} is empty or NaN")
+        with np.errstate(invalid="ignore"):
+            leave_out(np.isinf(values), f"{name} is infinite")
+            leave_out(values <= 0, f"{name} is zero or negative")
+        columns[name] = values
+    columns["run"] = frame["run"].fillna("").astype(str).str.strip().to_numpy(dtype=object)
+    leave_out(columns["run"] == "", "run is empty")
+    for name in frame.columns:
+        if name not in columns:
+            values, text = _numbers(frame[name])
+            numeric = not text.any() and not np.isnan(values).all()
+            columns[name] = values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
+
+    order = ["run", *(n for n in NUMERIC), *(n for n in columns if n not in NUMERIC and n != "run")]
+    checked = pd.DataFrame({name: columns[name] for name in order})
+    kept = checked[keep]
+    leave_out(keep & ~checked.index.isin(kept.drop_duplicates().index), "the same row once more")
+    kept = checked[keep]
+    setting = [name for name in order if name in SETTINGS or columns[name].dtype == object or name.startswith("ptq")]
+    repeats = keep & ~checked.index.isin(kept.drop_duplicates(subset=setting).index)
+    leave_out(repeats, "another loss for the same run and settings")
+    if not keep.any():
+        raise TableError(f"{source}: no usable row of {len(frame)}: {describe(left_out)}")
+    return Table({name: columns[name][keep] for name in order}, left_out, source, sha256)
+
+
+def describe(left_out: Mapping[str, int]) -> str:
+    """The rows left out in words: '3 rows left out: 2 status diverged, 1 loss is empty or NaN'."""
+    total = sum(left_out.values())
+    if not total:
+        return "no row left out"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1]))
+    return f"{total} row{'s' if total > 1 else ''} left out: {reasons}"
