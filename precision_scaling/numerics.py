@@ -1,18 +1,91 @@
-"""Rounding arithmetic: an array and a grid in, the same array on the grid out.
+"""Rounding arithmetic: an array, a grid and a scale in, the same array on the scaled grid out.
 
 Pure functions of JAX arrays that take the grid of `formats` as traced scalars. `quantize` puts them inside the model's
 products; post-training quantization and the tests call them directly.
 """
 
+import itertools
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from precision_scaling.formats import FormatError, Grid
+from precision_scaling.formats import FormatError, Grid, Kind, parse
+
+ROUNDINGS = ("nearest", "stochastic")
 
 _EXPONENT_FIELD = 0x7F800000  # of a float32
-_SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: below it XLA flushes to zero and 1 / scale overflows
-_LARGEST_SCALE = 2.0**126  # above it 1 / scale is flushed to zero
+_SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
+_LARGEST_SCALE = 2.0**126  # the inverse of anything larger is flushed to zero
+
+
+def fake_quant_array(
+    x: jax.Array,
+    fmt: object,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
+
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN.
+
+    fmt: anything `formats.parse` takes.
+    axis: the axes that share a scale; None is the whole tensor.
+    group_size: splits `axis` (one axis; None is the last) into groups with a scale each. Block formats do so by
+        themselves, with their own size.
+    rounding: 'nearest' (ties to even) or 'stochastic', unbiased: scales that would saturate are then enlarged.
+    key: PRNG key, for stochastic rounding.
+    Raises FormatError with one line.
+    """
+    fmt = parse(fmt)
+    return fake_quant_grid(x, fmt.grid(), fmt.kind, axis, group_size, rounding, key)
+
+
+def fake_quant_grid(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """As `fake_quant_array`, with a traced grid: any of the formats that share `kind` (see `formats.shared_kind`)."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise FormatError(f"x has dtype {x.dtype}; allowed are floating-point arrays")
+    if rounding not in ROUNDINGS:
+        raise FormatError(f"rounding {rounding!r} is not known; allowed: {', '.join(ROUNDINGS)}")
+    if rounding == "stochastic" and key is None:
+        raise FormatError("rounding 'stochastic' without a key; allowed: a JAX PRNG key, or rounding 'nearest'")
+    grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
+    if kind.family == "none" or x.size == 0:
+        return x
+    x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
+    noise = jax.random.uniform(key, grouped_shape) if rounding == "stochastic" else None
+    scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
+    # A scale of zero belongs to a block whose stored scale underflowed: the block is zero.
+    inverse = jnp.where(scale == 0, 0.0, 1 / scale)
+    # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
+    saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
+    x_q = _round_to_grid(x_f32 * inverse, grid, kind, noise, saturate) * scale
+    x_q = x_q.reshape(x.shape).astype(x.dtype)
+    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
+
+
+def round_to_grid(
+    x: jax.Array, grid: Grid, kind: Kind | str, noise: jax.Array | None = None, *, saturate: bool = True
+) -> jax.Array:
+    """x (float32, already divided by its scale) on the grid of a format of that kind, or scalar family.
+
+    Nearest, ties to even; with `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
+    Values beyond ±max_value saturate; `saturate=False` skips that for inputs known to lie inside. NaN stays NaN.
+    """
+    x_q = _round_to_grid(x, grid, Kind(kind) if isinstance(kind, str) else kind, noise, saturate)
+    return jnp.where(grid.passthrough > 0, x, x_q)
 
 
 def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -21,33 +94,111 @@ def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None =
     Zeros get the smallest normal number. An infinity, a NaN or a magnitude so large that 1 / scale underflows gives a
     scale that is not finite, which makes everything it scales NaN. The scale is 1 where the grid passes through.
     """
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32)
-    # Correct rounding here is what gives a quantized tensor the very same scale again. The vanishing term keeps XLA from
-    # replacing the division by a product with a rounded inverse, which it does for every broadcast divisor.
-    scale = jnp.maximum(largest / (grid.max_value + 0 * largest), _SMALLEST_SCALE)
-    scale = jnp.where(scale > _LARGEST_SCALE, jnp.inf, scale)
+    scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
     return jnp.where(grid.passthrough > 0, 1.0, scale)
 
 
-def round_to_grid(
-    x: jax.Array, grid: Grid, family: str, noise: jax.Array | None = None, *, saturate: bool = True
+def scale_of(
+    x: jax.Array, grid: Grid, kind: Kind, axes: int | tuple[int, ...] | None, unsaturated: bool = False
 ) -> jax.Array:
-    """x (float32, already divided by its scale) on the grid.
+    """The scale that a kind of format gives to slices of x along `axes`, as float32 with those axes of length 1.
 
-    Nearest, ties to even; with `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
-    Values beyond ±max_value saturate; `saturate=False` skips that for inputs known to lie inside. NaN stays NaN.
+    `unsaturated` asks for one under which no element exceeds the last level, as unbiased rounding needs.
     """
-    clipped = jnp.clip(x, -grid.max_value, grid.max_value) if saturate or noise is not None else x
-    if family == "int":
-        x_q = _round(clipped, noise)
-    elif family == "float":
-        step, inverse_step = _spacing(clipped, grid)
-        x_q = _round(clipped * inverse_step, noise) * step
-    elif family == "none":
-        return x
-    else:
-        raise FormatError(f"family {family!r} has no traced rounding; allowed: int, float, none")
-    return jnp.where(grid.passthrough > 0, x, x_q)
+    magnitudes = jnp.abs(x)
+    if kind.scale == "absmean" and not unsaturated:
+        return _fit(jnp.mean(magnitudes, axis=axes, keepdims=True), grid.max_value)
+    largest = jnp.max(magnitudes, axis=axes, keepdims=True)
+    if kind.family == "wide":
+        return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
+    if kind.family != "block":
+        return _fit(largest, grid.max_value)
+    if kind.block_scale == "e8m0":
+        return _power_of_two_scale(largest, grid.max_value, unsaturated)
+    return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, x_q: jax.Array) -> jax.Array:
+    """x_q, with the derivative of x."""
+    return x_q
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def _group_size(kind: Kind, group_size: int | None) -> int | None:
+    if kind.family != "block":
+        return group_size
+    if group_size not in (None, kind.block_size):
+        raise FormatError(f"group_size {group_size!r} with a block format; allowed: none, or its own {kind.block_size}")
+    return kind.block_size
+
+
+def _grouping(
+    shape: tuple[int, ...], axis: int | tuple[int, ...] | None, group_size: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape with `axis` split into groups, and the axes of that shape that share a scale."""
+    axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(range(len(shape))) if axis is None else tuple(axis)
+    if any(not -len(shape) <= a < len(shape) for a in axes):
+        raise FormatError(f"axis {axis!r} is not in x; allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}")
+    axes = tuple(a % len(shape) for a in axes)
+    if group_size is None:
+        return shape, axes
+    if not shape or (axis is not None and len(axes) != 1):
+        raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is a single axis")
+    split = axes[-1]
+    if not isinstance(group_size, numbers.Integral) or group_size < 1 or shape[split] % group_size:
+        length = shape[split]
+        raise FormatError(
+            f"group_size {group_size!r} does not divide axis {split} of shape {shape}; allowed: divisors of {length}"
+        )
+    return (*shape[:split], shape[split] // group_size, group_size, *shape[split + 1 :]), (split + 1,)
+
+
+def _fit(magnitude: jax.Array, max_value: jax.Array) -> jax.Array:
+    # Correct rounding is what gives a quantized tensor the very same scale again. The vanishing term keeps XLA from
+    # replacing the division by a product with a rounded inverse, which it does for every broadcast divisor.
+    scale = jnp.maximum(magnitude / (max_value + 0 * magnitude), _SMALLEST_SCALE)
+    return jnp.where(scale > _LARGEST_SCALE, jnp.inf, scale)
+
+
+def _power_of_two_scale(largest: jax.Array, max_value: jax.Array, unsaturated: bool) -> jax.Array:
+    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate."""
+    largest_bits = lax.bitcast_convert_type(largest, jnp.int32)
+    max_bits = lax.bitcast_convert_type(jnp.asarray(max_value, jnp.float32), jnp.int32)
+    exponent = (largest_bits >> 23) - (max_bits >> 23)
+    if unsaturated:
+        exponent += (largest_bits & 0x7FFFFF) > (max_bits & 0x7FFFFF)
+    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
+def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:
+    """As NVFP4 (arXiv 2509.25149) has it: a float32 scale maps the tensor's abs-max to the largest block scale times
+    the largest element, and each block's scale is stored in `block_scale` relative to that."""
+    scale_format = parse(block_scale)
+    tensor_scale = _fit(jnp.max(largest), max_value * scale_format.max_value)
+    relative = largest / (max_value + 0 * largest) / tensor_scale
+    noise = jnp.zeros_like(relative) if unsaturated else None  # zero noise rounds up
+    return _round_to_grid(relative, scale_format.grid(), scale_format.kind, noise, saturate=True) * tensor_scale
+
+
+def _round_to_grid(x: jax.Array, grid: Grid, kind: Kind, noise: jax.Array | None, saturate: bool) -> jax.Array:
+    if kind.family == "wide":
+        return _round_mantissa(x, grid, noise)
+    if kind.family == "levels":
+        return _nearest_level(x, kind.levels, noise)
+    if saturate:
+        x = jnp.clip(x, -grid.max_value, grid.max_value)
+    if kind.family == "int":
+        return _round(x, noise)
+    if kind.family in ("float", "block"):
+        step, inverse_step = _spacing(x, grid)
+        return _round(x * inverse_step, noise) * step
+    raise FormatError(f"family {kind.family!r} does not round; allowed: int, float, wide, levels, block")
 
 
 def _round(levels: jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -64,3 +215,34 @@ def _spacing(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     step = jnp.maximum(exponent, smallest) - (jnp.asarray(grid.mantissa_bits, jnp.int32) << 23)
     inverse_step = (254 << 23) - step
     return lax.bitcast_convert_type(step, jnp.float32), lax.bitcast_convert_type(inverse_step, jnp.float32)
+
+
+def _round_mantissa(x: jax.Array, grid: Grid, noise: jax.Array | None) -> jax.Array:
+    """Rounds the bits themselves: with float32's exponent range the spacing or its inverse may not be a float32, and
+    arithmetic would flush the subnormals, which are float32's own."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    dropped_bits = jnp.asarray(23 - grid.mantissa_bits, jnp.uint32)
+    unit = jnp.left_shift(jnp.uint32(1), dropped_bits)
+    dropped = magnitude & (unit - 1)
+    if noise is None:
+        odd = jnp.right_shift(magnitude, dropped_bits) & 1
+        up = dropped + odd > unit >> 1
+    else:
+        up = noise * unit.astype(jnp.float32) < dropped.astype(jnp.float32)
+    rounded = magnitude - dropped + jnp.where(up, unit, 0)
+    largest = lax.bitcast_convert_type(jnp.asarray(grid.max_value, jnp.float32), jnp.uint32)
+    rounded = jnp.minimum(rounded, largest) | (bits ^ magnitude)
+    return jnp.where(magnitude > _EXPONENT_FIELD, x, lax.bitcast_convert_type(rounded, jnp.float32))
+
+
+def _nearest_level(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> jax.Array:
+    result = jnp.full_like(x, levels[0])
+    for low, high in itertools.pairwise(levels):
+        if noise is None:
+            middle = (low + high) / 2
+            above = x > middle if middle > 0 else x >= middle
+        else:
+            above = x - low > noise * (high - low)
+        result = jnp.where(above, high, result)
+    return jnp.where(jnp.isnan(x), x, result)
