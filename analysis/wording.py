@@ -1,0 +1,19 @@
+"""How numbers are said, alike in the plan, the figures and the report."""
+
+from __future__ import annotations
+
+
+def count_label(value: float) -> str:
+    """A count as people say it: 30M, 1.5B, 820k."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit * 0.9995:
+            scaled = value / unit
+            return f"{scaled:.3g}{name}" if scaled < 999.5 else f"{scaled:.0f}{name}"
+    return f"{value:.3g}"
+
+
+def interval_text(span, show="{:.3g}".format) -> str:
+    """`[low, high]`, or nothing where there is no interval."""
+    if span is None or any(x is None for x in span):
+        return ""
+    return f"[{show(span[0])}, {show(span[1])}]"
