@@ -1,0 +1,225 @@
+"""Corpora by name: finds or builds a TFDS dataset and reads its documents. First stage of the data flow.
+
+TFDS is imported only where a dataset is built or read: a corpus that is already tokenized is recognised without it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from precision_scaling.data import DataError
+
+PYTHON_STDLIB = "python_stdlib"
+# Packages installed beside the library are not the library; caches hold no source.
+_SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_READ_BLOCK = 256  # documents fetched from ArrayRecord at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A dataset and what identifies its content.
+
+    Attributes:
+      name: TFDS name, e.g. "python_stdlib/stdlib-py3.11.7-0123456789ab:1.0.0".
+      fingerprint: hex digest of the content; equal content has equal fingerprints on every machine.
+      dataset_dir: where TFDS keeps the prepared dataset (for python_stdlib it may not exist yet).
+      root: directory of sources, only for python_stdlib.
+    """
+
+    name: str
+    fingerprint: str
+    dataset_dir: str
+    root: str = ""
+
+
+def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
+    """Identifies the corpus `name`; a TFDS dataset that is not prepared yet is downloaded and prepared first.
+
+    Args:
+      name: "python_stdlib", or any TFDS name ("lm1b", "wiki40b/en:1.3.0").
+      root: for python_stdlib, a directory whose .py files stand in for this interpreter's library ("": the library).
+      cache_dir: where python_stdlib and notes are kept.
+      tfds_dir: TFDS data_dir of other datasets ("": cache_dir/tfds).
+
+    Raises:
+      DataError: unknown name, no sources, or a dataset that cannot be prepared.
+    """
+    if name == PYTHON_STDLIB:
+        return _find_python_sources(root, cache_dir / "tfds")
+    if root:
+        raise DataError(f"data.root={root!r} is only for data.name={PYTHON_STDLIB!r}, not {name!r}: leave it empty")
+    dataset_dir = _resolve_tfds(name, cache_dir, tfds_dir or os.fspath(cache_dir / "tfds"))
+    return Source(_dataset_name(dataset_dir), _dataset_fingerprint(dataset_dir), os.fspath(dataset_dir))
+
+
+def source_files(root: Path | str) -> Iterator[tuple[str, bytes]]:
+    """Yields (path relative to root with "/", content) of every .py file below root, in sorted order."""
+    root = os.fspath(root)
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
+        prefix = directory[len(root) :].lstrip(os.sep).replace(os.sep, "/")
+        for file in sorted(files):
+            if file.endswith(".py"):
+                with open(os.path.join(directory, file), "rb", buffering=0) as handle:
+                    yield (f"{prefix}/{file}" if prefix else file), handle.read()
+
+
+def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
+    """Hex digest of names and contents, and the number of files."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for path, content in files:
+        digest.update(f"{path}\0{len(content)}\0".encode())
+        digest.update(content)
+        count += 1
+    return digest.hexdigest(), count
+
+
+def _find_python_sources(root: str, tfds_dir: Path) -> Source:
+    directory = Path(root or sysconfig.get_path("stdlib")).expanduser().resolve()
+    fingerprint, count = files_digest(source_files(directory))
+    if count == 0:
+        raise DataError(f"data.root={root!r}: no .py file below {directory}; name a directory of Python sources")
+    # The content stands in the config's name, so another interpreter or an edited file never meets a stale dataset.
+    kind = "tree" if root else f"stdlib-py{platform.python_version()}"
+    config = f"{kind}-{fingerprint[:12]}"
+    return Source(
+        f"{PYTHON_STDLIB}/{config}:1.0.0",
+        fingerprint,
+        os.path.join(tfds_dir, PYTHON_STDLIB, config, "1.0.0"),
+        os.fspath(directory),
+    )
+
+
+def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
+    """Directory (epath) of the prepared dataset. A note of what TFDS made of the name saves importing TFDS again."""
+    from etils import epath
+
+    # A release of TFDS may move a name to a new version of its dataset.
+    request = f"{name}\0{tfds_dir}\0{importlib.metadata.version('tensorflow-datasets')}"
+    note = cache_dir / "resolved" / f"{hashlib.blake2b(request.encode(), digest_size=8).hexdigest()}.json"
+    with exclusive(note.with_suffix(".lock")):
+        if note.exists():
+            dataset_dir = epath.Path(json.loads(note.read_text())["dataset_dir"])
+            if (dataset_dir / "dataset_info.json").exists():
+                return dataset_dir
+        import tensorflow_datasets as tfds
+
+        with _one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
+            builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record", try_gcs=False)
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        temporary = note.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"name": name, "dataset_dir": os.fspath(builder.data_dir)}))
+        temporary.replace(note)
+        return epath.Path(builder.data_dir)
+
+
+def _dataset_fingerprint(dataset_dir: Any) -> str:
+    """Digest of a prepared dataset's description and the names and sizes of its files (shards may be terabytes)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(dataset_dir.iterdir()):
+        digest.update(f"{file.name}\0{file.stat().length}\0".encode())
+        if file.suffix == ".json":
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _dataset_name(dataset_dir: Any) -> str:
+    """TFDS name with config and version, from the description beside the data."""
+    info = json.loads((dataset_dir / "dataset_info.json").read_text())
+    config = f"/{info['configName']}" if info.get("configName") else ""
+    return f"{info['name']}{config}:{info['version']}"
+
+
+class Documents:
+    """The documents of one split of a source, as UTF-8 bytes, in the dataset's order; may be iterated again.
+
+    Raises (on construction):
+      DataError: unknown split, a feature that is not text, or a dataset that cannot be read without TensorFlow.
+    """
+
+    def __init__(self, source: Source, split: str, feature: str, *, split_option: str = "data.split"):
+        builder = _prepared_builder(source)
+        import tensorflow_datasets as tfds
+
+        features = dict(builder.info.features)
+        text_features = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
+        if feature not in text_features:
+            raise DataError(f"data.feature={feature!r}: {source.name} has the text features {text_features}")
+        with _one_line_errors(f"{split_option}={split!r}: {source.name} has the splits {sorted(builder.info.splits)}"):
+            self._records = builder.as_data_source(split=split)
+        self._feature = feature
+        self.undecodable = int((builder.info.metadata or {}).get("undecodable_files", 0))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self), _READ_BLOCK):
+            for record in self._records.__getitems__(list(range(start, min(start + _READ_BLOCK, len(self))))):
+                yield record[self._feature]
+
+
+def _prepared_builder(source: Source) -> Any:
+    import tensorflow_datasets as tfds
+
+    if source.root:
+        from precision_scaling.data.python_stdlib import PythonStdlib, SourceTree
+
+        data_dir = Path(source.dataset_dir).parents[2]
+        name = Path(source.dataset_dir).parent.name
+        config = SourceTree(name=name, root=source.root, fingerprint=source.fingerprint)
+        with exclusive(data_dir / f"{PYTHON_STDLIB}.lock"), _quiet_tfds():
+            builder = PythonStdlib(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        return builder
+    with _one_line_errors(f"data.name={source.name!r}"):
+        return tfds.builder_from_directory(source.dataset_dir)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock among the processes of a machine, so that one does the work and the others find it done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the kernel when the holder dies
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Nothing is downloaded and it takes a second: TFDS's bars and banners would only mislead."""
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """TFDS raises errors of many kinds and lengths: keeps the first line, and the rest as its cause."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DataError(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error

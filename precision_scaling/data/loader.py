@@ -1,0 +1,137 @@
+"""Batches: cuts token files into windows and orders them. Last stage of the data flow (tokens -> int32 batches).
+
+Example g of a run (g = step * batch_size + row) is window g of an endless stream: epoch after epoch, each its own
+permutation of all windows, through Grain's random access. Data order is therefore a pure function of (seed, step): the
+number of hosts and the way a batch is read (memory map or tokens on the device) cannot change it, and resuming needs
+the step alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from precision_scaling.data import DataError
+from precision_scaling.data.tokens import Corpus
+
+_BLOCK = 4096  # positions of the stream ordered at a time; Grain takes 10 to 20 µs each
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Windows of seq_len inputs and their targets, in batches.
+
+    Shapes: B batch_size, S seq_len. Window i holds tokens i*S to i*S + S inclusive: inputs are [:S], targets [1:], so
+    every token but the first (and a rest shorter than S at the end) is a target once an epoch.
+
+    Raises (on construction):
+      DataError: a corpus shorter than one window, or a length or batch size below 1.
+    """
+
+    corpus: Corpus
+    seq_len: int
+    batch_size: int
+
+    def __post_init__(self):
+        for key in ("seq_len", "batch_size"):
+            if getattr(self, key) < 1:
+                raise DataError(f"{key}={getattr(self, key)}: allowed is 1 or more")
+        for split, tokens in (("train", self.corpus.train), ("validation", self.corpus.validation)):
+            if len(tokens) <= self.seq_len:
+                raise DataError(f"seq_len={self.seq_len}: the {split} tokens ({len(tokens)}) must be more than that")
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in the training tokens; an epoch is n_windows * seq_len training tokens."""
+        return _count(self.corpus.train, self.seq_len)
+
+    def epochs(self, tokens: int) -> float:
+        """Passes over the training text that `tokens` training tokens (D) make."""
+        return tokens / (self.n_windows * self.seq_len)
+
+    def window_indices(self, seed: int, first_step: int, n_steps: int) -> np.ndarray:
+        """Windows of steps first_step to first_step + n_steps - 1: int32 (n_steps, B)."""
+        start = first_step * self.batch_size
+        order = _order("train", seed, self.n_windows, start, start + n_steps * self.batch_size)
+        return order.reshape(n_steps, self.batch_size)
+
+    def batch(self, seed: int, step: int, *, process_index: int = 0, process_count: int = 1) -> np.ndarray:
+        """Tokens of one step: int32 (B / process_count, S + 1), the rows of process `process_index`."""
+        if self.batch_size % process_count:
+            raise DataError(f"batch_size={self.batch_size}: must be divisible by the process count {process_count}")
+        rows = self.batch_size // process_count
+        start = step * self.batch_size + process_index * rows
+        return _read(self.corpus.train, _order("train", seed, self.n_windows, start, start + rows), self.seq_len)
+
+    def batches(
+        self, seed: int, first_step: int, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[np.ndarray]:
+        """Endless `batch(seed, step)` for step = first_step, first_step + 1, ..., read ahead by Grain's threads."""
+        import grain
+
+        read = functools.partial(self.batch, seed, process_index=process_index, process_count=process_count)
+        steps = grain.MapDataset.range(first_step, np.iinfo(np.int64).max)
+        return iter(steps.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def validation_windows(self, n: int) -> np.ndarray:
+        """The fixed validation set: n windows evenly spread over the held-out text, int32 (n, S + 1)."""
+        available = _count(self.corpus.validation, self.seq_len)
+        if not 1 <= n <= available:
+            raise DataError(f"{n} validation windows of seq_len={self.seq_len}: allowed is 1 to {available}")
+        spread = (2 * np.arange(n) + 1) * available // (2 * n)
+        return _read(self.corpus.validation, spread, self.seq_len)
+
+    def calibration_windows(self, n: int, seed: int) -> np.ndarray:
+        """n distinct windows of training text drawn by `seed`, for post-training quantization: int32 (n, S + 1)."""
+        if not 1 <= n <= self.n_windows:
+            raise DataError(f"{n} calibration windows of seq_len={self.seq_len}: allowed is 1 to {self.n_windows}")
+        return _read(self.corpus.train, _order("calibration", seed, self.n_windows, 0, n), self.seq_len)
+
+
+def gather_windows(tokens: jax.Array, index: jax.Array, seq_len: int) -> jax.Array:
+    """Windows from tokens kept on the device; the same ones as `Loader.batch` reads. Jit and vmap as you like.
+
+    Args:
+      tokens: the training tokens, (tokens,), any integer type, fewer than 2^31.
+      index: `Loader.window_indices`, any shape.
+
+    Returns:
+      int32, index.shape + (seq_len + 1,).
+    """
+    if tokens.shape[0] >= 1 << 31:
+        raise DataError(f"{tokens.shape[0]} tokens: on the device fewer than 2^31 are allowed; read host batches")
+    window = lambda i: jax.lax.dynamic_slice(tokens, (i * seq_len,), (seq_len + 1,))
+    windows = jax.vmap(window)(index.reshape(-1))
+    return windows.reshape(*index.shape, seq_len + 1).astype(jnp.int32)
+
+
+def _count(tokens: np.ndarray, seq_len: int) -> int:
+    return (len(tokens) - 1) // seq_len  # the last target needs one token more
+
+
+def _read(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
+    positions = index.astype(np.int64)[:, None] * seq_len + np.arange(seq_len + 1)
+    return tokens[positions].astype(np.int32)
+
+
+def _order(purpose: str, seed: int, n_windows: int, start: int, stop: int) -> np.ndarray:
+    """Positions start to stop - 1 of the endless stream of windows: int32 (stop - start,)."""
+    blocks = [_order_block(purpose, seed, n_windows, i) for i in range(start // _BLOCK, -(-stop // _BLOCK))]
+    offset = start // _BLOCK * _BLOCK
+    return np.concatenate(blocks)[start - offset : stop - offset] if blocks else np.empty(0, np.int32)
+
+
+@functools.lru_cache(maxsize=4096)  # 64 MB at most; runs of one seed share their order whatever their length
+def _order_block(purpose: str, seed: int, n_windows: int, block: int) -> np.ndarray:
+    import grain
+
+    # Grain shuffles epoch e with its seed + e: neighbouring seeds would share epochs, so ours is hashed first.
+    grain_seed = int.from_bytes(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=4).digest(), "big")
+    stream = grain.MapDataset.range(n_windows).shuffle(grain_seed).repeat()
+    order = np.fromiter((stream[i] for i in range(block * _BLOCK, (block + 1) * _BLOCK)), np.int32, _BLOCK)
+    order.flags.writeable = False
+    return order

@@ -1,0 +1,127 @@
+"""Tokenizers: bytes (default), byte-level BPE trained on the corpus, or a given tokenizer.json. Documents in, ids out.
+
+Every tokenizer has an end-of-text token, which text cannot produce: where a document spells its name, the letters are
+encoded.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from precision_scaling.data import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+_ALLOWED = "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json"
+_MIN_BPE = 257  # the 256 bytes and end-of-text
+
+
+class Tokenizer(Protocol):
+    """vocab_size counts end_of_text. encode: UTF-8 documents -> one array of ids each; decode: ids -> UTF-8 bytes."""
+
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: Iterable[int]) -> bytes: ...
+
+    def save(self, path: Path) -> None: ...
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; id 256 is end-of-text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(document, np.uint8) for document in documents]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return bytes(int(i) for i in ids if i != self.end_of_text)
+
+    def save(self, path: Path) -> None:
+        """Nothing to keep: bytes need no file."""
+
+
+class LearnedTokenizer:
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, tokenizer, source: str):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a document that spells a special token must not end itself
+        ids = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
+        if not ids:
+            raise DataError(f"data.tokenizer={source!r}: no end-of-text token, one of {list(_END_OF_TEXT_NAMES)}")
+        self._tokenizer = tokenizer
+        self.end_of_text = ids[0]
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        texts = [document.decode("utf-8") for document in documents]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return self._tokenizer.decode([int(i) for i in ids if i != self.end_of_text]).encode("utf-8")
+
+    def save(self, path: Path) -> None:
+        self._tokenizer.save(str(path))
+
+
+def identify(spec: str) -> str:
+    """What a token file made with `spec` depends on besides the corpus: the spec, and a named file's content.
+
+    Raises:
+      DataError: an unknown spec, a vocabulary below 257, or a file that does not exist.
+    """
+    kind, _, value = spec.partition(":")
+    if spec == "bytes":
+        return spec
+    if kind == "bpe" and value.isdecimal() and int(value) >= _MIN_BPE:
+        return f"bpe:{int(value)}"
+    if kind == "file" and value:
+        path = Path(value).expanduser()
+        if not path.is_file():
+            raise DataError(f"data.tokenizer={spec!r}: no such file; {_ALLOWED}")
+        return f"file:{hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}"
+    raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
+
+
+def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenizer:
+    """The tokenizer of a spec that `identify` accepted; a BPE is trained on `train_documents`."""
+    kind, _, value = spec.partition(":")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "file":
+        return from_file(Path(value).expanduser(), spec)
+    from tokenizers import Tokenizer as Trainable
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Trainable(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(value),
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.decode("utf-8") for document in train_documents()), trainer)
+    return LearnedTokenizer(tokenizer, spec)
+
+
+def from_file(path: Path, spec: str) -> Tokenizer:
+    """Loads a tokenizer.json; `spec` names it in errors."""
+    from tokenizers import Tokenizer as Loadable
+
+    try:
+        tokenizer = Loadable.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        raise DataError(f"data.tokenizer={spec!r}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
+    return LearnedTokenizer(tokenizer, spec)
