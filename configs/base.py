@@ -1,0 +1,107 @@
+"""Every option there is, with its default. Other configs start from this one and change what they need.
+
+Train one model:
+
+    python -m precision_scaling.train --config=configs/base.py --workdir=runs/first
+
+Any option can be set on the command line, e.g. --config.model.size=100k --config.precision.weights=int4
+--config.train.tokens=1_000_000. Expected with the defaults on two CPU cores: about one minute, validation loss near 2.1.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The default config: a tiny bf16-precision model on the Python standard library's sources, as bytes."""
+    c = ml_collections.ConfigDict()
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "python_stdlib"  # corpus: the standard library found on this machine, or any TFDS name, e.g. "lm1b"
+    c.data.root = ""  # directory of Python sources instead of the standard library (python_stdlib only)
+    c.data.split = "train"  # TFDS split that holds the documents
+    c.data.validation_split = ""  # TFDS split of validation documents; empty: held out of `split` by document
+    c.data.feature = "text"  # name of the text feature
+    c.data.tokenizer = "bytes"  # "bytes", "bpe:VOCAB" (trained on the corpus) or "file:PATH" of a tokenizer.json
+    c.data.validation_fraction = 0.05  # share of documents held out, chosen by a hash of their content
+    c.data.split_seed = 0  # another seed holds out other documents
+    c.data.cache_dir = ""  # token files and datasets; empty: ~/.cache/precision_scaling
+    c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
+
+    c.model = ml_collections.ConfigDict()
+    c.model.size = "25k"  # fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py
+    c.model.width = 0  # 0: by size. Width of the residual stream
+    c.model.depth = 0  # 0: by size. Number of layers
+    c.model.heads = 0  # 0: by size. Attention heads; must divide the width into even parts
+    c.model.hidden = 0  # 0: by size, or 8/3 of a width that is set. Width inside the SwiGLU MLP
+    c.model.sequence_length = 64  # tokens per sequence
+    c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32 always
+    c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
+    c.model.norm_epsilon = 1e-5  # added to the mean square in RMSNorm
+    c.model.remat = False  # recompute each block in the backward pass: less memory, a third more time
+    c.model.base_size = "25k"  # depth-µP equals the standard parametrization at this size's width and depth
+
+    c.precision = ml_collections.ConfigDict()
+    # Number formats by name ("int4", "e4m3", "bf16") or bits (4); 16 bits and above are not quantized.
+    c.precision.weights = "bf16"  # kernels of all projections (P_w); embedding and head are never quantized
+    c.precision.activations = "bf16"  # inputs of all projections (P_a)
+    c.precision.q = "bf16"  # queries
+    c.precision.k = "bf16"  # keys; k and v are the KV cache (P_kv)
+    c.precision.v = "bf16"  # values
+    c.precision.p = "bf16"  # attention probabilities
+    # What shares one scale: "tensor", "channel" (weights: one per output channel) or "token".
+    c.precision.weights_granularity = "channel"
+    c.precision.activations_granularity = "tensor"
+    c.precision.attention_granularity = "tensor"
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.peak_rate = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
+    c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
+    c.optimizer.final_fraction = 0.1  # the cosine ends at this fraction of the peak
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.95
+    c.optimizer.epsilon = 1e-15
+    c.optimizer.weight_decay = 0.1  # decoupled, on matrices only
+    c.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
+
+    c.train = ml_collections.ConfigDict()
+    c.train.tokens = 1_000_000  # D, rounded down to whole batches
+    c.train.batch_size = 16  # sequences per step
+    c.train.seed = 0  # initialization and data order
+    c.train.log_every = 50  # steps between lines of metrics.jsonl
+    c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed
+    c.train.steps_per_dispatch = 100  # steps run on the device between two looks from the host, at most
+
+    c.evaluate = ml_collections.ConfigDict()
+    c.evaluate.sequences = 512  # fixed validation sequences, spread over the held-out documents
+    c.evaluate.batch_size = 64  # sequences per evaluation step
+
+    c.ptq = ml_collections.ConfigDict()
+    c.ptq.methods = ("gptq", "rtn")  # post-training quantization of each run; empty: none
+    c.ptq.bits = (3, 4, 5, 6)  # weight bit-widths, symmetric integer grid per output channel
+    c.ptq.calibration_sequences = 128  # training sequences that GPTQ's Hessians are made from
+    c.ptq.damping = 0.01  # added to the Hessian's diagonal, a fraction of its mean
+
+    c.study = ml_collections.ConfigDict()
+    c.study.lanes = 4  # runs of one shape that train at once (vmap); memory grows with it, results do not change
+    # Named parts of the grid; each is the product of its lists. Empty: the one run that the options above describe.
+    c.study.grid = ml_collections.ConfigDict()
+
+    c.compilation_cache = ""  # compiled programs; empty: ~/.cache/precision_scaling/xla, "none": no cache
+    return c
+
+
+def grid(
+    sizes: tuple[str, ...],
+    tokens: tuple[int, ...],
+    precisions: tuple[str, ...] = ("bf16",),
+    seeds: tuple[int, ...] = (0,),
+    ptq: bool = False,
+) -> ml_collections.ConfigDict:
+    """One part of a study's grid: every size × token budget × precision × seed.
+
+    precisions: "bf16" or parts with formats joined by "_": w (weights), a (activations), kv (keys and values), or
+    q, k, v, p one by one; e.g. "w4", "a6", "w4_a4_kv4", "we2m1". ptq: quantize these runs after training, too.
+    """
+    return ml_collections.ConfigDict(
+        {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq}
+    )

@@ -1,0 +1,221 @@
+"""The decoder: OLMo-style Transformer++ in Flax, every projection and attention product through `quantize`.
+
+Stands between `quantize` (how a dot_general is computed at a precision) and `train` (how the parameters are found).
+Shape letters: B sequences, L and M positions, D width, H heads, K head dimension, F hidden width of the MLP, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from precision_scaling import quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything static about a decoder; hashable, so that it keys compiled programs.
+
+    `base_width` and `base_depth` name the shape at which depth-µP equals the standard parametrization (Yang et al. 2023,
+    arXiv 2310.02244): wider and deeper models scale their rates, residual branches and logits from there.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    sequence_length: int
+    base_width: int
+    base_depth: int
+    dtype: str = "float32"
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    remat: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def residual_scale(self) -> float:
+        """Multiplier of each residual branch, sqrt(base_depth / depth)."""
+        return math.sqrt(self.base_depth / self.depth)
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of the logits, base_width / width."""
+        return self.base_width / self.width
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a learned gain; computed in float32 whatever the compute dtype."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Quantized projection of the last axis. The kernel has shape (in, *features); scales are per output channel."""
+
+    features: tuple[int, ...]
+    program: quantize.Program
+
+    @nn.compact
+    def __call__(self, x, table):
+        fan_in = x.shape[-1]
+        kernel = self.param(
+            "kernel", nn.initializers.normal(1 / math.sqrt(fan_in)), (fan_in, *self.features), jnp.float32
+        )
+        # Calibration of post-training quantization asks for this collection; otherwise sow is a no-op.
+        self.sow("linear_inputs", "x", x)
+        return quantize.linear(x, kernel.astype(x.dtype), self.program, table)
+
+
+def rotary(x_BxLxHxK, theta: float):
+    """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension."""
+    length, head_dim = x_BxLxHxK.shape[1], x_BxLxHxK.shape[-1]
+    frequency_k = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_Lx1xk = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k)[:, None, :]
+    cos, sin = jnp.cos(angle_Lx1xk), jnp.sin(angle_Lx1xk)
+    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxLxHxK.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; q, k, v and the probabilities are each quantized as the program says."""
+
+    config: ModelConfig
+    program: quantize.Program
+
+    @nn.compact
+    def __call__(self, x_BxLxD, table):
+        c = self.config
+        batch, length, _ = x_BxLxD.shape
+        qkv = Linear((3, c.heads, c.head_dim), self.program, name="qkv")(x_BxLxD, table)
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta) * (1 / math.sqrt(c.head_dim))
+        k_BxLxHxK = rotary(k_BxLxHxK, c.rope_theta)
+        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table).astype(jnp.float32)
+        causal_LxM = jnp.tril(jnp.ones((length, length), bool))
+        p_BxHxLxM = jax.nn.softmax(jnp.where(causal_LxM, score_BxHxLxM, -1e30), axis=-1).astype(x_BxLxD.dtype)
+        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table)
+        return Linear((c.width,), self.program, name="out")(o_BxLxHxK.reshape(batch, length, -1), table)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate) * up)."""
+
+    config: ModelConfig
+    program: quantize.Program
+
+    @nn.compact
+    def __call__(self, x_BxLxD, table):
+        gate_up_BxLx2xF = Linear((2, self.config.hidden), self.program, name="gate_up")(x_BxLxD, table)
+        hidden_BxLxF = jax.nn.silu(gate_up_BxLx2xF[:, :, 0]) * gate_up_BxLx2xF[:, :, 1]
+        return Linear((self.config.width,), self.program, name="down")(hidden_BxLxF, table)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), branches scaled by depth-µP."""
+
+    config: ModelConfig
+    program: quantize.Program
+
+    @nn.compact
+    def __call__(self, x_BxLxD, table):
+        c = self.config
+        h = Attention(c, self.program, name="attention")(RMSNorm(c.norm_epsilon, name="attention_norm")(x_BxLxD), table)
+        x_BxLxD = x_BxLxD + c.residual_scale * h
+        h = MLP(c, self.program, name="mlp")(RMSNorm(c.norm_epsilon, name="mlp_norm")(x_BxLxD), table)
+        return x_BxLxD + c.residual_scale * h
+
+
+class _ScannedBlock(nn.Module):
+    """Block in the (carry, out) form that nn.scan wants."""
+
+    config: ModelConfig
+    program: quantize.Program
+
+    @nn.compact
+    def __call__(self, x_BxLxD, table):
+        block = nn.remat(Block) if self.config.remat else Block
+        return block(self.config, self.program, name="block")(x_BxLxD, table), None
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. Embedding and head are never quantized; layers are stacked on a leading axis and scanned."""
+
+    config: ModelConfig
+    program: quantize.Program = quantize.UNQUANTIZED
+
+    def setup(self):
+        c = self.config
+        self.embedding = nn.Embed(
+            c.vocab_size, c.width, embedding_init=nn.initializers.normal(1.0), dtype=jnp.dtype(c.dtype)
+        )
+        self.layers = nn.scan(
+            _ScannedBlock,
+            variable_axes={"params": 0, "linear_inputs": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.depth,
+        )(c, self.program)
+        self.final_norm = RMSNorm(c.norm_epsilon)
+        self.head = nn.Dense(
+            c.vocab_size,
+            use_bias=False,
+            dtype=jnp.dtype(c.dtype),
+            kernel_init=nn.initializers.normal(1 / math.sqrt(c.base_width)),
+        )
+
+    def embed(self, tokens_BxL):
+        """Residual stream before the first block, (B, L, D)."""
+        return self.embedding(tokens_BxL)
+
+    def unembed(self, x_BxLxD):
+        """Logits in float32, (B, L, V)."""
+        return (self.head(self.final_norm(x_BxLxD)) * self.config.logit_scale).astype(jnp.float32)
+
+    def __call__(self, tokens_BxL, table=None):
+        x_BxLxD, _ = self.layers(self.embed(tokens_BxL), table)
+        return self.unembed(x_BxLxD)
+
+
+def cross_entropy(logits_BxLxV, targets_BxL):
+    """Nats per token at every position, (B, L)."""
+    log_z_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    return log_z_BxL - jnp.take_along_axis(logits_BxLxV, targets_BxL[..., None], axis=-1)[..., 0]
+
+
+def init(config: ModelConfig, key) -> Any:
+    """Parameters in float32 from one random key."""
+    return Decoder(config).init(key, jnp.zeros((1, config.sequence_length), jnp.int32))["params"]
+
+
+@functools.cache
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(non-embedding, all) parameter counts; embedding and head are what "non-embedding" leaves out."""
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    outer = 2 * config.vocab_size * config.width
+    return total - outer, total
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Forward and backward FLOPs of one token: 6 per parameter of every matmul (head included), 12·depth·width·length
+    for the two attention products (full, not causal, as PaLM's appendix B counts them)."""
+    non_embedding, _ = count_parameters(config)
+    matmul = non_embedding + config.vocab_size * config.width
+    return 6 * matmul + 12 * config.depth * config.width * config.sequence_length

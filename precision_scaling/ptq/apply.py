@@ -1,0 +1,106 @@
+"""Post-training quantization of a whole decoder: layer by layer, each seeing the inputs that quantized layers before it make.
+
+Stands between the kernel-level methods (`gptq`, `rtn`) and `study`/`ptq`, which load the parameters and evaluate them.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from precision_scaling import quantize
+from precision_scaling.model import Block, Decoder
+from precision_scaling.ptq import gptq, rtn
+from precision_scaling.step import Static
+
+METHODS = ("gptq", "rtn")
+# The projections of a block in the order in which data reaches them.
+LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
+
+
+class Quantized(NamedTuple):
+    """A decoder at each of K bit-widths."""
+
+    params: Any  # leading axis K
+    fell_back: jax.Array  # (K, layers, projections): GPTQ could not use the Hessian and rounded to nearest
+    damping: jax.Array  # (K, layers, projections), NaN where nothing was damped
+
+
+@functools.partial(jax.jit, static_argnames=("static", "method", "batch_size"))
+def quantize_model(
+    static: Static, params: Any, table: Any, tokens_NxS, bits_K, damping, *, method: str, batch_size: int
+) -> Quantized:
+    """The kernels of all blocks on the grids of `bits_K`; norms, embedding and head stay as they are.
+
+    table: grids of the run's activations and attention, weights passing through. tokens_NxS: calibration text, N a
+    multiple of batch_size. Every bit-width has its own stream of activations, made by what is quantized already.
+    """
+    layers = params["layers"]["block"]
+
+    def at(bits):
+        if method == "rtn":
+            return _round_layers(layers, bits)
+        return _gptq_layers(static, params, table, tokens_NxS, bits, damping, batch_size)
+
+    quantized, fell_back, used = jax.vmap(at)(bits_K)
+    outer = {name: value for name, value in params.items() if name != "layers"}
+    outer = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_K.shape[0], *x.shape)), outer)
+    return Quantized({**outer, "layers": {"block": quantized}}, fell_back, used)
+
+
+def _flat(kernel):
+    """(in, *features) -> (in, out)."""
+    return kernel.reshape(kernel.shape[0], -1)
+
+
+def _with_kernel(block: Any, linear: tuple[str, str], kernel) -> Any:
+    module, name = linear
+    old = block[module][name]["kernel"]
+    return {**block, module: {**block[module], name: {"kernel": kernel.reshape(old.shape).astype(old.dtype)}}}
+
+
+def _round_layers(layers: Any, bits):
+    def block(params):
+        for linear in LINEARS:
+            kernel = params[linear[0]][linear[1]]["kernel"]
+            params = _with_kernel(params, linear, rtn.quantize_kernel(_flat(kernel), bits))
+        return params
+
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    shape = (depth, len(LINEARS))
+    return jax.vmap(block)(layers), jnp.zeros(shape, bool), jnp.full(shape, jnp.nan)
+
+
+def _gptq_layers(static: Static, params, table, tokens_NxS, bits, damping, batch_size: int):
+    model, program = static.model, static.program
+    embedded = Decoder(model, program).apply({"params": params}, tokens_NxS, method=Decoder.embed)
+    stream_CxBxSxD = embedded.reshape(-1, batch_size, *embedded.shape[1:])
+
+    def run(block, x_BxSxD):
+        return Block(model, program).apply({"params": block}, x_BxSxD, table, mutable=["linear_inputs"])
+
+    def hessian(block, linear, stream):
+        """Σ x xᵀ in float32 over all tokens, x as the projection multiplies it: at the run's activation precision."""
+
+        def add(total, x_BxSxD):
+            _, captured = run(block, x_BxSxD)
+            x = captured["linear_inputs"][linear[0]][linear[1]]["x"][0]
+            x = quantize.on_grid(x, "a", program, table).astype(jnp.float32).reshape(-1, x.shape[-1])
+            return total + jnp.matmul(x.T, x, precision="highest"), None
+
+        size = block[linear[0]][linear[1]]["kernel"].shape[0]
+        return jax.lax.scan(add, jnp.zeros((size, size)), stream)[0]
+
+    def layer(stream, block):
+        notes = []
+        for linear in LINEARS:
+            kernel = _flat(block[linear[0]][linear[1]]["kernel"])
+            solution = gptq.solve(kernel, hessian(block, linear, stream), bits[None], damping=damping)
+            block = _with_kernel(block, linear, solution.dequantized[0])
+            notes.append((solution.fell_back, solution.damping_used))
+        fell_back, used = (jnp.stack(values) for values in zip(*notes, strict=True))
+        stream = jax.lax.map(lambda x: run(block, x)[0], stream)
+        return stream, (block, fell_back, used)
+
+    return jax.lax.scan(layer, stream_CxBxSxD, params["layers"]["block"])[1]

@@ -1,0 +1,76 @@
+"""The table of a study: its columns, one atomically written file of rows per measurement, and runs.csv gathered from them.
+
+Workers on many machines write different files and never share one; `gather` can be repeated at any time.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from precision_scaling.errors import UserError
+
+# The contract's columns first; readers ignore those they don't know.
+COLUMNS = (
+    *("run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"),
+    *("status", "method", "fallback_layers", "seed", "size", "epochs", "training_flops"),
+    *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction"),
+    *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
+    *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity"),
+    *("validation_tokens", "vocab_size", "corpus", "device", "jax_version"),
+)
+ROW_FILES = "rows-*.json"
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Records the rows of one measurement ("trained", "gptq", ...) of a run."""
+    atomic_write(run_directory / f"rows-{measurement}.json", json.dumps(list(rows), indent=1) + "\n")
+
+
+def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
+    """The rows of one measurement; none where it was not made. UserError for a file that is not ours."""
+    path = run_directory / f"rows-{measurement}.json"
+    if not path.exists():
+        return []
+    return _load(path)
+
+
+def gather(workdir: Path) -> int:
+    """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number."""
+    rows = [row for path in sorted(workdir.glob(f"runs/*/{ROW_FILES}")) for row in _load(path)]
+    rows.sort(key=lambda row: (row["N"], row["D"], row["run"], row["method"], -(row["P_post"] or 99)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in COLUMNS})
+    atomic_write(workdir / "runs.csv", text.getvalue())
+    return len(rows)
+
+
+def _load(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not a file of rows; delete it and run the study again to measure it anew") from None
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    # 16.0 bits is 16; losses keep every digit that tells two runs apart.
+    return f"{value:.10g}" if isinstance(value, float) else value

@@ -1,0 +1,100 @@
+"""One training step, many steps in one dispatch, and evaluation: pure functions, written for one run.
+
+A cohort is the `vmap` of these over runs (see `cohort`). Everything that may differ between runs of one shape is data:
+the grids of its number formats, its peak rate and its length. Shape letters: R runs (lanes), T steps, B sequences,
+S sequence length.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from precision_scaling import model as model_lib
+from precision_scaling import optimizer as optimizer_lib
+from precision_scaling import quantize
+from precision_scaling.model import Decoder, ModelConfig
+from precision_scaling.optimizer import OptimizerConfig
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+
+
+class RunInputs(NamedTuple):
+    """What may differ between the runs of a cohort, all traced: grids per operand, and the schedule."""
+
+    table: Any
+    peak_rate: jax.Array
+    total_steps: jax.Array
+    warmup_steps: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step: training loss (nats per token), global gradient norm before clipping, learning rate."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a compiled step is keyed by."""
+
+    model: ModelConfig
+    program: quantize.Program
+    optimizer: OptimizerConfig
+
+
+def init_state(static: Static, seed) -> TrainState:
+    """Fresh state of one run; `seed` may be traced."""
+    params = model_lib.init(static.model, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(static.optimizer, params))
+
+
+def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1) -> jax.Array:
+    """Mean cross-entropy in nats per token of predicting tokens[:, 1:] from tokens[:, :-1]."""
+    logits = Decoder(static.model, static.program).apply({"params": params}, tokens_BxS1[:, :-1], table)
+    return jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
+
+
+def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens_BxS1) -> tuple[TrainState, StepMetrics]:
+    """One update of one run."""
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, static, inputs.table, tokens_BxS1)
+    rate = optimizer_lib.learning_rate(
+        state.step, inputs.total_steps, inputs.warmup_steps, inputs.peak_rate, static.optimizer.final_fraction
+    )
+    params, optimizer = optimizer_lib.update(static.optimizer, static.model, grads, state.optimizer, state.params, rate)
+    grad_norm = optimizer_lib.global_norm(grads)
+    return TrainState(state.step + 1, params, optimizer), StepMetrics(loss, grad_norm, rate)
+
+
+def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, steps, max_steps: int):
+    """`steps` (traced, at most `max_steps`) updates of every run of a cohort in one dispatch.
+
+    state and inputs have a leading axis R; `fetch(t)` gives the tokens (R, B, S+1) of the chunk's step t.
+    Returns the state and StepMetrics of shape (R, max_steps), NaN past `steps`.
+    """
+    runs = state.step.shape[0]
+    vmapped_step = jax.vmap(functools.partial(train_step, static))
+    empty = StepMetrics(*(jnp.full((runs, max_steps), jnp.nan) for _ in StepMetrics._fields))
+
+    def body(t, carry):
+        state, metrics = carry
+        state, now = vmapped_step(state, inputs, fetch(t))
+        return state, jax.tree.map(lambda all_, one: all_.at[:, t].set(one), metrics, now)
+
+    return jax.lax.fori_loop(0, steps, body, (state, empty))
+
+
+def validation_loss(static: Static, params: Any, table: Any, tokens_NxS1, batch_size: int) -> jax.Array:
+    """Mean cross-entropy in nats per token over N sequences (a multiple of batch_size), batch by batch."""
+    batches = tokens_NxS1.reshape(-1, batch_size, tokens_NxS1.shape[-1])
+    return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, static, table, tokens), batches))
