@@ -108,13 +108,13 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
     # A release of TFDS may move a name to a new version of its dataset.
     request = f"{name}\0{tfds_dir}\0{importlib.metadata.version('tensorflow-datasets')}"
     note = cache_dir / "resolved" / f"{hashlib.blake2b(request.encode(), digest_size=8).hexdigest()}.json"
-    with exclusive(note.with_suffix(".lock")):
-        if note.exists():
-            dataset_dir = epath.Path(json.loads(note.read_text())["dataset_dir"])
-            if (dataset_dir / "dataset_info.json").exists():
-                return dataset_dir
-        import tensorflow_datasets as tfds
+    if note.exists():
+        dataset_dir = epath.Path(json.loads(note.read_text())["dataset_dir"])
+        if (dataset_dir / "dataset_info.json").exists():
+            return dataset_dir
+    import tensorflow_datasets as tfds
 
+    with exclusive(note.with_suffix(".lock")):  # of several processes, one downloads
         with _one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
             builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record", try_gcs=False)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))

@@ -18,7 +18,7 @@ import numpy as np
 from precision_scaling.data import DataError
 from precision_scaling.data.tokens import Corpus
 
-_BLOCK = 4096  # positions of the stream ordered at a time; Grain takes 10 to 20 µs each
+_BLOCK = 4096  # positions of the stream ordered at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +120,20 @@ def _read(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
 
 def _order(purpose: str, seed: int, n_windows: int, start: int, stop: int) -> np.ndarray:
     """Positions start to stop - 1 of the endless stream of windows: int32 (stop - start,)."""
-    blocks = [_order_block(purpose, seed, n_windows, i) for i in range(start // _BLOCK, -(-stop // _BLOCK))]
-    offset = start // _BLOCK * _BLOCK
-    return np.concatenate(blocks)[start - offset : stop - offset] if blocks else np.empty(0, np.int32)
+    # Grain needs about 15 µs an index, and longer by 65536 / n_windows where there are fewer: no more than an epoch ahead.
+    size = min(_BLOCK, n_windows)
+    first, last = start // size, -(-stop // size)
+    blocks = [_order_block(purpose, seed, n_windows, i * size, size) for i in range(first, max(last, first + 1))]
+    return np.concatenate(blocks)[start - first * size : stop - first * size]
 
 
 @functools.lru_cache(maxsize=4096)  # 64 MB at most; runs of one seed share their order whatever their length
-def _order_block(purpose: str, seed: int, n_windows: int, block: int) -> np.ndarray:
+def _order_block(purpose: str, seed: int, n_windows: int, start: int, size: int) -> np.ndarray:
     import grain
 
     # Grain shuffles epoch e with its seed + e: neighbouring seeds would share epochs, so ours is hashed first.
     grain_seed = int.from_bytes(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=4).digest(), "big")
     stream = grain.MapDataset.range(n_windows).shuffle(grain_seed).repeat()
-    order = np.fromiter((stream[i] for i in range(block * _BLOCK, (block + 1) * _BLOCK)), np.int32, _BLOCK)
+    order = np.fromiter((stream[i] for i in range(start, start + size)), np.int32, size)
     order.flags.writeable = False
     return order

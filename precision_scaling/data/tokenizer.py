@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]: ...
 
-    def decode(self, ids: Iterable[int]) -> bytes: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes: ...
 
     def save(self, path: Path) -> None: ...
 
@@ -41,8 +41,9 @@ class ByteTokenizer:
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(document, np.uint8) for document in documents]
 
-    def decode(self, ids: Iterable[int]) -> bytes:
-        return bytes(int(i) for i in ids if i != self.end_of_text)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        ids = np.asarray(ids)
+        return ids[ids != self.end_of_text].astype(np.uint8).tobytes()
 
     def save(self, path: Path) -> None:
         """Nothing to keep: bytes need no file."""
@@ -67,7 +68,7 @@ class LearnedTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> bytes:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self._tokenizer.decode([int(i) for i in ids if i != self.end_of_text]).encode("utf-8")
 
     def save(self, path: Path) -> None:

@@ -86,32 +86,34 @@ def prepare(
         raise DataError(f"data.validation_fraction={validation_fraction}: allowed is 0 < fraction < 1")
     tokenizer_id = tokenizers.identify(tokenizer)
     cache = Path(cache_dir or _user_cache()).expanduser()
-    source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir)
-    held_out = [validation_split] if validation_split else [validation_fraction, split_seed]
-    identity = json.dumps([_LAYOUT, source.fingerprint, split, feature, held_out, tokenizer_id])
-    key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    label = f"{name}-{tokenizer_id}"[:48].translate(str.maketrans("/:", "__"))
-    directory = cache / "tokens" / f"{label}-{key}"
-
-    if (corpus := _open(directory)) is not None:
-        return corpus
-    with corpora.exclusive(directory.with_name(f"{directory.name}.lock")):
-        if (corpus := _open(directory)) is not None:  # another process was first
+    try:
+        source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir)
+        held_out = [validation_split] if validation_split else [validation_fraction, split_seed]
+        identity = json.dumps([_LAYOUT, source.fingerprint, split, feature, held_out, tokenizer_id])
+        key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        label = f"{name}-{tokenizer_id}"[:48].translate(str.maketrans("/:", "__"))
+        directory = cache / "tokens" / f"{label}-{key}"
+        if (corpus := _open(directory)) is not None:
             return corpus
-        documents = _Documents(source, split, validation_split, feature, validation_fraction, split_seed, progress)
-        options = {
-            "hash": key,
-            "name": name,
-            "source": source.name,
-            "split": split,
-            "validation_split": validation_split,
-            "feature": feature,
-            "tokenizer": tokenizer,
-            "validation_fraction": None if validation_split else validation_fraction,
-            "split_seed": None if validation_split else split_seed,
-        }
-        _write(directory, documents, options)
-        return _open(directory)
+        with corpora.exclusive(directory.with_name(f"{directory.name}.lock")):
+            if (corpus := _open(directory)) is not None:  # another process was first
+                return corpus
+            documents = _Documents(source, split, validation_split, feature, validation_fraction, split_seed, progress)
+            options = {
+                "hash": key,
+                "name": name,
+                "source": source.name,
+                "split": split,
+                "validation_split": validation_split,
+                "feature": feature,
+                "tokenizer": tokenizer,
+                "validation_fraction": None if validation_split else validation_fraction,
+                "split_seed": None if validation_split else split_seed,
+            }
+            _write(directory, documents, options)
+            return _open(directory)
+    except OSError as error:  # no permission, disk full; the message names the file
+        raise DataError(f"data.name={name!r}, data.cache_dir={str(cache)!r}: {error}") from error
 
 
 class _Documents:
