@@ -18,7 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from precision_scaling import formats
+from precision_scaling.errors import UserError
 from precision_scaling.ptq import grid
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 MAX_DAMPING = 1.0  # where raising stops: what fails here is no sum of x xᵀ with rounding errors
 MIN_DAMPING = 1e-6  # the first increase from zero
@@ -28,7 +32,7 @@ class Solution(NamedTuple):
     """What GPTQ did to one kernel (in I, out O) at B bit-widths, G groups of inputs."""
 
     dequantized: jax.Array  # (B, I, O)
-    codes: jax.Array  # (B, I, O) int16
+    codes: jax.Array  # (B, I, O) int16: level + zero; formats other than integers: the level itself, float32
     scales: jax.Array  # (B, G, O)
     zeros: jax.Array  # (B, G, O)
     damping_used: jax.Array  # scalar, fraction of the mean diagonal; above the one asked for if that did not factorize
@@ -50,86 +54,99 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
     """Factor of the damped Hessian, inputs by falling diagonal if `act_order`.
 
     `damping` is a fraction of the mean diagonal. While the factorization fails it is raised tenfold, at most to 1.
-    The Hessian is first divided by its largest diagonal entry, so its scale is of no consequence.
+    The Hessian is first divided by its largest diagonal entry, so its scale is of no consequence. Computed in the
+    Hessian's type, float32 at least.
     """
     n = hessian_IxI.shape[0]
     diagonal_I = jnp.diagonal(hessian_IxI)
     dead_I = diagonal_I == 0
     order_I = jnp.argsort(-diagonal_I, stable=True) if act_order else jnp.arange(n)
     h_IxI = hessian_IxI / jnp.max(diagonal_I)
-    mean = jnp.mean(jnp.diagonal(h_IxI))
-    h_IxI = jnp.where(dead_I[:, None] | dead_I[None, :], 0, h_IxI) + jnp.diag(dead_I.astype(h_IxI.dtype))
-    h_IxI = h_IxI[order_I][:, order_I]
     usable = jnp.all(jnp.isfinite(h_IxI))
+    mean = jnp.mean(jnp.diagonal(h_IxI))
+    h_IxI = jnp.where(dead_I[:, None] | dead_I[None, :], 0, h_IxI)
+    if act_order:
+        h_IxI = h_IxI[order_I[:, None], order_I[None, :]]
+    h_IxI = jnp.flip(h_IxI)  # the lower factor of the flipped matrix is the flipped upper one
+    diagonal_I = jnp.diagonal(h_IxI)
     # A pivot that is nothing but the rounding error of its own diagonal entry is a failure too.
     noise = 10 * jnp.finfo(h_IxI.dtype).eps
 
     def attempt(state):
         tried, _, _ = state
         fraction = jnp.where(tried < 0, damping, jnp.maximum(10 * tried, MIN_DAMPING))
-        damped_IxI = h_IxI + fraction * mean * jnp.eye(n, dtype=h_IxI.dtype)
-        r_IxI = jnp.flip(jnp.linalg.cholesky(jnp.flip(damped_IxI)))
-        ok = jnp.all(jnp.isfinite(r_IxI)) & jnp.all(jnp.square(jnp.diagonal(r_IxI)) > noise * jnp.diagonal(damped_IxI))
-        return fraction, ok, r_IxI
+        damped_I = jnp.where(diagonal_I == 0, 1, diagonal_I + fraction * mean)
+        l_IxI = jax.lax.linalg.cholesky(_with_diagonal(h_IxI, damped_I), symmetrize_input=False)
+        # A failed factorization is NaN all over, or from the bad pivot on.
+        return fraction, jnp.all(jnp.square(jnp.diagonal(l_IxI)) > noise * damped_I), l_IxI
 
     def failing(state):
         tried, ok, _ = state
         return usable & ~ok & (10 * tried <= MAX_DAMPING)
 
-    start = jnp.asarray(-1.0, h_IxI.dtype), jnp.asarray(False), jnp.eye(n, dtype=h_IxI.dtype)
-    fraction, ok, r_IxI = jax.lax.while_loop(failing, attempt, start)
-    r_IxI = jnp.where(ok, r_IxI, jnp.eye(n, dtype=h_IxI.dtype))  # no feedback: rounding to nearest
-    r_I = jnp.diagonal(r_IxI)
-    return Factor(jnp.triu(r_IxI / r_I, 1), r_I, order_I, dead_I & ok, jnp.where(ok, fraction, jnp.nan), ok)
+    start = jnp.asarray(-1.0, h_IxI.dtype), jnp.asarray(False), jnp.zeros_like(h_IxI)
+    fraction, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
+    r_IxI = jnp.flip(l_IxI)
+    r_I = jnp.where(ok, jnp.diagonal(r_IxI), 1)
+    feedback_IxI = jnp.where(ok, jnp.triu(r_IxI / r_I, 1), 0)  # no feedback: rounding to nearest
+    return Factor(feedback_IxI, r_I, order_I, dead_I & ok, jnp.where(ok, fraction, jnp.nan), ok)
 
 
-def _round_block(feedback_SxS, w_SxC, x_SxC, row_grid):
-    """Rows of a block one by one: x holds w plus the feedback of the blocks before. Returns errors and codes."""
+def _with_diagonal(matrix_IxI, diagonal_I):
+    return jnp.where(jnp.eye(len(diagonal_I), dtype=bool), diagonal_I, matrix_IxI)
+
+
+def _round_block(feedback_SxS, w_SxC, x_SxC, row_grid, kind, symmetric):
+    """Rows of a block one by one: x holds w plus the feedback of the blocks before. Returns errors and levels."""
 
     def row(i, state):
-        e_SxC, code_SxC = state
-        scale_C, zero_C, low_C, high_C = row_grid(i)
-        code_C = grid.encode(x_SxC[i] + feedback_SxS[:, i] @ e_SxC, scale_C, zero_C, low_C, high_C)
-        e_C = w_SxC[i] - grid.decode(code_C, scale_C, zero_C)
-        return e_SxC.at[i].set(e_C), code_SxC.at[i].set(code_C)
+        e_SxC, level_SxC = state
+        scale_C, inverse_C, zero_C, levels = row_grid(i)
+        x_C = x_SxC[i] + jnp.matmul(feedback_SxS[:, i], e_SxC, precision=HIGHEST)
+        level_C = grid.nearest_level(x_C, inverse_C, zero_C, levels, kind, symmetric)
+        return e_SxC.at[i].set(w_SxC[i] - level_C * scale_C), level_SxC.at[i].set(level_C)
 
     return jax.lax.fori_loop(0, w_SxC.shape[0], row, (jnp.zeros_like(w_SxC), jnp.zeros_like(w_SxC)))
 
 
-def _round_rows(feedback_IxI, w_IxC, group_I, columns: grid.Grid, block: int):
-    """Codes (I, C) of all rows; the rows of one group share a row of the grid (G, C)."""
-    rows, cols = w_IxC.shape
+def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetric: bool, block: int):
+    """Levels (I, C) of all rows, C = O for each of several formats; the rows of one group share a row of the grid."""
+    rows, outputs = w_IxO.shape
+    cols = columns.scale_GxO.shape[1]
     pad = -rows % block
-    w_IxC = jnp.pad(w_IxC, ((0, pad), (0, 0)))
+    w_IxO = jnp.pad(w_IxO, ((0, pad), (0, 0)))
     feedback_IxI = jnp.pad(feedback_IxI, ((0, pad), (0, pad)))
     group_I = jnp.pad(group_I, (0, pad))
+    inverse_GxC = grid.inverse(columns.scale_GxO)
 
     def feedback(i, j):
         return jax.lax.dynamic_slice(feedback_IxI, (i * block, j * block), (block, block))
 
     def step(e_IxC, b):
-        w_SxC = jax.lax.dynamic_slice(w_IxC, (b * block, 0), (block, cols))
+        w_SxC = jnp.tile(jax.lax.dynamic_slice(w_IxO, (b * block, 0), (block, outputs)), (1, cols // outputs))
 
         def add(a, x_SxC):
-            return x_SxC + feedback(a, b).T @ jax.lax.dynamic_slice(e_IxC, (a * block, 0), (block, cols))
+            e_SxC = jax.lax.dynamic_slice(e_IxC, (a * block, 0), (block, cols))
+            return x_SxC + jnp.matmul(feedback(a, b).T, e_SxC, precision=HIGHEST)
 
         def row_grid(i):
             g = group_I[b * block + i]
-            return columns.scale_GxO[g], columns.zero_GxO[g], columns.low, columns.high
+            return columns.scale_GxO[g], inverse_GxC[g], columns.zero_GxO[g], columns.levels
 
         x_SxC = jax.lax.fori_loop(0, b, add, w_SxC)
-        e_SxC, code_SxC = _round_block(feedback(b, b), w_SxC, x_SxC, row_grid)
-        return jax.lax.dynamic_update_slice(e_IxC, e_SxC, (b * block, 0)), code_SxC
+        e_SxC, level_SxC = _round_block(feedback(b, b), w_SxC, x_SxC, row_grid, kind, symmetric)
+        return jax.lax.dynamic_update_slice(e_IxC, e_SxC, (b * block, 0)), level_SxC
 
-    _, code_NxSxC = jax.lax.scan(step, jnp.zeros_like(w_IxC), jnp.arange((rows + pad) // block))
-    return code_NxSxC.reshape(rows + pad, cols)[:rows]
+    start = jnp.zeros((rows + pad, cols), w_IxO.dtype)
+    _, level_NxSxC = jax.lax.scan(step, start, jnp.arange((rows + pad) // block))
+    return level_NxSxC.reshape(rows + pad, cols)[:rows]
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "act_order", "clip", "block"))
 def solve(
     kernel,
     hessian,
     bits,
+    kind: formats.Kind = grid.INTEGER,
     *,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -138,38 +155,51 @@ def solve(
     clip: bool = False,
     block: int = 128,
 ) -> Solution:
-    """GPTQ of a kernel (in, out) at all of `bits` (B,) with the Hessian Σ x xᵀ (in, in) of its inputs.
+    """GPTQ of a kernel (in, out) in several formats at once, with the Hessian Σ x xᵀ (in, in) of its inputs.
 
-    Pure and jitted: `vmap` it over a leading axis of layers. Nothing can be raised while tracing, so a Hessian that
-    can't be used (NaN, zero, indefinite beyond MAX_DAMPING) gives rounding to nearest with `fell_back` set: report it.
-    Inputs with a zero diagonal get weight 0. Grids come from the kernel alone, groups are of inputs adjacent in it
-    whatever the order they are taken in. `block` is a matter of speed and changes no code.
+    bits: (B,) bit-widths, traced or not, or other formats as `grid.stack` gives them, with their `kind`.
+
+    Pure and compiled: `vmap` it over a leading axis of layers. Kernels that share an input can be joined along `out`.
+    Nothing can be raised while tracing, so a Hessian that can't be used (NaN, zero, not positive semidefinite) gives
+    rounding to nearest with `fell_back` set: report it. Inputs whose diagonal is zero get weight 0. Grids come from the
+    kernel alone, and groups are of inputs adjacent in it, in whatever order they are taken. `block` changes speed only.
+    Raises FormatError and UserError for formats and groups that don't exist.
     """
-    kernel_IxO = jnp.asarray(kernel)
-    dtype = jnp.promote_types(kernel_IxO.dtype, jnp.float32)
-    kernel_IxO = kernel_IxO.astype(dtype)
-    rows, cols = kernel_IxO.shape
-    count = bits.shape[0]
-    find = functools.partial(grid.find, group_size=group_size, symmetric=symmetric, clip=clip)
-    grids = jax.vmap(lambda b: find(kernel_IxO, b))(bits)  # fields (B, G, O), (B,)
-    factor = factorize(jnp.asarray(hessian).astype(dtype), act_order=act_order, damping=damping)
+    levels = bits if isinstance(bits, formats.Grid) else grid.integer_levels(bits)
+    return _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, block)
 
-    def flat(field_BxGxO):
-        return jnp.moveaxis(field_BxGxO, 0, 1).reshape(field_BxGxO.shape[1], count * cols)
+
+@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "act_order", "clip", "block"))
+def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, block) -> Solution:
+    kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
+    hessian_IxI = jnp.asarray(hessian)
+    hessian_IxI = hessian_IxI.astype(jnp.promote_types(hessian_IxI.dtype, jnp.float32))
+    rows, outputs = kernel_IxO.shape
+    count = levels.max_value.shape[0]
+    size = grid.group_rows(rows, group_size, kind)
+    find = functools.partial(grid.find, kind=kind, group_size=group_size, symmetric=symmetric, clip=clip)
+    grids = jax.vmap(lambda one: find(kernel_IxO, one))(levels)  # fields (B, G, O) and (B,)
+    factor = factorize(hessian_IxI, act_order=act_order, damping=damping)
+
+    def side_by_side(field_BxGxO):
+        return jnp.moveaxis(field_BxGxO, 0, 1).reshape(rows // size, count * outputs)
 
     columns = grid.Grid(
-        flat(grids.scale_GxO), flat(grids.zero_GxO), jnp.repeat(grids.low, cols), jnp.repeat(grids.high, cols)
+        side_by_side(grids.scale_GxO),
+        side_by_side(grids.zero_GxO),
+        jax.tree.map(lambda field: jnp.repeat(field, outputs), levels),
     )
     w_IxO = jnp.where(factor.dead_I[:, None], 0, kernel_IxO)[factor.order_I]
-    group_I = factor.order_I // (group_size or rows)
-    code_IxC = _round_rows(factor.feedback_IxI, jnp.tile(w_IxO, (1, count)), group_I, columns, min(block, rows))
-    code_IxC = jnp.zeros_like(code_IxC).at[factor.order_I].set(code_IxC, unique_indices=True)
-    code_BxIxO = jnp.moveaxis(code_IxC.reshape(rows, count, cols), 1, 0)
-    code_BxGxSxO = code_BxIxO.reshape(count, grids.scale_GxO.shape[1], -1, cols)
-    value_BxGxSxO = grid.decode(code_BxGxSxO, grids.scale_GxO[:, :, None], grids.zero_GxO[:, :, None])
+    feedback_IxI = factor.feedback_IxI.astype(jnp.float32)
+    group_I = factor.order_I // size
+    level_IxC = _round_rows(feedback_IxI, w_IxO, group_I, columns, kind, symmetric, min(block, rows))
+    if act_order:
+        level_IxC = level_IxC[jnp.argsort(factor.order_I)]
+    level_BxGxSxO = jnp.moveaxis(level_IxC.reshape(-1, size, count, outputs), 2, 0)
+    code_BxGxSxO = level_BxGxSxO + grids.zero_GxO[:, :, None]
     return Solution(
-        dequantized=value_BxGxSxO.reshape(count, rows, cols),
-        codes=code_BxIxO.astype(jnp.int16),
+        dequantized=(level_BxGxSxO * grids.scale_GxO[:, :, None]).reshape(count, rows, outputs),
+        codes=code_BxGxSxO.astype(jnp.int16 if kind.family == "int" else jnp.float32).reshape(count, rows, outputs),
         scales=grids.scale_GxO,
         zeros=grids.zero_GxO,
         damping_used=factor.damping,
@@ -188,19 +218,22 @@ def quantize_kernel(
     *,
     clip: bool = False,
 ):
-    """GPTQ of one kernel (in, out) at one bit-width (2 to 8): the dequantized kernel (in, out), at least float32.
+    """GPTQ of one kernel (in, out) in one format: the dequantized kernel (in, out) in float32.
 
-    `hessian` (in, in) is Σ x xᵀ over calibration inputs x, at any scale. Raises ValueError where the answer would not
-    be GPTQ's: shapes that don't match, NaN or infinite entries, a Hessian that is zero, not symmetric or not positive
-    semidefinite. Warns where the Hessian needed more damping than it was given.
+    hessian: (in, in), Σ x xᵀ over calibration inputs x, at any scale.
+    bits: a bit-width (2 to 15 are integers, 16 and above pass through) or a format ('e2m1', 'nvfp4').
+
+    Raises UserError where the answer would not be GPTQ's: shapes that don't match, NaN or infinite entries, a Hessian
+    that is zero, not symmetric or not positive semidefinite. Warns where it needed more damping than it was given.
     """
-    grid.check_bits(bits)
+    levels, kind = grid.stack([bits])
     kernel, hessian = np.asarray(kernel), np.asarray(hessian)
     check(kernel, hessian, damping)
     solution = solve(
         kernel,
         hessian,
-        jnp.atleast_1d(jnp.asarray(bits)),
+        levels,
+        kind,
         group_size=group_size,
         symmetric=symmetric,
         act_order=act_order,
@@ -208,7 +241,7 @@ def quantize_kernel(
         clip=clip,
     )
     if solution.fell_back:
-        raise ValueError(f"hessian: not positive semidefinite, even damped by {MAX_DAMPING:g} of its mean diagonal")
+        raise UserError(f"hessian is not positive semidefinite, even damped by {MAX_DAMPING:g} of its mean diagonal")
     if solution.damping_used > 1.01 * damping:
         message = f"gptq: damping raised from {damping:g} to {solution.damping_used:g}, the Hessian did not factorize"
         warnings.warn(message, stacklevel=2)
@@ -216,22 +249,22 @@ def quantize_kernel(
 
 
 def check(kernel, hessian, damping) -> None:
-    """Raises ValueError, one line, for a kernel or Hessian (NumPy arrays) that GPTQ can't use."""
+    """Raises UserError, one line, for a kernel or Hessian (NumPy arrays) that GPTQ can't use."""
     if kernel.ndim != 2 or 0 in kernel.shape:
-        raise ValueError(f"kernel: shape {kernel.shape}, must be (in, out) with neither of them 0")
+        raise UserError(f"kernel has shape {kernel.shape}: allowed is (in, out) with neither of them 0")
     if hessian.shape != (kernel.shape[0],) * 2:
         square = (kernel.shape[0],) * 2
-        raise ValueError(f"hessian: shape {hessian.shape}, must be {square} for a kernel {kernel.shape}")
+        raise UserError(f"hessian has shape {hessian.shape}: allowed is {square} for a kernel {kernel.shape}")
     if not 0 <= damping < np.inf:
-        raise ValueError(f"damping={damping}: must be a fraction of the mean diagonal, 0 or more")
+        raise UserError(f"damping = {damping}: allowed is a fraction of the mean diagonal, 0 or more")
     kernel, hessian = kernel.astype(np.float64), hessian.astype(np.float64)
     for name, array in (("kernel", kernel), ("hessian", hessian)):
         if not np.all(np.isfinite(array)):
-            raise ValueError(f"{name}: {np.sum(~np.isfinite(array))} of {array.size} entries are NaN or infinite")
+            raise UserError(f"{name} has {np.sum(~np.isfinite(array))} NaN or infinite entries of {array.size}")
     diagonal = np.diagonal(hessian)
     if np.any(diagonal < 0):
-        raise ValueError(f"hessian: negative diagonal entry {np.min(diagonal):g}, must be a sum of x xᵀ")
+        raise UserError(f"hessian has the diagonal entry {np.min(diagonal):g}: allowed is a sum of x xᵀ")
     if not np.any(diagonal):
-        raise ValueError("hessian: zero diagonal, no calibration input reached this kernel")
+        raise UserError("hessian has a zero diagonal: no calibration input reached this kernel")
     if np.max(np.abs(hessian - hessian.T)) > 1e-3 * np.max(diagonal):
-        raise ValueError("hessian: not symmetric, must be a sum of x xᵀ")
+        raise UserError("hessian is not symmetric: allowed is a sum of x xᵀ")

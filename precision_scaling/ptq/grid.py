@@ -1,15 +1,20 @@
 """The grids that post-training quantization rounds a kernel to: a scale (and zero point) per output channel and group.
 
 A grid is found from the kernel alone, before anything is quantized, so every method works on the same grid and their
-errors can be compared. The bit-width is data: one compiled program serves all of them, and `vmap` runs over them.
+errors can be compared. Formats are data: one compiled program serves all that share a kind, and `vmap` runs over them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-MIN_BITS, MAX_BITS = 2, 8
+from precision_scaling import formats, numerics
+from precision_scaling.errors import UserError
+
+INTEGER = formats.Kind("int")
 
 # Fractions of the full range tried by the clip search, widest first. A ternary grid on a Gaussian column wants about
 # a third of the range, and heavy tails less, so the search goes down to a tenth.
@@ -17,90 +22,131 @@ CLIP_RATIOS = tuple((50 - i) / 50 for i in range(46))
 
 
 class Grid(NamedTuple):
-    """value = scale * (code - zero), whole codes in [low, high]; each of G groups of inputs has its own (O outputs)."""
+    """Values scale * level. G groups of inputs have a scale each, for each of O outputs.
+
+    A symmetric grid has the levels of its format; an asymmetric one has the integers -zero to 2^b - 1 - zero.
+    """
 
     scale_GxO: jax.Array
     zero_GxO: jax.Array
-    low: jax.Array  # scalar
-    high: jax.Array  # scalar
+    levels: formats.Grid
 
 
-def groups(rows: int, group_size: int | None) -> int:
-    """Number of groups of `group_size` rows; None is one group of all rows. Raises ValueError if they don't fit."""
-    if group_size is None:
-        return 1
-    if group_size < 1 or rows % group_size:
-        raise ValueError(f"group_size={group_size}: must be None or a divisor of the kernel's {rows} inputs")
-    return rows // group_size
+def integer_levels(bits) -> formats.Grid:
+    """The levels ±(2^(b-1) - 1) of whole bit-widths in an array of any shape, traced or not; 16 and above pass through.
+
+    Raises FormatError for bit-widths that don't exist, where they can be seen.
+    """
+    if not isinstance(bits, jax.core.Tracer):
+        for b in np.ravel(np.asarray(bits)):
+            formats.parse(float(b))
+    bits = jnp.asarray(bits).astype(jnp.int32)
+    passthrough = bits >= 16
+    kept = jnp.minimum(bits, 16)
+    return formats.Grid(
+        max_value=(jnp.left_shift(1, kept - 1) - 1).astype(jnp.float32),
+        min_exponent=(kept - 2).astype(jnp.float32),
+        mantissa_bits=(kept - 2).astype(jnp.float32),
+        passthrough=passthrough.astype(jnp.float32),
+    )
 
 
-def encode(x, scale, zero, low, high):
-    """Nearest code of x, ties to even."""
-    return jnp.clip(jnp.round(x / scale) + zero, low, high)
+def stack(specs: Sequence[object]) -> tuple[formats.Grid, formats.Kind]:
+    """The levels of several formats as arrays (B,), and the kind that one program serves them with.
+
+    Raises FormatError for an unknown format, UserError for formats that can't share a program.
+    """
+    kind = formats.shared_kind(specs)
+    if kind is None:
+        raise UserError(f"formats {list(specs)}: must be of one kind (integers and floats mix) to be solved together")
+    grids = [formats.parse(spec).grid() for spec in specs]
+    stacked = formats.Grid(*(jnp.asarray(np.stack(field)) for field in zip(*grids, strict=True)))
+    return stacked, INTEGER if kind.family == "none" else kind
 
 
-def decode(code, scale, zero):
-    """The value that a code stands for."""
-    return scale * (code - zero)
+def group_rows(rows: int, group_size: int | None, kind: formats.Kind = INTEGER) -> int:
+    """Inputs per group: all of them for None, a block format's own size. Raises UserError if they don't fit."""
+    size = kind.block_size or group_size or rows
+    if group_size not in (None, size) or size < 1 or rows % size:
+        allowed = f"None or the format's {kind.block_size}" if kind.block_size else "None or a divisor"
+        raise UserError(f"group_size = {group_size!r} for a kernel with {rows} inputs: allowed is {allowed}")
+    return size
 
 
-def find(kernel_IxO, bits, *, group_size: int | None = None, symmetric: bool = True, clip: bool = False) -> Grid:
-    """The grid of a kernel at a (possibly traced) scalar bit-width.
+def find(
+    kernel_IxO,
+    levels: formats.Grid,
+    kind: formats.Kind = INTEGER,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    clip: bool = False,
+) -> Grid:
+    """The grid of a float32 kernel for (possibly traced) scalar `levels`.
 
-    Symmetric: codes ±(2^(b-1) - 1), scale = abs-max / (2^(b-1) - 1), so that the largest weight is a level of the grid.
-    Asymmetric: codes 0..2^b - 1 between min(0, smallest) and max(0, largest), zero always a level.
+    Symmetric: the scale that training gives the format, for integers abs-max / (2^(b-1) - 1), so the largest weight is
+    a level. Asymmetric: 2^b levels from min(0, smallest) to max(0, largest), one of them zero.
     `clip` shrinks each range to the fraction in CLIP_RATIOS that has the least squared rounding error.
     """
-    rows, cols = kernel_IxO.shape
-    w_GxSxO = kernel_IxO.reshape(groups(rows, group_size), -1, cols)
-    bits = jnp.asarray(bits, w_GxSxO.dtype)
+    if not symmetric and kind.family != "int":
+        raise UserError(f"symmetric = False with formats of family {kind.family}: allowed are integers")
+    if clip and kind.family in ("block", "wide"):
+        raise UserError(f"clip = True with formats of family {kind.family}: allowed are those whose scale can be any")
+    w_GxSxO = _grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
     if symmetric:
-        high = jnp.exp2(bits - 1) - 1
-        low = -high
-        top_GxO = jnp.max(jnp.abs(w_GxSxO), axis=1)
-        bottom_GxO = jnp.zeros_like(top_GxO)
+        scale_kind = kind._replace(scale="absmax") if clip else kind
+        full_GxO = numerics.scale_of(w_GxSxO, levels, scale_kind, 1)[:, 0]
+        bottom_GxO = jnp.zeros_like(full_GxO)
     else:
-        high = jnp.exp2(bits) - 1
-        low = jnp.zeros_like(high)
-        top_GxO = jnp.maximum(jnp.max(w_GxSxO, axis=1), 0)
         bottom_GxO = jnp.minimum(jnp.min(w_GxSxO, axis=1), 0)
+        span_GxO = jnp.maximum(jnp.max(w_GxSxO, axis=1), 0) - bottom_GxO
+        full_GxO = jnp.where(span_GxO == 0, 1, span_GxO / (2 * levels.max_value + 1))
+    full_GxO = jnp.where(levels.passthrough > 0, 1, full_GxO)
 
     def at(ratio):
-        scale = ratio * (top_GxO - bottom_GxO) / high
-        scale = jnp.where(scale > 0, scale, 1)  # a group of zeros: any scale holds it
-        zero = jnp.round(-ratio * bottom_GxO / scale)
-        return Grid(scale, zero, low, high)
+        # The zero point does not depend on the ratio: both ends of the range move.
+        return Grid(ratio * full_GxO, jnp.round(-bottom_GxO / full_GxO), levels)
 
     if not clip:
-        return at(1.0)
-
-    def error(grid):
-        s, z = grid.scale_GxO[:, None], grid.zero_GxO[:, None]
-        return jnp.sum(jnp.square(decode(encode(w_GxSxO, s, z, low, high), s, z) - w_GxSxO), axis=1)
+        return at(1)
 
     def search(best, ratio):
         best_error_GxO, best_ratio_GxO = best
-        error_GxO = error(at(ratio))
+        error_GxO = jnp.sum(jnp.square(_round_groups(w_GxSxO, at(ratio), kind, symmetric)[0] - w_GxSxO), axis=1)
         better = error_GxO < best_error_GxO
         return (jnp.where(better, error_GxO, best_error_GxO), jnp.where(better, ratio, best_ratio_GxO)), None
 
-    start = jnp.full_like(top_GxO, jnp.inf), jnp.ones_like(top_GxO)
-    (_, ratio_GxO), _ = jax.lax.scan(search, start, jnp.asarray(CLIP_RATIOS, w_GxSxO.dtype))
+    start = jnp.full_like(full_GxO, jnp.inf), jnp.ones_like(full_GxO)
+    (_, ratio_GxO), _ = jax.lax.scan(search, start, jnp.asarray(CLIP_RATIOS, jnp.float32))
     return at(ratio_GxO)
 
 
-def quantize(kernel_IxO, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Round to nearest: (dequantized kernel, codes), both (in, out)."""
-    w_GxSxO = kernel_IxO.reshape(grid.scale_GxO.shape[0], -1, kernel_IxO.shape[1])
-    s, z = grid.scale_GxO[:, None], grid.zero_GxO[:, None]
-    code = encode(w_GxSxO, s, z, grid.low, grid.high)
-    return decode(code, s, z).reshape(kernel_IxO.shape), code.reshape(kernel_IxO.shape)
+def nearest_level(x, inverse_scale, zero, levels: formats.Grid, kind: formats.Kind, symmetric: bool):
+    """The level that x / scale is nearest to, ties to even; multiplied by the inverse, as training does it."""
+    x = x * inverse_scale
+    if symmetric:
+        return numerics.round_to_grid(x, levels, kind)
+    level = jnp.clip(jnp.round(x), -zero, 2 * levels.max_value + 1 - zero)
+    return jnp.where(levels.passthrough > 0, x, level)
 
 
-def check_bits(bits) -> None:
-    """Raises ValueError unless every bit-width is a whole number from 2 to 8 (nothing to check while tracing)."""
-    if isinstance(bits, jax.core.Tracer):
-        return
-    for b in jnp.atleast_1d(jnp.asarray(bits)).tolist():
-        if b != int(b) or not MIN_BITS <= b <= MAX_BITS:
-            raise ValueError(f"bits={b:g}: must be a whole number from {MIN_BITS} to {MAX_BITS}")
+def inverse(scale):
+    """1 / scale, and 0 for the scale 0 of a block whose stored scale underflowed."""
+    return jnp.where(scale == 0, 0.0, 1 / scale)
+
+
+def quantize(kernel_IxO, grid: Grid, kind: formats.Kind = INTEGER, symmetric: bool = True):
+    """Round to nearest: (dequantized kernel, levels), both (in, out)."""
+    groups = grid.scale_GxO.shape[0]
+    value, level = _round_groups(_grouped(kernel_IxO, kernel_IxO.shape[0] // groups), grid, kind, symmetric)
+    return value.reshape(kernel_IxO.shape), level.reshape(kernel_IxO.shape)
+
+
+def _grouped(kernel_IxO, size):
+    return kernel_IxO.reshape(-1, size, kernel_IxO.shape[1])
+
+
+def _round_groups(w_GxSxO, grid, kind, symmetric):
+    scale, zero = grid.scale_GxO[:, None], grid.zero_GxO[:, None]
+    level = nearest_level(w_GxSxO, inverse(scale), zero, grid.levels, kind, symmetric)
+    return level * scale, level

@@ -1,17 +1,23 @@
 """Round to nearest: the post-training quantization that looks at the kernel alone, and the yardstick for the others."""
 
+import jax
 import jax.numpy as jnp
 
+from precision_scaling import formats
 from precision_scaling.ptq import grid
 
 
 def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool = True, clip: bool = False):
-    """The kernel (in, out) rounded to the nearest level of its grid at `bits` (scalar, 2 to 8, traced or not).
+    """The kernel (in, out) rounded to the nearest level of its grid: the dequantized kernel (in, out) in float32.
 
-    Returns the dequantized kernel (in, out) in at least float32. Raises ValueError for a bad bit-width or group size.
+    bits: a bit-width (2 to 15 are integers, 16 and above pass through), traced or not, or a format ('e2m1', 'nvfp4').
+    Raises FormatError for an unknown format and UserError for a group size, asymmetry or clip that it can't have.
     """
-    grid.check_bits(bits)
-    kernel_IxO = jnp.asarray(kernel)
-    kernel_IxO = kernel_IxO.astype(jnp.promote_types(kernel_IxO.dtype, jnp.float32))
-    found = grid.find(kernel_IxO, bits, group_size=group_size, symmetric=symmetric, clip=clip)
-    return grid.quantize(kernel_IxO, found)[0]
+    if isinstance(bits, str | formats.Format):
+        levels, kind = grid.stack([bits])
+        levels = jax.tree.map(lambda field: field[0], levels)
+    else:
+        levels, kind = grid.integer_levels(bits), grid.INTEGER
+    kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
+    found = grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
+    return grid.quantize(kernel_IxO, found, kind, symmetric)[0]
