@@ -1,51 +1,66 @@
 """Fits a scaling law to a table of measured losses: `python -m analysis.fit --runs=runs.csv --law=NAME --out=fit.json`.
 
-A Fit holds the constants, their intervals, what the table could not tell, and everything needed to repeat it.
+A Fit holds the constants, their intervals, what the table could not tell, and everything needed to repeat it. Its
+search and its checks are in search.py and identify.py.
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import math
+import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from analysis import laws
-from analysis.law import Law
-from analysis.table import Table
+from analysis import table as tables
+from analysis.identify import Identifiability, identify
+from analysis.law import PRECISION_COLUMNS, Law, LawError
+from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
+from analysis.search import LARGE_TABLE, Best, bootstrap, few_runs, search
+from precision_scaling import errors
+from precision_scaling.results import atomic_write
 
+__all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
 
-class FitError(ValueError):
-    """A fit that cannot be made or read: too few rows, an unknown option, a file that is not a fit."""
+MIXING = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
+AT_BOUND = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """A fitted law. The first ten fields are the contract of fit.json, in its order.
 
-    `params` holds None for a constant that the table does not inform: `refused` says why, and `values` holds the number that
-    stood in for it, so that predictions at the table's own settings remain right.
+    `params` holds None for a constant that the table does not inform: `refused` says why, and `values` holds the number
+    that stood in for it, so that predictions at the table's own settings remain right. An end of `ci` is None where the
+    bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap.
     """
 
     law: str
     params: Mapping[str, float | None]
     ci: Mapping[str, tuple[float | None, float | None]]
-    r2: float
-    objective: float
+    r2: float | None
+    objective: float | None
     n: int
     starts: int
     seconds: float
     columns: tuple[str, ...]
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)  # parameter -> why it is not reported
-    notes: tuple[str, ...] = ()  # weakly identified parameters, bounds reached, confounded parameters: in words
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    starts_at_best: float = 0.0  # share of starts that ended at the best objective
+    notes: tuple[str, ...] = ()  # weakly identified parameters, bounds reached, mixed rows: in words
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # reason -> rows
+    starts_at_best: float | None = None  # share of the starts that ended at the best objective
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     identifiability: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reporting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    samples: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # bootstrap draws, all parameters
+    samples: Mapping[str, tuple[float, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # bootstrap draws of all constants
 
     def predict(self, **columns) -> np.ndarray:
         """Loss (or δ) of the fitted law at the given columns."""
@@ -61,21 +76,30 @@ class Fit:
             raw = json.loads(text)
         except json.JSONDecodeError as err:
             raise FitError(f"not JSON: {err}") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
+        if (
+            not isinstance(raw, dict)
+            or not isinstance(raw.get("law"), str)
+            or not isinstance(raw.get("params"), dict)
+        ):
             raise FitError('a fit needs "law": name and "params": {name: value}')
-        fallback = {"ci": {}, "r2": float("nan"), "objective": float("nan"), "n": 0, "starts": 0, "seconds": 0.0, "columns": ()}
-        fields = {f.name for f in dataclasses.fields(cls)}
-        known = {**fallback, **{k: v for k, v in raw.items() if k in fields}}
-        law = laws.resolve(known["law"], known["params"])
-        for name in known["params"]:
+        for name, value in raw["params"].items():
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                raise FitError(f"parameter {name} is {value!r}: it must be a number or null")
+        law = laws.resolve(raw["law"], raw["params"])
+        for name in raw["params"]:
             law.parameter(name)
+        empty = {"ci": {}, "r2": None, "objective": None, "n": 0, "starts": 0, "seconds": 0.0, "columns": law.columns}
+        fields = {**empty, **{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}}
         for name in ("columns", "notes"):
-            known[name] = tuple(known.get(name, ()))
-        known["ci"] = {k: tuple(v) for k, v in known["ci"].items()}
-        known["samples"] = {k: tuple(v) for k, v in known.get("samples", {}).items()}
-        if not known.get("values"):
-            known["values"] = {k: v for k, v in known["params"].items() if v is not None}
-        return cls(**known)
+            fields[name] = tuple(fields.get(name, ()))
+        for name in ("ci", "samples"):
+            fields[name] = {key: tuple(value) for key, value in fields.get(name, {}).items()}
+        fields["values"] = fields.get("values") or {k: v for k, v in fields["params"].items() if v is not None}
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Writes fit.json in one step, so that a reader never sees half a file."""
+        atomic_write(Path(path), self.to_json())
 
 
 def load(path: str | Path) -> Fit:
@@ -84,37 +108,310 @@ def load(path: str | Path) -> Fit:
         return Fit.from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as err:
         raise FitError(f"cannot read fit {path}: {err}") from None
-    except (FitError, laws.LawError) as err:
+    except (FitError, LawError) as err:
         raise FitError(f"{path} is not a fit: {err}") from None
 
 
 def published(law: str) -> Fit:
-    """The law's published constants as a Fit without data."""
+    """The law's published constants as a Fit without data. Raises FitError where some are not published."""
     law = laws.get(law)
     missing = [p.name for p in law.params if p.published is None and p.default is None]
     if missing:
         raise FitError(f"law {law.name}: no published value of {', '.join(missing)}")
     values = law.values(law.published)
-    nan = float("nan")
-    return Fit(law.name, values, {}, nan, nan, 0, 0, 0.0, law.columns, values, reporting={"source": law.source})
+    return Fit(law.name, values, {}, None, None, 0, 0, 0.0, law.columns, values, reporting={"source": law.source})
 
 
 def fit(
     law: str | Law,
-    table: Table,
+    table: tables.Table,
+    options: Options | None = None,
     *,
     starts: int | None = None,
-    bootstrap: int = 0,
+    bootstrap_resamples: int = 0,
     level: float = 0.95,
-    fixed: Mapping[str, float] | None = None,
-    tied: Mapping[str, str] | None = None,
-    biased: bool = True,
-    loss: str = "huber",
-    huber_delta: float = 1e-3,
-    stages: str = "joint",
-    delta_residual: str | None = None,
+    profile: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> Fit:
-    """Fit `law` to `table`."""
-    raise NotImplementedError("the fitting engine is not there yet")
+    """Fit `law` to `table`: best of `starts` starts (None: 512), `bootstrap_resamples` resamples of the runs for `ci`.
+
+    `profile` False skips the profile likelihoods, and with them the verdicts that need one. The same arguments give
+    the same fit. Raises FitError where the table does not allow the law.
+    """
+    began = time.monotonic()
+    setup = set_up(law, table, options)
+    best = search(setup, starts, seed, progress)
+    verdict = identify(setup, best.theta_F, profile and setup.problem.rows <= LARGE_TABLE, level)
+    draws: list[dict[str, float]] = []
+    if bootstrap_resamples:
+        draws = [
+            setup.values(theta_F) for theta_F in bootstrap(setup, best.theta_F, bootstrap_resamples, seed, progress)
+        ]
+    values = setup.values(best.theta_F)
+    refused = {**setup.refused, **verdict.refused}
+    for follower, leader in setup.tied.items():
+        if leader in refused:
+            refused[follower] = refused[leader]
+    samples = {name: tuple(float(f"{d[name]:.8g}") for d in draws) for name in setup.law.names} if draws else {}
+    fitted = {*setup.free, *setup.tied}
+    ci = {}
+    for name in setup.law.names if draws else ():
+        ci[name] = (
+            _interval(setup, name, samples[name], level) if name in fitted and name not in refused else (None, None)
+        )
+    return Fit(
+        law=setup.law.name,
+        params={name: None if name in refused else value for name, value in values.items()},
+        ci=ci,
+        r2=_metrics(setup, best.theta_F)["r2"],
+        objective=best.objective,
+        n=setup.problem.rows,
+        starts=best.starts,
+        seconds=round(time.monotonic() - began, 3),
+        columns=setup.law.columns,
+        values=values,
+        refused=refused,
+        notes=(*verdict.notes, *_mixed(setup), *_selection(setup)),
+        left_out=setup.left_out,
+        starts_at_best=best.share,
+        metrics=_metrics(setup, best.theta_F),
+        identifiability=_identifiability(verdict),
+        reporting=_reporting(setup, best, table, bootstrap_resamples, level, seed),
+        samples=samples,
+    )
+
+
+def _interval(setup: Setup, name: str, draws: tuple[float, ...], level: float) -> tuple[float | None, float | None]:
+    """Percentile interval; an end at the bound of the parameter is no end."""
+    parameter = setup.law.parameter(name)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    open_low = low <= parameter.lower * (1 + AT_BOUND) + AT_BOUND * (parameter.lower == 0)
+    return (None if open_low else float(low), None if high >= parameter.upper * (1 - AT_BOUND) else float(high))
+
+
+def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
+    """1 - residual over total sum of squares; None where nothing varies."""
+    total = float(np.sum((observed - observed.mean()) ** 2))
+    return 1 - float(np.sum((observed - predicted) ** 2)) / total if total > 0 else None
+
+
+def _metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
+    """R² on the target in nats (loss, or δ for a law of δ) and on its log, and errors."""
+    observed, predicted = setup.observed_n, setup.predicted(theta_F)
+    out = {"r2": r_squared(observed, predicted), "mae": float(np.mean(np.abs(observed - predicted)))}
+    positive = (observed > 0) & (predicted > 0)
+    out["r2_log"] = r_squared(np.log(observed[positive]), np.log(predicted[positive])) if positive.any() else None
+    out["rmse"] = float(np.sqrt(np.mean((observed - predicted) ** 2)))
+    if setup.law.target == "loss" and setup.law.log_delta is not None:
+        after = setup.rows.quantized
+        measured = (setup.rows["loss"] - setup.rows["loss_before"])[after]
+        out["r2_delta"] = r_squared(measured, setup.predicted_delta(theta_F))
+    return out
+
+
+def _mixed(setup: Setup) -> tuple[str, ...]:
+    """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
+    notes = []
+    for name, column in setup.rows.columns.items():
+        if name in setup.law.columns or not any(word in name for word in MIXING):
+            continue
+        values = [v for v in dict.fromkeys(column) if v == v]
+        if 1 < len(values) <= 12:
+            shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
+            notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
+    return tuple(notes)
+
+
+def _selection(setup: Setup) -> tuple[str, ...]:
+    dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
+    if not dropped:
+        return ()
+    return (
+        f"{dropped} rows with delta <= 0 cannot enter a fit of log delta, which favours large delta: "
+        "--delta_residual=log_loss keeps them",
+    )
+
+
+def _identifiability(verdict: Identifiability) -> dict[str, Any]:
+    profile = {name: (interval.low, interval.high) for name, interval in verdict.profile.items()}
+    return {
+        "condition": min(verdict.condition, 1e300),
+        "profile": profile,
+        "at_bound": verdict.at_bound,
+        "weak": verdict.weak,
+    }
+
+
+def _reporting(
+    setup: Setup, best: Best, table: tables.Table, resamples: int, level: float, seed: int
+) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the fit."""
+    options, law = setup.options, setup.law
+    if options.loss == "huber":
+        loss = f"sum over rows of Huber's function with delta = {options.huber_delta:g}"
+    else:
+        loss = "half the sum of squares over rows"
+    residual = []
+    if law.log_loss is not None:
+        residual.append("rows before PTQ: log L predicted - log L measured")
+    if law.log_delta is not None:
+        if setup.delta_residual == "log_delta":
+            residual.append("rows after PTQ: log delta predicted - log delta measured")
+        else:
+            residual.append(
+                "rows after PTQ: log(measured loss of the run before PTQ + delta predicted) - log L measured: the "
+                "noise of a run enters once, and zero or negative delta count"
+            )
+    if resamples == 0:
+        intervals = "none (no bootstrap)"
+    else:
+        how = (
+            "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
+        )
+        how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
+        intervals = (
+            f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"
+        )
+    return {
+        "formula": law.formula,
+        "source": law.source,
+        "form": "biased" if options.biased else "unbiased (biases 0)",
+        "stages": options.stages,
+        "free": setup.free,
+        "fixed": {**{k: v for k, v in setup.constants.items() if k not in setup.refused}},
+        "tied": dict(setup.tied),
+        "loss": loss,
+        "residuals": residual,
+        "optimizer": "iteratively reweighted Levenberg-Marquardt, float64, batched over starts; best start kept",
+        "start_grid": {name: law.parameter(name).grid for name in setup.free},
+        "starts_competed_on_rows": best.sampled_rows,
+        "intervals": intervals,
+        "runs": int(setup.run_n.max()) + 1,
+        "rows_before_ptq": int(np.count_nonzero(~setup.rows.quantized)),
+        "rows_after_ptq": int(np.count_nonzero(setup.rows.quantized)),
+        "N": "column N of the table (this project counts parameters without embeddings)",
+        "C": "6/16 N D P FLOP-equivalents, P the mean training precision; not used by the fit",
+        "checkpoints": "every row of the table, less those left out; one loss per run before PTQ",
+        "bits": "bf16 and wider count as the P in the table, 16 or more, in the formula too",
+        "ranges": {
+            name: (float(np.nanmin(setup.rows[name])), float(np.nanmax(setup.rows[name])))
+            for name in ("N", "D", *PRECISION_COLUMNS, "P_post")
+            if not np.isnan(setup.rows[name]).all()
+        },
+        "table": table.source,
+        "table_sha256": table.sha256,
+        "seed": seed,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "numpy", "scipy")},
+        "python": platform.python_version(),
+    }
+
+
+def summary(fit: Fit) -> str:
+    """The fit as text: every constant with its interval or the reason why it has none, quality, and rows left out."""
+    lines = [f"{fit.law}: {fit.reporting['formula']}", ""]
+    width = max(len(name) for name in fit.params)
+    for name, value in fit.params.items():
+        low, high = fit.ci.get(name, (None, None))
+        if name in fit.refused:
+            lines.append(f"  {name:<{width}}  not told by this table: {fit.refused[name]}")
+            continue
+        interval = ""
+        if name in fit.reporting["fixed"]:
+            interval = "fixed"
+        elif name in fit.ci:
+            low, high = ("open" if end is None else f"{end:.5g}" for end in (low, high))
+            interval = f"[{low}, {high}]"
+        tied = fit.reporting["tied"].get(name)
+        lines.append(f"  {name:<{width}}  {value:<12.6g} {interval}{f'  (= {tied})' if tied else ''}".rstrip())
+    target = "delta" if laws.get(fit.law).target == "delta" else "loss"
+    quality = "R2 undefined (nothing varies)" if fit.r2 is None else f"R2 {fit.r2:.5f} of the {target}"
+    runs, share = fit.reporting["runs"], fit.starts_at_best
+    lines += [
+        "",
+        f"{quality}, objective {fit.objective:.6g}, {fit.n} rows of {runs} runs",
+        f"{share:.1%} of {fit.starts} starts reached the best optimum; {fit.seconds:.1f} s",
+        f"intervals: {fit.reporting['intervals']}",
+        tables.describe(fit.left_out),
+        *(f"note: {note}" for note in fit.notes),
+    ]
+    return "\n".join(lines)
+
+
+_RUNS = flags.DEFINE_string("runs", None, "Table of measured losses (runs.csv).")
+_LAW = flags.DEFINE_string("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
+_OUT = flags.DEFINE_string("out", None, "Where to write fit.json.")
+_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0)
+_STARTS = flags.DEFINE_integer("starts", None, "Starts of the search (512 by default).", lower_bound=1)
+_WHERE = flags.DEFINE_multi_string("where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.")
+_FIXED = flags.DEFINE_list("fixed", [], "Parameters held at a value: name=value,...")
+_TIED = flags.DEFINE_list("tied", [], "Parameters that follow another: beta=alpha,...")
+_BIASED = flags.DEFINE_bool("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
+_LOSS = flags.DEFINE_enum("loss", "huber", LOSSES, "What is minimized, of log residuals.")
+_HUBER_DELTA = flags.DEFINE_float("huber_delta", 1e-3, "Where Huber's function turns linear, in log units.")
+_DELTA_RESIDUAL = flags.DEFINE_enum(
+    "delta_residual", None, DELTA_RESIDUALS, "What rows after PTQ compare (log_delta for ptq, log_loss for unified)."
+)
+_STAGES = flags.DEFINE_enum(
+    "stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way)."
+)
+_LEVEL = flags.DEFINE_float("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
+_PROFILE = flags.DEFINE_bool("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the starts and the bootstrap.")
+
+
+def pairs(flag: str, entries: list[str]) -> dict[str, str]:
+    """`name=value` entries as a dict. Raises FitError on anything else."""
+    out = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.strip() or not value.strip() or name.strip() in out:
+            raise FitError(f"--{flag}={entry}: allowed is name=value, each name once")
+        out[name.strip()] = value.strip()
+    return out
+
+
+def _fixed() -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in pairs("fixed", _FIXED.value).items()}
+    except ValueError as err:
+        raise FitError(f"--fixed={','.join(_FIXED.value)}: {err}") from None
+
+
+def main(argv) -> None:
+    del argv
+    for flag in (_RUNS, _LAW, _OUT):
+        if flag.value is None:
+            raise FitError(f"--{flag.name} is required")
+    laws.get(_LAW.value)
+    table = tables.load(_RUNS.value).where(**pairs("where", _WHERE.value))
+    options = Options(
+        fixed=_fixed(),
+        tied=pairs("tied", _TIED.value),
+        biased=_BIASED.value,
+        loss=_LOSS.value,
+        huber_delta=_HUBER_DELTA.value,
+        delta_residual=_DELTA_RESIDUAL.value,
+        stages=_STAGES.value,
+    )
+    result = fit(
+        _LAW.value,
+        table,
+        options,
+        starts=_STARTS.value,
+        bootstrap_resamples=_BOOTSTRAP.value,
+        level=_LEVEL.value,
+        profile=_PROFILE.value,
+        seed=_SEED.value,
+        progress=True,
+    )
+    try:
+        result.save(_OUT.value)
+    except OSError as err:
+        raise FitError(f"--out={_OUT.value} cannot be written: {err.strerror}") from None
+    print(summary(result))
+    print(f"written: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from precision_scaling.errors import UserError
+
 Values = Mapping[str, Any]
 LogFunction = Callable[[Values, Values, Any], Any]
 
@@ -18,7 +20,7 @@ PRECISION_COLUMNS = ("P_w", "P_a", "P_kv")
 MIN_FRACTION = 1e-3  # f_x is clipped here: below its zero the paper's runs diverge, and log f must stay finite
 
 
-class LawError(ValueError):
+class LawError(UserError):
     """A law, parameter or column that does not exist, is missing or is out of range."""
 
 
@@ -27,8 +29,9 @@ class Parameter:
     """One constant of a law.
 
     `log` parameters are positive and fitted as their logarithm. `grid` holds the values that starts are drawn from.
-    `default` is the value where a set of constants leaves the parameter out; `held` the value that switches its effect off
-    (used where no row informs it). `fit` is False for a parameter that is redundant with another: it stays at its default.
+    `default` is the value where a set of constants leaves the parameter out; `held` the value that switches its
+    effect off (used where no row informs it). `fit` is False for a parameter that is redundant with another: it stays
+    at its default.
     """
 
     name: str
@@ -140,11 +143,11 @@ def log_power_law(amplitude, exponent, count, xp=np):
 
 
 def log_sum(xp, *log_terms):
-    """log Σ exp(term), stable."""
-    total = log_terms[0]
+    """log Σ exp(term). Bounds keep terms far from float64's overflow, so no shift is needed (it costs twice)."""
+    total = xp.exp(log_terms[0])
     for term in log_terms[1:]:
-        total = xp.logaddexp(total, term)
-    return total
+        total = total + xp.exp(term)
+    return xp.log(total)
 
 
 def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:

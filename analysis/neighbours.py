@@ -29,7 +29,9 @@ def _log_floor(p, n, d, xp):
 
 
 def _qid(p, c, xp):
-    return xp.log(p["k"]) + p["beta"] * xp.log(c["D"]) - p["alpha"] * xp.log(c["N"]) - p["gamma"] * xp.log(c["P_post"])
+    return (
+        xp.log(p["k"]) + p["beta"] * xp.log(c["D"]) - p["alpha"] * xp.log(c["N"]) - p["gamma"] * xp.log(c["P_post"])
+    )
 
 
 QID = Law(
@@ -44,7 +46,11 @@ QID = Law(
     ),
     ("N", "D", "P_post"),
     log_delta=_qid,
-    needs=(Need("N", 2, ("alpha",), "delta"), Need("D", 2, ("beta",), "delta"), Need("P_post", 2, ("gamma",), "delta")),
+    needs=(
+        Need("N", 2, ("alpha",), "delta"),
+        Need("D", 2, ("beta",), "delta"),
+        Need("P_post", 2, ("gamma",), "delta"),
+    ),
     high_precision_only=True,
 )
 
@@ -82,7 +88,9 @@ FLOATING_POINT = Law(
         Parameter("d", 1e-6, 1e30, (148.4, 22026.0, 3.269e6), True, "nats · tokens^beta", 68973.0621, held=1e-6),
         Parameter("beta", 0.0, 3.0, (0.1, 0.3, 0.6), published=0.5162, held=0.5),
         Parameter("epsilon", 1e-3, 30.0, (0.3679, 1.0, 2.7183), True, "nats per token", 1.9061, held=1e-3),
-        Parameter("gamma", 1e-10, 1e30, (1e2, 1e4, 1e6), True, "tokens^beta / parameters^alpha", 11334.5197, held=1e30),
+        Parameter(
+            "gamma", 1e-10, 1e30, (1e2, 1e4, 1e6), True, "tokens^beta / parameters^alpha", 11334.5197, held=1e30
+        ),
         Parameter("delta", 0.0, 20.0, (1.0, 3.0), published=3.1926, held=0.0),
         Parameter("nu", 0.0, 20.0, (1.0, 3.0), published=2.9543, held=0.0),
     ),
@@ -127,7 +135,7 @@ def _one_low_precision(c) -> str | None:
 
 QAT = Law(
     "qat",
-    "L = A N^-alpha + B D^-beta + E + k D^gamma_D (log2 group_size)^gamma_G / N^gamma_N, the last where P_w or P_a < 16",
+    "L = A N^-alpha + B D^-beta + E + k D^gamma_D (log2 group_size)^gamma_G / N^gamma_N, the last if P_w or P_a < 16",
     "Chen et al., arXiv 2505.14302; constants of the quantization error at W4A4",
     (
         *chinchilla_parameters({}),
@@ -154,7 +162,9 @@ QAT = Law(
 def precision_labels(columns) -> tuple[str, ...]:
     """One label per combination of training precisions below 16 bits, such as 'w4_a4' or 'kv3', in sorted order."""
     combinations = np.unique(np.stack([np.ravel(columns[c]) for c in PRECISION_COLUMNS], axis=1), axis=0)
-    labels = ("_".join(f"{x}{bits:g}" for x, bits in zip(PARTS, row, strict=True) if bits < 16) for row in combinations)
+    labels = (
+        "_".join(f"{x}{bits:g}" for x, bits in zip(PARTS, row, strict=True) if bits < 16) for row in combinations
+    )
     return tuple(label for label in labels if label)
 
 

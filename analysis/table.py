@@ -12,14 +12,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from precision_scaling.errors import UserError
+
 COUNTS = ("N", "D")
 PRECISIONS = ("P_w", "P_a", "P_kv")
 NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
-SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size")  # with every text column: what makes two rows repeats
+SETTINGS = (
+    *COUNTS,
+    *PRECISIONS,
+    "P_post",
+    "seed",
+    "group_size",
+)  # with every text column: what makes two rows repeats
+METHOD_COLUMNS = ("method", "ptq_method")
 HIGH_PRECISION_BITS = 16.0
 
 
-class TableError(ValueError):
+class TableError(UserError):
     """A table that cannot be used: unreadable, a required column missing, or no usable row."""
 
 
@@ -52,18 +61,25 @@ class Table:
         return dataclasses.replace(self, columns={k: v[mask] for k, v in self.columns.items()}, left_out=left_out)
 
     def where(self, **values: str) -> "Table":
-        """The rows whose column equals the value (compared as numbers where both are); the others count as left out."""
+        """The rows whose column equals the value (or one of several, `a|b`); the others count as left out.
+
+        Numbers compare as numbers. Rows before PTQ stay where the column is empty there, as the PTQ method is.
+        """
         table = self
         for name, value in values.items():
             column = table[name]
             if np.issubdtype(column.dtype, np.number):
                 try:
-                    mask = column == float(value)
+                    mask = np.isin(column, [float(v) for v in str(value).split("|")])
                 except ValueError:
                     raise TableError(f"column {name} holds numbers, asked for {value!r}") from None
+                empty = np.isnan(column)
             else:
-                mask = column.astype(str) == str(value)
-            if not mask.any():
+                mask = np.isin(column.astype(str), str(value).split("|"))
+                empty = column.astype(str) == ""
+            if mask.any():
+                mask |= empty & ~table.quantized
+            else:
                 seen = sorted({str(v) for v in column})
                 raise TableError(f"{self.source}: no row has {name}={value}; it holds {', '.join(seen[:12])}")
             table = table.select(mask, f"{name} is not {value}")
@@ -78,6 +94,18 @@ class Table:
     def high_precision(self) -> np.ndarray:
         """True for rows of runs trained with 16 bits or more in every part."""
         return np.all([self[c] >= HIGH_PRECISION_BITS for c in PRECISIONS], axis=0)
+
+    def one_method(self) -> "Table":
+        """The rows before PTQ and those of one PTQ method: GPTQ, the paper's, if there, else the one with most rows."""
+        column = next((name for name in METHOD_COLUMNS if name in self), None)
+        if column is None:
+            return self
+        names = self[column].astype(str)
+        seen = Counter(names[self.quantized])
+        if len(seen) < 2:
+            return self
+        main = next((name for name in seen if name.lower() == "gptq"), seen.most_common(1)[0][0])
+        return self.select(~self.quantized | (names == main), f"PTQ by another method than {main}")
 
     def before_ptq(self) -> "Table":
         """The rows measured before PTQ (P_post empty)."""
@@ -129,7 +157,9 @@ def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
         raise TableError(f"{source}: column {repeated[0]} appears more than once")
     missing = [name for name in ("N", "D", "loss") if name not in frame]
     if missing:
-        raise TableError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}")
+        raise TableError(
+            f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}"
+        )
     if frame.empty:
         raise TableError(f"{source}: the table has no rows")
     for name in PRECISIONS:
@@ -169,7 +199,9 @@ def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
         if name not in columns:
             values, text = _numbers(frame[name])
             numeric = not text.any() and not np.isnan(values).all()
-            columns[name] = values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
+            columns[name] = (
+                values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
+            )
 
     order = ["run", *(n for n in NUMERIC), *(n for n in columns if n not in NUMERIC and n != "run")]
     checked = pd.DataFrame({name: columns[name] for name in order})

@@ -1,0 +1,196 @@
+"""What a table can and cannot tell about a law's parameters: from the curvature at the optimum and from profiles.
+
+A parameter that no row informs would keep its start value, so fit.py refuses it; a weakly informed one is named in
+words.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+from analysis.optimize import huber, jacobian, residuals, solve
+from analysis.problem import Setup, Stage, to_theta
+
+NOISE_FLOOR = 1e-8  # of a log loss: tables are printed to about this, so smaller residuals say nothing more
+WIDE = {"E": 1.5}  # ratio of the ends of an interval past which a positive parameter is called weakly identified
+WIDE_OTHERWISE = 10.0
+INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row informs a parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Profile-likelihood interval of one parameter; None where the objective stays low up to the bound on that side."""
+
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Identifiability:
+    """Verdicts on the free parameters: condition number of the scaled curvature, profiles, refusals, and notes in
+    words.
+    """
+
+    condition: float
+    profile: dict[str, Profile]
+    at_bound: tuple[str, ...]
+    weak: tuple[str, ...]
+    refused: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient of the objective by run (runs, F), and its expected second derivative (F, F), on the stage's rows."""
+    residual_n = residuals(setup.problem, theta_F)
+    jacobian_nxF = jacobian(setup.problem, theta_F) * stage.rows_n[:, None]
+    delta = setup.problem.huber_delta
+    score_nxF = np.clip(residual_n, -delta, delta)[:, None] * jacobian_nxF
+    score_rxF = np.zeros((setup.run_n.max() + 1, len(theta_F)))
+    np.add.at(score_rxF, setup.run_n, score_nxF)
+    return score_rxF, jacobian_nxF.T @ jacobian_nxF * _mean_slope(residual_n[stage.rows_n], delta)
+
+
+def _mean_slope(residual_n: np.ndarray, delta: float) -> float:
+    """Mean of the second derivative of Huber's function: the share of residuals within delta.
+
+    Where delta is below the median residual few rows lie within, so the share is taken from the density up to the
+    median.
+    """
+    middle = float(np.median(np.abs(residual_n)))
+    if middle <= delta:
+        return float(np.mean(np.abs(residual_n) <= delta))
+    return 0.5 * delta / middle
+
+
+def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: float = 0.95) -> Identifiability:
+    """Judges every free parameter at the optimum theta."""
+    condition, intervals, refused, notes = 1.0, {}, {}, []
+    for stage in setup.stages:
+        fits = np.flatnonzero(stage.fits_F)
+        sensitivity_nxF = jacobian(setup.problem, theta_F)[stage.rows_n][:, fits] * setup.problem.scale_F[fits]
+        size_F = np.sqrt(np.sum(sensitivity_nxF**2, axis=0))
+        dead = size_F <= INFORMED * size_F.max()
+        for j in fits[dead]:
+            refused[setup.free[j]] = "no row's prediction depends on it at the optimum"
+        alive = fits[~dead]
+        unit = sensitivity_nxF[:, ~dead] / size_F[~dead]
+        _, singular, directions = np.linalg.svd(unit, full_matrices=False)
+        stage_condition = float((singular[0] / max(singular[-1], 1e-300)) ** 2)
+        condition = max(condition, stage_condition)
+        if stage_condition > 1e6:
+            mixed = [
+                setup.free[alive[k]] for k in np.argsort(-np.abs(directions[-1])) if abs(directions[-1][k]) > 0.2
+            ]
+            notes.append(
+                f"{', '.join(mixed)} trade off almost freely (condition number {stage_condition:.1e}): "
+                "judge them by predictions, not one by one"
+            )
+        if profile:
+            intervals.update(_profiles(setup, theta_F, stage, alive, level))
+
+    at_bound, weak = [], []
+    for j, name in enumerate(setup.free):
+        parameter = setup.law.parameter(name)
+        ends = [
+            side
+            for side in ("lower", "upper")
+            if abs(theta_F[j] - to_theta(parameter, getattr(parameter, side))) < 1e-6
+        ]
+        if ends and name not in refused:
+            at_bound.append(name)
+            notes.append(f"{name} ended at its {ends[0]} bound, {getattr(parameter, ends[0]):g}")
+        span = intervals.get(name)
+        if span is None or name in refused:
+            continue
+        if span.low is None and span.high is None:
+            refused[name] = "the fit is as good with any value of it (profile flat from bound to bound)"
+        elif span.low is None or span.high is None:
+            weak.append(name)
+            known, end = ("below", span.high) if span.low is None else ("above", span.low)
+            notes.append(
+                f"{name} is weakly identified: the rows only say that it is {known} {end:.4g} ({level:.0%} profile)"
+            )
+        elif parameter.log and span.high / span.low > WIDE.get(name, WIDE_OTHERWISE):
+            weak.append(name)
+            notes.append(
+                f"{name} is weakly identified: {span.low:.4g} to {span.high:.4g} fit alike ({level:.0%} profile)"
+            )
+    confounded = [name for name in refused if name in intervals]
+    if len(confounded) > 1:
+        notes.append(f"{', '.join(confounded)} cannot be told apart by these rows: fix or tie some of them")
+    return Identifiability(condition, intervals, tuple(at_bound), tuple(weak), refused, tuple(notes))
+
+
+def _profiles(setup: Setup, theta_F: np.ndarray, stage: Stage, which: np.ndarray, level: float) -> dict[str, Profile]:
+    """The interval of every parameter in `which` within which the objective, minimized over the others, stays below
+    threshold.
+    """
+    problem = setup.problem
+    score_rxF, curvature_FxF = score_and_curvature(setup, theta_F, stage)
+    used = score_rxF[np.unique(setup.run_n[stage.rows_n])][:, which]
+    runs, dof = len(used), max(len(used) - len(which), 1)
+    curvature = curvature_FxF[np.ix_(which, which)]
+    unit = 1 / np.sqrt(np.maximum(np.diagonal(curvature), 1e-300))
+    inverse = np.linalg.pinv(curvature * unit[:, None] * unit[None], rcond=1e-13) * unit[:, None] * unit[None]
+    sandwich = inverse @ (used.T @ used) @ inverse * runs / dof
+    # scale that turns twice the rise of a profile into a chi-square: mean ψ² over mean ψ', by run where rows move
+    # together
+    residual_n = residuals(problem, theta_F)[stage.rows_n]
+    psi = np.clip(residual_n, -problem.huber_delta, problem.huber_delta)
+    slope = _mean_slope(residual_n, problem.huber_delta)
+    by_row = max(float(np.mean(psi**2)), NOISE_FLOOR**2) * len(psi) / max(len(psi) - len(which), 1) / slope
+    by_run = np.diagonal(sandwich) / np.maximum(np.diagonal(inverse), 1e-300)
+    rise_F = 0.5 * stats.f.ppf(level, 1, dof) * np.maximum(by_row, by_run)
+    error_F = np.sqrt(np.maximum(np.diagonal(inverse) * np.maximum(by_row, by_run), 1e-24))
+
+    starts, frozen, points = [], [], []
+    frozen_stage = ~stage.fits_F
+    for k, j in enumerate(which):
+        steps = np.concatenate(
+            [error_F[k] * np.array([0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 10]), problem.scale_F[j] * 3.0 ** np.arange(-2, 4)]
+        )
+        response = inverse[:, k] / max(inverse[k, k], 1e-300)  # how the others follow, to first order
+        for sign, bound in ((-1, problem.lower_F[j]), (1, problem.upper_F[j])):
+            values = np.unique(
+                np.append(np.clip(theta_F[j] + sign * steps, problem.lower_F[j], problem.upper_F[j]), bound)
+            )
+            for value in values[values != theta_F[j]]:
+                moved = theta_F.copy()
+                moved[which] += response * (value - theta_F[j])
+                moved[j] = value
+                plain = theta_F.copy()
+                plain[j] = value
+                for start in (moved, plain):
+                    starts.append(start)
+                    frozen.append(frozen_stage | (np.arange(len(theta_F)) == j))
+                points.append((k, sign, value))
+    found = solve(problem, np.array(starts), stage.rows_n.astype(float)[None], None, np.array(frozen), iterations=100)
+    least = float(np.sum(huber(residual_n, problem.huber_delta)))
+    rise_of_point = found.objective_S.reshape(-1, 2).min(axis=1) - least
+    out = {}
+    for k, j in enumerate(which):
+        ends = []
+        for sign in (-1, 1):
+            side = sorted(
+                (abs(value - theta_F[j]), value, rise)
+                for (at, to, value), rise in zip(points, rise_of_point, strict=True)
+                if at == k and to == sign
+            )
+            ends.append(_crossing(theta_F[j], side, rise_F[k]))
+        parameter = setup.law.parameter(setup.free[j])
+        low, high = ((None if end is None else float(np.exp(end) if parameter.log else end)) for end in ends)
+        out[setup.free[j]] = Profile(low, high)
+    return out
+
+
+def _crossing(center: float, side: list[tuple[float, float, float]], rise: float) -> float | None:
+    """Where the profile first exceeds `rise` on one side, its square root interpolated; None where it never does."""
+    before, height = center, 0.0
+    for _, value, risen in side:
+        root = math.sqrt(max(risen, 0.0))
+        if risen > rise:
+            return before + (value - before) * (math.sqrt(rise) - height) / (root - height)
+        before, height = value, root
+    return None
