@@ -246,6 +246,15 @@ def test_damaged_token_files_and_leftovers_of_a_killed_writer_are_replaced(tmp_p
     assert sorted(p.name for p in directory.parent.iterdir()) == sorted([directory.name, f"{directory.name}.lock"])
 
 
+def test_a_dataset_that_cannot_be_read_is_named_in_one_line(tmp_path, small_tree):
+    prepare(tmp_path, small_tree)
+    (records,) = tmp_path.rglob("*.array_record*")
+    records.write_bytes(b"\0" * records.stat().st_size)
+    with pytest.raises(DataError, match=r"^data\.name='python_stdlib/tree-") as error:
+        prepare(tmp_path, small_tree, split_seed=9)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_processes_that_prepare_at_once_all_get_the_same_whole_corpus(tmp_path, small_tree, small_bytes):
     options = OPTIONS | {"cache_dir": str(tmp_path), "root": str(small_tree)}
@@ -266,8 +275,14 @@ def test_processes_that_prepare_at_once_all_get_the_same_whole_corpus(tmp_path, 
         ({"tokenizer": "file:nowhere.json"}, ["data.tokenizer='file:nowhere.json'", "no such file"]),
         ({"tokenizer": f"file:{__file__}"}, ["data.tokenizer='file:", "not a tokenizer.json"]),
         ({"validation_fraction": 0.0}, ["data.validation_fraction=0.0", "0 < fraction < 1"]),
-        ({"validation_fraction": 1e-12}, ["data.validation_fraction=1e-12", "validation side", "40 distinct"]),
-        ({"validation_fraction": 1 - 1e-12}, ["train side", "lower it"]),
+        (
+            {"validation_fraction": 1e-12},
+            ["data.validation_fraction=1e-12", "no validation document", "40 distinct ones"],
+        ),
+        (
+            {"validation_fraction": 1 - 1e-12},
+            ["data.validation_fraction=0.999", "no train document", "40 distinct ones"],
+        ),
         ({"feature": "code"}, ["data.feature='code'", "['text', 'path']"]),
         ({"split": "test"}, ["data.split='test'", "['train']"]),
         ({"validation_split": "dev"}, ["data.validation_split='dev'", "['train']"]),

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -159,6 +160,7 @@ class Documents:
         with _one_line_errors(f"{split_option}={split!r}: {source.name} has the splits {sorted(builder.info.splits)}"):
             self._records = builder.as_data_source(split=split)
         self._feature = feature
+        self._where = f"data.name={source.name!r}: cannot read {source.dataset_dir} (delete it to prepare it again)"
         self.undecodable = int((builder.info.metadata or {}).get("undecodable_files", 0))
 
     def __len__(self) -> int:
@@ -166,7 +168,9 @@ class Documents:
 
     def __iter__(self) -> Iterator[bytes]:
         for start in range(0, len(self), _READ_BLOCK):
-            for record in self._records.__getitems__(list(range(start, min(start + _READ_BLOCK, len(self))))):
+            with _one_line_errors(self._where):
+                records = self._records.__getitems__(list(range(start, min(start + _READ_BLOCK, len(self)))))
+            for record in records:
                 yield record[self._feature]
 
 
@@ -180,6 +184,8 @@ def _prepared_builder(source: Source) -> Any:
         name = Path(source.dataset_dir).parent.name
         config = SourceTree(name=name, root=source.root, fingerprint=source.fingerprint)
         with exclusive(data_dir / f"{PYTHON_STDLIB}.lock"), _quiet_tfds():
+            for leftover in Path(source.dataset_dir).parent.glob("incomplete.*"):  # of a process that was killed
+                shutil.rmtree(leftover)
             builder = PythonStdlib(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         return builder

@@ -120,7 +120,7 @@ def _read(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
 
 def _order(purpose: str, seed: int, n_windows: int, start: int, stop: int) -> np.ndarray:
     """Positions start to stop - 1 of the endless stream of windows: int32 (stop - start,)."""
-    # Grain needs about 15 µs an index, and longer by 65536 / n_windows where there are fewer: no more than an epoch ahead.
+    # Grain needs about 15 µs an index, longer by 65536 / n_windows where there are fewer: at most an epoch at a time.
     size = min(_BLOCK, n_windows)
     first, last = start // size, -(-stop // size)
     blocks = [_order_block(purpose, seed, n_windows, i * size, size) for i in range(first, max(last, first + 1))]

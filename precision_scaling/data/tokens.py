@@ -180,12 +180,13 @@ def _write(directory: Path, documents: _Documents, options: dict[str, Any]) -> N
         )
         tokenizer.save(temporary / "tokenizer.json")
         meta = options | _write_tokens(temporary, documents, tokenizer)
-        for side, hint in (("train", "lower"), ("validation", "raise")):
+        for side in _SPLITS:
             if meta["documents"][side] == 0:
+                option = "validation_split" if options["validation_split"] else "validation_fraction"
                 raise DataError(
-                    f"data.validation_fraction={options['validation_fraction']}: the {side} side of {options['source']}"
-                    f" is empty ({sum(meta['documents'].values())} distinct documents); {hint} it, change"
-                    " data.split_seed, or name data.validation_split"
+                    f"data.{option}={options[option]!r}: no {side} document among the"
+                    f" {sum(meta['documents'].values())} distinct ones of {options['source']};"
+                    " choose another fraction, data.split_seed or split"
                 )
         meta["versions"] = {"python": platform.python_version(), "tokenizers": version("tokenizers")}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
