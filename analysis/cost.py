@@ -12,13 +12,15 @@ import re
 
 import numpy as np
 
+from precision_scaling.errors import UserError
+
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward and backward of a dense model (Kaplan et al. 2020), as in law 5 of the paper
 INFERENCE_FLOPS_PER_PARAMETER_TOKEN = 2.0  # the forward pass alone
 BASE_BITS = 16.0  # budgets are counted in FLOPs of this precision
 MAX_BITS = 32.0
 
 
-class CostError(ValueError):
+class CostError(UserError):
     """A cost that cannot be computed: an unknown format, a speed that is not positive, a precision without a speed."""
 
 

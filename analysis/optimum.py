@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from analysis.cost import CostModel, weight_bytes
+from precision_scaling.errors import UserError
 
 LINEAR_COST = CostModel()
 SMALLEST_N = 1e3  # parameters; below anything a law was fitted on, so that the bound never shapes a plan
@@ -22,7 +23,7 @@ ROUNDS = 60  # at most
 TOLERANCE = 1e-9  # of log N, log D and P (bits) at which the search ends
 
 
-class BudgetError(ValueError):
+class BudgetError(UserError):
     """A budget that no model can meet, or too few or too many quantities fixed."""
 
 

@@ -7,6 +7,7 @@ on more data, what the other precisions would give, and how far the answer lies 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -14,18 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy import optimize
 
+from analysis import command
 from analysis import surface as surfaces
 from analysis.cost import MAX_BITS, CostError, CostModel, bits_of_format
 from analysis.fit import Fit, FitError
-from analysis.law import HIGH_PRECISION_BITS, LawError
+from analysis.law import HIGH_PRECISION_BITS
 from analysis.optimum import Budget, BudgetError, Point, Surface, evaluate, minimize, precisions, turning_point
 from analysis.surface import SurfaceError
 from analysis.wording import count_label, interval_text
+from precision_scaling.results import atomic_write
 
-BAD_INPUT = (BudgetError, CostError, FitError, LawError, SurfaceError)
 ALTERNATIVES = tuple(float(bits) for bits in range(4, 17))  # bits compared at the same cost
 MOST_DRAWS = 200  # bootstrap samples whose own optimum is found
 LEVEL = (2.5, 97.5)  # percentiles of the intervals
@@ -60,9 +62,7 @@ class Plan:
 
 
 def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None, columns: dict | None = None) -> Plan:
-    """The best point of these fits under the budget, with intervals, alternatives and warnings. Raises one of
-    BAD_INPUT.
-    """
+    """The best point of these fits under the budget, with intervals, alternatives and warnings. Raises UserError."""
     fit = surfaces.loss_law(fits)
     warnings = []
     informed = surfaces.informed_parts(fit)
@@ -191,9 +191,7 @@ def _caveats(fits, budget: Budget, best: Point, parts, loss_ci) -> list[str]:
             if not name.startswith(("gamma_", "n_")) or name.split("_")[1] in ("D", "N", "post")
         ]
         if refused:
-            found.append(
-                f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used"
-            )
+            found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
         found += [f"{one.law}: {note}" for note in one.notes]
     if budget.p is None and not precisions(budget) and budget.flops is not None:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
@@ -268,24 +266,22 @@ def describe(result: Plan) -> str:
     return "\n".join(lines)
 
 
-_FIT = flags.DEFINE_string(
-    "fit", None, "'paper', or fit.json files separated by commas: a law of the loss and, for PTQ, one of δ"
-)
-_FLOPS = flags.DEFINE_float("flops", None, "budget in FLOPs of 16 bits; training, and serving with --inference-tokens")
-_PARAMS = flags.DEFINE_float("params", None, "fix N, non-embedding parameters")
-_TOKENS = flags.DEFINE_float("tokens", None, "fix D, training tokens")
-_PRECISION = flags.DEFINE_string("precision", None, "fix P: bits or a format (fp8)")
-_SERVE_BITS = flags.DEFINE_float(
-    "serve-bits", None, "bits of the weights after PTQ; without it the model is served as trained"
-)
-_INFERENCE = flags.DEFINE_float(
-    "inference-tokens", 0.0, "tokens to serve that the budget must also pay for (2 N per token)"
-)
-_MEMORY = flags.DEFINE_float("memory-gb", None, "largest size of the weights at the precision of serving, in 1e9 bytes")
-_SPEEDS = flags.DEFINE_string("speeds", "", "measured speeds such as bf16:1,fp8:1.6; without it cost is linear in bits")
-_PARTS = flags.DEFINE_list("parts", None, "parts trained at P: w, a, kv (default: those that the fit's table informs)")
-_COLUMNS = flags.DEFINE_list("columns", [], "other columns the law reads, such as group_size:128")
-_OUT = flags.DEFINE_string("out", None, "file for the plan as JSON")
+FLAGS = flags.FlagValues()
+_number = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
+_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_list = functools.partial(flags.DEFINE_list, flag_values=FLAGS)
+_FIT = _text("fit", None, "'paper', or fit.json files separated by commas: a law of the loss and, for PTQ, one of δ")
+_FLOPS = _number("flops", None, "budget in FLOPs of 16 bits; training, and serving with --inference-tokens")
+_PARAMS = _number("params", None, "fix N, non-embedding parameters")
+_TOKENS = _number("tokens", None, "fix D, training tokens")
+_PRECISION = _text("precision", None, "fix P: bits or a format (fp8)")
+_SERVE_BITS = _number("serve-bits", None, "bits of the weights after PTQ; without it the model is served as trained")
+_INFERENCE = _number("inference-tokens", 0.0, "tokens to serve that the budget must also pay for (2 N per token)")
+_MEMORY = _number("memory-gb", None, "largest size of the weights at the precision of serving, in 1e9 bytes")
+_SPEEDS = _text("speeds", "", "measured speeds such as bf16:1,fp8:1.6; without it cost is linear in bits")
+_PARTS = _list("parts", None, "parts trained at P: w, a, kv (default: those that the fit's table informs)")
+_COLUMNS = _list("columns", [], "other columns the law reads, such as group_size:128")
+_OUT = _text("out", None, "file for the plan as JSON")
 
 
 def _positive(name: str, value: float | None, zero: bool = False) -> float | None:
@@ -337,27 +333,18 @@ def _columns_of_flags() -> dict[str, float]:
     return columns
 
 
-def main(argv: Sequence[str]) -> int:
-    try:
-        if len(argv) > 1:
-            raise BudgetError(f"unexpected argument {argv[1]!r}: every option starts with --")
-        if _FIT.value is None:
-            raise FitError("--fit is required: 'paper' or a fit.json")
-        result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
-        print(describe(result))
-        if _OUT.value is not None:
-            path = Path(_OUT.value)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(result.to_json(), encoding="utf-8")
-            except OSError as err:
-                raise BudgetError(f"--out={path}: {err.strerror or err}") from None
-            print(f"\nwrote {path}")
-    except BAD_INPUT as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+def main() -> None:
+    if _FIT.value is None:
+        raise FitError("--fit is required: 'paper' or a fit.json")
+    result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
+    print(describe(result))
+    if _OUT.value is not None:
+        try:
+            atomic_write(Path(_OUT.value), result.to_json())
+        except OSError as err:
+            raise BudgetError(f"--out={_OUT.value}: {err.strerror or err}") from None
+        print(f"\nwrote {_OUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))

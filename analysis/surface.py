@@ -17,6 +17,7 @@ from analysis import laws
 from analysis.fit import Fit
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.optimum import Surface
+from precision_scaling.errors import UserError
 
 PARTS = ("w", "a", "kv")
 PAPER_RANGES = {
@@ -27,7 +28,7 @@ PAPER_RANGES = {
 }  # fits to 220M, checked at 1.7B
 
 
-class SurfaceError(ValueError):
+class SurfaceError(UserError):
     """Fits that do not give the loss that was asked for."""
 
 

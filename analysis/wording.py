@@ -12,6 +12,11 @@ def count_label(value: float) -> str:
     return f"{value:.3g}"
 
 
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` decimals, or `undefined`."""
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
 def interval_text(span, show="{:.3g}".format) -> str:
     """`[low, high]`, or nothing where there is no interval."""
     if span is None or any(x is None for x in span):

@@ -8,15 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from scipy import optimize
 
-from analysis import closed_forms, laws, surface
+from analysis import closed_forms, command, laws, surface
 from analysis.cost import CostError, CostModel, bits_of_format
 from analysis.fit import Fit
 from analysis.optimum import Budget, BudgetError, minimize, turning_point
-from analysis.plan import advice, describe, main, plan
+from analysis.plan import FLAGS, advice, describe, main, plan
 
 PAPER = {**laws.published("precision"), **laws.published("ptq")}
 P_16 = 16.0
@@ -331,11 +329,16 @@ def test_command_prints_the_plan_and_writes_it(tmp_path):
 @pytest.mark.parametrize("options", [
     ("--flops=1e21",), ("--fit=missing.json", "--flops=1e21"), ("--fit=paper", "--flops=-1"),
     ("--fit=paper", "--flops=1e21", "--parts=q"), ("--fit=paper", "--flops=1e21", "--columns=group_size"),
-    ("--fit=paper", "--flops=1e21", "--memory-gb=0"), ("--fit=paper", "--flops=1e21", "--serve-bits=0"),
+    ("--fit=paper", "--flops=1e21", "--memory-gb=0"),
+    ("--fit=paper", "--flops=1e21", "--serve-bits=0"),
+    ("--fit=paper", "--flop=1e21"),
+    ("--fit=paper", "--flops=many"),
     ("--fit=paper", "--flops=1e21", "--precision=q8"), ("--fit=paper", "--flops=1e21", "stray"),
 ])  # fmt: skip
-@flagsaver.flagsaver
 def test_command_refuses_bad_input_in_one_line(options, capsys):
-    assert main(flags.FLAGS(["plan", *options])) == 2
+    saved = FLAGS.flag_values_dict()
+    assert command.run("", FLAGS, main, ["plan", *options]) == 2
+    for name, value in saved.items():
+        FLAGS[name].value = value
     told = capsys.readouterr().err
     assert len(told.strip().splitlines()) == 1 and told.startswith("error: ")

@@ -81,13 +81,12 @@ def line(index: int):
     return LINES[index % len(LINES)]
 
 
-def log_axis(axis, values, counts: bool = False) -> None:
-    """Logarithmic `axis` (axes.xaxis or axes.yaxis) with readable ticks also where the values span less than a
-    decade.
-    """
+def log_axis(axes, which: str, values, counts: bool = False) -> None:
+    """Logarithmic x or y with readable ticks also where the values span less than a decade; counts as 30M, 1.5B."""
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values) & (values > 0)]
-    axis._set_axes_scale("log") if hasattr(axis, "_set_axes_scale") else axis.axes.set(xscale="log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
     decades = math.log10(values.max() / values.min()) if values.size else 3.0
     subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)
     axis.set_major_locator(ticker.LogLocator(base=10, subs=subs, numticks=12))
@@ -95,14 +94,21 @@ def log_axis(axis, values, counts: bool = False) -> None:
     if counts:
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count_label(value)))
     elif decades < 2.2:
-        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(ticker.FuncFormatter(_plain))
 
 
-def bits_axis(axis, values) -> None:
-    """Whole bits as ticks, at most eight of them."""
+def _plain(value: float, _) -> str:
+    if 1e-3 < value < 1e5:
+        return f"{value:g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10**power)
+    return f"$10^{{{power}}}$" if digit == 1 else rf"${digit}\cdot 10^{{{power}}}$"
+
+
+def bits_axis(axis, values, most: int = 8) -> None:
+    """Whole bits as ticks, about eight of them."""
     low, high = math.floor(np.min(values)), math.ceil(np.max(values))
-    step = max(1, math.ceil((high - low) / 8))
-    axis.set_major_locator(ticker.MultipleLocator(step if high - low < 9 or step > 1 else 1))
+    axis.set_major_locator(ticker.MultipleLocator(max(1, math.ceil((high - low) / most))))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -115,8 +121,10 @@ def thin(values, most: int) -> list:
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Writes `name`.png (200 dpi) and `name`.svg without dates, so that equal data gives equal files."""
+    """Writes `name`.png (160 dpi) and `name`.svg without dates, so that equal data gives equal files."""
+    figure.draw_without_rendering()  # lays the panels out once for both files
+    figure.set_layout_engine("none")
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=200, metadata={"Software": None})
+    figure.savefig(paths[0], dpi=160, metadata={"Software": None})
     figure.savefig(paths[1], metadata={"Date": None})
     return paths
