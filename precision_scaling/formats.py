@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from precision_scaling.errors import UserError
+
 FAMILIES = ("none", "int", "float", "wide", "levels", "block")
 SCALES = ("absmax", "absmean")
 
@@ -22,7 +24,7 @@ SCALES = ("absmax", "absmean")
 _IEEE_LIKE = frozenset({(3, 4), (4, 3), (5, 2), (5, 10)})
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A number format that does not exist or cannot be used as asked."""
 
 
@@ -132,12 +134,20 @@ def floating(exponent_bits: int, mantissa_bits: int, fn: bool = False) -> Format
 
 def level_set(name: str, levels: Sequence[float], scale: str = "absmax") -> Format:
     """Any ascending list of values; midpoints round toward zero, and 0 itself up where it is a midpoint."""
-    largest = max(abs(level) for level in levels)
-    return Format(name, "levels", math.log2(len(levels)), largest, scale=scale, levels=tuple(map(float, levels)))
+    levels = tuple(float(level) for level in levels)
+    largest = max(map(abs, levels), default=0.0)
+    return Format(name, "levels", math.log2(max(len(levels), 1)), largest, scale=scale, levels=levels)
 
 
 def block(name: str, element: Format, block_size: int, block_scale: str) -> Format:
-    """Elements in blocks that each store a scale: 'e8m0' (OCP MX v1.0) or a float below one scale for the tensor."""
+    """Elements in blocks that each store a scale: 'e8m0' (OCP MX v1.0) or a float below one scale for the tensor.
+
+    Raises FormatError for elements that are neither integers nor floats, and for other scales.
+    """
+    if element.family not in ("int", "float"):
+        raise FormatError(f"format {name!r}: element {element.name!r} must be of family int or float")
+    if block_scale != "e8m0" and parse(block_scale).family != "float":
+        raise FormatError(f"format {name!r}: block_scale {block_scale!r} must be e8m0 or of family float")
     scale_bits = 8 if block_scale == "e8m0" else parse(block_scale).bits
     return Format(
         name,
@@ -175,8 +185,9 @@ def register(fmt: Format) -> Format:
         raise FormatError(f"format {fmt.name!r}: scale {fmt.scale!r} must be absmax, or absmean for family levels")
     if fmt.family == "levels":
         levels = fmt.levels or ()
-        if not 2 <= len(levels) <= 256 or any(a >= b for a, b in itertools.pairwise(levels)):
-            raise FormatError(f"format {fmt.name!r}: levels must be 2 to 256 ascending numbers, got {levels!r}")
+        ascending = all(a < b for a, b in itertools.pairwise(levels)) and all(map(math.isfinite, levels))
+        if not 2 <= len(levels) <= 256 or not ascending:
+            raise FormatError(f"format {fmt.name!r}: levels must be 2 to 256 ascending finite numbers, got {levels!r}")
     elif fmt.family != "none" and fmt.max_value not in fmt.values():
         raise FormatError(f"format {fmt.name!r}: max_value {fmt.max_value!r} must be a value of its own grid")
     if fmt.family == "block" and not (fmt.block_size or 0) > 0:

@@ -82,7 +82,8 @@ def round_to_grid(
 ) -> jax.Array:
     """x (float32, already divided by its scale) on the grid of a format of that kind, or scalar family.
 
-    Nearest, ties to even; with `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
+    Nearest, ties to even (without mantissa bits, which leave no even one, to the larger: IEEE 754-2019, 4.3.1); with
+    `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
     Values beyond ±max_value saturate; `saturate=False` skips that for inputs known to lie inside. NaN stays NaN.
     """
     x_q = _round_to_grid(x, grid, Kind(kind) if isinstance(kind, str) else kind, noise, saturate)

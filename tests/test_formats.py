@@ -170,6 +170,8 @@ def test_a_registered_float_with_its_own_range_rounds_on_its_own_grid(registry):
         (formats.Format("mine", "integer", 4, 7.0, 2, 2), "family"),
         (formats.Format("mine", "float", 4, 5.5, 0, 1), "max_value"),
         (formats.Format("mine", "levels", 2, 1.0, levels=(0.0, 1.0, 0.5)), "ascending"),
+        (formats.level_set("mine", []), "2 to 256"),
+        (formats.level_set("mine", [-1, math.nan, 1]), "finite"),
         (formats.Format("mine", "int", 4, 7.0, 2, 2, scale="absmean"), "scale"),
         (formats.Format("mine", "block", 4, 7.0, 2, 2, block_scale="e8m0"), "block_size"),
     ],
@@ -183,3 +185,9 @@ def test_a_contradictory_format_is_refused(registry, fmt, why):
 def test_registering_the_same_format_twice_changes_nothing(registry):
     fmt = formats.level_set("twice", [-1, 1])
     assert formats.register(fmt) is formats.register(fmt) is formats.parse("twice")
+
+
+@pytest.mark.parametrize(("element", "scale"), [("ternary", "e8m0"), ("bf16", "e8m0"), (4, "bf16"), (4, "int8")])
+def test_a_block_of_what_cannot_be_scaled_is_refused(element, scale):
+    with pytest.raises(formats.FormatError, match="family"):
+        formats.block("mine", formats.parse(element), 16, scale)

@@ -1,0 +1,422 @@
+"""Rounding against ml_dtypes' casts and brute force on enumerated grids; scales, blocks, gradients and bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import stats
+
+from precision_scaling import formats, numerics
+from precision_scaling.formats import Kind, parse
+
+CASTS = {
+    "e3m4": ml_dtypes.float8_e3m4,
+    "e4m3": ml_dtypes.float8_e4m3,
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e5m10": np.float16,
+    "e8m7": ml_dtypes.bfloat16,
+}
+INTEGERS = [f"int{bits}" for bits in range(2, 17)]
+PAPER_FLOATS = ["e2m0", "e3m0", "e3m2", "e4m2", "e5m2", "e5m6"]
+# Every eXmY that no standard fixes, up to 10 bits, and the widest of each exponent.
+OTHER_FLOATS = [
+    f"e{e}m{m}"
+    for e in range(1, 8)
+    for m in range(16 - e)
+    if (1 + e + m <= 10 or 1 + e + m == 16) and f"e{e}m{m}" not in CASTS
+]
+BLOCKS = ["mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "mxint8", "nvfp4"]
+
+# One compiled program per family and shape: the grids are traced.
+round_traced = jax.jit(numerics.round_to_grid, static_argnames=("kind", "saturate"))
+fake_quant_static = jax.jit(numerics.fake_quant_array, static_argnames=("fmt", "axis", "group_size", "rounding"))
+fake_quant_traced = jax.jit(numerics.fake_quant_grid, static_argnames=("kind", "axis", "group_size", "rounding"))
+
+
+def fake_quant(x, name, axis=None, **options):
+    return fake_quant_traced(x, parse(name).grid(), parse(name).kind, axis, **options)
+
+
+def probes(values: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
+    """Float32 inputs that search a grid: values, midpoints, their neighbours, random, tiny, huge, zeros, infinities."""
+    rng = np.random.default_rng(seed)
+    finite = np.finfo(np.float32)
+    special = np.array([0.0, -0.0, finite.tiny, -finite.tiny, 1e-44, -1e-44, finite.max, finite.min, np.inf, -np.inf])
+    middles = (values[1:] + values[:-1]) / 2
+    exact = np.concatenate([values, middles]).astype(np.float32)
+    if len(exact) > size // 5:
+        exact = rng.choice(exact, size // 5, replace=False)
+    up, down = np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(-np.inf))
+    neighbours = np.concatenate([exact, up, down])
+    left = size - len(special) - len(neighbours)
+    over_grid = rng.uniform(-1.2, 1.2, left // 2) * values[-1]
+    over_exponents = rng.choice([-1.0, 1.0], left - left // 2) * np.exp2(rng.uniform(-126, 127.9, left - left // 2))
+    with np.errstate(over="ignore"):
+        return np.concatenate([special, neighbours, over_grid, over_exponents]).astype(np.float32)
+
+
+def brute_force(x: np.ndarray, fmt: formats.Format) -> np.ndarray:
+    """Nearest value in float64, beyond the ends the ends; ties as IEEE 754-2019 4.3.1 has them.
+
+    To the even significand, which is the even code; where no mantissa bit makes one even, to the larger magnitude.
+    """
+    values = fmt.values()
+    positive = values[len(values) // 2 :]
+    magnitude = np.minimum(np.abs(x.astype(np.float64)), values[-1])
+    above = np.clip(np.searchsorted(positive, magnitude), 1, len(positive) - 1)
+    to_below, to_above = magnitude - positive[above - 1], positive[above] - magnitude
+    tie_goes_up = above > 1 if fmt.mantissa_bits == 0 else above % 2 == 0
+    code = np.where((to_above < to_below) | ((to_above == to_below) & tie_goes_up), above, above - 1)
+    return np.copysign(positive[code], x)
+
+
+def assert_same_bits(actual, expected):
+    np.testing.assert_array_equal(np.asarray(actual).view(np.uint32), np.asarray(expected, np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_floats_equal_the_casts_of_ml_dtypes(name):
+    fmt = parse(name)
+    x = probes(fmt.values(), 50_000)
+    expected = np.clip(x, -fmt.max_value, fmt.max_value).astype(np.float32).astype(CASTS[name]).astype(np.float32)
+    assert_same_bits(round_traced(x, fmt.grid(), fmt.family), expected)
+
+
+@pytest.mark.parametrize("name", OTHER_FLOATS)
+def test_floats_equal_brute_force(name):
+    fmt = parse(name)
+    x = probes(fmt.values(), 20_000)
+    x = x[(np.abs(x) >= np.finfo(np.float32).tiny) | (x == 0)]  # XLA flushes subnormal inputs
+    x = np.resize(x, 19_990)
+    assert_same_bits(round_traced(x, fmt.grid(), "float"), brute_force(x, fmt))
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_equal_brute_force_on_both_paths(name):
+    fmt = parse(name)
+    x = probes(fmt.values(), 20_000)
+    expected = brute_force(x, fmt)
+    assert_same_bits(round_traced(x, fmt.grid(), "int"), expected)
+    assert_same_bits(round_traced(x, fmt.grid(), "float"), expected)
+
+
+@pytest.mark.parametrize("name", [*CASTS, *OTHER_FLOATS, *INTEGERS])
+def test_every_value_of_a_grid_stays_with_and_without_noise(name):
+    fmt = parse(name)
+    values = np.resize(fmt.values(), 65536).astype(np.float32)
+    if fmt.family == "wide":
+        values = np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values)
+    assert_same_bits(round_traced(values, fmt.grid(), fmt.family) + 0.0, values + 0.0)
+    almost_one = np.full_like(values, np.nextafter(np.float32(1), np.float32(0)))
+    for noise in (np.zeros_like(values), almost_one):
+        assert_same_bits(round_traced(values, fmt.grid(), fmt.family, noise) + 0.0, values + 0.0)
+
+
+@pytest.mark.parametrize("name", ["int4", "e4m3", "e8m7"])
+def test_rounding_keeps_nan_and_saturates_infinity(name):
+    fmt = parse(name)
+    y = np.asarray(round_traced(np.float32([np.nan, np.inf, -np.inf]), fmt.grid(), fmt.family))
+    np.testing.assert_array_equal(y, np.float32([np.nan, fmt.max_value, -fmt.max_value]))
+
+
+# Scales.
+
+
+def random_tensor(seed: int, shape=(24, 64)) -> np.ndarray:
+    """Heavy-tailed, of a magnitude anywhere between 1e-28 and 1e28."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(3, shape) * 10 ** rng.uniform(-28, 28)
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("axis", [None, 0, (0, 1), -1])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_lie_on_the_grid_reach_the_last_level_and_are_idempotent(name, axis):
+    fmt = parse(name)
+    for seed in range(10):
+        x = random_tensor(seed)
+        y = np.asarray(fake_quant(x, name, axis))
+        largest = np.max(np.abs(x.astype(np.float64)), axis=axis, keepdims=True)
+        codes = y / largest * fmt.max_value
+        np.testing.assert_allclose(codes, np.rint(codes), atol=2**-22 * fmt.max_value)
+        np.testing.assert_allclose(np.max(np.abs(y), axis=axis, keepdims=True), largest, rtol=1.2e-7)
+        assert np.all(np.abs(y - x) <= largest / fmt.max_value * (0.5 + 2**-22 * fmt.max_value))
+        assert_same_bits(fake_quant(y, name, axis), y)
+
+
+@pytest.mark.parametrize("name", ["e2m0", "e3m0", "e2m1", "e4m3", "e4m3fn", "e5m2", "e5m6", "e7m8", *BLOCKS[:-1]])
+def test_floats_and_mx_blocks_are_idempotent(name):
+    for seed in range(10):
+        y = fake_quant(random_tensor(seed), name, -1)
+        assert_same_bits(fake_quant(y, name, -1), y)
+
+
+def test_nvfp4_is_idempotent_up_to_the_rounding_of_its_tensor_scale():
+    for seed in range(10):
+        y = fake_quant(random_tensor(seed), "nvfp4", -1)
+        np.testing.assert_allclose(fake_quant(y, "nvfp4", -1), y, rtol=3e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*INTEGERS, "e2m1", "e4m3", "e5m6", "ternary"])
+def test_a_quantized_tensor_gets_its_scale_back_whatever_its_mantissa(name):
+    grid = parse(name).grid()
+    scale_of_each = jax.jit(lambda x: numerics.abs_max_scale(x, grid, axes=1))
+    for start in range(2**23, 2**24, 2**21):
+        largest = np.arange(start, start + 2**21, dtype=np.float32)[:, None]
+        scale = scale_of_each(largest)
+        assert_same_bits(scale, largest / grid.max_value)
+        assert_same_bits(scale_of_each(scale * grid.max_value), scale)
+
+
+@pytest.mark.parametrize("rounding", numerics.ROUNDINGS)
+@pytest.mark.parametrize("name", ["int2", "e4m3", "ternary", "binary", "e8m7", "mxfp4", "nvfp4"])
+def test_zeros_stay_zero_and_have_a_gradient(name, rounding):
+    options = {"axis": -1, "rounding": rounding, "key": jax.random.key(0)}
+    y, pull_back = jax.vjp(lambda x: fake_quant(x, name, **options), jnp.zeros((4, 64)))
+    assert np.all(np.abs(y) <= (2.0**-125 if name == "binary" else 0.0))  # binary has no zero
+    np.testing.assert_array_equal(*pull_back(jnp.full((4, 64), 3.0)), np.full((4, 64), 3.0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["int4", "e4m3", "ternary", "binary", "e8m7", *BLOCKS])
+def test_a_nan_or_infinity_makes_everything_under_its_scale_nan(name, bad):
+    x = np.ones((2, 64), np.float32)
+    x[0, 40] = bad
+    y = np.asarray(fake_quant(x, name, axis=-1))
+    size = parse(name).block_size or 64
+    start = 40 // size * size
+    assert np.all(np.isnan(y[0, start : start + size]))
+    if name != "nvfp4":  # whose tensor scale reaches everywhere
+        assert np.all(np.isfinite(y[1])) and np.all(np.isfinite(y[0, :start]))
+
+
+def test_magnitudes_beyond_what_a_scale_can_invert_are_nan_not_zero():
+    x = np.float32([3e38, 1e38, 0.0])
+    assert np.all(np.isnan(fake_quant(x, "int2")))
+    np.testing.assert_allclose(fake_quant(x, "int8"), x, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["int4", "e4m3", "mxfp4", "ternary"])
+def test_empty_and_scalar_arrays(name):
+    assert fake_quant(np.zeros((0, 32), np.float32), name, axis=-1).shape == (0, 32)
+    if name != "mxfp4":
+        np.testing.assert_allclose(fake_quant(np.float32(-2.5), name), -2.5, rtol=1e-6)
+
+
+# Axes and groups.
+
+
+@pytest.mark.parametrize("name", ["int4", "e3m2"])
+def test_scales_per_slice_equal_slices_done_one_by_one(name):
+    x = random_tensor(3, (4, 6, 10))
+    fq = functools.partial(fake_quant, name=name)
+    for channel in range(10):
+        assert_same_bits(fq(x, axis=(0, 1))[..., channel], fq(x[..., channel]))
+    for token in range(4):
+        assert_same_bits(fq(x, axis=(-1, 1))[token], fq(x[token]))
+    for group in range(3):
+        members = slice(2 * group, 2 * group + 2)
+        for row in range(4):
+            assert_same_bits(fq(x, axis=1, group_size=2)[row, members, 0], fq(x[row, members, 0]))
+
+
+def test_groups_and_blocks_without_an_axis_lie_along_the_last():
+    x = random_tensor(4)
+    fq = fake_quant
+    assert_same_bits(fq(x, 4, group_size=16), fq(x, 4, axis=1, group_size=16))
+    assert_same_bits(fq(x, "mxfp4"), fq(x, "mxfp4", axis=-1))
+    assert_same_bits(fq(x.T, "mxfp4", axis=0), fq(x, "mxfp4").T)
+    assert_same_bits(fq(x, "nvfp4", group_size=16), fq(x, "nvfp4"))
+
+
+# Blocks and level sets, against NumPy.
+
+
+def mx_by_hand(x: np.ndarray, element) -> np.ndarray:
+    emax = {"e2m1": 2, "e2m3": 2, "e3m2": 4, "e4m3fn": 8, "e5m2": 15, "int8": 0}[element]
+    blocks = x.reshape(-1, 32).astype(np.float64)
+    scale = 2 ** (np.floor(np.log2(np.max(np.abs(blocks), 1, keepdims=True))) - emax)
+    np.testing.assert_array_equal(scale.astype(ml_dtypes.float8_e8m0fnu).astype(np.float64), scale)
+    scaled = blocks / scale
+    if element == "int8":
+        codes = np.clip(np.rint(scaled * 64), -127, 127) / 64
+    else:
+        largest = float(ml_dtypes.finfo(CASTS[element]).max)
+        codes = np.clip(scaled, -largest, largest).astype(np.float32).astype(CASTS[element]).astype(np.float64)
+    return (codes * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("mxfp4", "e2m1"), ("mxfp6", "e2m3"), ("mxfp6_e3m2", "e3m2"), ("mxfp8", "e4m3fn"), ("mxfp8_e5m2", "e5m2"),
+     ("mxint8", "int8")],
+)  # fmt: skip
+def test_mx_formats_follow_the_ocp_recipe(name, element):
+    for seed in range(10):
+        x = random_tensor(seed, (64, 64))
+        np.testing.assert_array_equal(fake_quant(x, name), mx_by_hand(x, element))
+
+
+def test_nvfp4_follows_its_recipe():
+    for seed in range(10):
+        x = random_tensor(seed, (64, 64))
+        blocks = x.reshape(-1, 16)
+        tensor_scale = np.max(np.abs(x)) / np.float32(6 * 448)
+        wanted = np.max(np.abs(blocks), 1, keepdims=True) / np.float32(6) / tensor_scale
+        scale = np.minimum(wanted, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * tensor_scale
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scaled = np.where(scale > 0, np.clip(blocks / scale, -6, 6), 0)
+        expected = scaled.astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
+        np.testing.assert_allclose(fake_quant(x, "nvfp4"), expected.reshape(x.shape), rtol=3e-7)
+
+
+def test_nvfp4_blocks_far_below_the_tensor_maximum_become_zero():
+    x = np.full((1, 32), 1e-6, np.float32)
+    x[0, 0] = 6.0
+    y = np.asarray(fake_quant(x, "nvfp4"))
+    assert y[0, 0] == pytest.approx(6, rel=3e-7) and np.all(y[0, 16:] == 0)
+
+
+def test_ternary_and_binary_scale_by_the_mean_magnitude():
+    x = np.float32([[1.0, -0.2, 0.6, -3.0], [0.0, 0.25, -0.25, 0.5]])  # mean magnitudes 1.2 and 0.25
+    ternary = [[1.2, 0, 0, -1.2], [0, 0.25, -0.25, 0.25]]  # 0.6 / 1.2 is a tie: toward zero
+    binary = [[1.2, -1.2, 1.2, -1.2], [0.25, 0.25, -0.25, 0.25]]
+    np.testing.assert_allclose(fake_quant(x, "ternary", axis=-1), ternary, rtol=1e-6)
+    np.testing.assert_allclose(fake_quant(x, "binary", axis=-1), binary, rtol=1e-6)
+
+
+# Traced grids.
+
+COHORTS = {
+    "int": ["int2", "int8", "bf16"],
+    "float": ["e2m0", "e4m3", "int4", "bf16"],
+    "block": ["mxfp4", "mxint8", "bf16"],
+}
+
+
+@pytest.mark.parametrize("rounding", numerics.ROUNDINGS)
+@pytest.mark.parametrize("cohort", COHORTS)
+def test_traced_vmapped_and_static_formats_give_the_same_bits(cohort, rounding):
+    names = COHORTS[cohort]
+    kind = formats.shared_kind(names)
+    assert kind.family == cohort
+    x, options = random_tensor(7), {"axis": -1, "rounding": rounding, "key": jax.random.key(1)}
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[parse(name).grid() for name in names])
+    one = lambda x, grid: numerics.fake_quant_grid(x, grid, kind, **options)
+    together = jax.jit(jax.vmap(one, in_axes=(None, 0)))(x, stacked)
+    for name, y in zip(names, together, strict=True):
+        static = fake_quant_static(x, name, **options)
+        assert_same_bits(y, static)
+        assert_same_bits(fake_quant_traced(x, parse(name).grid(), kind, **options), static)
+
+
+def test_formats_that_pass_through_change_nothing():
+    x = random_tensor(8)
+    for name in ("bf16", "fp16", "fp32", 16):
+        assert_same_bits(fake_quant(x, name), x)
+        assert_same_bits(fake_quant_traced(x, parse(name).grid(), Kind("int")), x)
+        assert_same_bits(numerics.abs_max_scale(x, parse(name).grid()), np.ones((1, 1)))
+        assert_same_bits(round_traced(x, parse(name).grid(), "float"), x)
+
+
+# Stochastic rounding.
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *PAPER_FLOATS, *CASTS, "ternary", "binary", *BLOCKS])
+def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour(name):
+    fmt, draws = parse(name), 100_000
+    width = fmt.block_size or 8
+    x = random_tensor(11, (width,)) * np.float32(1e5)
+    tiled = np.broadcast_to(x, (draws, width))
+    y = np.asarray(fake_quant(tiled, name, -1, rounding="stochastic", key=jax.random.key(5)), np.float64)
+    low, high = y.min(0), y.max(0)
+    tolerance = 2e-7 * np.max(np.abs(x))  # float32's rounding of scale and product
+    assert np.all((low <= x + tolerance) & (x - tolerance <= high))
+    assert np.all((y == low) | (y == high))
+    share = np.divide(x - low, high - low, out=np.zeros(width), where=high > low)
+    error = (high - low) * np.sqrt(np.clip(share * (1 - share), 0, 1) / draws)
+    assert np.all(np.abs(y.mean(0) - x) <= 4 * error + tolerance)
+
+
+def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
+    x = random_tensor(2)
+    fq = functools.partial(fake_quant, x, "int4", rounding="stochastic")
+    assert_same_bits(fq(key=jax.random.key(1)), fq(key=jax.random.key(1)))
+    assert np.mean(np.asarray(fq(key=jax.random.key(1))) != fq(key=jax.random.key(2))) > 0.1
+
+
+def test_rounding_noise_is_uniform_and_uncorrelated():
+    noise = lambda i: numerics.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
+    draws = np.asarray(jax.jit(jax.vmap(noise))(jnp.arange(200)))
+    assert draws.min() >= 0 and draws.max() < 1
+    assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
+    correlation = lambda a, b: abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) * np.sqrt(a.size)
+    assert all(correlation(draws[:, lag:], draws[:, :-lag]) < 4 for lag in (1, 2, 32, 512))
+    assert correlation(draws[1:], draws[:-1]) < 4
+    assert np.std(draws.mean(0)) == pytest.approx(np.sqrt(1 / 12 / 200), rel=0.1)
+
+
+# Gradients, transforms and dtypes.
+
+
+@pytest.mark.parametrize("name", ["int3", "e4m3", "mxfp4", "nvfp4", "ternary", "bf16"])
+def test_the_gradient_passes_straight_through_under_jit_and_vmap(name):
+    x, cotangent = random_tensor(5), random_tensor(6)
+    loss = lambda x: jnp.vdot(fake_quant(x, name, axis=-1), cotangent)
+    assert_same_bits(jax.jit(jax.grad(loss))(x), cotangent)
+    rows = jax.vmap(jax.grad(lambda row, c: jnp.vdot(fake_quant(row, name), c)))(x, cotangent)
+    assert_same_bits(rows, cotangent)
+    _, tangent = jax.jvp(lambda x: fake_quant(x, name, axis=-1), (x,), (cotangent,))
+    assert_same_bits(tangent, cotangent)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("name", ["int4", "e4m3", "mxfp8", "bf16"])
+def test_the_dtype_stays_and_the_arithmetic_is_float32(name, dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), dtype)
+    y = fake_quant(x, name, axis=-1)
+    assert y.dtype == dtype
+    in_float32 = fake_quant(x.astype(jnp.float32), name, axis=-1).astype(dtype)
+    np.testing.assert_array_equal(y.astype(jnp.float32), in_float32.astype(jnp.float32))
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"fmt": "e9m9"}, "'e9m9'"),
+        ({"fmt": 4, "rounding": "stochastic"}, "key"),
+        ({"fmt": "mxfp4", "rounding": "stochastic"}, "key"),
+        ({"fmt": 4, "rounding": "up"}, "'up'"),
+        ({"fmt": 4, "axis": 1, "group_size": 7}, "7"),
+        ({"fmt": 16, "axis": 1, "group_size": 7}, "7"),
+        ({"fmt": 4, "axis": 1, "group_size": 0}, "0"),
+        ({"fmt": 4, "axis": 1, "group_size": 2.5}, "2.5"),
+        ({"fmt": 4, "axis": (0, 1), "group_size": 4}, "(0, 1)"),
+        ({"fmt": 4, "axis": 2}, "2"),
+        ({"fmt": 4, "axis": -3}, "-3"),
+        ({"fmt": "mxfp4", "axis": 0}, "32"),
+        ({"fmt": "mxfp4", "axis": 1, "group_size": 16}, "16"),
+        ({"fmt": 4, "x": np.arange(6)}, "int"),
+        ({"fmt": "mxfp4", "x": np.float32(1)}, "()"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_value_and_what_is_allowed(arguments, named):
+    with pytest.raises(formats.FormatError) as error:
+        numerics.fake_quant_array(**{"x": np.ones((12, 64), np.float32)} | arguments)
+    assert named in str(error.value) and "allowed" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(formats.FormatError, match="'decimal'"):
+        numerics.round_to_grid(jnp.ones(3), parse(4).grid(), "decimal")
