@@ -32,7 +32,7 @@ class Solution(NamedTuple):
     """What GPTQ did to one kernel (in I, out O) at B bit-widths, G groups of inputs."""
 
     dequantized: jax.Array  # (B, I, O)
-    codes: jax.Array  # (B, I, O) int16: level + zero; formats other than integers: the level itself, float32
+    codes: jax.Array  # (B, I, O) level + zero as int16; for formats other than integers the level itself, float32
     scales: jax.Array  # (B, G, O)
     zeros: jax.Array  # (B, G, O)
     damping_used: jax.Array  # scalar, fraction of the mean diagonal; above the one asked for if that did not factorize
@@ -118,6 +118,7 @@ def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetri
     feedback_IxI = jnp.pad(feedback_IxI, ((0, pad), (0, pad)))
     group_I = jnp.pad(group_I, (0, pad))
     inverse_GxC = grid.inverse(columns.scale_GxO)
+    level_dtype = jnp.int16 if kind.family == "int" else jnp.float32
 
     def feedback(i, j):
         return jax.lax.dynamic_slice(feedback_IxI, (i * block, j * block), (block, block))
@@ -135,7 +136,7 @@ def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetri
 
         x_SxC = jax.lax.fori_loop(0, b, add, w_SxC)
         e_SxC, level_SxC = _round_block(feedback(b, b), w_SxC, x_SxC, row_grid, kind, symmetric)
-        return jax.lax.dynamic_update_slice(e_IxC, e_SxC, (b * block, 0)), level_SxC
+        return jax.lax.dynamic_update_slice(e_IxC, e_SxC, (b * block, 0)), level_SxC.astype(level_dtype)
 
     start = jnp.zeros((rows + pad, cols), w_IxO.dtype)
     _, level_NxSxC = jax.lax.scan(step, start, jnp.arange((rows + pad) // block))
@@ -196,10 +197,11 @@ def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damp
     if act_order:
         level_IxC = level_IxC[jnp.argsort(factor.order_I)]
     level_BxGxSxO = jnp.moveaxis(level_IxC.reshape(-1, size, count, outputs), 2, 0)
-    code_BxGxSxO = level_BxGxSxO + grids.zero_GxO[:, :, None]
+    value_BxIxO = (level_BxGxSxO * grids.scale_GxO[:, :, None]).reshape(count, rows, outputs)
+    code_BxGxSxO = level_BxGxSxO + grids.zero_GxO[:, :, None].astype(level_BxGxSxO.dtype)
     return Solution(
-        dequantized=(level_BxGxSxO * grids.scale_GxO[:, :, None]).reshape(count, rows, outputs),
-        codes=code_BxGxSxO.astype(jnp.int16 if kind.family == "int" else jnp.float32).reshape(count, rows, outputs),
+        dequantized=jnp.where(levels.passthrough[:, None, None] > 0, kernel_IxO, value_BxIxO),
+        codes=code_BxGxSxO.reshape(count, rows, outputs),
         scales=grids.scale_GxO,
         zeros=grids.zero_GxO,
         damping_used=factor.damping,

@@ -4,7 +4,7 @@ A grid is found from the kernel alone, before anything is quantized, so every me
 errors can be compared. Formats are data: one compiled program serves all that share a kind, and `vmap` runs over them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,13 +80,14 @@ def find(
     *,
     group_size: int | None = None,
     symmetric: bool = True,
-    clip: bool = False,
+    clip: bool | Callable[[jax.Array], jax.Array] = False,
 ) -> Grid:
     """The grid of a float32 kernel for (possibly traced) scalar `levels`.
 
     Symmetric: the scale that training gives the format, for integers abs-max / (2^(b-1) - 1), so the largest weight is
     a level. Asymmetric: 2^b levels from min(0, smallest) to max(0, largest), one of them zero.
-    `clip` shrinks each range to the fraction in CLIP_RATIOS that has the least squared rounding error.
+    `clip` shrinks each range to the fraction in CLIP_RATIOS that has the least squared rounding error, or the least of
+    what a function makes (G, O) of the rounding errors (G, S, O) of groups of S inputs.
     """
     if not symmetric and kind.family != "int":
         raise UserError(f"symmetric = False with formats of family {kind.family}: allowed are integers")
@@ -110,9 +111,11 @@ def find(
     if not clip:
         return at(1)
 
+    measure = clip if callable(clip) else lambda e_GxSxO: jnp.sum(jnp.square(e_GxSxO), axis=1)
+
     def search(best, ratio):
         best_error_GxO, best_ratio_GxO = best
-        error_GxO = jnp.sum(jnp.square(_round_groups(w_GxSxO, at(ratio), kind, symmetric)[0] - w_GxSxO), axis=1)
+        error_GxO = measure(_round_groups(w_GxSxO, at(ratio), kind, symmetric)[0] - w_GxSxO)
         better = error_GxO < best_error_GxO
         return (jnp.where(better, error_GxO, best_error_GxO), jnp.where(better, ratio, best_ratio_GxO)), None
 
