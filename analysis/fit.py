@@ -5,10 +5,12 @@ search and its checks are in search.py and identify.py.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +19,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from analysis import laws
+from analysis import command, laws
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import PRECISION_COLUMNS, Law, LawError
 from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, Best, bootstrap, few_runs, search
-from precision_scaling import errors
 from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
@@ -338,26 +339,34 @@ def summary(fit: Fit) -> str:
     return "\n".join(lines)
 
 
-_RUNS = flags.DEFINE_string("runs", None, "Table of measured losses (runs.csv).")
-_LAW = flags.DEFINE_string("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
-_OUT = flags.DEFINE_string("out", None, "Where to write fit.json.")
-_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0)
-_STARTS = flags.DEFINE_integer("starts", None, "Starts of the search (512 by default).", lower_bound=1)
-_WHERE = flags.DEFINE_multi_string("where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.")
-_FIXED = flags.DEFINE_list("fixed", [], "Parameters held at a value: name=value,...")
-_TIED = flags.DEFINE_list("tied", [], "Parameters that follow another: beta=alpha,...")
-_BIASED = flags.DEFINE_bool("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
-_LOSS = flags.DEFINE_enum("loss", "huber", LOSSES, "What is minimized, of log residuals.")
-_HUBER_DELTA = flags.DEFINE_float("huber_delta", 1e-3, "Where Huber's function turns linear, in log units.")
-_DELTA_RESIDUAL = flags.DEFINE_enum(
+FLAGS = flags.FlagValues()
+_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_many = functools.partial(flags.DEFINE_list, flag_values=FLAGS)
+_choice = functools.partial(flags.DEFINE_enum, flag_values=FLAGS)
+_count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
+_number = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
+_switch = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
+
+_text("runs", None, "Table of measured losses (runs.csv).")
+_text("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
+_text("out", None, "Where to write fit.json.")
+_count("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0)
+_count("starts", None, "Starts of the search (512 by default).", lower_bound=1)
+flags.DEFINE_multi_string(
+    "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
+)
+_many("fixed", [], "Parameters held at a value: name=value,...")
+_many("tied", [], "Parameters that follow another: beta=alpha,...")
+_switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
+_choice("loss", "huber", LOSSES, "What is minimized, of log residuals.")
+_number("huber_delta", 1e-3, "Where Huber's function turns linear, in log units.")
+_choice(
     "delta_residual", None, DELTA_RESIDUALS, "What rows after PTQ compare (log_delta for ptq, log_loss for unified)."
 )
-_STAGES = flags.DEFINE_enum(
-    "stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way)."
-)
-_LEVEL = flags.DEFINE_float("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
-_PROFILE = flags.DEFINE_bool("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the starts and the bootstrap.")
+_choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
+_number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
+_switch("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
+_count("seed", 0, "Seed of the starts and the bootstrap.")
 
 
 def pairs(flag: str, entries: list[str]) -> dict[str, str]:
@@ -371,47 +380,51 @@ def pairs(flag: str, entries: list[str]) -> dict[str, str]:
     return out
 
 
-def _fixed() -> dict[str, float]:
-    try:
-        return {name: float(value) for name, value in pairs("fixed", _FIXED.value).items()}
-    except ValueError as err:
-        raise FitError(f"--fixed={','.join(_FIXED.value)}: {err}") from None
+def numbers(flag: str, entries: list[str]) -> dict[str, float]:
+    """`name=number` entries as a dict. Raises FitError on anything else."""
+    out = {}
+    for name, value in pairs(flag, entries).items():
+        try:
+            out[name] = float(value)
+        except ValueError:
+            raise FitError(f"--{flag}={name}={value}: the value must be a number") from None
+    return out
 
 
-def main(argv) -> None:
-    del argv
-    for flag in (_RUNS, _LAW, _OUT):
-        if flag.value is None:
-            raise FitError(f"--{flag.name} is required")
-    laws.get(_LAW.value)
-    table = tables.load(_RUNS.value).where(**pairs("where", _WHERE.value))
+def main() -> None:
+    """Fit as the flags say, write fit.json and print the summary. Raises UserError."""
+    for name in ("runs", "law", "out"):
+        if not FLAGS[name].value:
+            raise FitError(f"--{name} is required")
+    laws.get(FLAGS.law)
     options = Options(
-        fixed=_fixed(),
-        tied=pairs("tied", _TIED.value),
-        biased=_BIASED.value,
-        loss=_LOSS.value,
-        huber_delta=_HUBER_DELTA.value,
-        delta_residual=_DELTA_RESIDUAL.value,
-        stages=_STAGES.value,
+        fixed=numbers("fixed", FLAGS.fixed),
+        tied=pairs("tied", FLAGS.tied),
+        biased=FLAGS.biased,
+        loss=FLAGS.loss,
+        huber_delta=FLAGS.huber_delta,
+        delta_residual=FLAGS.delta_residual,
+        stages=FLAGS.stages,
     )
+    table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     result = fit(
-        _LAW.value,
+        FLAGS.law,
         table,
         options,
-        starts=_STARTS.value,
-        bootstrap_resamples=_BOOTSTRAP.value,
-        level=_LEVEL.value,
-        profile=_PROFILE.value,
-        seed=_SEED.value,
+        starts=FLAGS.starts,
+        bootstrap_resamples=FLAGS.bootstrap,
+        level=FLAGS.level,
+        profile=FLAGS.profile,
+        seed=FLAGS.seed,
         progress=True,
     )
     try:
-        result.save(_OUT.value)
+        result.save(FLAGS.out)
     except OSError as err:
-        raise FitError(f"--out={_OUT.value} cannot be written: {err.strerror}") from None
+        raise FitError(f"--out={FLAGS.out} cannot be written: {err.strerror}") from None
     print(summary(result))
-    print(f"written: {_OUT.value}")
+    print(f"written: {FLAGS.out}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))

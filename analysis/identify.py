@@ -16,6 +16,7 @@ from analysis.problem import Setup, Stage, to_theta
 NOISE_FLOOR = 1e-8  # of a log loss: tables are printed to about this, so smaller residuals say nothing more
 WIDE = {"E": 1.5}  # ratio of the ends of an interval past which a positive parameter is called weakly identified
 WIDE_OTHERWISE = 10.0
+USELESS = 1e3  # factor between estimate and end of its interval past which a positive parameter is refused
 INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row informs a parameter
 
 
@@ -106,6 +107,8 @@ def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: flo
             continue
         if span.low is None and span.high is None:
             refused[name] = "the fit is as good with any value of it (profile flat from bound to bound)"
+        elif parameter.log and (beyond := _far_ends(float(np.exp(theta_F[j])), span)):
+            refused[name] = f"the fit is as good with {beyond} ({level:.0%} profile)"
         elif span.low is None or span.high is None:
             weak.append(name)
             known, end = ("below", span.high) if span.low is None else ("above", span.low)
@@ -121,6 +124,12 @@ def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: flo
     if len(confounded) > 1:
         notes.append(f"{', '.join(confounded)} cannot be told apart by these rows: fix or tie some of them")
     return Identifiability(condition, intervals, tuple(at_bound), tuple(weak), refused, tuple(notes))
+
+
+def _far_ends(value: float, span: Profile) -> str:
+    """The ends of the interval that lie more than a factor USELESS from the estimate, in words."""
+    far = [end for end in (span.low, span.high) if end is not None and not 1 / USELESS < end / value < USELESS]
+    return " or ".join(f"{end:.1e}" for end in far)
 
 
 def _profiles(setup: Setup, theta_F: np.ndarray, stage: Stage, which: np.ndarray, level: float) -> dict[str, Profile]:

@@ -10,6 +10,7 @@ from analysis import neighbours
 from analysis.law import (
     CHINCHILLA_NEEDS,
     HIGH_PRECISION_BITS,
+    MIN_FRACTION,
     PRECISION_COLUMNS,
     Law,
     LawError,
@@ -25,7 +26,18 @@ from analysis.law import (
     log_sum,
 )
 
-__all__ = ["LAWS", "Law", "LawError", "Parameter", "effective_parameters", "get", "predict", "published"]
+__all__ = [
+    "LAWS",
+    "MIN_FRACTION",
+    "Law",
+    "LawError",
+    "Parameter",
+    "effective_parameters",
+    "fraction",
+    "get",
+    "predict",
+    "published",
+]
 
 PAPER = "Kumar et al., arXiv 2411.04330"
 PARTS = ("w", "a", "kv")

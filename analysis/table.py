@@ -3,8 +3,11 @@
 Everything in analysis starts from a Table: one row per measured validation loss, δ by pairing the rows of a run.
 """
 
+import csv
 import dataclasses
 import hashlib
+import io
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,11 +137,27 @@ def load(path: str | Path) -> Table:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+        header = next(csv.reader(io.StringIO(raw.split(b"\n", 1)[0].decode("utf-8-sig"))), [])
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # rows longer than the header would shift silently
+            frame = pd.read_csv(
+                path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig", index_col=False
+            )
     except FileNotFoundError:
         raise TableError(f"no table at {path}") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        pd.errors.ParserError,
+        pd.errors.ParserWarning,
+        pd.errors.EmptyDataError,
+    ) as err:
         raise TableError(f"{path} is not a readable CSV table: {' '.join(str(err).split())}") from None
+    repeated = [name for name, count in Counter(name.strip() for name in header).items() if count > 1]
+    if repeated:
+        raise TableError(f"{path}: column {repeated[0]} appears more than once")
     return _check(frame, str(path), hashlib.sha256(raw).hexdigest())
 
 
@@ -152,9 +171,6 @@ def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
     frame = frame.rename(columns=lambda name: str(name).strip()).reset_index(drop=True)
-    repeated = [name for name, count in Counter(frame.columns).items() if count > 1]
-    if repeated:
-        raise TableError(f"{source}: column {repeated[0]} appears more than once")
     missing = [name for name in ("N", "D", "loss") if name not in frame]
     if missing:
         raise TableError(
