@@ -20,6 +20,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "aqtp>=0.9.0",
         "tensorflow-datasets>=4.9.9",
+        "importlib_resources>=6",  # tensorflow-datasets imports it without saying so
         "grain>=0.2.15",
         "array-record>=0.8.1",
         "ml-collections>=1.1",

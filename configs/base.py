@@ -66,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train = ml_collections.ConfigDict()
     c.train.tokens = 1_000_000  # D, rounded down to whole batches
     c.train.batch_size = 16  # sequences per step
+    c.train.microbatches = 1  # parts a batch is computed in, one after the other; scales are per part
     c.train.seed = 0  # initialization and data order
     c.train.log_every = 50  # steps between lines of metrics.jsonl
     c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed

@@ -87,7 +87,7 @@ def train_cohort(
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there; the
     others go on.
     """
-    static = Static(cohort.shape.model, cohort.program, optimizer)
+    static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
     trainer = _Trainer(static, cohort, loader, corpus, workdir, worker, options, progress)
     trainer.restore()
     while trainer.fill():

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -20,17 +20,34 @@ class ConfigError(UserError):
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """absl's app.run, with a UserError (or a misspelt option) shown as one line on stderr and exit status 2."""
 
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+                flags.FLAGS["config"].value.items  # noqa: B018  a config file that failed to load says so when used
+            return rest
+        except flags.Error as error:
+            _fail(error)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+            # A config file that cannot be read, an option it does not have, a value of another type.
+            _fail(f"in the options of --config: {error}")
+
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}")
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell of every file otherwise
         try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(error)
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(error: object) -> None:
+    message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+    print("error:", message, file=sys.stderr)
+    sys.exit(2)

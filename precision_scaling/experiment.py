@@ -32,6 +32,7 @@ class Shape:
     size: str
     model: model.ModelConfig
     batch_size: int
+    microbatches: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -118,7 +119,7 @@ def parse_precision(text: str, default: Mapping[str, Format]) -> dict[str, Forma
                 "'bf16' or w, a, kv, q, k, v, p with a format, joined by '_': 'w4_a8_kv4'",
             )
         for operand in parts[match[1]]:
-            result[operand] = formats.parse(match[2])
+            result[operand] = _format(f"study.grid.*.precisions = {text!r}", match[2])
     return result
 
 
@@ -129,7 +130,7 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _points(config):
     """(size, tokens, precision, seed, ptq) of every run the grid asks for."""
-    default = {name: formats.parse(config.precision[key]) for name, key in PRECISION_KEYS.items()}
+    default = {name: _format(f"precision.{key}", config.precision[key]) for name, key in PRECISION_KEYS.items()}
     if not config.study.grid:
         ptq = bool(config.ptq.methods)
         yield config.model.size, config.train.tokens, default, config.train.seed, ptq
@@ -145,8 +146,15 @@ def _points(config):
             yield size, tokens, parse_precision(text, default), seed, part.ptq
 
 
+def _format(key: str, spec: object) -> Format:
+    try:
+        return formats.parse(spec)
+    except formats.FormatError as error:
+        raise ConfigError(key, spec, str(error).partition("allowed: ")[2] or str(error)) from None
+
+
 def _run(config, size, vocab_size, tokens, precision, seed, ptq) -> Run:
-    shape = Shape(size, _model_config(config, size, vocab_size), config.train.batch_size)
+    shape = Shape(size, _model_config(config, size, vocab_size), config.train.batch_size, config.train.microbatches)
     steps = int(tokens) // shape.tokens_per_step
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
@@ -230,7 +238,7 @@ def _check_options(config) -> None:
     positive = {
         "model": ("sequence_length", "rope_theta", "norm_epsilon"),
         "optimizer": ("peak_rate", "epsilon"),
-        "train": ("tokens", "batch_size", "log_every", "steps_per_dispatch"),
+        "train": ("tokens", "batch_size", "microbatches", "log_every", "steps_per_dispatch"),
         "evaluate": ("sequences", "batch_size"),
         "ptq": ("calibration_sequences",),
         "study": ("lanes",),
@@ -252,6 +260,8 @@ def _check_options(config) -> None:
     for section, name in (("optimizer", "beta1"), ("optimizer", "beta2")):
         if not 0 <= config[section][name] < 1:
             raise ConfigError(f"{section}.{name}", config[section][name], "from 0 up to, but not, 1")
+    if config.train.batch_size % config.train.microbatches:
+        raise ConfigError("train.microbatches", config.train.microbatches, "a divisor of train.batch_size")
     if config.evaluate.sequences % config.evaluate.batch_size:
         raise ConfigError("evaluate.sequences", config.evaluate.sequences, "a multiple of evaluate.batch_size")
     for method in config.ptq.methods:

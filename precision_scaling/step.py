@@ -51,6 +51,7 @@ class Static:
     model: ModelConfig
     program: quantize.Program
     optimizer: OptimizerConfig
+    microbatches: int = 1
 
 
 def init_state(static: Static, seed) -> TrainState:
@@ -65,9 +66,23 @@ def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1) -> jax.Array:
     return jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
 
 
+def _loss_and_grads(static: Static, params: Any, table: Any, tokens_BxS1):
+    """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
+    grad_fn = jax.value_and_grad(loss_fn)
+    if static.microbatches == 1:
+        return grad_fn(params, static, table, tokens_BxS1)
+
+    def add(total, tokens):
+        return jax.tree.map(jnp.add, total, grad_fn(params, static, table, tokens)), None
+
+    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    total, _ = jax.lax.scan(add, zero, tokens_BxS1.reshape(static.microbatches, -1, tokens_BxS1.shape[-1]))
+    return jax.tree.map(lambda x: x / static.microbatches, total)
+
+
 def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens_BxS1) -> tuple[TrainState, StepMetrics]:
     """One update of one run."""
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, static, inputs.table, tokens_BxS1)
+    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens_BxS1)
     rate = optimizer_lib.learning_rate(
         state.step, inputs.total_steps, inputs.warmup_steps, inputs.peak_rate, static.optimizer.final_fraction
     )

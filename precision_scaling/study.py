@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -57,8 +58,12 @@ def open_bench(config, workdir: Path) -> Bench:
     bench = Bench(resolved, corpus, workdir)
     for group in resolved.cohorts:
         loader = bench.loader(group.shape)
-        loader.validation_windows(config.evaluate.sequences)
-        loader.calibration_windows(config.ptq.calibration_sequences, seed=0)
+        for key, wanted, available in (
+            ("evaluate.sequences", config.evaluate.sequences, loader.n_validation_windows),
+            ("ptq.calibration_sequences", config.ptq.calibration_sequences, loader.n_windows),
+        ):
+            if wanted > available:
+                raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
     _claim(workdir, config, corpus)
     _use_compilation_cache(config.compilation_cache)
     return bench
@@ -66,27 +71,42 @@ def open_bench(config, workdir: Path) -> Bench:
 
 def _claim(workdir: Path, config, corpus: Corpus) -> None:
     """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
-    now = {**_flatten(experiment.describe(config)), "corpus": corpus.meta["hash"]}
+    now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
     path = workdir / "config.json"
+    if path.exists():
+        then, new = _flatten(_read_claim(workdir)), _flatten(now)
+        for key in sorted(set(new) | set(then)):
+            if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
+                raise UserError(
+                    f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} there and is "
+                    f"{new.get(key)!r} now; allowed is the same value, or another --workdir"
+                )
     try:
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))
-            for key in sorted(set(now) | set(then)):
-                if now.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
-                    raise UserError(
-                        f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} there and is "
-                        f"{now.get(key)!r} now; allowed is the same value or another --workdir"
-                    )
-        results.atomic_write(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+        results.atomic_write(path, json.dumps(now, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror}; allowed is a directory that can be written") from None
-    except json.JSONDecodeError:
-        raise UserError(f"{path}: not a config; allowed is an empty --workdir or one of this program") from None
+
+
+def _read_claim(workdir: Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
+        ) from None
+    except ValueError:
+        raise UserError(f"{path}: not a config; allowed is a new --workdir or one of train or study") from None
+
+
+def reopen_bench(workdir: Path) -> Bench:
+    """The bench of a workdir that `train` or `study` has filled."""
+    return open_bench(ml_collections.ConfigDict(_read_claim(workdir)["config"]), workdir)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
-        return {prefix: tree}
+        return {prefix.removeprefix("config."): tree}
     items = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
     return {name: leaf for key, value in items for name, leaf in _flatten(value, key).items()}
 

@@ -49,6 +49,11 @@ class Loader:
         """Windows in the training tokens; an epoch is n_windows * seq_len training tokens."""
         return _count(self.corpus.train, self.seq_len)
 
+    @property
+    def n_validation_windows(self) -> int:
+        """Windows in the validation tokens."""
+        return _count(self.corpus.validation, self.seq_len)
+
     def epochs(self, tokens: int) -> float:
         """Passes over the training text that `tokens` training tokens (D) make."""
         return tokens / (self.n_windows * self.seq_len)
@@ -79,7 +84,7 @@ class Loader:
 
     def validation_windows(self, n: int) -> np.ndarray:
         """The fixed validation set: n windows evenly spread over the held-out text, int32 (n, S + 1)."""
-        available = _count(self.corpus.validation, self.seq_len)
+        available = self.n_validation_windows
         if not 1 <= n <= available:
             raise DataError(f"{n} validation windows of seq_len={self.seq_len}: allowed is 1 to {available}")
         spread = (2 * np.arange(n) + 1) * available // (2 * n)

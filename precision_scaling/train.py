@@ -1,0 +1,33 @@
+"""Trains the one model that a config describes: a study of a single run, with the same files in its workdir.
+
+python -m precision_scaling.train --config=configs/base.py --workdir=DIR [--config.model.size=100k ...]
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from precision_scaling import errors, results, study
+from precision_scaling.errors import ConfigError
+
+
+def _main(argv) -> None:
+    del argv
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    if config.study.grid:
+        raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
+    bench = study.open_bench(config, workdir)
+    study.train_missing(bench)
+    results.gather(workdir)
+    (run,) = bench.experiment.runs
+    (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
+    outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
+    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workdir / 'runs' / run.id}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint, metrics and runs.csv.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    errors.run(_main)
