@@ -176,8 +176,11 @@ def test_a_quantized_tensor_gets_its_scale_back_whatever_its_mantissa(name):
         assert_same_bits(scale_of_each(scale * grid.max_value), scale)
 
 
-@pytest.mark.parametrize("rounding", numerics.ROUNDINGS)
-@pytest.mark.parametrize("name", ["int2", "e4m3", "ternary", "binary", "e8m7", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [*((name, "nearest") for name in ("int2", "e4m3", "ternary", "e8m7", "mxfp4")),
+     *((name, "stochastic") for name in ("int2", "binary", "nvfp4"))],
+)  # fmt: skip
 def test_zeros_stay_zero_and_have_a_gradient(name, rounding):
     options = {"axis": -1, "rounding": rounding, "key": jax.random.key(0)}
     y, pull_back = jax.vjp(lambda x: fake_quant(x, name, **options), jnp.zeros((4, 64)))
@@ -302,8 +305,9 @@ COHORTS = {
 }
 
 
-@pytest.mark.parametrize("rounding", numerics.ROUNDINGS)
-@pytest.mark.parametrize("cohort", COHORTS)
+@pytest.mark.parametrize(
+    ("cohort", "rounding"), [*((cohort, "nearest") for cohort in COHORTS), ("float", "stochastic")]
+)
 def test_traced_vmapped_and_static_formats_give_the_same_bits(cohort, rounding):
     names = COHORTS[cohort]
     kind = formats.shared_kind(names)
@@ -367,7 +371,7 @@ def test_rounding_noise_is_uniform_and_uncorrelated():
 # Gradients, transforms and dtypes.
 
 
-@pytest.mark.parametrize("name", ["int3", "e4m3", "mxfp4", "nvfp4", "ternary", "bf16"])
+@pytest.mark.parametrize("name", ["int3", "e4m3", "nvfp4", "bf16"])
 def test_the_gradient_passes_straight_through_under_jit_and_vmap(name):
     x, cotangent = random_tensor(5), random_tensor(6)
     loss = lambda x: jnp.vdot(fake_quant(x, name, axis=-1), cotangent)
@@ -378,8 +382,8 @@ def test_the_gradient_passes_straight_through_under_jit_and_vmap(name):
     assert_same_bits(tangent, cotangent)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("name", ["int4", "e4m3", "mxfp8", "bf16"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["int4", "mxfp8", "bf16"])
 def test_the_dtype_stays_and_the_arithmetic_is_float32(name, dtype):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), dtype)
     y = fake_quant(x, name, axis=-1)
