@@ -231,7 +231,10 @@ def optimal_precision(evidence: Evidence) -> Finding:
     """F3 by the cost-optimal precision of the fitted law, argmax f(P)/P, with its interval from the bootstrap
     samples.
     """
-    claim = "Cost-optimal training precision is about 7-8 bits at every budget; below 4 bits needs over 4 times the parameters."
+    claim = (
+        "Cost-optimal training precision is about 7-8 bits at every budget; "
+        "below 4 bits needs over 4 times the parameters."
+    )
     fit = evidence.fit_of("precision", "unified")
     parts = surfaces.informed_parts(fit) if fit is not None else ()
     if not parts:
@@ -240,7 +243,7 @@ def optimal_precision(evidence: Evidence) -> Finding:
     best = closed_forms.best_precision(surfaces.capacity(fit, parts), relative)
     factor = float(closed_forms.make_up_factor(surfaces.capacity(fit, parts), 4.0))
     drawn = [surfaces.capacity(surfaces.draw(fit, i), parts) for i in range(min(surfaces.draws(fit), 400))]
-    named = " and ".join({"w": "weights", "a": "activations", "kv": "KV cache"}[x] for x in parts)
+    named = ", ".join({"w": "weights", "a": "activations", "kv": "KV cache"}[x] for x in parts)
     said = f"P* of {named} = {best:.1f} bits"
     numbers: dict[str, object] = {"P_star": best, "parts": list(parts), "N_factor_at_4_bits": factor}
     interval = None

@@ -11,11 +11,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from analysis.wording import count_label
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
 
 # Okabe & Ito (2008), without its yellow, which vanishes on white paper.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
@@ -121,10 +121,13 @@ def thin(values, most: int) -> list:
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Writes `name`.png (160 dpi) and `name`.svg without dates, so that equal data gives equal files."""
-    figure.draw_without_rendering()  # lays the panels out once for both files
-    figure.set_layout_engine("none")
+    """Writes `name`.png (160 dpi) and `name`.svg without dates, so that equal data gives equal files.
+
+    The canvases are asked directly: `savefig` would lay out and draw everything twice for each file.
+    """
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=160, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None})
+    figure.set_dpi(160)
+    FigureCanvasAgg(figure).print_png(paths[0], metadata={"Software": None})
+    figure.set_layout_engine("none")  # the panels stay where the first drawing put them
+    FigureCanvasSVG(figure).print_svg(paths[1], metadata={"Date": None})
     return paths

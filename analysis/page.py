@@ -1,0 +1,187 @@
+"""The report as one HTML file that needs nothing beside it: figures inline, style inline, no script, made to print."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+from analysis import laws
+from analysis.evidence import Evidence
+from analysis.figures.gallery import Drawn
+from analysis.findings import NOT_TESTABLE, REFUTED, SUPPORTED, Finding
+from analysis.fit import Fit
+from analysis.wording import count_label, fixed
+
+STYLE = """
+:root { --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --wash: #f5f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+p { margin: .4rem 0; max-width: 48rem; }
+.soft { color: var(--soft); font-size: .9rem; }
+.lead { font-size: 1.08rem; }
+nav { margin: 1rem 0 0; font-size: .9rem; } nav a { margin-right: 1rem; } a { color: #0a5a9c; }
+.finding { border: 1px solid var(--line); border-left-width: .45rem; border-radius: .3rem;
+  padding: .6rem .9rem; margin: .7rem 0; break-inside: avoid; }
+.finding p { margin: .25rem 0; }
+.supported { border-left-color: #009e73; } .refuted { border-left-color: #d55e00; } .open { border-left-color: #8a929a; }
+.verdict { font-weight: 700; font-size: .8rem; letter-spacing: .03em; text-transform: uppercase; margin-left: .5rem; }
+.supported .verdict { color: #00714f; } .refuted .verdict { color: #a94700; } .open .verdict { color: #59636e; }
+figure { margin: 1.4rem 0 2rem; break-inside: avoid; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 48rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+code { background: var(--wash); padding: .05rem .3rem; border-radius: .2rem; font-size: .88em; overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  h2, h3 { break-after: avoid; } tr { break-inside: avoid; } a { color: inherit; text-decoration: none; }
+  .scroll { overflow: visible; } th, td { overflow-wrap: anywhere; } }
+@page { margin: 16mm; }
+"""
+KIND = {SUPPORTED: "supported", REFUTED: "refuted", NOT_TESTABLE: "open"}
+
+
+def page(
+    evidence: Evidence,
+    drawn: Sequence[Drawn],
+    findings: Sequence[Finding],
+    not_fitted: Mapping[str, str],
+    sentence: str,
+    left_out: str,
+    provenance: Mapping[str, str],
+) -> str:
+    """The whole report as HTML text."""
+    shown = [d for d in drawn if d.paths]
+    sections = [
+        ("Findings", _findings(findings)),
+        ("Figures", "".join(map(_figure, shown)) or "<p>No figure could be drawn.</p>"),
+        ("Fitted laws", _fits(evidence, not_fitted)),
+        ("What is not here", _missing([d for d in drawn if not d.paths], left_out)),
+        ("Provenance", _pairs(provenance)),
+    ]
+    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title, _ in sections)
+    body = "".join(f'<section id="{_anchor(title)}"><h2>{title}</h2>{text}</section>' for title, text in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Precision scaling report</title><style>{STYLE}</style></head><body>"
+        f'<h1>Precision scaling report</h1><p class="soft">{_escape(_summary(evidence))}</p>'
+        f'<p class="lead">{_escape(sentence)}</p><nav>{links}</nav><main>{body}</main></body></html>\n'
+    )
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _summary(evidence: Evidence) -> str:
+    """What was measured, in one sentence."""
+    table = evidence.table
+    runs = len(set(zip(table["run"], table["N"], table["D"], strict=True)))
+    span = lambda name: f"{count_label(table[name].min())} to {count_label(table[name].max())}"
+    quantized = int(table.quantized.sum())
+    return (
+        f"{len(table)} measured losses of {runs} training runs ({quantized} after PTQ), N {span('N')} parameters, "
+        f"D {span('D')} tokens."
+    )
+
+
+def _findings(findings: Iterable[Finding]) -> str:
+    cards = (
+        f'<div class="finding {KIND[f.verdict]}"><p><strong>{_escape(f.key)}</strong>'
+        f'<span class="verdict">{_escape(f.verdict)}</span></p><p>{_escape(f.claim)}</p>'
+        f'<p class="soft">{_escape(f.statistic)}</p></div>'
+        for f in findings
+    )
+    return (
+        '<p class="soft">Claims of <em>Scaling Laws for Precision</em> (arXiv 2411.04330) put to this table. '
+        "Not testable: the table cannot tell either way. Intervals are 95 %.</p>" + "".join(cards)
+    )
+
+
+def _figure(drawn: Drawn) -> str:
+    svg = next(path for path in drawn.paths if path.suffix == ".svg")
+    data = base64.b64encode(svg.read_bytes()).decode("ascii")
+    entry = drawn.entry
+    return (
+        f'<figure id="{entry.name}"><h3>{_escape(entry.title)}</h3>'
+        f'<img alt="{_escape(entry.caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{_escape(entry.caption)}</figcaption></figure>"
+    )
+
+
+def _fits(evidence: Evidence, not_fitted: Mapping[str, str]) -> str:
+    parts = [_fit(fit) for fit in evidence.fits.values()]
+    if evidence.comparison:
+        parts.append(_comparison(evidence.comparison))
+    if not_fitted:
+        items = "".join(f"<li><code>{_escape(law)}</code>: {_escape(why)}</li>" for law, why in not_fitted.items())
+        parts.append(f"<h3>Not fitted</h3><ul>{items}</ul>")
+    return "".join(parts)
+
+
+def _fit(fit: Fit) -> str:
+    law = laws.resolve(fit.law, fit.values)
+    rows = []
+    for name, value in fit.params.items():
+        parameter = law.parameter(name)
+        published = "" if parameter.published is None else f"{parameter.published:.5g}"
+        if value is None:
+            why = _escape(fit.refused.get(name, "not informed by this table"))
+            rows.append(
+                f'<tr><td><code>{name}</code></td><td colspan="2">{why}</td><td class="number">{published}</td></tr>'
+            )
+            continue
+        rows.append(
+            f'<tr><td><code>{name}</code></td><td class="number">{value:.5g}</td>'
+            f'<td class="number">{_ends(fit, name)}</td><td class="number">{published}</td></tr>'
+        )
+    share = "" if not fit.starts_at_best else f", {fit.starts_at_best:.0%} of {fit.starts} starts at the best optimum"
+    notes = "".join(f"<li>{_escape(note)}</li>" for note in fit.notes)
+    return (
+        f"<h3>{_escape(fit.law)}</h3><p><code>{_escape(law.formula)}</code></p>"
+        f'<p class="soft">R² {fixed(fit.r2, 4)} on {fit.n} rows{share}. {_escape(fit.reporting.get("intervals", ""))}</p>'
+        '<div class="scroll"><table><thead><tr><th>constant</th><th class="number">fitted</th>'
+        '<th class="number">95 % interval</th><th class="number">published</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>" + (f"<ul>{notes}</ul>" if notes else "")
+    )
+
+
+def _ends(fit: Fit, name: str) -> str:
+    if name in (fit.reporting.get("fixed") or {}):
+        return "fixed"
+    interval = fit.ci.get(name)
+    if not interval:
+        return "none"
+    return " to ".join("open" if end is None else f"{end:.5g}" for end in interval)
+
+
+def _comparison(rows: Sequence[Mapping]) -> str:
+    names = list(rows[0])
+    head = "".join(f"<th>{_escape(name)}</th>" for name in names)
+    cell = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else _escape(value)
+    body = "".join("<tr>" + "".join(f"<td>{cell(row.get(name))}</td>" for name in names) + "</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h3>Laws compared</h3><div class="scroll">{table}</div>'
+
+
+def _missing(skipped: Sequence[Drawn], left_out: str) -> str:
+    items = "".join(f"<li>{_escape(d.entry.title)}: {_escape(d.skipped)}</li>" for d in skipped)
+    return f"<p>Rows: {_escape(left_out)}.</p>" + (f"<p>Figures skipped:</p><ul>{items}</ul>" if items else "")
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    rows = "".join(f"<tr><th>{_escape(k)}</th><td><code>{_escape(v)}</code></td></tr>" for k, v in values.items())
+    return f"<table><tbody>{rows}</tbody></table>"

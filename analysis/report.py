@@ -1,0 +1,167 @@
+"""Everything a table of losses says: `python -m analysis.report --runs=runs.csv --out=DIR`.
+
+Fits the laws (fit_LAW.json), draws the figures (figures/*.png, *.svg), puts the paper's findings to the table
+(findings.json) and writes one self-contained index.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from analysis import command
+from analysis import fit as fits
+from analysis import table as tables
+from analysis.evidence import Evidence, main_rows
+from analysis.figures.gallery import draw_all
+from analysis.findings import Finding, all_findings, growth_sentence
+from analysis.fit import Fit, FitError
+from analysis.law import LawError
+from analysis.page import page
+from analysis.table import Table
+from analysis.wording import fixed
+from precision_scaling.errors import UserError
+from precision_scaling.results import atomic_write
+
+LAWS = ("chinchilla", "ptq", "precision", "unified")
+PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
+
+
+class ReportError(UserError):
+    """A report that cannot be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a report says, apart from its files."""
+
+    evidence: Evidence
+    findings: Sequence[Finding]
+    not_fitted: Mapping[str, str]
+    sentence: str
+    index: Path
+
+
+def fit_all(table: Table, names: Sequence[str], bootstrap: int, seed: int) -> tuple[dict[str, Fit], dict[str, str]]:
+    """The fits of these laws, and why the others could not be fitted to this table."""
+    found, reasons = {}, {}
+    for name in names:
+        if name == "precision" and table.before_ptq().high_precision.all():
+            reasons[name] = "no run was trained below 16 bits"
+            continue
+        try:
+            found[name] = fits.fit(name, table, bootstrap_resamples=bootstrap, seed=seed)
+        except (FitError, LawError) as err:
+            reasons[name] = str(err)
+    return found, reasons
+
+
+def write(
+    table: Table, out: Path, *, bootstrap: int = 200, seed: int = 0, names: Sequence[str] = LAWS, line: str = ""
+) -> Report:
+    """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance."""
+    began = time.monotonic()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ReportError(f"--out={out}: {err.strerror or err}") from None
+    main, method = main_rows(table)
+    fitted, not_fitted = fit_all(main, names, bootstrap, seed)
+    evidence = Evidence(main, fitted, other_methods=table)
+    for name in names:
+        path = out / f"fit_{name}.json"
+        if name in fitted:
+            fitted[name].save(path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier table
+    findings = all_findings(evidence)
+    sentence = growth_sentence(evidence)
+    drawn = draw_all(evidence, out / "figures")
+    provenance = {
+        "command": line or "analysis.report.write",
+        "table": table.source,
+        "sha256 of the table": table.sha256 or "not from a file",
+        "PTQ method of the fits": method or "not named in the table",
+        "bootstrap resamples": str(bootstrap),
+        "seed": str(seed),
+        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": f"{time.monotonic() - began:.1f}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
+    }
+    index = out / "index.html"
+    text = page(evidence, drawn, findings, not_fitted, sentence, tables.describe(main.left_out), provenance)
+    atomic_write(index, text)
+    record = {
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "sentence": sentence,
+        "not_fitted": not_fitted,
+        "figures": {d.entry.name: d.skipped or [str(p.relative_to(out)) for p in d.paths] for d in drawn},
+        "left_out": dict(main.left_out),
+        "provenance": provenance,
+    }
+    atomic_write(out / "findings.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return Report(evidence, findings, not_fitted, sentence, index)
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def describe(report: Report) -> str:
+    """The end of the command: constants with R², the findings, whether δ grew, and where the report is."""
+    lines = [f"rows: {tables.describe(report.evidence.table.left_out)}"]
+    for name, fit in report.evidence.fits.items():
+        lines.append(f"{name}: R² {fixed(fit.r2, 4)} on {fit.n} rows")
+        for parameter, value in fit.params.items():
+            if value is None:
+                lines.append(f"  {parameter:<10} not told by this table: {fit.refused.get(parameter, '')}")
+            elif parameter not in (fit.reporting.get("fixed") or {}):
+                ends = fit.ci.get(parameter)
+                interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)
+                lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
+        lines += [f"  note: {note}" for note in fit.notes]
+    lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
+    lines += ["", *(f"{f.key}: {f.verdict}. {f.statistic}" for f in report.findings)]
+    lines += ["", report.sentence, f"report: {report.index}"]
+    return "\n".join(lines)
+
+
+FLAGS = flags.FlagValues()
+_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_whole = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
+_RUNS = _text("runs", None, "table of measured losses (runs.csv)")
+_OUT = _text("out", None, "folder for the report")
+_BOOTSTRAP = _whole("bootstrap", 200, "bootstrap resamples of the runs for the intervals; 0 for none", lower_bound=0)
+_SEED = _whole("seed", 0, "seed of starts and bootstrap")
+_LAWS = flags.DEFINE_list("laws", list(LAWS), "laws to fit", flag_values=FLAGS)
+_WHERE = flags.DEFINE_multi_string("where", [], "keep rows with COLUMN=VALUE; may be repeated", flag_values=FLAGS)
+
+
+def main() -> None:
+    for flag in (_RUNS, _OUT):
+        if flag.value is None:
+            raise ReportError(f"--{flag.name} is required")
+    if unknown := [name for name in _LAWS.value if name not in LAWS]:
+        raise ReportError(f"--laws={','.join(_LAWS.value)}: {unknown[0]!r} is not one of {', '.join(LAWS)}")
+    table = tables.load(_RUNS.value).where(**fits.pairs("where", _WHERE.value))
+    line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
+    report = write(table, Path(_OUT.value), bootstrap=_BOOTSTRAP.value, seed=_SEED.value, names=_LAWS.value, line=line)
+    print(describe(report))
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
