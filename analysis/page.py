@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from analysis import laws
@@ -16,8 +17,8 @@ from analysis.wording import count_label, fixed
 STYLE = """
 :root { --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --wash: #f5f7f9; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0 auto; max-width: 54rem; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
@@ -28,7 +29,8 @@ nav { margin: 1rem 0 0; font-size: .9rem; } nav a { margin-right: 1rem; } a { co
 .finding { border: 1px solid var(--line); border-left-width: .45rem; border-radius: .3rem;
   padding: .6rem .9rem; margin: .7rem 0; break-inside: avoid; }
 .finding p { margin: .25rem 0; }
-.supported { border-left-color: #009e73; } .refuted { border-left-color: #d55e00; } .open { border-left-color: #8a929a; }
+.supported { border-left-color: #009e73; } 
+.refuted { border-left-color: #d55e00; } .open { border-left-color: #8a929a; }
 .verdict { font-weight: 700; font-size: .8rem; letter-spacing: .03em; text-transform: uppercase; margin-left: .5rem; }
 .supported .verdict { color: #00714f; } .refuted .verdict { color: #a94700; } .open .verdict { color: #59636e; }
 figure { margin: 1.4rem 0 2rem; break-inside: avoid; }
@@ -39,7 +41,8 @@ table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; font-varia
 th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
-code { background: var(--wash); padding: .05rem .3rem; border-radius: .2rem; font-size: .88em; overflow-wrap: anywhere; }
+code { background: var(--wash); padding: .05rem .3rem; border-radius: .2rem; font-size: .88em;
+  overflow-wrap: anywhere; }
 ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   h2, h3 { break-after: avoid; } tr { break-inside: avoid; } a { color: inherit; text-decoration: none; }
@@ -148,14 +151,29 @@ def _fit(fit: Fit) -> str:
             f'<tr><td><code>{name}</code></td><td class="number">{value:.5g}</td>'
             f'<td class="number">{_ends(fit, name)}</td><td class="number">{published}</td></tr>'
         )
+    if {"C_T", "b"} <= set(fit.values) and fit.params.get("C_T") is not None:
+        rows.append(_amplitude_row(fit))
     share = "" if not fit.starts_at_best else f", {fit.starts_at_best:.0%} of {fit.starts} starts at the best optimum"
     notes = "".join(f"<li>{_escape(note)}</li>" for note in fit.notes)
     return (
         f"<h3>{_escape(fit.law)}</h3><p><code>{_escape(law.formula)}</code></p>"
-        f'<p class="soft">R² {fixed(fit.r2, 4)} on {fit.n} rows{share}. {_escape(fit.reporting.get("intervals", ""))}</p>'
+        f'<p class="soft">R² {fixed(fit.r2, 4)} on {fit.n} rows{share}. '
+        f"Intervals: {_escape(fit.reporting.get('intervals', 'none'))}.</p>"
         '<div class="scroll"><table><thead><tr><th>constant</th><th class="number">fitted</th>'
         '<th class="number">95 % interval</th><th class="number">published</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>" + (f"<ul>{notes}</ul>" if notes else "")
+    )
+
+
+def _amplitude_row(fit: Fit) -> str:
+    """C_T e^b, the one amplitude of δ that data identify: C_T and b of two fits can only be compared through it."""
+    amplitude = lambda values: values["C_T"] * math.exp(values.get("b", 0.0))
+    ends = fit.ci.get("C_T")
+    scale = math.exp(fit.values["b"])
+    interval = " to ".join("open" if end is None else f"{end * scale:.5g}" for end in ends) if ends else "none"
+    return (
+        f'<tr><td><code>C_T e^b</code></td><td class="number">{amplitude(fit.values):.5g}</td>'
+        f'<td class="number">{interval}</td><td class="number">{amplitude(laws.published("ptq")):.5g}</td></tr>'
     )
 
 

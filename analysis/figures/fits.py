@@ -162,7 +162,7 @@ def _corner(fit: Fit | None, name: str) -> Figure:
                 axis.hist(values[x], bins=24, range=tuple(spans[x]), color=CATEGORIES[4], edgecolor="white", lw=0.3)
                 axis.set_yticks([])
             else:
-                axis.plot(values[x], values[y], ".", color=CATEGORIES[0], ms=2, alpha=0.35, mew=0)
+                axis.plot(values[x], values[y], ".", color=CATEGORIES[0], ms=3.5, alpha=0.5, mew=0)
                 axis.axhline(best[y], color=CATEGORIES[1], lw=0.9)
                 axis.set_ylim(*spans[y])
             axis.axvline(best[x], color=CATEGORIES[1], lw=0.9)

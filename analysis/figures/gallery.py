@@ -36,7 +36,7 @@ class Drawn:
 GALLERY = (
     Entry(
         "delta_vs_tokens",
-        "PTQ costs more the longer a model was trained",
+        "Loss added by PTQ against training length",
         "Loss added by post-training quantization (δ) against tokens per parameter, by model size and bits. "
         "Points are "
         "measured, lines the fitted law δ = C_T D^γ_D / N^γ_N · exp(-P_post/γ_post).",
@@ -110,7 +110,8 @@ GALLERY = (
     Entry(
         "training_precision_and_ptq",
         "PTQ of models trained in low precision",
-        "δ against the precision the weights were trained in. A model trained in few bits has less to lose.",
+        "δ against the precision the weights were trained in. Zero where a model is served in the bits it was "
+        "trained in.",
         ptq.training_precision,
     ),
     Entry(
