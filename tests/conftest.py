@@ -1,0 +1,111 @@
+"""What several tests share: a small corpus of Python sources, a tiny config on it, and a way to run the commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import base
+
+ROOT = Path(__file__).parent.parent
+_WORDS = ("alpha", "beta", "count", "data", "edge", "field", "graph", "hash", "index", "join", "key", "line")
+
+
+def _source(rng: np.random.Generator) -> str:
+    """A module of plausible sources: regular enough to be learned, with enough choice that it never is entirely."""
+    lines = []
+    for _ in range(rng.integers(8, 20)):
+        name, first, second = rng.choice(_WORDS, 3)
+        lines += [f"def {name}_{rng.integers(100)}({first}, {second}):", f"    return {first} + {rng.integers(10)}", ""]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def data_options(tmp_path_factory) -> dict[str, object]:
+    """Options of config.data: a corpus of 60 small modules, cached for this session alone."""
+    root = tmp_path_factory.mktemp("sources")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (root / f"module_{i:02d}.py").write_text(_source(rng))
+    return {
+        "root": str(root),
+        "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "validation_fraction": 0.2,
+    }
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> str:
+    """Compiled programs of this session, shared with the processes it starts."""
+    return str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(data_options, compilation_cache):
+    """Makes the config of a very small study; keyword arguments are options, "__" for the dot.
+
+    One step is 4 sequences of 16 tokens, 64 tokens.
+    """
+
+    def make(**options):
+        config = base.get_config()
+        config.data.update(data_options)
+        config.update_from_flattened_dict(
+            {
+                "compilation_cache": compilation_cache,
+                "model.width": 16,
+                "model.depth": 2,
+                "model.heads": 2,
+                "model.hidden": 24,
+                "model.sequence_length": 16,
+                "train.batch_size": 4,
+                "train.tokens": 64 * 12,
+                "train.log_every": 2,
+                "train.steps_per_dispatch": 4,
+                "evaluate.sequences": 8,
+                "evaluate.batch_size": 4,
+                "ptq.methods": ("rtn",),
+                "ptq.bits": (3, 4),
+                "ptq.calibration_sequences": 8,
+            }
+        )
+        for name, value in options.items():
+            if name == "grid":
+                for part, entries in value.items():
+                    config.study.grid[part] = base.grid(**entries)
+            else:
+                config.update_from_flattened_dict({name.replace("__", "."): value})
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_command(data_options, compilation_cache):
+    """Runs `python -m MODULE ARGUMENTS` from the project's root; with `data`, on the small corpus."""
+
+    def run(module: str, *arguments: str, data: bool = False, **options) -> subprocess.CompletedProcess:
+        if data:
+            chosen = {f"data.{key}": value for key, value in data_options.items()}
+            chosen["compilation_cache"] = compilation_cache
+            arguments += tuple(f"--config.{key}={value}" for key, value in chosen.items())
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300, **options
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compiles with few optimizations: the programs of these tests take seconds to compile and no time to run."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
