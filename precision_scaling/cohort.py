@@ -1,4 +1,4 @@
-"""Trains the runs of a cohort together: as many lanes as fit, one compiled program, a new run in each lane that is free.
+"""Trains the runs of a cohort together: one compiled program, so many lanes, the next run in each lane that is free.
 
 Takes runs from `experiment`, batches from `data`, steps from `step`; hands each finished run's parameters to the caller
 (`study`) and keeps metrics and checkpoints on the way. What is in the other lanes never changes a run.
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from precision_scaling import compilation
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader, gather_windows
@@ -54,7 +55,7 @@ def table_of(run: Run, program, **replaced) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _programs(static: Static, max_steps: int):
-    """Compiled once per shape and number of lanes: (initialize, train, take a lane's parameters, put a state in a lane)."""
+    """Compiled per shape and number of lanes: initialize, train, take a lane's parameters, put a state in a lane."""
 
     def train(state, inputs, corpus, windows_RxTxB, steps):
         def fetch(t):
@@ -63,10 +64,10 @@ def _programs(static: Static, max_steps: int):
 
         return step_lib.train_chunk(static, state, inputs, fetch, steps, max_steps)
 
-    initialize = jax.jit(functools.partial(step_lib.init_state, static))
+    initialize = compilation.jit(functools.partial(step_lib.init_state, static), level=1)
     take = jax.jit(lambda params, lane: jax.tree.map(lambda x: x[lane], params))
     put = jax.jit(lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one), donate_argnums=0)
-    return initialize, jax.jit(train, donate_argnums=0), take, put
+    return initialize, compilation.jit(train, donate_argnums=0), take, put
 
 
 def train_cohort(

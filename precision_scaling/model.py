@@ -1,7 +1,7 @@
 """The decoder: OLMo-style Transformer++ in Flax, every projection and attention product through `quantize`.
 
 Stands between `quantize` (how a dot_general is computed at a precision) and `train` (how the parameters are found).
-Shape letters: B sequences, L and M positions, D width, H heads, K head dimension, F hidden width of the MLP, V vocabulary.
+Shape letters: B sequences, L and M positions, D width, H heads, K head dimension, F width inside the MLP, V vocabulary.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from precision_scaling import quantize
 class ModelConfig:
     """Everything static about a decoder; hashable, so that it keys compiled programs.
 
-    `base_width` and `base_depth` name the shape at which depth-µP equals the standard parametrization (Yang et al. 2023,
-    arXiv 2310.02244): wider and deeper models scale their rates, residual branches and logits from there.
+    `base_width` and `base_depth` name the shape at which depth-µP (Yang et al. 2023, arXiv 2310.02244) equals the
+    standard parametrization: wider and deeper models scale their rates, residual branches and logits from there.
     """
 
     vocab_size: int

@@ -80,7 +80,7 @@ def init(config: OptimizerConfig, params: Any) -> Any:
 
 
 def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, params: Any, rate) -> tuple[Any, Any]:
-    """(new parameters, new state) after one AdamW update at `rate`; weight decay is decoupled and scaled by the rate."""
+    """(parameters, state) after one AdamW update at `rate`; weight decay is decoupled and scaled by the rate."""
     direction, state = _adam(config).update(grads, state, params)
 
     def apply(key_path, param, delta, multiplier):

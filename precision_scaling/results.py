@@ -1,4 +1,4 @@
-"""The table of a study: its columns, one atomically written file of rows per measurement, and runs.csv gathered from them.
+"""The table of a study: its columns, an atomically written file of rows per measurement, and runs.csv made from them.
 
 Workers on many machines write different files and never share one; `gather` can be repeated at any time.
 """

@@ -4,6 +4,7 @@ The command of the data flow's middle: config in, workdir/runs.csv out. Safe to 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, cohort, errors, experiment, model, results
+from precision_scaling import checkpoint, cohort, compilation, errors, experiment, model, results
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import Finished, run_directory, table_of
 from precision_scaling.data.loader import Loader
@@ -65,7 +66,7 @@ def open_bench(config, workdir: Path) -> Bench:
             if wanted > available:
                 raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
     _claim(workdir, config, corpus)
-    _use_compilation_cache(config.compilation_cache)
+    compilation.use_cache(config.compilation_cache)
     return bench
 
 
@@ -78,7 +79,7 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
         for key in sorted(set(new) | set(then)):
             if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
                 raise UserError(
-                    f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} there and is "
+                    f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} and is "
                     f"{new.get(key)!r} now; allowed is the same value, or another --workdir"
                 )
     try:
@@ -109,12 +110,6 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix.removeprefix("config."): tree}
     items = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
     return {name: leaf for key, value in items for name, leaf in _flatten(value, key).items()}
-
-
-def _use_compilation_cache(path: str) -> None:
-    if path != "none":
-        directory = Path(path or "~/.cache/precision_scaling/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
@@ -220,11 +215,16 @@ def _evaluator(bench: Bench, group: Cohort) -> Callable[[Any, Any], float]:
     """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per shape."""
     config = bench.experiment.config.evaluate
     static = Static(group.shape.model, group.program, bench.experiment.optimizer)
+    loss = _validation_loss(static, config.batch_size)
     tokens = jnp.asarray(bench.loader(group.shape).validation_windows(config.sequences))
-    return lambda params, table: float(_validation_loss(static, params, table, tokens, config.batch_size))
+    return lambda params, table: float(loss(params, table, tokens))
 
 
-_validation_loss = jax.jit(step_lib.validation_loss, static_argnums=(0, 4))
+@functools.lru_cache(maxsize=8)
+def _validation_loss(static: Static, batch_size: int):
+    return compilation.jit(
+        lambda params, table, tokens: step_lib.validation_loss(static, params, table, tokens, batch_size)
+    )
 
 
 def _dir(bench: Bench, run: Run) -> Path:

@@ -1,4 +1,4 @@
-"""Post-training quantization of a whole decoder: layer by layer, each seeing the inputs that quantized layers before it make.
+"""Post-training quantization of a whole decoder: layer by layer, each on inputs made by the quantized layers before it.
 
 Stands between the kernel-level methods (`gptq`, `rtn`) and `study`/`ptq`, which load the parameters and evaluate them.
 """
