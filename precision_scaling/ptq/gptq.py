@@ -61,7 +61,7 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
     diagonal_I = jnp.diagonal(hessian_IxI)
     dead_I = diagonal_I == 0
     order_I = jnp.argsort(-diagonal_I, stable=True) if act_order else jnp.arange(n)
-    h_IxI = hessian_IxI / jnp.max(diagonal_I)
+    h_IxI = hessian_IxI / jnp.max(jnp.abs(diagonal_I))
     usable = jnp.all(jnp.isfinite(h_IxI))
     mean = jnp.mean(jnp.diagonal(h_IxI))
     h_IxI = jnp.where(dead_I[:, None] | dead_I[None, :], 0, h_IxI)

@@ -1,5 +1,7 @@
 """Round to nearest: the post-training quantization that looks at the kernel alone, and the yardstick for the others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,11 @@ def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool
         levels = jax.tree.map(lambda field: field[0], levels)
     else:
         levels, kind = grid.integer_levels(bits), grid.INTEGER
+    return _quantize(kernel, levels, kind, group_size, symmetric, clip)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip"))
+def _quantize(kernel, levels, kind, group_size, symmetric, clip):
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     found = grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
     return grid.quantize(kernel_IxO, found, kind, symmetric)[0]
