@@ -70,6 +70,7 @@ def tiny_config(data_options, compilation_cache):
                 "ptq.methods": ("rtn",),
                 "ptq.bits": (3, 4),
                 "ptq.calibration_sequences": 8,
+                "study.lanes": 2,
             }
         )
         for name, value in options.items():
@@ -81,6 +82,33 @@ def tiny_config(data_options, compilation_cache):
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def study_config(tiny_config):
+    """Four runs of one shape: bf16 at two lengths, low precision of the weights and of all parts; three ask for PTQ."""
+    one = {"sizes": ("25k",)}
+    return tiny_config(
+        train__log_every=1,
+        grid={
+            "full": {**one, "tokens": (64 * 12, 64 * 7 + 20), "precisions": ("bf16",), "ptq": True},
+            "low": {**one, "tokens": (64 * 12,), "precisions": ("w4", "w3_a4_kv4")},
+            "again": {**one, "tokens": (64 * 12 + 1,), "precisions": ("w4", "wint4", "bf16"), "ptq": True},
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_study(study_config, tmp_path_factory):
+    """(bench, workdir) of that study, trained, quantized by rounding to nearest and gathered. Leave it as it is."""
+    from precision_scaling import results, study
+
+    workdir = tmp_path_factory.mktemp("study")
+    bench = study.open_bench(study_config, workdir)
+    study.train_missing(bench)
+    study.quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
+    results.gather(workdir)
+    return bench, workdir
 
 
 @pytest.fixture(scope="session")

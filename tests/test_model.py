@@ -1,4 +1,4 @@
-"""The decoder against a NumPy decoder written from its description, and the properties a causal transformer must have."""
+"""The decoder against a NumPy decoder written from its description, and what a causal transformer must have."""
 
 import dataclasses
 import functools

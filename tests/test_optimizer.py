@@ -53,8 +53,8 @@ def test_updates_equal_adamw_written_out(clip_norm):
     params = tree(rng)
     state = optimizer_lib.init(config, params)
     expected = named(params)
-    first = {name: 0.0 for name in LEAVES}
-    second = {name: 0.0 for name in LEAVES}
+    first = dict.fromkeys(LEAVES, 0.0)
+    second = dict.fromkeys(LEAVES, 0.0)
     for t, (size, rate) in enumerate([(1.0, 0.1), (0.01, 0.2), (30.0, 0.05), (1.0, 0.0), (0.3, 0.1)], start=1):
         grads = tree(rng, size)
         params, state = update(config, MODEL, grads, state, params, rate)

@@ -1,4 +1,4 @@
-"""Products at a precision against explicit NumPy fake quantization: values, straight-through gradients, pass-through."""
+"""Products at a precision against NumPy fake quantization: values, straight-through gradients, pass-through."""
 
 import functools
 
