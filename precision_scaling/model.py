@@ -66,20 +66,23 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Quantized projection of the last axis. The kernel has shape (in, *features); scales are per output channel."""
+    """Quantized projection of the last axis. The kernel has shape (in, *features).
+
+    names: of input and kernel in the program. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
+    """
 
     features: tuple[int, ...]
     program: quantize.Program
+    names: tuple[str, str] = ("a", "w")
+    fan_in: int = 0
 
     @nn.compact
-    def __call__(self, x, table):
-        fan_in = x.shape[-1]
-        kernel = self.param(
-            "kernel", nn.initializers.normal(1 / math.sqrt(fan_in)), (fan_in, *self.features), jnp.float32
-        )
+    def __call__(self, x, table, key=None):
+        deviation = 1 / math.sqrt(self.fan_in or x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.normal(deviation), (x.shape[-1], *self.features), jnp.float32)
         # Calibration of post-training quantization asks for this collection; otherwise sow is a no-op.
         self.sow("linear_inputs", "x", x)
-        return quantize.linear(x, kernel.astype(x.dtype), self.program, table)
+        return quantize.linear(x, kernel.astype(x.dtype), self.program, table, key, self.names)
 
 
 def rotary(x_BxLxHxK, theta: float):
@@ -100,18 +103,21 @@ class Attention(nn.Module):
     program: quantize.Program
 
     @nn.compact
-    def __call__(self, x_BxLxD, table):
+    def __call__(self, x_BxLxD, table, key=None):
         c = self.config
         batch, length, _ = x_BxLxD.shape
-        qkv = Linear((3, c.heads, c.head_dim), self.program, name="qkv")(x_BxLxD, table)
+        # Every product of a layer has a key of its own, by the number it goes by here.
+        keys = [quantize.fold_in(key, i) for i in range(4)]
+        qkv = Linear((3, c.heads, c.head_dim), self.program, name="qkv")(x_BxLxD, table, keys[0])
         q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta) * (1 / math.sqrt(c.head_dim))
         k_BxLxHxK = rotary(k_BxLxHxK, c.rope_theta)
-        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table).astype(jnp.float32)
+        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table, keys[1])
+        score_BxHxLxM = score_BxHxLxM.astype(jnp.float32)
         causal_LxM = jnp.tril(jnp.ones((length, length), bool))
         p_BxHxLxM = jax.nn.softmax(jnp.where(causal_LxM, score_BxHxLxM, -1e30), axis=-1).astype(x_BxLxD.dtype)
-        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table)
-        return Linear((c.width,), self.program, name="out")(o_BxLxHxK.reshape(batch, length, -1), table)
+        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table, keys[2])
+        return Linear((c.width,), self.program, name="out")(o_BxLxHxK.reshape(batch, length, -1), table, keys[3])
 
 
 class MLP(nn.Module):
@@ -121,10 +127,11 @@ class MLP(nn.Module):
     program: quantize.Program
 
     @nn.compact
-    def __call__(self, x_BxLxD, table):
-        gate_up_BxLx2xF = Linear((2, self.config.hidden), self.program, name="gate_up")(x_BxLxD, table)
+    def __call__(self, x_BxLxD, table, key=None):
+        up_key, down_key = (quantize.fold_in(key, i) for i in range(2))
+        gate_up_BxLx2xF = Linear((2, self.config.hidden), self.program, name="gate_up")(x_BxLxD, table, up_key)
         hidden_BxLxF = jax.nn.silu(gate_up_BxLx2xF[:, :, 0]) * gate_up_BxLx2xF[:, :, 1]
-        return Linear((self.config.width,), self.program, name="down")(hidden_BxLxF, table)
+        return Linear((self.config.width,), self.program, name="down")(hidden_BxLxF, table, down_key)
 
 
 class Block(nn.Module):
@@ -134,12 +141,13 @@ class Block(nn.Module):
     program: quantize.Program
 
     @nn.compact
-    def __call__(self, x_BxLxD, table):
+    def __call__(self, x_BxLxD, table, key=None):
         c = self.config
-        h = Attention(c, self.program, name="attention")(RMSNorm(c.norm_epsilon, name="attention_norm")(x_BxLxD), table)
-        x_BxLxD = x_BxLxD + c.residual_scale * h
-        h = MLP(c, self.program, name="mlp")(RMSNorm(c.norm_epsilon, name="mlp_norm")(x_BxLxD), table)
-        return x_BxLxD + c.residual_scale * h
+        attention_key, mlp_key = (quantize.fold_in(key, i) for i in range(2))
+        h = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BxLxD)
+        x_BxLxD = x_BxLxD + c.residual_scale * Attention(c, self.program, name="attention")(h, table, attention_key)
+        h = RMSNorm(c.norm_epsilon, name="mlp_norm")(x_BxLxD)
+        return x_BxLxD + c.residual_scale * MLP(c, self.program, name="mlp")(h, table, mlp_key)
 
 
 class _ScannedBlock(nn.Module):
@@ -149,13 +157,17 @@ class _ScannedBlock(nn.Module):
     program: quantize.Program
 
     @nn.compact
-    def __call__(self, x_BxLxD, table):
+    def __call__(self, x_BxLxD, table, key):
         block = nn.remat(Block) if self.config.remat else Block
-        return block(self.config, self.program, name="block")(x_BxLxD, table), None
+        return block(self.config, self.program, name="block")(x_BxLxD, table, key), None
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. Embedding and head are never quantized; layers are stacked on a leading axis and scanned."""
+    """Token ids to logits; layers are stacked on a leading axis and scanned.
+
+    Embedding and head are quantized only where the program names their own operands. key: for programs that round at
+    random, one per step.
+    """
 
     config: ModelConfig
     program: quantize.Program = quantize.UNQUANTIZED
@@ -169,28 +181,29 @@ class Decoder(nn.Module):
             _ScannedBlock,
             variable_axes={"params": 0, "linear_inputs": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=c.depth,
         )(c, self.program)
         self.final_norm = RMSNorm(c.norm_epsilon)
-        self.head = nn.Dense(
-            c.vocab_size,
-            use_bias=False,
-            dtype=jnp.dtype(c.dtype),
-            kernel_init=nn.initializers.normal(1 / math.sqrt(c.base_width)),
-        )
+        self.head = Linear((c.vocab_size,), self.program, ("head_a", "head_w"), fan_in=c.base_width)
 
-    def embed(self, tokens_BxL):
+    def embed(self, tokens_BxL, table=None, key=None):
         """Residual stream before the first block, (B, L, D)."""
-        return self.embedding(tokens_BxL)
+        if self.program.get("e") is None:
+            return self.embedding(tokens_BxL)
+        embedding_VxD = quantize.embedding_table(self.embedding.embedding, self.program, table, key)
+        return jnp.take(embedding_VxD, tokens_BxL, axis=0).astype(self.config.dtype)
 
-    def unembed(self, x_BxLxD):
+    def unembed(self, x_BxLxD, table=None, key=None):
         """Logits in float32, (B, L, V)."""
-        return (self.head(self.final_norm(x_BxLxD)) * self.config.logit_scale).astype(jnp.float32)
+        logits_BxLxV = self.head(self.final_norm(x_BxLxD), table, key)
+        return (logits_BxLxV * self.config.logit_scale).astype(jnp.float32)
 
-    def __call__(self, tokens_BxL, table=None):
-        x_BxLxD, _ = self.layers(self.embed(tokens_BxL), table)
-        return self.unembed(x_BxLxD)
+    def __call__(self, tokens_BxL, table=None, key=None):
+        embed_key, head_key, layers_key = (quantize.fold_in(key, i) for i in range(3))
+        layer_keys = None if key is None else jax.random.split(layers_key, self.config.depth)
+        x_BxLxD, _ = self.layers(self.embed(tokens_BxL, table, embed_key), table, layer_keys)
+        return self.unembed(x_BxLxD, table, head_key)
 
 
 def cross_entropy(logits_BxLxV, targets_BxL):
