@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from precision_scaling import compilation
+from precision_scaling import compilation, results
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader, gather_windows
@@ -30,7 +30,11 @@ from precision_scaling.step import RunInputs, Static, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a cohort is run; none of these changes its results."""
+    """How a cohort is run; of these, only the lanes touch its results, and only by rounding.
+
+    lanes: runs that train at once. Another number of lanes is another compiled program, whose sums round differently,
+    and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
+    """
 
     lanes: int
     log_every: int
@@ -49,8 +53,7 @@ class Finished:
 
 def table_of(run: Run, program, **replaced) -> dict[str, Any]:
     """The grids of a run's formats for the operands that the program quantizes; `replaced` gives other formats."""
-    chosen = {**dict(run.formats), **replaced}
-    return {name: chosen[name].grid() for name, _ in program.operands}
+    return run.precision.table(program, **replaced)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,6 +97,7 @@ def train_cohort(
     while trainer.fill():
         for finished in trainer.advance():
             on_finished(finished)
+        trainer.save_if_due()  # after the rows: a run that has left its lane is in no later checkpoint
     trainer.checkpoints.clear()
 
 
@@ -112,7 +116,7 @@ class _Trainer:
         self.static, self.cohort, self.loader, self.corpus = static, cohort, loader, corpus
         self.workdir, self.options, self.progress = workdir, options, progress
         self.waiting: list[Run] = list(cohort.runs)
-        self.lanes: list[_Lane | None] = [None] * min(options.lanes, len(cohort.runs))
+        self.lanes: list[_Lane | None] = [None] * options.lanes
         self.initialize, self.train, self.take, self.put = _programs(static, options.steps_per_dispatch)
         # One lane's state, repeated; `fill` replaces it.
         blank = self.initialize(0)
@@ -168,13 +172,14 @@ class _Trainer:
                 ended.append(Finished(lane.run, self.take(self.state.params, i), diverged))
                 self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
                 self.lanes[i] = None
-        self.progress.set_postfix(loss=f"{np.nanmean(metrics.loss[:, -1]):.3f}", refresh=False)
+        self.progress.set_postfix(loss=f"{np.mean(metrics.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
         self.progress.update(len(active) * steps * self.cohort.shape.tokens_per_step)
-        if time.monotonic() - self.saved_at > self.options.checkpoint_seconds:
-            self._save()
         return ended
 
-    def _save(self) -> None:
+    def save_if_due(self) -> None:
+        """Writes a checkpoint of all lanes where the last one is old enough."""
+        if time.monotonic() - self.saved_at <= self.options.checkpoint_seconds:
+            return
         lanes = [{"run": lane.run.id, "step": lane.step} if lane else {"run": None, "step": 0} for lane in self.lanes]
         self.checkpoints.save(lanes, self.state)
         self.saved_at = time.monotonic()
@@ -188,6 +193,7 @@ class _Trainer:
             peak_rate=np.array([lane.run.peak_rate if lane else 0.0 for lane in self.lanes], np.float32),
             total_steps=np.array([run.steps for run in runs], np.int32),
             warmup_steps=np.array([run.warmup_steps for run in runs], np.int32),
+            seed=np.array([run.seed for run in runs], np.int32),
         )
 
     def _windows(self, steps: int) -> np.ndarray:
@@ -244,4 +250,4 @@ def truncate_metrics(path: Path, step: int) -> None:
         except ValueError:
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    results.atomic_write(path, "".join(kept))

@@ -121,19 +121,21 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
         checkpoint_seconds=config.train.checkpoint_seconds,
         steps_per_dispatch=config.train.steps_per_dispatch,
     )
-    todo = []
+    todo: list[tuple[Cohort, cohort.Options]] = []
     for group in bench.experiment.cohorts:
         missing = tuple(
             run for run in of_shard(group.runs, shard) if not results.read_rows(_dir(bench, run), "trained")
         )
         if missing:
-            todo.append(dataclasses.replace(group, runs=missing))
-    total = sum(run.tokens for group in todo for run in group.runs)
+            # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
+            lanes = min(config.study.lanes, len(group.runs))
+            todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
+    total = sum(run.tokens for group, _ in todo for run in group.runs)
     if not todo:
         return
     tokens = jnp.asarray(bench.corpus.train)
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="training", smoothing=0.05) as progress:
-        for group in todo:
+        for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             evaluate = _evaluator(bench, group)
             cohort.train_cohort(
@@ -143,7 +145,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
                 tokens,
                 bench.workdir,
                 f"{shard[0]}of{shard[1]}",
-                options,
+                group_options,
                 lambda finished, evaluate=evaluate: _record(bench, finished, evaluate),
                 progress,
             )
@@ -234,7 +236,7 @@ def _dir(bench: Bench, run: Run) -> Path:
 def _record(bench: Bench, finished: Finished, evaluate) -> None:
     """Evaluates a run that has ended and writes what it leaves: the checkpoint first, the row that says so last."""
     run = finished.run
-    group = next(group for group in bench.experiment.cohorts if group.shape == run.shape)
+    group = next(group for group in bench.experiment.cohorts if run in group.runs)
     if finished.diverged_step is not None:
         row = _row(bench, run, None, status="diverged", diverged_step=finished.diverged_step)
     else:
