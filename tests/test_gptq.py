@@ -74,11 +74,23 @@ def output_error(kernel, quantized, hessian):
     return np.sum(e * (hessian.astype(np.float64) @ e), axis=(-2, -1))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("symmetric", "group_size"), [(True, None), (True, 16), (False, None), pytest.param(False, 16, marks=pytest.mark.slow)]
+    ("symmetric", "group_size", "act_order"),
+    [
+        (True, None, False),
+        (True, None, True),
+        (True, 16, False),
+        (True, 16, True),
+        (False, None, False),
+        pytest.param(False, None, True, marks=SLOW),
+        pytest.param(False, 16, False, marks=SLOW),
+        pytest.param(False, 16, True, marks=SLOW),
+    ],
 )
-def test_codes_are_those_of_the_one_by_one_method_but_for_ties(group_size, symmetric, act_order):
+def test_codes_are_those_of_the_one_by_one_method_but_for_ties(symmetric, group_size, act_order):
     kernel, hessian = problem()
     settings = {"group_size": group_size, "symmetric": symmetric, "act_order": act_order}
     solution = gptq.solve(kernel, hessian, np.array(BITS), **settings)
@@ -113,6 +125,7 @@ def test_loss_is_the_sum_of_squared_rounding_errors_over_the_factors_diagonal(ac
     assert np.all(np.abs(x_minus_q)[inside] <= 0.5001 * np.broadcast_to(solution.scales[1], e.shape)[inside])
 
 
+@SLOW
 def test_codes_do_not_depend_on_the_block_size():
     kernel, hessian = problem()
     solutions = [gptq.solve(kernel, hessian, np.array(BITS), block=block).codes for block in (128, 160, 7)]
@@ -213,10 +226,10 @@ def test_groups_are_of_adjacent_inputs_whatever_the_order():
     np.testing.assert_allclose(levels, np.asarray(solution.codes[2]).reshape(10, 16, -1), atol=1e-5)
 
 
-SLOW_FORMATS = [pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("e4m3", "ternary", "mxfp4", "mxint8", "e8m7")]
+SLOW_FORMATS = [pytest.param(fmt, marks=SLOW) for fmt in ("e2m1", "ternary", "mxfp4", "nvfp4", "mxint8", "e8m7")]
 
 
-@pytest.mark.parametrize("fmt", ["int12", "e2m1", "nvfp4", *SLOW_FORMATS])
+@pytest.mark.parametrize("fmt", ["int12", "e4m3", *SLOW_FORMATS])
 def test_every_number_format_is_a_grid(fmt):
     kernel, hessian = problem(decay=1.0)
     nearest = numerics.fake_quant_array(jnp.asarray(kernel), fmt, axis=0)
@@ -226,7 +239,7 @@ def test_every_number_format_is_a_grid(fmt):
     assert output_error(kernel, quantized, hessian) < 0.9 * output_error(kernel, nearest, hessian)
 
 
-@pytest.mark.slow
+@SLOW
 def test_formats_of_a_kind_are_solved_together():
     kernel, hessian = problem()
     names = ["e2m1", "int4", "e4m3", 16]
@@ -300,7 +313,7 @@ def test_ill_conditioned_hessian_is_solved_without_a_warning():
     assert output_error(kernel, quantized, hessian) < 0.1 * output_error(kernel, nearest, hessian)
 
 
-@pytest.mark.parametrize("shape", [(1, 24), (160, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 24), *(pytest.param(shape, marks=SLOW) for shape in ((160, 1), (1, 1)))])
 def test_kernels_of_one_row_or_column(shape):
     kernel, hessian = problem(*shape)
     quantized = gptq.quantize_kernel(kernel, hessian, 4)

@@ -60,12 +60,18 @@ def solve(
     objective: kernels in, error out (traced): the paper's is the squared error of the output of the module that holds
         the kernels (the whole attention, the whole MLP). None is that of the kernels' own outputs, Σ ‖X (W - Q)‖².
 
-    Pure: `jit` it, and `vmap` it over a leading axis of layers. Statistics that can't be used give rounding to nearest
-    with `fell_back` set: report it. Raises FormatError and UserError for formats, groups and clips that don't exist.
+    Pure and compiled (again for each objective): `vmap` it over a leading axis of layers. Statistics that can't be used
+    give rounding to nearest with `fell_back` set: report it. Raises FormatError and UserError for formats, groups and
+    clips that don't exist.
     """
+    levels = bits if isinstance(bits, formats.Grid) else grid.integer_levels(bits)
+    return _solve(tuple(kernels), hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip", "objective"))
+def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective) -> Solution:
     kernels = tuple(jnp.asarray(kernel).astype(jnp.float32) for kernel in kernels)
     hessian_IxI, mean_I = jnp.asarray(hessian).astype(jnp.float32), jnp.asarray(mean_magnitude).astype(jnp.float32)
-    levels = bits if isinstance(bits, formats.Grid) else grid.integer_levels(bits)
     size = grid.group_rows(kernels[0].shape[0], group_size, kind)
     find = functools.partial(grid.find, kind=kind, group_size=group_size, symmetric=symmetric)
     usable = jnp.all(jnp.isfinite(mean_I)) & (jnp.max(mean_I) > 0) & jnp.all(jnp.isfinite(hessian_IxI))
