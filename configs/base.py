@@ -41,17 +41,55 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.base_size = "25k"  # depth-µP equals the standard parametrization at this size's width and depth
 
     c.precision = ml_collections.ConfigDict()
-    # Number formats by name ("int4", "e4m3", "bf16") or bits (4); 16 bits and above are not quantized.
-    c.precision.weights = "bf16"  # kernels of all projections (P_w); embedding and head are never quantized
-    c.precision.activations = "bf16"  # inputs of all projections (P_a)
-    c.precision.q = "bf16"  # queries
-    c.precision.k = "bf16"  # keys; k and v are the KV cache (P_kv)
-    c.precision.v = "bf16"  # values
-    c.precision.p = "bf16"  # attention probabilities
-    # What shares one scale: "tensor", "channel" (weights: one per output channel) or "token".
-    c.precision.weights_granularity = "channel"
-    c.precision.activations_granularity = "tensor"
-    c.precision.attention_granularity = "tensor"
+    # Sets every option below that is left empty: "paper" (nothing is quantized until a format is named), "qat" (int4
+    # weights), "low_precision" (int8 weights, activations, keys and values), "fp8", "int8_full", "mxfp4", "nvfp4".
+    c.precision.preset = "paper"
+    # Operands by number format: a name ("int4", "e4m3", "mxfp4", "bf16") or bits (4); 16 bits and above are not
+    # quantized. What shares a scale and the rounding may follow: "int4/group:32", "int4/token/stochastic".
+    c.precision.weights = ""  # kernels of all projections (P_w)
+    c.precision.activations = ""  # inputs of all projections (P_a)
+    c.precision.q = ""  # queries
+    c.precision.k = ""  # keys; k and v are the KV cache (P_kv)
+    c.precision.v = ""  # values
+    c.precision.p = ""  # attention probabilities
+    c.precision.embedding = ""  # the embedding's table; no preset quantizes it, nor the head
+    c.precision.head_weights = ""  # kernel of the head
+    c.precision.head_activations = ""  # inputs of the head
+    # What shares one scale: "tensor", "token", "channel" (weights: one per output channel), or "group:32", any number
+    # of elements along the contraction. Block formats have groups of their own.
+    c.precision.weights_granularity = ""  # paper: "channel"
+    c.precision.activations_granularity = ""  # paper: "tensor"
+    c.precision.attention_granularity = ""  # of q, k, v and p; paper: "tensor"
+    c.precision.embedding_granularity = ""  # paper: "token", one per row of the table
+    # "nearest" or "stochastic" (unbiased, a new draw at each step; evaluation rounds to nearest).
+    c.precision.weights_rounding = ""
+    c.precision.activations_rounding = ""
+    c.precision.attention_rounding = ""
+    c.precision.embedding_rounding = ""
+    c.precision.rotation = ""  # "none" or "hadamard": random Hadamard rotation of both operands of each projection
+    # "simulated" (any format) or "native": int8 or fp8 codes in the product itself, where format and device have one.
+    c.precision.mode = ""
+
+    # Backward pass. The gradient of each operand is a product of the incoming gradient, in the format `_gradient`, and
+    # of the other operand as it was saved, `_saved`: "forward" (as the forward pass quantized it), "exact" or a format.
+    c.precision.backward = ml_collections.ConfigDict()
+    c.precision.backward.activations_gradient = ""  # input gradient dx = dy·wᵀ: dy
+    c.precision.backward.activations_saved = ""  # input gradient: w
+    c.precision.backward.weights_gradient = ""  # weight gradient dw = xᵀ·dy: dy
+    c.precision.backward.weights_saved = ""  # weight gradient: x
+    c.precision.backward.q_gradient = ""  # dq = ds·k, s the scores: ds
+    c.precision.backward.q_saved = ""  # k there
+    c.precision.backward.k_gradient = ""  # dk = dsᵀ·q: ds
+    c.precision.backward.k_saved = ""  # q there
+    c.precision.backward.p_gradient = ""  # dp = do·vᵀ, o the weighted values: do
+    c.precision.backward.p_saved = ""  # v there
+    c.precision.backward.v_gradient = ""  # dv = pᵀ·do: do
+    c.precision.backward.v_saved = ""  # p there
+    # "tensor", "vector" (one per vector along the contraction of that product) or "group:32".
+    c.precision.backward.gradient_granularity = ""
+    c.precision.backward.saved_granularity = ""
+    c.precision.backward.gradient_rounding = ""  # "nearest" or "stochastic"
+    c.precision.backward.saved_rounding = ""
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.peak_rate = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
@@ -100,8 +138,9 @@ def grid(
 ) -> ml_collections.ConfigDict:
     """One part of a study's grid: every size × token budget × precision × seed.
 
-    precisions: "bf16" or parts with formats joined by "_": w (weights), a (activations), kv (keys and values), or
-    q, k, v, p one by one; e.g. "w4", "a6", "w4_a4_kv4", "we2m1". ptq: quantize these runs after training, too.
+    precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
+    kv (keys and values), g (incoming gradients of the projections), or q, k, v, p one by one; e.g. "w4", "a6",
+    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training, too.
     """
     return ml_collections.ConfigDict(
         {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq}

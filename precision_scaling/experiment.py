@@ -9,20 +9,19 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from precision_scaling import formats, model, optimizer, quantize, sizes
+from precision_scaling import model, optimizer, precision, quantize, sizes
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError
 from precision_scaling.formats import Format
+from precision_scaling.precision import Spec
 
 DTYPES = ("float32", "bfloat16")
 PTQ_METHODS = ("gptq", "rtn")
-PRECISION_KEYS = {"w": "weights", "a": "activations", "q": "q", "k": "k", "v": "v", "p": "p"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run. formats: number format of each operand; steps: length of the schedule."""
+    """One training run. steps: length of the schedule."""
 
     shape: Shape
-    formats: tuple[tuple[str, Format], ...]
+    precision: Spec
     steps: int
     warmup_steps: int
     peak_rate: float
@@ -59,15 +58,18 @@ class Run:
     @functools.cached_property
     def id(self) -> str:
         """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
-        low = {name: fmt for name, fmt in self.formats if fmt.family != "none"}
-        precision = "_".join(f"{name}{fmt.name}" for name, fmt in low.items()) or "bf16"
-        readable = f"{self.shape.size}-D{self.tokens}-{precision}-s{self.seed}"
-        content = repr((self.shape, self.formats, self.steps, self.warmup_steps, self.peak_rate, self.seed))
+        readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}-s{self.seed}"
+        content = repr((self.shape, self.precision, self.steps, self.warmup_steps, self.peak_rate, self.seed))
         return f"{readable}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+
+    @property
+    def formats(self) -> tuple[tuple[str, Format], ...]:
+        """The number format of each operand of the forward pass, bf16 where it is not quantized."""
+        return tuple((name, self.precision.format(name)) for name in quantize.OPERANDS)
 
     def bits(self, *operands: str) -> float:
         """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
-        return min(min(dict(self.formats)[name].bits, 16.0) for name in operands)
+        return self.precision.bits(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,31 +98,12 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
     """
     _check_options(config)
     runs: dict[str, Run] = {}
-    for size, tokens, precision, seed, ptq in _points(config):
-        run = _run(config, size, vocab_size, tokens, precision, seed, ptq)
+    for size, tokens, spec, seed, ptq in _points(config):
+        run = _run(config, size, vocab_size, tokens, spec, seed, ptq)
         if run.id in runs:
             run = dataclasses.replace(run, ptq=run.ptq or runs[run.id].ptq)
         runs[run.id] = run
-    return Experiment(config, _optimizer(config), tuple(runs.values()), _cohorts(config, runs.values()))
-
-
-def parse_precision(text: str, default: Mapping[str, Format]) -> dict[str, Format]:
-    """Formats by operand from "bf16" or a string such as "w4_a8_kv4": operands not named keep their default."""
-    result = dict(default)
-    if text == "bf16":
-        return result
-    parts = {**{name: (name,) for name in quantize.OPERANDS}, **quantize.PARTS}
-    for word in text.split("_"):
-        match = re.fullmatch(r"(kv|[waqkvp])(.+)", word)
-        if not match:
-            raise ConfigError(
-                "study.grid.*.precisions",
-                text,
-                "'bf16' or w, a, kv, q, k, v, p with a format, joined by '_': 'w4_a8_kv4'",
-            )
-        for operand in parts[match[1]]:
-            result[operand] = _format(f"study.grid.*.precisions = {text!r}", match[2])
-    return result
+    return Experiment(config, _optimizer(config), tuple(runs.values()), _cohorts(runs.values()))
 
 
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -130,10 +113,9 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _points(config):
     """(size, tokens, precision, seed, ptq) of every run the grid asks for."""
-    default = {name: _format(f"precision.{key}", config.precision[key]) for name, key in PRECISION_KEYS.items()}
+    spec = precision.from_options(config.precision)
     if not config.study.grid:
-        ptq = bool(config.ptq.methods)
-        yield config.model.size, config.train.tokens, default, config.train.seed, ptq
+        yield config.model.size, config.train.tokens, spec, config.train.seed, bool(config.ptq.methods)
         return
     for name, part in config.study.grid.items():
         for key in ("sizes", "tokens", "precisions", "seeds"):
@@ -143,24 +125,18 @@ def _points(config):
         if unknown:
             raise ConfigError(f"study.grid.{name}", sorted(unknown), "sizes, tokens, precisions, seeds, ptq")
         for size, tokens, text, seed in itertools.product(part.sizes, part.tokens, part.precisions, part.seeds):
-            yield size, tokens, parse_precision(text, default), seed, part.ptq
+            yield size, tokens, precision.parse(text, config.precision), seed, part.ptq
 
 
-def _format(key: str, spec: object) -> Format:
-    try:
-        return formats.parse(spec)
-    except formats.FormatError as error:
-        raise ConfigError(key, spec, str(error).partition("allowed: ")[2] or str(error)) from None
-
-
-def _run(config, size, vocab_size, tokens, precision, seed, ptq) -> Run:
+def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
     shape = Shape(size, _model_config(config, size, vocab_size), config.train.batch_size, config.train.microbatches)
     steps = int(tokens) // shape.tokens_per_step
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
+    precision.check_shape(spec, shape.model, shape.tokens_per_step // shape.microbatches)
     return Run(
         shape=shape,
-        formats=tuple((name, precision[name]) for name in quantize.OPERANDS),
+        precision=spec,
         steps=steps,
         warmup_steps=max(1, round(config.optimizer.warmup_fraction * steps)),
         peak_rate=float(config.optimizer.peak_rate),
@@ -197,44 +173,30 @@ def _optimizer(config) -> optimizer.OptimizerConfig:
     return optimizer.OptimizerConfig(c.beta1, c.beta2, c.epsilon, c.weight_decay, c.clip_norm, c.final_fraction)
 
 
-def _cohorts(config, runs) -> tuple[Cohort, ...]:
-    """One cohort per shape, longest runs first: the lanes then end at nearly the same time."""
+def _cohorts(runs) -> tuple[Cohort, ...]:
+    """Cohorts by shape and by what is static about the precision, longest runs first: the lanes then end at nearly the
+    same time. A precision joins the first cohort of its shape whose program can serve it, too."""
     cohorts = []
     for shape in dict.fromkeys(run.shape for run in runs):
         members = sorted((run for run in runs if run.shape == shape), key=lambda run: (-run.steps, run.id))
-        cohorts.append(Cohort(shape, _program(config, members), tuple(members)))
+        groups: list[list[Spec]] = []
+        # In an order that does not depend on the grid's: a study that is repeated with more runs keeps its programs.
+        for spec in sorted({run.precision for run in members}, key=lambda spec: (spec.short, spec.describe())):
+            for group in groups:
+                if precision.program_of([*group, spec], shape.model.dtype) is not None:
+                    group.append(spec)
+                    break
+            else:
+                groups.append([spec])
+        for group in groups:
+            program = precision.program_of(group, shape.model.dtype)
+            cohorts.append(Cohort(shape, program, tuple(run for run in members if run.precision in group)))
     return tuple(cohorts)
 
 
-def _program(config, runs) -> quantize.Program:
-    granularity = {
-        "w": config.precision.weights_granularity,
-        "a": config.precision.activations_granularity,
-        **dict.fromkeys("qkvp", config.precision.attention_granularity),
-    }
-    operands = []
-    for name in quantize.OPERANDS:
-        kind = formats.shared_kind(dict(run.formats)[name] for run in runs)
-        if kind is None:
-            names = sorted({dict(run.formats)[name].name for run in runs})
-            raise ConfigError(
-                "study.grid", names, f"formats of one family for operand {name!r} in the runs of one shape"
-            )
-        if kind.family != "none":
-            operands.append((name, quantize.Operand(kind, granularity[name])))
-    return quantize.Program(tuple(operands))
-
-
 def _check_options(config) -> None:
-    for key, allowed in (
-        ("model.dtype", DTYPES),
-        ("precision.weights_granularity", quantize.GRANULARITIES),
-        ("precision.activations_granularity", quantize.GRANULARITIES),
-        ("precision.attention_granularity", quantize.GRANULARITIES),
-    ):
-        section, name = key.split(".")
-        if config[section][name] not in allowed:
-            raise ConfigError(key, config[section][name], f"one of {', '.join(allowed)}")
+    if config.model.dtype not in DTYPES:
+        raise ConfigError("model.dtype", config.model.dtype, f"one of {', '.join(DTYPES)}")
     positive = {
         "model": ("sequence_length", "rope_theta", "norm_epsilon"),
         "optimizer": ("peak_rate", "epsilon"),

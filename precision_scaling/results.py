@@ -19,7 +19,7 @@ COLUMNS = (
     *("status", "method", "fallback_layers", "seed", "size", "epochs", "training_flops"),
     *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction"),
     *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
-    *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity"),
+    *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity", "precision"),
     *("validation_tokens", "vocab_size", "corpus", "device", "jax_version"),
 )
 ROW_FILES = "rows-*.json"

@@ -28,12 +28,16 @@ class TrainState(NamedTuple):
 
 
 class RunInputs(NamedTuple):
-    """What may differ between the runs of a cohort, all traced: grids per operand, and the schedule."""
+    """What may differ between the runs of a cohort, all traced: grids per operand, the schedule, and the run's seed.
+
+    seed: of stochastic rounding; programs that round to nearest do without.
+    """
 
     table: Any
     peak_rate: jax.Array
     total_steps: jax.Array
     warmup_steps: jax.Array
+    seed: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -60,29 +64,41 @@ def init_state(static: Static, seed) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(static.optimizer, params))
 
 
-def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1) -> jax.Array:
+def rounding_key(static: Static, seed, step) -> jax.Array | None:
+    """The key of one step's stochastic rounding, made of the run's seed and the step; None where none is needed."""
+    if not static.program.stochastic:
+        return None
+    # 1: initialization uses the seed's own key.
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+
+
+def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1, key: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy in nats per token of predicting tokens[:, 1:] from tokens[:, :-1]."""
-    logits = Decoder(static.model, static.program).apply({"params": params}, tokens_BxS1[:, :-1], table)
+    logits = Decoder(static.model, static.program).apply({"params": params}, tokens_BxS1[:, :-1], table, key)
     return jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
 
 
-def _loss_and_grads(static: Static, params: Any, table: Any, tokens_BxS1):
+def _loss_and_grads(static: Static, params: Any, table: Any, tokens_BxS1, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
     grad_fn = jax.value_and_grad(loss_fn)
     if static.microbatches == 1:
-        return grad_fn(params, static, table, tokens_BxS1)
+        return grad_fn(params, static, table, tokens_BxS1, key)
 
-    def add(total, tokens):
-        return jax.tree.map(jnp.add, total, grad_fn(params, static, table, tokens)), None
+    def add(total, part):
+        i, tokens = part
+        now = grad_fn(params, static, table, tokens, quantize.fold_in(key, i))
+        return jax.tree.map(jnp.add, total, now), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, _ = jax.lax.scan(add, zero, tokens_BxS1.reshape(static.microbatches, -1, tokens_BxS1.shape[-1]))
+    parts = tokens_BxS1.reshape(static.microbatches, -1, tokens_BxS1.shape[-1])
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(static.microbatches), parts))
     return jax.tree.map(lambda x: x / static.microbatches, total)
 
 
 def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens_BxS1) -> tuple[TrainState, StepMetrics]:
     """One update of one run."""
-    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens_BxS1)
+    key = rounding_key(static, inputs.seed, state.step)
+    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens_BxS1, key)
     rate = optimizer_lib.learning_rate(
         state.step, inputs.total_steps, inputs.warmup_steps, inputs.peak_rate, static.optimizer.final_fraction
     )
@@ -110,6 +126,10 @@ def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, ste
 
 
 def validation_loss(static: Static, params: Any, table: Any, tokens_NxS1, batch_size: int) -> jax.Array:
-    """Mean cross-entropy in nats per token over N sequences (a multiple of batch_size), batch by batch."""
+    """Mean cross-entropy in nats per token over N sequences (a multiple of batch_size), batch by batch.
+
+    Operands round to nearest here, whatever the training step does.
+    """
+    static = dataclasses.replace(static, program=static.program.evaluation())
     batches = tokens_NxS1.reshape(-1, batch_size, tokens_NxS1.shape[-1])
     return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, static, table, tokens), batches))

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, cohort, compilation, errors, experiment, model, results
+from precision_scaling import checkpoint, cohort, compilation, errors, experiment, model, precision, results
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import Finished, run_directory, table_of
 from precision_scaling.data.loader import Loader
@@ -29,6 +29,7 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Cohort, Experiment, Run
 from precision_scaling.formats import parse
 from precision_scaling.ptq import apply
+from precision_scaling.quantize import Program
 from precision_scaling.step import Static
 
 # Options that change no measured number: a workdir may be used again with others.
@@ -56,6 +57,8 @@ def open_bench(config, workdir: Path) -> Bench:
     experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
+    for run in resolved.runs:
+        precision.check_device(run.precision)
     bench = Bench(resolved, corpus, workdir)
     for group in resolved.cohorts:
         loader = bench.loader(group.shape)
@@ -137,7 +140,8 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="training", smoothing=0.05) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
-            evaluate = _evaluator(bench, group)
+            program = group.program.evaluation()
+            evaluate = _evaluator(bench, group.shape, program)
             cohort.train_cohort(
                 group,
                 bench.experiment.optimizer,
@@ -146,7 +150,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
                 bench.workdir,
                 f"{shard[0]}of{shard[1]}",
                 group_options,
-                lambda finished, evaluate=evaluate: _record(bench, finished, evaluate),
+                lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
                 progress,
             )
             results.gather(bench.workdir)
@@ -183,11 +187,13 @@ def quantize_missing(
 
 def _quantize_run(bench: Bench, group: Cohort, run: Run, method: str, bits: list[int]) -> list[str]:
     config = bench.experiment.config
-    static = Static(group.shape.model, group.program, bench.experiment.optimizer)
+    # With weights of another format than the hardware multiplies, the forward pass of a native run is simulated.
+    program = group.program.evaluation().simulated()
+    static = Static(group.shape.model, program, bench.experiment.optimizer)
     abstract = jax.eval_shape(lambda: step_lib.init_state(static, 0).params)
     params = checkpoint.restore(_dir(bench, run) / "checkpoint", abstract)
     calibration = bench.loader(group.shape).calibration_windows(config.ptq.calibration_sequences, seed=run.seed)
-    table = table_of(run, group.program, w=parse("bf16"))
+    table = table_of(run, program, w=parse("bf16"))
     batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
     quantized = apply.quantize_model(
         static,
@@ -199,7 +205,7 @@ def _quantize_run(bench: Bench, group: Cohort, run: Run, method: str, bits: list
         method=method,
         batch_size=batch,
     )
-    evaluate = _evaluator(bench, group)
+    evaluate = _evaluator(bench, group.shape, program)
     rows, warnings = [], []
     for i, b in enumerate(bits):
         loss = evaluate(jax.tree.map(lambda x, i=i: x[i], quantized.params), table)
@@ -213,12 +219,12 @@ def _quantize_run(bench: Bench, group: Cohort, run: Run, method: str, bits: list
     return warnings
 
 
-def _evaluator(bench: Bench, group: Cohort) -> Callable[[Any, Any], float]:
-    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per shape."""
+def _evaluator(bench: Bench, shape: experiment.Shape, program: Program) -> Callable[[Any, Any], float]:
+    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program."""
     config = bench.experiment.config.evaluate
-    static = Static(group.shape.model, group.program, bench.experiment.optimizer)
+    static = Static(shape.model, program, bench.experiment.optimizer)
     loss = _validation_loss(static, config.batch_size)
-    tokens = jnp.asarray(bench.loader(group.shape).validation_windows(config.sequences))
+    tokens = jnp.asarray(bench.loader(shape).validation_windows(config.sequences))
     return lambda params, table: float(loss(params, table, tokens))
 
 
@@ -233,14 +239,13 @@ def _dir(bench: Bench, run: Run) -> Path:
     return run_directory(bench.workdir, run)
 
 
-def _record(bench: Bench, finished: Finished, evaluate) -> None:
+def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> None:
     """Evaluates a run that has ended and writes what it leaves: the checkpoint first, the row that says so last."""
     run = finished.run
-    group = next(group for group in bench.experiment.cohorts if run in group.runs)
     if finished.diverged_step is not None:
         row = _row(bench, run, None, status="diverged", diverged_step=finished.diverged_step)
     else:
-        loss = evaluate(finished.params, table_of(run, group.program))
+        loss = evaluate(finished.params, table_of(run, program))
         checkpoint.save(_dir(bench, run) / "checkpoint", finished.params)
         row = _row(bench, run, loss) if math.isfinite(loss) else _row(bench, run, None, status="diverged")
     results.write_rows(_dir(bench, run), "trained", [row])
@@ -272,9 +277,10 @@ def _row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, A
         "peak_rate": run.peak_rate,
         "warmup_fraction": config.optimizer.warmup_fraction,
         **{f"{name}_format": fmt.name for name, fmt in run.formats},
-        "w_granularity": config.precision.weights_granularity,
-        "a_granularity": config.precision.activations_granularity,
-        "attention_granularity": config.precision.attention_granularity,
+        "w_granularity": run.precision.granularity("w"),
+        "a_granularity": run.precision.granularity("a"),
+        "attention_granularity": run.precision.granularity(*"qkvp"),
+        "precision": run.precision.describe(),
         "validation_tokens": config.evaluate.sequences * shape.model.sequence_length,
         "vocab_size": shape.model.vocab_size,
         "corpus": bench.corpus.meta["hash"],
@@ -293,10 +299,9 @@ def plan_text(resolved: Experiment) -> str:
         tokens = sum(run.tokens for run in group.runs)
         flops = tokens * model.training_flops_per_token(group.shape.model)
         flops_total += flops
-        operands = ", ".join(f"{name} ({operand.kind.family})" for name, operand in group.program.operands) or "none"
         lines.append(
             f"{group.shape.size:>8} {len(group.runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "
-            f"{flops:>10.2e}  {operands}"
+            f"{flops:>10.2e}  {precision.describe_program(group.program)}"
         )
     tokens = sum(run.tokens for run in resolved.runs)
     lines.append(
