@@ -1,4 +1,4 @@
-"""The paper's own grid (Kumar et al., arXiv 2411.04330, section 2 and appendix): what it would take, and the real thing.
+"""The paper's own grid (Kumar et al., arXiv 2411.04330): what it would take, and the real thing.
 
     python -m precision_scaling.study --config=configs/paper.py --workdir=runs/paper --dry_run
 

@@ -8,14 +8,14 @@ Its table shows the paper's first finding: the loss from 3-bit post-training qua
 from configs import base
 
 SIZES = ("14k", "25k", "55k")
-TOKENS = (250_000, 500_000, 1_000_000, 2_000_000)
+TOKENS = (125_000, 250_000, 500_000, 1_000_000)
 
 
 def get_config():
     """The study's config."""
     c = base.get_config()
     c.study.grid.full = base.grid(SIZES, TOKENS, ptq=True)
-    c.study.grid.weights = base.grid(SIZES, (500_000,), ("w3", "w4", "w6"))
-    c.study.grid.activations = base.grid(SIZES, (500_000,), ("a4", "a6", "a8"))
-    c.study.grid.attention = base.grid(SIZES, (500_000,), ("kv3", "kv4", "kv6"))
+    c.study.grid.weights = base.grid(SIZES, (250_000,), ("w3", "w4", "w6"))
+    c.study.grid.activations = base.grid(SIZES, (250_000,), ("a4", "a6", "a8"))
+    c.study.grid.attention = base.grid(SIZES, (250_000,), ("kv3", "kv4", "kv6"))
     return c
