@@ -1,10 +1,12 @@
 """Orbax checkpoints: the parameters of a finished run, and the state of a cohort under way.
 
-Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all.
+Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all. A checksum of the
+arrays stands beside them: a bit that flipped on disk would otherwise be read as another weight.
 """
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from precision_scaling.errors import UserError
 
 
 def save(path: Path, tree: Any) -> None:
-    """Writes a pytree of arrays, replacing what was there; returns when it is on disk."""
+    """Writes a pytree of arrays as {"arrays", "checksum"}, replacing what was there; returns when it is on disk."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree, force=True)
+        checkpointer.save(path.absolute(), {"arrays": tree, "checksum": _checksum(tree)}, force=True)
 
 
 def restore(path: Path, abstract: Any) -> Any:
@@ -29,12 +31,24 @@ def restore(path: Path, abstract: Any) -> Any:
         raise UserError(f"{path}: no checkpoint there")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), abstract)
+            checksum = jax.ShapeDtypeStruct((), np.uint32)
+            found = checkpointer.restore(path.absolute(), {"arrays": abstract, "checksum": checksum})
+        if found["checksum"] != _checksum(found["arrays"]):
+            raise ValueError("the arrays do not have the checksum they were written with")
+        return found["arrays"]
     except Exception as error:  # Orbax raises errors of many kinds for a damaged file
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
         raise UserError(
             f"{path}: checkpoint is damaged or of another model ({type(error).__name__}: {reason})"
         ) from error
+
+
+def _checksum(tree: Any) -> np.ndarray:
+    """CRC-32 of all arrays, leaf by leaf."""
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    return np.array(checksum, np.uint32)
 
 
 class CohortCheckpoints:

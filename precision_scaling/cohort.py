@@ -121,7 +121,7 @@ class _Trainer:
         # One lane's state, repeated; `fill` replaces it.
         blank = self.initialize(0)
         self.state: TrainState = jax.tree.map(lambda x: jnp.repeat(x[None], len(self.lanes), axis=0), blank)
-        self.checkpoints = CohortCheckpoints(workdir / "cohorts" / f"{cohort_name(cohort)}-{worker}")
+        self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
         self.saved_at = time.monotonic()
 
     def restore(self) -> None:
@@ -178,7 +178,7 @@ class _Trainer:
 
     def save_if_due(self) -> None:
         """Writes a checkpoint of all lanes where the last one is old enough."""
-        if time.monotonic() - self.saved_at <= self.options.checkpoint_seconds:
+        if not any(self.lanes) or time.monotonic() - self.saved_at <= self.options.checkpoint_seconds:
             return
         lanes = [{"run": lane.run.id, "step": lane.step} if lane else {"run": None, "step": 0} for lane in self.lanes]
         self.checkpoints.save(lanes, self.state)
@@ -230,6 +230,11 @@ class _Trainer:
 def run_directory(workdir: Path, run: Run) -> Path:
     """Where everything about a run is kept."""
     return workdir / "runs" / run.id
+
+
+def cohort_checkpoints(workdir: Path, cohort: Cohort, worker: str) -> CohortCheckpoints:
+    """The checkpoints of a cohort under way; those of workers that share a study lie side by side."""
+    return CohortCheckpoints(workdir / "cohorts" / f"{cohort_name(cohort)}-{worker}")
 
 
 def cohort_name(cohort: Cohort) -> str:

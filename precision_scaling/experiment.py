@@ -230,7 +230,7 @@ def _check_options(config) -> None:
         if method not in PTQ_METHODS:
             raise ConfigError("ptq.methods", method, f"any of {', '.join(PTQ_METHODS)}")
     for bits in config.ptq.bits:
-        if not 2 <= bits <= 8:
+        if isinstance(bits, bool) or bits not in range(2, 9):
             raise ConfigError("ptq.bits", bits, "whole numbers from 2 to 8")
 
 

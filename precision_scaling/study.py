@@ -124,6 +124,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
         checkpoint_seconds=config.train.checkpoint_seconds,
         steps_per_dispatch=config.train.steps_per_dispatch,
     )
+    worker = f"{shard[0]}of{shard[1]}"
     todo: list[tuple[Cohort, cohort.Options]] = []
     for group in bench.experiment.cohorts:
         missing = tuple(
@@ -133,6 +134,8 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
             # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
             lanes = min(config.study.lanes, len(group.runs))
             todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
+        else:  # of a process that was killed between the last row and this
+            cohort.cohort_checkpoints(bench.workdir, group, worker).clear()
     total = sum(run.tokens for group, _ in todo for run in group.runs)
     if not todo:
         return
@@ -148,7 +151,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
                 bench.loader(group.shape),
                 tokens,
                 bench.workdir,
-                f"{shard[0]}of{shard[1]}",
+                worker,
                 group_options,
                 lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
                 progress,
@@ -176,7 +179,7 @@ def quantize_missing(
                 continue
             for method in methods:
                 have = {row["P_post"] for row in results.read_rows(_dir(bench, run), method)}
-                missing = [b for b in bits if b not in have]
+                missing = [b for b in dict.fromkeys(bits) if b not in have]
                 if missing:
                     todo.append((group, run, method, missing))
     warnings = []

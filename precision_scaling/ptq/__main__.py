@@ -16,7 +16,7 @@ def _bits(texts: list[str]) -> list[int]:
     for text in texts:
         if not text.strip().isdigit() or not 2 <= int(text) <= 8:
             raise UserError(f"--bits={','.join(texts)}: {text!r} is not allowed, whole numbers from 2 to 8 are")
-    return [int(text) for text in texts]
+    return sorted({int(text) for text in texts})
 
 
 def _main(argv) -> None:
