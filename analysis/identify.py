@@ -6,6 +6,7 @@ words.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import stats
@@ -42,15 +43,26 @@ class Identifiability:
     notes: tuple[str, ...]
 
 
-def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-    """Gradient of the objective by run (runs, F), and its expected second derivative (F, F), on the stage's rows."""
+def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradient of the objective by run (runs, F), its expected second derivative (F, F), and the variance of the
+    gradient (F, F) if rows were independent; on the stage's rows.
+
+    Rows before and after PTQ scatter differently, so the moments of Huber's function are taken of each apart.
+    """
     residual_n = residuals(setup.problem, theta_F)
-    jacobian_nxF = jacobian(setup.problem, theta_F) * stage.rows_n[:, None]
+    jacobian_nxF = jacobian(setup.problem, theta_F)
     delta = setup.problem.huber_delta
-    score_nxF = np.clip(residual_n, -delta, delta)[:, None] * jacobian_nxF
+    psi_n = np.clip(residual_n, -delta, delta)
     score_rxF = np.zeros((setup.run_n.max() + 1, len(theta_F)))
-    np.add.at(score_rxF, setup.run_n, score_nxF)
-    return score_rxF, jacobian_nxF.T @ jacobian_nxF * _mean_slope(residual_n[stage.rows_n], delta)
+    np.add.at(score_rxF, setup.run_n[stage.rows_n], (psi_n[:, None] * jacobian_nxF)[stage.rows_n])
+    curvature_FxF, variance_FxF = np.zeros((2, len(theta_F), len(theta_F)))
+    for kind in (setup.rows.quantized, ~setup.rows.quantized):
+        rows_n = kind & stage.rows_n
+        if rows_n.any():
+            gram_FxF = jacobian_nxF[rows_n].T @ jacobian_nxF[rows_n]
+            curvature_FxF += gram_FxF * _mean_slope(residual_n[rows_n], delta)
+            variance_FxF += gram_FxF * max(float(np.mean(psi_n[rows_n] ** 2)), NOISE_FLOOR**2)
+    return score_rxF, curvature_FxF, variance_FxF
 
 
 def _mean_slope(residual_n: np.ndarray, delta: float) -> float:
@@ -133,73 +145,72 @@ def _far_ends(value: float, span: Profile) -> str:
 
 
 def _profiles(setup: Setup, theta_F: np.ndarray, stage: Stage, which: np.ndarray, level: float) -> dict[str, Profile]:
-    """The interval of every parameter in `which` within which the objective, minimized over the others, stays below
-    threshold.
-    """
+    """The interval of every parameter in `which` within which the objective, minimized over the others, stays low."""
     problem = setup.problem
-    score_rxF, curvature_FxF = score_and_curvature(setup, theta_F, stage)
-    used = score_rxF[np.unique(setup.run_n[stage.rows_n])][:, which]
-    runs, dof = len(used), max(len(used) - len(which), 1)
-    curvature = curvature_FxF[np.ix_(which, which)]
-    unit = 1 / np.sqrt(np.maximum(np.diagonal(curvature), 1e-300))
-    inverse = np.linalg.pinv(curvature * unit[:, None] * unit[None], rcond=1e-13) * unit[:, None] * unit[None]
-    sandwich = inverse @ (used.T @ used) @ inverse * runs / dof
-    # scale that turns twice the rise of a profile into a chi-square: mean ψ² over mean ψ', by run where rows move
-    # together
-    residual_n = residuals(problem, theta_F)[stage.rows_n]
-    psi = np.clip(residual_n, -problem.huber_delta, problem.huber_delta)
-    slope = _mean_slope(residual_n, problem.huber_delta)
-    by_row = max(float(np.mean(psi**2)), NOISE_FLOOR**2) * len(psi) / max(len(psi) - len(which), 1) / slope
-    by_run = np.diagonal(sandwich) / np.maximum(np.diagonal(inverse), 1e-300)
-    rise_F = 0.5 * stats.f.ppf(level, 1, dof) * np.maximum(by_row, by_run)
-    error_F = np.sqrt(np.maximum(np.diagonal(inverse) * np.maximum(by_row, by_run), 1e-24))
-
+    rise_F, error_F, response_FxF, singular = _scales(setup, theta_F, stage, which, level)
     starts, frozen, points = [], [], []
-    frozen_stage = ~stage.fits_F
     for k, j in enumerate(which):
-        steps = np.concatenate(
-            [error_F[k] * np.array([0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 10]), problem.scale_F[j] * 3.0 ** np.arange(-2, 4)]
-        )
-        response = inverse[:, k] / max(inverse[k, k], 1e-300)  # how the others follow, to first order
+        steps = error_F[k] * np.array([1, 1.5, 2, 2.5, 3, 5, 10, 30])
+        if singular:
+            steps = np.append(steps, problem.scale_F[j] * 3.0 ** np.arange(-3, 4))
         for sign, bound in ((-1, problem.lower_F[j]), (1, problem.upper_F[j])):
-            values = np.unique(
-                np.append(np.clip(theta_F[j] + sign * steps, problem.lower_F[j], problem.upper_F[j]), bound)
-            )
-            for value in values[values != theta_F[j]]:
+            values = np.clip(theta_F[j] + sign * steps, problem.lower_F[j], problem.upper_F[j])
+            for value in set(values.tolist()) | {bound}:
+                if value == theta_F[j]:
+                    continue
                 moved = theta_F.copy()
-                moved[which] += response * (value - theta_F[j])
-                moved[j] = value
+                moved[which] += response_FxF[k] * (value - theta_F[j])
                 plain = theta_F.copy()
-                plain[j] = value
-                for start in (moved, plain):
+                moved[j] = plain[j] = value
+                for start in (moved, plain) if singular else (moved,):
                     starts.append(start)
-                    frozen.append(frozen_stage | (np.arange(len(theta_F)) == j))
-                points.append((k, sign, value))
-    found = solve(problem, np.array(starts), stage.rows_n.astype(float)[None], None, np.array(frozen), iterations=100)
-    least = float(np.sum(huber(residual_n, problem.huber_delta)))
-    rise_of_point = found.objective_S.reshape(-1, 2).min(axis=1) - least
+                    frozen.append(~stage.fits_F | (np.arange(len(theta_F)) == j))
+                    points.append((k, sign, value))
+    weight_n = stage.rows_n.astype(float)
+    found = solve(problem, np.array(starts), weight_n[None], None, np.array(frozen), iterations=100, tolerance=1e-8)
+    least = float(np.sum(weight_n * huber(residuals(problem, theta_F), problem.huber_delta)))
+    risen: dict[tuple[int, int], dict[float, float]] = {}
+    for (k, sign, value), objective in zip(points, found.objective_S, strict=True):
+        side = risen.setdefault((k, sign), {})
+        side[value] = min(side.get(value, np.inf), float(objective) - least)
     out = {}
     for k, j in enumerate(which):
-        ends = []
-        for sign in (-1, 1):
-            side = sorted(
-                (abs(value - theta_F[j]), value, rise)
-                for (at, to, value), rise in zip(points, rise_of_point, strict=True)
-                if at == k and to == sign
-            )
-            ends.append(_crossing(theta_F[j], side, rise_F[k]))
         parameter = setup.law.parameter(setup.free[j])
-        low, high = ((None if end is None else float(np.exp(end) if parameter.log else end)) for end in ends)
-        out[setup.free[j]] = Profile(low, high)
+        ends = [_crossing(theta_F[j], risen.get((k, sign), {}), rise_F[k]) for sign in (-1, 1)]
+        out[parameter.name] = Profile(
+            *(None if end is None else float(np.exp(end) if parameter.log else end) for end in ends)
+        )
     return out
 
 
-def _crossing(center: float, side: list[tuple[float, float, float]], rise: float) -> float | None:
+def _scales(setup: Setup, theta_F: np.ndarray, stage: Stage, which: np.ndarray, level: float):
+    """For the parameters in `which`: rise of the objective at the end of the interval, standard error, how the others
+    follow one of them to first order (row by row), and whether the curvature is too ill-conditioned to trust those.
+
+    Twice the rise of a profile is chi-square times sandwich over inverse curvature; the sandwich is the larger of
+    that of independent rows and that of independent runs.
+    """
+    score_rxF, curvature_FxF, variance_FxF = score_and_curvature(setup, theta_F, stage)
+    score_rxF = score_rxF[np.unique(setup.run_n[stage.rows_n])][:, which]
+    curvature, variance = curvature_FxF[np.ix_(which, which)], variance_FxF[np.ix_(which, which)]
+    unit = 1 / np.sqrt(np.maximum(np.diagonal(curvature), 1e-300))
+    scaled = curvature * unit[:, None] * unit[None]
+    inverse = np.linalg.pinv(scaled, rcond=1e-13) * unit[:, None] * unit[None]
+    runs, rows, width = len(score_rxF), int(stage.rows_n.sum()), len(which)
+    by_run = np.diagonal(inverse @ (score_rxF.T @ score_rxF) @ inverse) * runs / max(runs - width, 1)
+    by_row = np.diagonal(inverse @ variance @ inverse) * rows / max(rows - width, 1)
+    spread = np.maximum(by_run, by_row)
+    diagonal = np.maximum(np.diagonal(inverse), 1e-300)
+    rise_F = 0.5 * stats.f.ppf(level, 1, max(runs - width, 1)) * spread / diagonal
+    return rise_F, np.sqrt(np.maximum(spread, 1e-24)), inverse / diagonal[:, None], np.linalg.cond(scaled) > 1e8
+
+
+def _crossing(center: float, side: Mapping[float, float], rise: float) -> float | None:
     """Where the profile first exceeds `rise` on one side, its square root interpolated; None where it never does."""
     before, height = center, 0.0
-    for _, value, risen in side:
-        root = math.sqrt(max(risen, 0.0))
-        if risen > rise:
+    for value in sorted(side, key=lambda v: abs(v - center)):
+        root = math.sqrt(max(side[value], 0.0))
+        if side[value] > rise:
             return before + (value - before) * (math.sqrt(rise) - height) / (root - height)
         before, height = value, root
     return None

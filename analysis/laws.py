@@ -274,6 +274,11 @@ def resolve(law: str | Law, params: Values | None = None, columns: Values | None
     return law.expand(law.labels(columns))
 
 
+def precisions_of(name: str) -> dict[str, float] | None:
+    """The training precisions that a capacity parameter such as eff_w4_a4 stands for; None for other parameters."""
+    return neighbours.bits_of(name.removeprefix("eff_")) if name.startswith("eff_") else None
+
+
 def published(law: str | Law) -> dict[str, float]:
     """The law's published constants (see `source`); parameters without one are absent."""
     return get(law).published

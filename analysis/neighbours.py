@@ -168,7 +168,8 @@ def precision_labels(columns) -> tuple[str, ...]:
     return tuple(label for label in labels if label)
 
 
-def _bits_of(label: str) -> dict[str, float]:
+def bits_of(label: str) -> dict[str, float]:
+    """{'w': 4.0, 'a': 4.0} of the label 'w4_a4'."""
     found = dict(re.findall(r"(?:^|_)(kv|w|a|g)(\d+(?:\.\d+)?)", label))
     if "_".join(f"{x}{bits}" for x, bits in found.items()) != label:
         raise LawError(f"capacity {label!r} is not of the form w4_a4 (parts w, a, kv with their bits)")
@@ -176,7 +177,7 @@ def _bits_of(label: str) -> dict[str, float]:
 
 
 def _matches(label: str, c, xp):
-    bits = _bits_of(label)
+    bits = bits_of(label)
     match = True
     for x in PARTS:
         match = match & ((c[f"P_{x}"] == bits[x]) if x in bits else (c[f"P_{x}"] >= HIGH_PRECISION_BITS))

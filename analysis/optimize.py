@@ -5,9 +5,13 @@ differ only in start, row weights and frozen parameters, so all of them run thro
 time.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-CHUNK_BYTES = 64 * 2**20  # of Jacobian per compiled call
+CHUNK_BYTES = 8 * 2**20  # of Jacobian per compiled call: what a core's cache holds
 LARGEST_CHUNK = 512
 ITERATIONS_PER_CALL = 25  # after which finished problems leave the chunk and waiting ones take their place
 MAX_STEP = 3.0  # in units of Problem.scale
 LEVENBERG = 0.03  # weight of the absolute damping that keeps dead terms from running away
-TOLERANCE = 1e-11  # relative decrease of the objective that ends a problem, once damping is off
+MOST_THREADS = 8
 LEAST_DAMPING, FINE_DAMPING, MOST_DAMPING = 1e-13, 1e-6, 1e9
 
 
@@ -83,7 +87,6 @@ def chunk_size(problem: Problem) -> int:
     return int(np.clip(2 ** math.floor(math.log2(max(CHUNK_BYTES / per_problem, 1))), 2, LARGEST_CHUNK))
 
 
-@on_cpu_in_float64
 def solve(
     problem: Problem,
     start_SxF: np.ndarray,
@@ -91,13 +94,15 @@ def solve(
     which_S: np.ndarray | None = None,
     frozen_SxF: np.ndarray | None = None,
     iterations: int = 300,
+    tolerance: float = 1e-11,
     progress: str | None = None,
 ) -> Solution:
     """Minimize Σ_n w_n huber(r_n) from every start, theta within bounds.
 
     weight_Mxn holds M sets of row weights (default: ones) and which_S the set of each problem; frozen_SxF marks
-    parameters that stay at their start. `progress` names a progress bar. Chunks of `chunk_size` problems bound the
-    memory.
+    parameters that stay at their start. A problem ends when a step gains less than `tolerance` of its objective.
+    `progress` names a progress bar. Chunks of `chunk_size` problems bound the memory; cores work on chunks side by
+    side.
     """
     start_SxF = np.clip(np.asarray(start_SxF, np.float64), problem.lower_F, problem.upper_F)
     total, width = start_SxF.shape
@@ -106,23 +111,30 @@ def solve(
     frozen_SxF = np.zeros((total, width), bool) if frozen_SxF is None else np.asarray(frozen_SxF, bool)
     size = chunk_size(problem)
     bounds = tuple(np.asarray(a, np.float64) for a in (problem.lower_F, problem.upper_F, problem.scale_F))
-    constant = (problem.data, np.asarray(problem.target_n, np.float64), *bounds, float(problem.huber_delta))
+    options = (*bounds, float(problem.huber_delta), float(tolerance))
+    constant = (problem.data, np.asarray(problem.target_n, np.float64), *options)
 
     theta_SxF = start_SxF.copy()
     objective_S, damping_S = np.full(total, np.nan), np.full(total, 0.1)
     converged_S, rounds_S = np.zeros(total, bool), np.zeros(total, int)
-    waiting = list(range(total))[::-1]
-    active: list[int] = []
-    with tqdm(total=total, desc=progress, disable=progress is None, unit="fit", leave=False) as bar:
-        while waiting or active:
-            while waiting and len(active) < size:
-                active.append(waiting.pop())
-            filled = np.resize(active, size)  # a chunk always has one shape: the last one repeats its problems
-            done = np.arange(size) >= len(active)
+    waiting = collections.deque(range(total))
+    bar = tqdm(total=total, desc=progress, disable=progress is None, unit="fit", leave=False)
+
+    @on_cpu_in_float64
+    def work() -> None:
+        active: list[int] = []
+        while True:
+            with contextlib.suppress(IndexError):  # another thread may take the last one
+                while len(active) < size:
+                    active.append(waiting.popleft())
+            if not active:
+                return
+            filled = np.resize(active, size)  # a chunk always has one shape: spare places repeat its problems, done
+            spare = np.arange(size) >= len(active)
             out = _advance(
                 problem.log_prediction,
                 ITERATIONS_PER_CALL,
-                (theta_SxF[filled], damping_S[filled], done),
+                (theta_SxF[filled], damping_S[filled], spare),
                 weight_Mxn[which_S[filled]],
                 frozen_SxF[filled],
                 *constant,
@@ -134,11 +146,18 @@ def solve(
             over = finished | (rounds_S[active] >= iterations)
             active = [s for s, leaves in zip(active, over, strict=True) if not leaves]
             bar.update(int(over.sum()))
+
+    threads = min(os.cpu_count() or 1, MOST_THREADS, math.ceil(total / size))
+    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
     return Solution(theta_SxF, objective_S, converged_S)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _advance(log_prediction, iterations, state, weight_Sxn, frozen_SxF, data, target_n, lower, upper, scale, delta):
+def _advance(
+    log_prediction, iterations, state, weight_Sxn, frozen_SxF, data, target_n, lower, upper, scale, delta, tol
+):
     """At most `iterations` Levenberg-Marquardt steps on every problem of a chunk that is not done."""
 
     def residual(theta_F):
@@ -168,7 +187,7 @@ def _advance(log_prediction, iterations, state, weight_Sxn, frozen_SxF, data, ta
         trial_value = objective(trial_F, weight_n)
         better = trial_value < value
         gain = value - trial_value
-        small = (better & (gain < TOLERANCE * value) & (damping < FINE_DAMPING)) | (value < 1e-26)
+        small = (better & (gain < tol * value) & (damping < FINE_DAMPING)) | (value < 1e-26)
         stuck = ~better & ((damping >= MOST_DAMPING) | (jnp.max(jnp.abs(trial_F - theta_F) / scale) < 1e-10))
         accept = better & ~done
         next_damping = jnp.where(
@@ -193,10 +212,9 @@ def _advance(log_prediction, iterations, state, weight_Sxn, frozen_SxF, data, ta
 
 
 def _normal_equations(jacobian_Fxn, curvature_n, residual_n):
-    """Jᵀ W r and Jᵀ W J. Sums of products fuse with the Jacobian on the CPU; past a few parameters a matmul wins."""
+    """Jᵀ W r and Jᵀ W J."""
     weighted = jacobian_Fxn * curvature_n
-    gradient = jnp.sum(weighted * residual_n, axis=1)
-    return gradient, weighted @ jacobian_Fxn.T
+    return jnp.sum(weighted * residual_n, axis=1), jnp.einsum("in,jn->ij", weighted, jacobian_Fxn)
 
 
 @on_cpu_in_float64

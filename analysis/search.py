@@ -11,13 +11,13 @@ import numpy as np
 from scipy.stats import qmc
 
 from analysis.identify import score_and_curvature
-from analysis.optimize import solve
+from analysis.optimize import Problem, solve
 from analysis.problem import Setup, to_theta
 
 DEFAULT_STARTS = 512
 LARGE_TABLE = 20_000  # rows; above it starts compete on a sample, and resamples take one step from the optimum
-SEARCH_ROWS = 4096
-FINALISTS = 4
+SEARCH_ROWS = 512
+FINALISTS, FINALISTS_OF_LARGE = 64, 4
 SAME_OPTIMUM = 1e-6  # relative difference in objective below which two starts ended at the same optimum
 
 
@@ -57,35 +57,71 @@ def start_grid(setup: Setup, count: int | None = None, seed: int = 0) -> np.ndar
 
 
 def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool = False) -> Best:
-    """The best optimum over all starts, stage by stage."""
+    """The best optimum over all starts, stage by stage.
+
+    Where the table is larger than SEARCH_ROWS, starts first run on a sample of its rows that holds every setting; the
+    distinct ends of that race then run on all rows.
+    """
     starts_SxF = start_grid(setup, count, seed)
-    problem, stages = setup.problem, setup.stages
-    large = problem.rows > LARGE_TABLE
-    if large:
-        keep = np.sort(np.random.default_rng(seed).choice(problem.rows, SEARCH_ROWS, replace=False))
-        problem = setup.subset(keep)
-    held_F = np.array(
-        [to_theta(p, p.held) if p.held is not None else np.nan for p in map(setup.law.parameter, setup.free)]
-    )
-    theta_F, share = np.where(np.isnan(held_F), starts_SxF[0], held_F), 1.0
-    for stage in stages:
+    sampled = setup.problem.rows > 2 * SEARCH_ROWS
+    keep = _sample(setup, seed) if sampled else None
+    theta_F, share = _neutral(setup, starts_SxF[0]), 1.0
+    for stage in setup.stages:
         begin_SxF = np.where(stage.fits_F, starts_SxF, theta_F)
-        frozen_SxF = np.broadcast_to(~stage.fits_F, begin_SxF.shape)
-        weight_n = stage.rows_n.astype(float)
+        frozen_F, weight_n = ~stage.fits_F, stage.rows_n.astype(float)
         label = f"{setup.law.name}: starts" if progress else None
-        found = solve(
-            problem, begin_SxF, (weight_n[keep] if large else weight_n)[None], None, frozen_SxF, progress=label
-        )
-        least = found.objective_S.min()
-        share = min(share, float(np.mean(found.objective_S <= least * (1 + SAME_OPTIMUM) + 1e-13 * weight_n.sum())))
-        order = np.argsort(found.objective_S)
-        if large:
-            found = solve(
-                setup.problem, found.theta_SxF[order[:FINALISTS]], weight_n[None], None, frozen_SxF[:FINALISTS]
+        ends_SxF, members = begin_SxF, np.ones(len(begin_SxF))
+        if sampled:
+            ends_SxF, members = _race(
+                setup.subset(keep), begin_SxF, frozen_F, weight_n[keep], setup.problem.rows, label
             )
-            order = np.argsort(found.objective_S)
-        theta_F = found.theta_SxF[order[0]]
-    return Best(theta_F, setup.objective(theta_F), len(starts_SxF), share, SEARCH_ROWS if large else None)
+        frozen_SxF = np.broadcast_to(frozen_F, ends_SxF.shape)
+        found = solve(setup.problem, ends_SxF, weight_n[None], None, frozen_SxF, progress=label)
+        least = found.objective_S.min()
+        at_best = found.objective_S <= least * (1 + SAME_OPTIMUM) + 1e-13 * weight_n.sum()
+        share = min(share, float(members[at_best].sum() / len(starts_SxF)))
+        theta_F = found.theta_SxF[np.argmin(found.objective_S)]
+    return Best(theta_F, setup.objective(theta_F), len(starts_SxF), share, SEARCH_ROWS if sampled else None)
+
+
+def _neutral(setup: Setup, fallback_F: np.ndarray) -> np.ndarray:
+    """theta_F with every free parameter where it has no effect, for the stages before its own."""
+    held = [setup.law.parameter(name).held for name in setup.free]
+    return np.array(
+        [
+            f if h is None else to_theta(setup.law.parameter(n), h)
+            for n, h, f in zip(setup.free, held, fallback_F, strict=True)
+        ]
+    )
+
+
+def _sample(setup: Setup, seed: int) -> np.ndarray:
+    """Sorted indices of SEARCH_ROWS random rows that take turns among the settings (all columns of the law but N and
+    D).
+    """
+    rng = np.random.default_rng(seed)
+    names = [name for name in setup.law.columns if name not in ("N", "D")]
+    order = rng.permutation(setup.problem.rows)
+    settings = np.column_stack([np.nan_to_num(setup.rows[name]) for name in names] or [np.zeros(setup.problem.rows)])
+    setting_n = np.unique(settings, axis=0, return_inverse=True)[1].ravel()[order]
+    sorted_by_setting = np.argsort(setting_n, kind="stable")
+    first = np.searchsorted(setting_n[sorted_by_setting], setting_n[sorted_by_setting])
+    turn = np.empty(len(order), int)
+    turn[sorted_by_setting] = np.arange(len(order)) - first
+    return np.sort(order[np.argsort(turn, kind="stable")[:SEARCH_ROWS]])
+
+
+def _race(problem: Problem, begin_SxF, frozen_F, weight_n, all_rows: int, label: str | None):
+    """Distinct ends of all starts on a sample of the rows, best first, and how many starts came to each."""
+    frozen_SxF = np.broadcast_to(frozen_F, begin_SxF.shape)
+    found = solve(
+        problem, begin_SxF, weight_n[None], None, frozen_SxF, iterations=200, tolerance=1e-8, progress=label
+    )
+    order = np.argsort(found.objective_S)
+    rounded = np.round(found.theta_SxF[order] / problem.scale_F, 2)
+    first, members = np.unique(rounded, axis=0, return_index=True, return_counts=True)[1:]
+    best_first = np.argsort(first)[: FINALISTS if all_rows <= LARGE_TABLE else FINALISTS_OF_LARGE]
+    return found.theta_SxF[order][first[best_first]], members[best_first]
 
 
 def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, progress: bool = False) -> np.ndarray:
@@ -112,7 +148,13 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
         for stage in setup.stages:
             frozen = np.broadcast_to(~stage.fits_F, draws_RxF.shape)
             draws_RxF = solve(
-                setup.problem, draws_RxF, weight_Rxn * stage.rows_n, np.arange(resamples), frozen, progress=label
+                setup.problem,
+                draws_RxF,
+                weight_Rxn * stage.rows_n,
+                np.arange(resamples),
+                frozen,
+                tolerance=1e-9,
+                progress=label,
             ).theta_SxF
     spread = math.sqrt(runs / max(runs - len(setup.free), 1))
     widened = theta_F + spread * (draws_RxF - theta_F)
@@ -131,7 +173,7 @@ def _one_step(setup: Setup, theta_F: np.ndarray, resamples: int, rng: np.random.
     draws_RxF = np.repeat(theta_F[None], resamples, axis=0)
     for stage in setup.stages:
         fits = np.flatnonzero(stage.fits_F)
-        score_rxF, curvature_FxF = score_and_curvature(setup, theta_F, stage)
+        score_rxF, curvature_FxF, _ = score_and_curvature(setup, theta_F, stage)
         inverse = np.linalg.pinv(curvature_FxF[np.ix_(fits, fits)])
         runs = len(score_rxF)
         for i in range(resamples):
