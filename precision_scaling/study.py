@@ -94,12 +94,13 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
 def _read_claim(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        claim = json.loads(path.read_text(encoding="utf-8"))
+        return {"config": dict(claim["config"]), "corpus": claim["corpus"]}
     except FileNotFoundError:
         raise UserError(
             f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
         ) from None
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a config; allowed is a new --workdir or one of train or study") from None
 
 
@@ -169,7 +170,8 @@ def quantize_missing(
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
-    Returns a line for each layer that GPTQ had to round to nearest.
+    Returns a line for each layer that GPTQ had to round to nearest. Raises UserError for checkpoints that cannot be
+    read, after the runs that can.
     """
     todo = []
     for group in bench.experiment.cohorts:
@@ -182,9 +184,18 @@ def quantize_missing(
                 missing = [b for b in dict.fromkeys(bits) if b not in have]
                 if missing:
                     todo.append((group, run, method, missing))
-    warnings = []
+    warnings, unreadable = [], []
     for group, run, method, missing in tqdm(todo, desc="quantizing", unit="run") if todo else ():
-        warnings += _quantize_run(bench, group, run, method, missing)
+        try:
+            warnings += _quantize_run(bench, group, run, method, missing)
+        except UserError as error:
+            unreadable.append((run, error))
+    if unreadable:
+        run, error = unreadable[0]
+        raise UserError(
+            f"{error}; {len({run.id for run, _ in unreadable})} of the runs could not be quantized, all others were: "
+            f"delete {_dir(bench, run)} and train again to make its checkpoint anew"
+        )
     return warnings
 
 
@@ -333,8 +344,10 @@ def _main(argv) -> None:
         return
     bench = open_bench(config, workdir)
     train_missing(bench, shard)
-    warnings = quantize_missing(bench, config.ptq.methods, config.ptq.bits, shard)
-    rows = results.gather(workdir)
+    try:
+        warnings = quantize_missing(bench, config.ptq.methods, config.ptq.bits, shard)
+    finally:
+        rows = results.gather(workdir)
     print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 

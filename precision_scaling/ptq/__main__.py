@@ -23,8 +23,10 @@ def _main(argv) -> None:
     del argv
     workdir, bits = Path(_WORKDIR.value).expanduser(), _bits(_BITS.value)
     bench = study.reopen_bench(workdir)
-    warnings = study.quantize_missing(bench, [_METHOD.value], bits, everything=True)
-    rows = results.gather(workdir)
+    try:
+        warnings = study.quantize_missing(bench, [_METHOD.value], bits, everything=True)
+    finally:
+        rows = results.gather(workdir)
     print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
