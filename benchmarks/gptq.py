@@ -1,0 +1,118 @@
+"""Seconds that GPTQ takes for a layer, one bit-width and four at once, beside the method written column by column.
+
+    python -m benchmarks.gptq [--large] [--repeats=5] [--noplain]
+
+Times are the least of the repeats. `compile` is the XLA compilation of four bit-widths, `memory` what the compiled
+program holds at once (arguments, results and temporaries). `plain` solves the same four bit-widths by the definition of
+GPTQ: the Cholesky factor of the inverse Hessian, and after every row an update of all the rows that follow. `same` is
+the share of codes in which the two agree (they differ at ties, and after one). `error` is ours over that of rounding to
+nearest, for each bit-width.
+"""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from precision_scaling.ptq import gptq, rtn
+from precision_scaling.ptq.error import output_error
+
+FLAGS = flags.FLAGS
+flags.DEFINE_bool("large", False, "also 4096 x 4096: minutes on a small CPU, and never in the plain version there")
+flags.DEFINE_bool("plain", True, "also the plain column-by-column version, for the ratio")
+flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bound=1)
+
+SHAPES = ((512, 512), (1024, 1024), (2048, 1024), (1024, 2816))
+LARGE = (4096, 4096)
+BITS = (3, 4, 5, 6)
+
+
+def plain(kernel_IxO, hessian_IxI, bits_B):
+    """Codes (B, I, O), row by row without blocks."""
+    mean = jnp.mean(jnp.diagonal(hessian_IxI))
+    inverse_IxI = jnp.linalg.inv(hessian_IxI + 0.01 * mean * jnp.eye(len(hessian_IxI)))
+    factor_IxI = jnp.linalg.cholesky(inverse_IxI, upper=True)
+    high_Bx1 = (jnp.exp2(bits_B - 1).round() - 1)[:, None]
+    scale_BxO = jnp.max(jnp.abs(kernel_IxO), axis=0) / high_Bx1
+
+    def row(i, state):
+        w_BxIxO, code_BxIxO = state
+        code_BxO = jnp.clip(jnp.round(w_BxIxO[:, i] / scale_BxO), -high_Bx1, high_Bx1)
+        error_BxO = (w_BxIxO[:, i] - code_BxO * scale_BxO) / factor_IxI[i, i]
+        w_BxIxO = w_BxIxO - factor_IxI[i][:, None] * error_BxO[:, None, :]
+        return w_BxIxO, code_BxIxO.at[:, i].set(code_BxO)
+
+    w_BxIxO = jnp.tile(kernel_IxO, (len(bits_B), 1, 1))
+    return jax.lax.fori_loop(0, len(kernel_IxO), row, (w_BxIxO, jnp.zeros_like(w_BxIxO)))[1]
+
+
+def problem(rows: int, outputs: int):
+    """A Gaussian kernel and the Hessian of correlated inputs, eigenvalues 1/i, features of different size."""
+    k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(k1, (4 * rows, rows)) * jnp.arange(1, rows + 1) ** -0.5
+    x = x @ jax.random.normal(k2, (rows, rows)) * jnp.exp(0.5 * jax.random.normal(k3, (rows,)))
+    return jax.random.normal(k4, (rows, outputs)), jnp.matmul(x.T, x, precision="highest")
+
+
+def compiled(function, *args):
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def fastest(programs, args, repeats):
+    """Least seconds of each program, taken in turn so that a busy machine slows all of them."""
+    best = [np.inf] * len(programs)
+    for _ in range(repeats + 1):  # the first one warms up
+        for i, (program, arg) in enumerate(zip(programs, args, strict=True)):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arg))
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{device.device_kind} ({device.platform}, {cores} cores), JAX {jax.__version__}, bits {BITS}, float32")
+    columns = ("in x out", "compile s", "1 width s", "4 widths s", "4 / 1", "memory MB", "plain s", "plain / 4", "same")
+    print(("{:>12}" * len(columns)).format(*columns) + f"{'error':>24}")
+    for rows, outputs in (*SHAPES, *((LARGE,) if FLAGS.large else ())):
+        kernel, hessian = problem(rows, outputs)
+        one, four = jnp.array(BITS[1:2], jnp.float32), jnp.array(BITS, jnp.float32)
+        # A first, small program takes JAX's own start-up out of the compile time.
+        compiled(gptq.solve, kernel[:8, :8], hessian[:8, :8], one)
+        single, _ = compiled(gptq.solve, kernel, hessian, one)
+        joint, seconds = compiled(gptq.solve, kernel, hessian, four)
+        used = joint.memory_analysis()
+        memory = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+        t_one, t_four = fastest((single, joint), ((kernel, hessian, one), (kernel, hessian, four)), FLAGS.repeats)
+        solution = joint(kernel, hessian, four)
+        by_column, same = np.nan, np.nan
+        if FLAGS.plain and (device.platform != "cpu" or rows * outputs < 4096**2):
+            program, _ = compiled(plain, kernel, hessian, four)
+            (by_column,) = fastest((program,), ((kernel, hessian, four),), 1)
+            same = np.mean(program(kernel, hessian, four) == solution.codes)
+        nearest = jnp.stack([rtn.quantize_kernel(kernel, bits) for bits in BITS])
+        error = output_error(kernel, solution.dequantized, hessian) / output_error(kernel, nearest, hessian)
+        numbers = (
+            f"{rows} x {outputs}",
+            f"{seconds:.2f}",
+            f"{t_one:.4f}",
+            f"{t_four:.4f}",
+            f"{t_four / t_one:.2f}",
+            f"{memory / 1e6:.0f}",
+            f"{by_column:.2f}",
+            f"{by_column / t_four:.1f}",
+            f"{same:.4f}",
+        )
+        print(("{:>12}" * len(columns)).format(*numbers) + "  ".join(["", *(f"{e:.2f}" for e in error)]), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
