@@ -33,6 +33,9 @@ def restore(path: Path, abstract: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             checksum = jax.ShapeDtypeStruct((), np.uint32)
             found = checkpointer.restore(path.absolute(), {"arrays": abstract, "checksum": checksum})
+        for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(found["arrays"]), strict=True):
+            if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
+                raise ValueError(f"holds {leaf.dtype}{leaf.shape} where {wanted.dtype}{wanted.shape} is wanted")
         if found["checksum"] != _checksum(found["arrays"]):
             raise ValueError("the arrays do not have the checksum they were written with")
         return found["arrays"]

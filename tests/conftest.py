@@ -1,10 +1,12 @@
 """What several tests share: a small corpus of Python sources, a tiny config on it, and a way to run the commands."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -104,10 +106,11 @@ def finished_study(study_config, tmp_path_factory):
     from precision_scaling import results, study
 
     workdir = tmp_path_factory.mktemp("study")
-    bench = study.open_bench(study_config, workdir)
-    study.train_missing(bench)
-    study.quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
-    results.gather(workdir)
+    with _few_optimizations():
+        bench = study.open_bench(study_config, workdir)
+        study.train_missing(bench)
+        study.quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
+        results.gather(workdir)
     return bench, workdir
 
 
@@ -129,11 +132,19 @@ def run_command(data_options, compilation_cache):
     return run
 
 
+@contextlib.contextmanager
+def _few_optimizations():
+    from precision_scaling import compilation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "jit", lambda function, level=0, **options: jax.jit(function, **options))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
     """Compiles with few optimizations: the programs of these tests take seconds to compile and no time to run."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _few_optimizations():
+        yield

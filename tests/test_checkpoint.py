@@ -1,0 +1,196 @@
+"""Checkpoints: what is damaged is noticed, and a study killed at any moment ends with the bits of one left alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from precision_scaling import checkpoint
+from precision_scaling.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"kernel": rng.normal(size=(2, 64, 64)).astype(np.float32), "step": np.arange(2, dtype=np.int32)}
+
+
+def abstract(lanes=2):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape[1:]), x.dtype), tree())
+
+
+def data_file(directory: Path) -> Path:
+    """The file that holds the arrays."""
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_arrays_come_back_bit_for_bit_and_are_replaced_by_the_next(tmp_path):
+    for seed in (0, 1):
+        checkpoint.save(tmp_path / "one", tree(seed))
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(tmp_path / "one", abstract()), tree(seed))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty", "missing", "other shape", "no checkpoint"])
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, damage):
+    path, wanted = tmp_path / "one", abstract()
+    checkpoint.save(path, tree())
+    file = data_file(path)
+    if damage == "flipped bit":
+        flip_bit(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "other shape":
+        wanted = {**wanted, "kernel": jax.ShapeDtypeStruct((2, 32, 64), np.float32)}
+    else:
+        shutil.rmtree(path)
+    with pytest.raises(UserError) as error:
+        checkpoint.restore(path, wanted)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert ("no checkpoint there" if damage == "no checkpoint" else "damaged or of another model") in str(error.value)
+
+
+def test_the_newest_readable_state_of_a_cohort_is_restored(tmp_path, caplog):
+    checkpoints = checkpoint.CohortCheckpoints(tmp_path / "cohort")
+    assert checkpoints.restore(abstract) is None
+    for seed in range(4):
+        checkpoints.save([{"run": "a", "step": seed}, {"run": None, "step": 0}], tree(seed))
+    directories = sorted(tmp_path.glob("cohort/*"))
+    assert [path.name for path in directories] == ["3", "4"]
+
+    def newest():
+        lanes, state = checkpoints.restore(abstract)
+        jax.tree.map(np.testing.assert_array_equal, state, tree(lanes[0]["step"]))
+        return lanes[0]["step"]
+
+    assert newest() == 3
+    flip_bit(data_file(directories[1]))
+    assert newest() == 2
+    assert "going back to the checkpoint before it" in caplog.text and str(directories[1]) in caplog.text
+    # One whose lanes were never written does not count, and its place is taken.
+    (directories[1] / "lanes.json").unlink()
+    assert newest() == 2
+    checkpoints.save([{"run": "a", "step": 5}, {"run": None, "step": 0}], tree(5))
+    assert newest() == 5
+    (directories[0] / "lanes.json").write_text('[{"run":')
+    checkpoints.clear()
+    assert checkpoints.restore(abstract) is None and not (tmp_path / "cohort").exists()
+
+
+CONFIG = """
+from configs import base
+
+def get_config():
+    c = base.get_config()
+    c.data.update({data!r})
+    c.update_from_flattened_dict({options!r})
+    c.study.grid.full = base.grid(("25k",), (64 * 12, 64 * 7), ("bf16", "w3_a4_kv4"), ptq=True)
+    c.study.grid.low = base.grid(("25k",), (64 * 12,), ("w4",))
+    return c
+"""
+# Each is the end of a process: the N-th time that something happens in it.
+MOMENTS = (
+    "after-cohort-checkpoint:2",
+    "in-cohort-checkpoint:4",
+    "before-lanes:1",
+    "between-metrics-of-two-runs:4",
+    "between-parameters-and-row:2",
+    "after-row:1",
+)
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_config, data_options, tmp_path_factory):
+    """Runs the study command in processes that end at the given moments: (exit statuses, stderr)."""
+    directory = tmp_path_factory.mktemp("killed")
+    config = tiny_config(train__log_every=1, train__checkpoint_seconds=0.0).to_dict()
+    flat = {
+        f"{section}.{name}": value
+        for section, options in config.items()
+        if section in ("model", "train", "evaluate", "ptq")
+        for name, value in options.items()
+    }
+    flat |= {"study.lanes": 2, "compilation_cache": config["compilation_cache"]}
+    (directory / "study.py").write_text(CONFIG.format(data=data_options, options=flat))
+
+    def run(workdir: str, *moments: str) -> tuple[list[int], str]:
+        script = [sys.executable, "tests/killed_study.py", ",".join(moments)]
+        arguments = [f"--config={directory / 'study.py'}", f"--workdir={directory / workdir}"]
+        done = subprocess.run(
+            [*script, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith((*MOMENTS, "end"))]
+        assert [line[0] for line in lines] == list(moments), done.stderr[-3000:]
+        return [int(line[1]) for line in lines], done.stderr
+
+    run.directory = directory
+    assert run("whole", "end")[0] == [0]
+    return run
+
+
+def assert_same_study(one: Path, other: Path) -> None:
+    """The same table byte by byte, the same final parameters bit by bit, and every line of metrics once."""
+    assert (one / "runs.csv").read_bytes() == (other / "runs.csv").read_bytes()
+    names = sorted(path.name for path in (one / "runs").iterdir())
+    assert len(names) == 5 and names == sorted(path.name for path in (other / "runs").iterdir())
+    for name in names:
+        lines = [
+            [json.loads(line) for line in (study / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+            for study in (one, other)
+        ]
+        for all_ in lines:
+            assert [line.pop("step") for line in all_] == list(range(1, 13 if "D768" in name else 8))
+            for line in all_:
+                del line["tokens_per_second"]
+        assert lines[0] == lines[1]
+        parameters = [checkpoint_arrays(study / "runs" / name / "checkpoint") for study in (one, other)]
+        assert len(parameters[0]) == len(parameters[1]) > 5
+        for a, b in zip(*parameters, strict=True):
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def checkpoint_arrays(path: Path) -> list[np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpointer.restore(path.absolute())["arrays"])]
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_every_kind_of_moment_ends_with_the_same_bits(killed):
+    statuses, _ = killed("often", *MOMENTS, "end")
+    assert statuses == [-9] * len(MOMENTS) + [0]
+    assert_same_study(killed.directory / "whole", killed.directory / "often")
+    assert not any((killed.directory / "often" / "cohorts").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(killed):
+    assert killed("damaged", "after-cohort-checkpoint:2")[0] == [-9]
+    newest = max((killed.directory / "damaged").glob("cohorts/*/*"), key=lambda path: int(path.name))
+    flip_bit(data_file(newest / "state"))
+    statuses, errors = killed("damaged", "end")
+    assert statuses == [0]
+    assert str(newest) in errors and "going back to the checkpoint before it" in errors
+    assert_same_study(killed.directory / "whole", killed.directory / "damaged")

@@ -1,0 +1,190 @@
+"""Runs trained together against the same runs alone, against a plain training loop, and beside a run that diverges."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from precision_scaling import cohort as cohort_lib
+from precision_scaling import model as model_lib
+from precision_scaling import study
+from precision_scaling.cohort import Options
+from precision_scaling.model import Decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+OPTIONS = Options(lanes=2, log_every=1, checkpoint_seconds=1e9, steps_per_dispatch=4)
+
+
+def losses_of(workdir, run):
+    lines = (cohort_lib.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def train(finished_study):
+    """Trains runs of the shared study's cohort together; returns {run: Finished} in the order in which they ended."""
+    bench, _ = finished_study
+    (group,) = bench.experiment.cohorts
+    corpus = jnp.asarray(bench.corpus.train)
+
+    def train_together(runs, workdir, **options):
+        ended = {}
+        cohort_lib.train_cohort(
+            dataclasses.replace(group, runs=tuple(runs)),
+            bench.experiment.optimizer,
+            bench.loader(group.shape),
+            corpus,
+            workdir,
+            "0of1",
+            dataclasses.replace(OPTIONS, **options),
+            lambda finished: ended.update({finished.run: finished}),
+            tqdm(disable=True, total=0),
+        )
+        return ended
+
+    return train_together
+
+
+def by_name(runs, part):
+    (run,) = (run for run in runs if part in run.id)
+    return run
+
+
+def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study):
+    bench, workdir = finished_study
+    run = by_name(bench.experiment.runs, "D768-bf16")
+    config = run.shape.model
+    params = jax.jit(lambda: model_lib.init(config, jax.random.key(run.seed)))()
+    first = jax.tree.map(np.zeros_like, params)
+    second = first
+
+    @jax.jit
+    def loss_and_grads(params, tokens):
+        def loss(params):
+            logits = Decoder(config).apply({"params": params}, tokens[:, :-1])
+            log_p = jax.nn.log_softmax(logits)
+            return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
+
+        return jax.value_and_grad(loss)(params)
+
+    decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    in_block = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key == "layers" and path[-1].key == "kernel", params
+    )
+    multiplier = (16 / 32) ** -1 * (2 / 2) ** -0.5  # base size 25k: width 32, depth 2
+    losses = []
+    for t in range(12):
+        loss, grads = loss_and_grads(params, bench.loader(run.shape).batch(run.seed, t))
+        losses.append(float(loss))
+        grads = jax.tree.map(np.asarray, grads)
+        norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda g, norm=norm: g * min(1.0, 1.0 / norm), grads)
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
+        second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g**2, second, grads)
+        # 12 steps, warm-up of one, peak 4e-3, final fraction 0.1.
+        rate = 4e-3 if t == 0 else 4e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * (t - 1) / 11)))
+
+        def apply(p, m, v, decay, block, rate=rate, t=t):
+            direction = m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-15)
+            return p - np.float32(rate * (multiplier if block else 1.0)) * (direction + 0.1 * decay * p)
+
+        params = jax.tree.map(apply, params, first, second, decays, in_block)
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    np.testing.assert_allclose(losses_of(workdir, run), losses, rtol=2e-4)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_precision_changes_the_losses_and_nothing_else_does(finished_study):
+    bench, workdir = finished_study
+    losses = {run.id: losses_of(workdir, run) for run in bench.experiment.runs}
+    long, short = (losses[by_name(bench.experiment.runs, f"{name}-bf16").id] for name in ("D768", "D448"))
+    assert len(long) == 12 and len(short) == 7
+    assert long[:2] == pytest.approx(short[:2], rel=1e-6) and long[6] != short[6]  # the schedules part after warm-up
+    first_losses = {run.id: losses[run.id][0] for run in bench.experiment.runs}
+    assert len({round(loss, 6) for loss in first_losses.values()}) == 3  # bf16 twice, and two low precisions
+
+
+def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_study, train, tmp_path):
+    bench, _ = finished_study
+    (group,) = bench.experiment.cohorts
+    static = cohort_lib.Static(group.shape.model, group.program, bench.experiment.optimizer, 1)
+    programs = cohort_lib._programs(static, OPTIONS.steps_per_dispatch)
+    before = [program._cache_size() for program in programs]
+    # Other lengths, rates, seeds and formats than those it was compiled for.
+    w4 = by_name(group.runs, "wint4-s0")
+    runs = [
+        dataclasses.replace(w4, steps=3, peak_rate=1e-4, seed=7),
+        dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
+    ]
+    assert len(train(runs, tmp_path)) == 2
+    assert [program._cache_size() for program in programs] == before
+    assert before[1] == 1
+
+
+def test_a_run_that_diverges_ends_alone(finished_study, train, tmp_path):
+    bench, workdir = finished_study
+    bf16, w4 = (by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0"))
+    bad = dataclasses.replace(w4, peak_rate=1e38)
+    late = dataclasses.replace(by_name(bench.experiment.runs, "D448"), steps=5)
+    ended = train([bad, bf16, late], tmp_path)
+    assert list(ended) == [bad, bf16, late] or list(ended) == [bad, late, bf16]
+    assert 1 <= ended[bad].diverged_step < 12
+    assert ended[bf16].diverged_step is ended[late].diverged_step is None
+    # The run beside it, and the one that took over its lane, have the numbers they have without it.
+    assert losses_of(tmp_path, bf16) == losses_of(workdir, bf16)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ended[late].params))
+    assert losses_of(tmp_path, bad)[ended[bad].diverged_step] is None  # a JSON null
+
+
+@pytest.mark.slow
+def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished_study, train, tmp_path):
+    bench, workdir = finished_study
+    runs = [*bench.experiment.runs]
+    runs.append(dataclasses.replace(runs[0], seed=3, steps=9, peak_rate=1e-3))
+    for lanes in (1, 2, 4):
+        ended = train(runs, tmp_path / str(lanes), lanes=lanes)
+        assert set(ended) == set(runs)
+    for run in runs:
+        alone = losses_of(tmp_path / "1", run)
+        assert len(alone) == run.steps
+        for lanes in ("2", "4"):
+            together = losses_of(tmp_path / lanes, run)
+            # Programs for other numbers of lanes sum in another order. With quantized activations such a difference
+            # grows as soon as it carries one value over a rounding boundary; without, it stays a float's.
+            exact = 5 if dict(run.formats)["a"].bits < 16 else run.steps
+            np.testing.assert_allclose(together[:exact], alone[:exact], rtol=2e-4, err_msg=run.id)
+            np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
+    for run in bench.experiment.runs:
+        assert losses_of(tmp_path / "2", run) == losses_of(workdir, run)
+
+
+def test_metrics_are_cut_back_to_a_step_and_of_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
+    path.write_text("".join(lines) + '{"step": 8, "lo')
+    cohort_lib.truncate_metrics(path, 8)
+    assert path.read_text() == "".join(lines)
+    cohort_lib.truncate_metrics(path, 5)
+    assert path.read_text() == "".join(lines[:2])
+    cohort_lib.truncate_metrics(path, 0)
+    assert path.read_text() == ""
+    cohort_lib.truncate_metrics(tmp_path / "none", 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_table_holds_the_grids_of_the_operands_that_the_program_quantizes(finished_study):
+    bench, _ = finished_study
+    (group,) = bench.experiment.cohorts
+    run = by_name(group.runs, "kint4")
+    table = cohort_lib.table_of(run, group.program)
+    assert {name: float(grid.max_value) for name, grid in table.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
+    high = cohort_lib.table_of(run, group.program, w=study.parse("bf16"))
+    assert high["w"].passthrough == 1 and high["a"] == table["a"]
