@@ -1,0 +1,408 @@
+"""Backward formats, groups, stochastic rounding, rotation and native products against explicit NumPy products."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precision_scaling import model as model_lib
+from precision_scaling import numerics, quantize
+from precision_scaling import optimizer as optimizer_lib
+from precision_scaling import step as step_lib
+from precision_scaling.formats import FormatError, parse
+from precision_scaling.quantize import BACKWARD, OPERANDS, Operand, Program
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+INT = parse("int4").kind
+# Left and right operand of each product, their shapes, and the product; the shapes give every axis another length.
+PRODUCTS = {
+    "linear": ("a", "w", (6, 8), (8, 10), "ti,io->to"),
+    "attention_scores": ("q", "k", (2, 5, 3, 4), (2, 6, 3, 4), "blhk,bmhk->bhlm"),
+    "attention_values": ("p", "v", (2, 3, 5, 6), (2, 6, 3, 4), "bhlm,bmhk->blhk"),
+}
+
+
+def rounded(x, bits, letters=None, over=None, group=None):
+    """Symmetric abs-max rounding from its definition. over: letters of `letters` that share a scale, None for all."""
+    if bits >= 16:
+        return x
+    axes = None if over is None else tuple(letters.index(letter) for letter in over)
+    shape = x.shape
+    if group:
+        (axis,) = axes
+        x, axes = x.reshape(*shape[:axis], -1, group, *shape[axis + 1 :]), (axis + 1,)
+    scale = np.max(np.abs(x), axis=axes, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
+    return (np.rint(x / scale) * scale).astype(np.float32).reshape(shape)
+
+
+def arrays(product, seed=0):
+    _, _, lhs_shape, rhs_shape, subscripts = PRODUCTS[product]
+    rng = np.random.default_rng(seed)
+    lhs, rhs = rng.normal(size=lhs_shape).astype(np.float32), rng.normal(size=rhs_shape).astype(np.float32)
+    return lhs, rhs, rng.normal(size=np.einsum(subscripts, lhs, rhs).shape).astype(np.float32)
+
+
+def table_of(**formats):
+    return {name: parse(fmt).grid() for name, fmt in formats.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("product", "program"))
+def forward_and_gradients(lhs, rhs, g, table, key=None, *, product, program):
+    function = lambda lhs, rhs: getattr(quantize, product)(lhs, rhs, program, table, key)
+    out, pullback = jax.vjp(function, lhs, rhs)
+    return out, *pullback(g.astype(out.dtype))
+
+
+def close(ours, theirs, rtol=2e-5, atol=5e-5, **kwargs):
+    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=rtol, atol=atol, **kwargs)
+
+
+def contracted_in_gradients(subscripts):
+    """Letters that the products for the left and the right operand's gradient contract."""
+    ins, out = subscripts.split("->")
+    left, right = ins.split(",")
+    return [letter for letter in right if letter not in left], [letter for letter in left if letter not in right], out
+
+
+@pytest.mark.parametrize("granularity", ("tensor", "vector"))
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_backward_products_multiply_the_gradient_and_the_saved_operand_in_their_own_formats(product, granularity):
+    left, right, _, _, subscripts = PRODUCTS[product]
+    lhs, rhs, g = arrays(product)
+    ins, out = subscripts.split("->")
+    lhs_letters, rhs_letters = ins.split(",")
+    for_lhs, for_rhs, _ = contracted_in_gradients(subscripts)
+    shared = lambda letters: None if granularity == "tensor" else letters
+    formats = {left: 5, right: 4, f"g_{left}": 6, f"s_{left}": 3, f"g_{right}": 7, f"s_{right}": 2}
+    program = Program(
+        tuple((name, Operand(INT, granularity if name in BACKWARD else "tensor")) for name in sorted(formats))
+    )
+    y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table_of(**formats), product=product, program=program)
+    close(y, np.einsum(subscripts, rounded(lhs, 5), rounded(rhs, 4)))
+    g_6, saved_3 = rounded(g, 6, out, shared(for_lhs)), rounded(rhs, 3, rhs_letters, shared(for_lhs))
+    close(d_lhs, np.einsum(f"{out},{rhs_letters}->{lhs_letters}", g_6, saved_3))
+    g_7, saved_2 = rounded(g, 7, out, shared(for_rhs)), rounded(lhs, 2, lhs_letters, shared(for_rhs))
+    close(d_rhs, np.einsum(f"{out},{lhs_letters}->{rhs_letters}", g_7, saved_2))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_for(product):
+    left, right, _, _, subscripts = PRODUCTS[product]
+    lhs, rhs, g = arrays(product)
+    ins, out = subscripts.split("->")
+    lhs_letters, rhs_letters = ins.split(",")
+    forward = ((left, Operand(INT)), (right, Operand(INT)), (f"g_{left}", Operand(INT)))
+    table = table_of(**{left: 3, right: 4, f"g_{left}": 5})
+    for exact in ((), (left,), (right,)):
+        program = Program(forward, exact=exact)
+        _, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
+        saved_rhs = rhs if left in exact else rounded(rhs, 4)
+        saved_lhs = lhs if right in exact else rounded(lhs, 3)
+        close(d_lhs, np.einsum(f"{out},{rhs_letters}->{lhs_letters}", rounded(g, 5), saved_rhs), err_msg=str(exact))
+        close(d_rhs, np.einsum(f"{out},{lhs_letters}->{rhs_letters}", g, saved_lhs), err_msg=str(exact))
+
+
+def test_gradients_alone_can_be_quantized():
+    x, kernel, g = arrays("linear")
+    program = Program((("g_w", Operand(INT)),))
+    y, dx, dw = forward_and_gradients(x, kernel, g, table_of(g_w=3), product="linear", program=program)
+    close(y, x @ kernel)
+    close(dx, g @ kernel.T)
+    close(dw, x.T @ rounded(g, 3))
+
+
+def test_groups_run_along_the_contraction_of_each_product():
+    for product, (left, right, _, _, subscripts) in PRODUCTS.items():
+        lhs, rhs, g = arrays(product)
+        lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
+        out = subscripts.split("->")[1]
+        (contracted,) = {*lhs_letters} & {*rhs_letters} - {*out}
+        program = Program(((left, Operand(INT, "group:2")), (right, Operand(INT, "group:2"))))
+        y, d_lhs, _ = forward_and_gradients(
+            lhs, rhs, g, table_of(**{left: 3, right: 4}), product=product, program=program
+        )
+        lhs_q = rounded(lhs, 3, lhs_letters, contracted, group=2)
+        rhs_q = rounded(rhs, 4, rhs_letters, contracted, group=2)
+        close(y, np.einsum(subscripts, lhs_q, rhs_q), err_msg=product)
+        close(d_lhs, np.einsum(f"{out},{rhs_letters}->{lhs_letters}", g, rhs_q), err_msg=product)
+
+
+@pytest.mark.parametrize(
+    ("product", "left", "right", "lhs_over", "rhs_over"),
+    (
+        ("linear", "token", "channel", "i", "i"),
+        ("linear", "channel", "tensor", "t", None),
+        ("attention_scores", "token", "channel", "k", "m"),
+        ("attention_values", "token", "token", "m", "k"),
+        ("attention_values", "channel", "channel", "l", "m"),
+    ),
+)
+def test_token_and_channel_scales_are_shared_over_the_other_axes(product, left, right, lhs_over, rhs_over):
+    left_name, right_name, _, _, subscripts = PRODUCTS[product]
+    lhs, rhs, g = arrays(product)
+    lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
+    program = Program(((left_name, Operand(INT, left)), (right_name, Operand(INT, right))))
+    table = table_of(**{left_name: 4, right_name: 4})
+    y, _, _ = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
+    lhs_q, rhs_q = rounded(lhs, 4, lhs_letters, lhs_over), rounded(rhs, 4, rhs_letters, rhs_over)
+    close(y, np.einsum(subscripts, lhs_q, rhs_q))
+
+
+def test_block_formats_bring_their_own_groups():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=(64, 5)).astype(np.float32)
+    kind = parse("mxfp4").kind
+    program = Program((("a", Operand(kind)), ("w", Operand(kind, "channel"))))
+    y = jax.jit(lambda x, w: quantize.linear(x, w, program, table_of(a="mxfp4", w="mxfp4")))(x, kernel)
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def mxfp4(rows):  # blocks of 32 along the last axis, scale 2^(floor(log2 max) - 2)
+        blocks = rows.reshape(len(rows), -1, 32)
+        scale = 2.0 ** (np.floor(np.log2(np.max(np.abs(blocks), axis=-1, keepdims=True))) - 2)
+        nearest = levels[np.argmin(np.abs(np.abs(blocks / scale)[..., None] - levels), axis=-1)]
+        return (np.sign(blocks) * nearest * scale).reshape(rows.shape)
+
+    close(y, mxfp4(x) @ mxfp4(kernel.T).T)
+
+
+def test_traced_backward_formats_under_vmap_equal_a_loop():
+    x, kernel, g = arrays("linear")
+    names = ("a", "w", "g_a", "g_w")
+    program = Program(tuple((name, Operand(parse("e4m3").kind)) for name in names))
+    choices = (("int4", "e2m1", "e5m2", "int8"), ("bf16", "int4", "bf16", "e3m2"), ("bf16",) * 4)
+    tables = [table_of(**dict(zip(names, choice, strict=True))) for choice in choices]
+    one = lambda table: forward_and_gradients(x, kernel, g, table, product="linear", program=program)
+    together = jax.vmap(one)(jax.tree.map(lambda *grids: np.stack(grids), *tables))
+    for i, table in enumerate(tables):
+        for all_, alone in zip(together, one(table), strict=True):
+            close(all_[i], alone, rtol=1e-6, atol=1e-6)
+    close(together[1][2], g @ kernel.T)  # passes through
+
+
+# Stochastic rounding
+
+
+def stochastic(*names, **fields):
+    return Program(tuple((name, Operand(INT, rounding="stochastic")) for name in names), **fields)
+
+
+def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
+    x, kernel, g = arrays("linear")
+    program = stochastic("w", "g_a", exact=("a",))
+    table = table_of(w=2, g_a=2)
+    draw = lambda key: forward_and_gradients(x, kernel, g, table, key, product="linear", program=program)
+    draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+    for all_, expected in zip(draws, (x @ kernel, g @ kernel.T, None), strict=True):
+        if expected is not None:
+            error = np.abs(np.mean(all_, axis=0) - expected)
+            assert np.max(error / (np.std(all_, axis=0) / np.sqrt(4000))) < 4.5
+
+
+def test_stochastic_rounding_without_a_key_is_refused():
+    x, kernel, _ = map(jnp.asarray, arrays("linear"))
+    with pytest.raises(FormatError, match="without a key"):
+        quantize.linear(x, kernel, stochastic("w"), table_of(w=4))
+
+
+TINY = model_lib.ModelConfig(
+    vocab_size=13, width=8, depth=2, heads=2, hidden=16, sequence_length=6, base_width=8, base_depth=2
+)
+OPTIMIZER = optimizer_lib.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
+EVERYTHING = (*OPERANDS, "e", "head_w", "head_a", *(f"g_{name}" for name in OPERANDS))
+
+
+def inputs_of(program, seed, bits=4):
+    table = table_of(**{name: bits for name, _ in program.operands})
+    return step_lib.RunInputs(table, np.float32(1e-3), np.int32(10), np.int32(1), np.int32(seed))
+
+
+def tokens_of(batch=2, length=7):
+    return np.random.default_rng(2).integers(0, TINY.vocab_size, (batch, length)).astype(np.int32)
+
+
+@pytest.mark.slow
+def test_no_key_repeats_across_steps_layers_and_operands(monkeypatch):
+    seen = []
+    noise = numerics.rounding_noise
+
+    def recording(key, shape):
+        jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return noise(key, shape)
+
+    monkeypatch.setattr(numerics, "rounding_noise", recording)
+    program = stochastic(*EVERYTHING)
+    static = step_lib.Static(TINY, program, OPTIMIZER)
+    step = jax.jit(functools.partial(step_lib.train_step, static))
+    state = step_lib.init_state(static, 0)
+    for seed in (0, 1):
+        now = state
+        for _ in range(2):
+            now, _ = step(now, inputs_of(program, seed), tokens_of())
+    jax.effects_barrier()
+    # Four projections and two attention products of two operands, forward and backward, in each layer; and the rest.
+    per_step = TINY.depth * 6 * (2 + 2) + len(("e", "head_w", "head_a"))
+    assert len(seen) == 2 * 2 * per_step
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.slow
+def test_a_step_rounds_by_seed_and_step_alone_whatever_the_lane():
+    program = stochastic("w", "a", "g_a", "g_w")
+    static = step_lib.Static(TINY, program, OPTIMIZER)
+    one = jax.jit(functools.partial(step_lib.train_step, static))
+    together = jax.jit(jax.vmap(functools.partial(step_lib.train_step, static)))
+    state = step_lib.init_state(static, 0)
+    state = state._replace(step=jnp.int32(3))  # as a run that resumes
+    seeds = (5, 0, 5)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), state)
+    inputs = jax.tree.map(lambda *xs: np.stack(xs), *(inputs_of(program, seed) for seed in seeds))
+    _, metrics = together(stacked, inputs, np.stack([tokens_of()] * 3))
+    for i, seed in enumerate(seeds):
+        _, alone = one(state, inputs_of(program, seed), tokens_of())
+        assert metrics.loss[i] == pytest.approx(float(alone.loss), rel=1e-6)
+        assert metrics.grad_norm[i] == pytest.approx(float(alone.grad_norm), rel=1e-5)
+    assert metrics.loss[0] == metrics.loss[2] != metrics.loss[1]
+    _, later = one(state._replace(step=jnp.int32(4)), inputs_of(program, 5), tokens_of())
+    assert later.loss != metrics.loss[0]
+
+
+def test_evaluation_rounds_to_nearest():
+    nearest = Program(tuple((name, Operand(INT)) for name in ("w", "a")))
+    params = step_lib.init_state(step_lib.Static(TINY, nearest, OPTIMIZER), 0).params
+    losses = [
+        step_lib.validation_loss(step_lib.Static(TINY, program, OPTIMIZER), params, table_of(w=3, a=4), tokens_of(4), 2)
+        for program in (nearest, stochastic("w", "a", "g_a", exact=("w",)))
+    ]
+    assert losses[0] == losses[1]
+
+
+# Embedding, head, rotation
+
+
+def test_embedding_and_head_are_quantized_on_request():
+    program = Program((("e", Operand(INT, "token")), ("head_w", Operand(INT, "channel")), ("head_a", Operand(INT))))
+    params = model_lib.init(TINY, jax.random.key(0))
+    tokens = tokens_of(length=6)
+    logits = model_lib.Decoder(TINY, program).apply({"params": params}, tokens, table_of(e=3, head_w=4, head_a=16))
+    embedding, kernel = (np.asarray(params[k][v]) for k, v in (("embedding", "embedding"), ("head", "kernel")))
+    by_hand = {
+        **params,
+        "embedding": {"embedding": rounded(embedding, 3, "vd", "d")},
+        "head": {"kernel": rounded(kernel, 4, "dv", "d")},
+    }
+    close(logits, model_lib.Decoder(TINY).apply({"params": by_hand}, tokens), atol=1e-5)
+
+
+def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(20, 64)).astype(np.float32), rng.normal(size=(64, 16)).astype(np.float32)
+    x[:, 5] *= 10  # one loud feature
+    plain = Program((("a", Operand(INT)), ("w", Operand(INT, "channel"))))
+    rotated = dataclasses.replace(plain, rotated=True)
+    g = rng.normal(size=(20, 16)).astype(np.float32)
+    run = functools.partial(forward_and_gradients, x, kernel, g, product="linear")
+    exact = (x @ kernel, g @ kernel.T, x.T @ g)
+    for ours, theirs in zip(run(table_of(a=16, w=16), program=rotated), exact, strict=True):
+        close(ours, theirs, rtol=1e-4, atol=1e-3)
+    errors = [np.std(run(table_of(a=4, w=16), program=program)[0] - x @ kernel) for program in (plain, rotated)]
+    assert errors[1] < errors[0] / 3
+    table = table_of(a=4, w=5)
+    operands = [quantize.on_grid(array, name, rotated, table) for array, name in ((x, "a"), (kernel, "w"))]
+    close(run(table, program=rotated)[0], np.asarray(operands[0]) @ np.asarray(operands[1]), rtol=1e-3, atol=1e-2)
+
+
+# Native products
+
+
+def native(program, container="int8"):
+    operands = tuple((name, dataclasses.replace(operand, container=container)) for name, operand in program.operands)
+    return dataclasses.replace(program, operands=operands)
+
+
+NATIVE = {
+    "forward": Program((("a", Operand(INT, "token")), ("w", Operand(INT, "channel")))),
+    "per tensor, forward operands saved": Program(
+        tuple((name, Operand(INT, "tensor")) for name in ("a", "w", "g_a", "g_w"))
+    ),
+    "vectors, operands saved in their own format": Program(
+        (
+            ("a", Operand(INT, "token")),
+            ("w", Operand(INT, "channel")),
+            *((name, Operand(INT, "vector", "stochastic")) for name in ("g_a", "g_w")),
+            *((name, Operand(INT, "vector")) for name in ("s_a", "s_w")),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NATIVE)
+def test_native_int8_products_equal_the_simulated_ones(case):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(33, 70)).astype(np.float32), rng.normal(size=(70, 40)).astype(np.float32)
+    g = rng.normal(size=(33, 40)).astype(np.float32)
+    program = NATIVE[case]
+    for bits in (8, 3):
+        table, key = table_of(**{name: bits for name, _ in program.operands}), jax.random.key(1)
+        run = functools.partial(forward_and_gradients, x, kernel, g, table, key, product="linear")
+        for ours, theirs in zip(run(program=native(program)), run(program=program), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.max(np.abs(theirs)))
+
+
+def test_native_attention_products_equal_the_simulated_ones():
+    along_contraction = {"attention_scores": ("token", "token"), "attention_values": ("token", "channel")}
+    for product, granularities in along_contraction.items():
+        left, right, *_ = PRODUCTS[product]
+        lhs, rhs, g = arrays(product)
+        program = Program(((left, Operand(INT, granularities[0])), (right, Operand(INT, granularities[1]))))
+        run = functools.partial(forward_and_gradients, lhs, rhs, g, table_of(**{left: 8, right: 6}), product=product)
+        for ours, theirs in zip(run(program=native(program)), run(program=program), strict=True):
+            close(ours, theirs, err_msg=product)
+
+
+def test_native_programs_multiply_codes():
+    x, kernel, g = arrays("linear")
+    program = native(NATIVE["per tensor, forward operands saved"])
+    table = table_of(**{name: 8 for name, _ in program.operands})
+    lowered = forward_and_gradients.lower(x, kernel, g, table, product="linear", program=program)
+    products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 3
+    assert all(line.count("xi8>") == 2 and line.count("xi32>") == 1 for line in products)
+
+
+def test_native_fp8_products_equal_the_simulated_ones():
+    x, kernel, g = arrays("linear")
+    kinds = {"a": "e4m3fn", "w": "e4m3fn", "g_a": "e5m2", "g_w": "e5m2"}
+    simulated = Program(tuple((name, Operand(parse(fmt).kind)) for name, fmt in kinds.items()))
+    operands = tuple(
+        (name, dataclasses.replace(operand, container=f"float8_{kinds[name]}")) for name, operand in simulated.operands
+    )
+    run = functools.partial(forward_and_gradients, x, kernel, g, table_of(**kinds), product="linear")
+    results = zip(run(program=dataclasses.replace(simulated, operands=operands)), run(program=simulated), strict=True)
+    for ours, theirs in results:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.max(np.abs(theirs)))
+
+
+# Compute dtype
+
+
+def test_float32_products_multiply_in_bf16_models_what_twelve_bits_make_of_the_operands():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 256), (256, 64)))
+    x_f32, kernel_f32 = np.asarray(x, np.float32), np.asarray(kernel, np.float32)
+    intended = (rounded(x_f32, 12) @ rounded(kernel_f32, 12, "io", "i")).astype(jnp.bfloat16)
+    program = Program((("a", Operand(INT)), ("w", Operand(INT, "channel"))))
+    equal = {}
+    for wide in ((), ("a",)):
+        compute = jax.jit(
+            functools.partial(quantize.linear, program=dataclasses.replace(program, wide=wide)),
+            # A CPU has no bf16 products, and would keep the digits that the hardware this is for drops.
+            compiler_options={"xla_allow_excess_precision": False},
+        )
+        y = compute(x, kernel, table=table_of(a=12, w=12))
+        assert y.dtype == jnp.bfloat16
+        equal[wide] = np.mean(np.asarray(y) == intended)
+    assert equal["a",] > 0.99 and equal[()] < 0.9
