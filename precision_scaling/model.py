@@ -80,8 +80,6 @@ class Linear(nn.Module):
     def __call__(self, x, table, key=None):
         deviation = 1 / math.sqrt(self.fan_in or x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(deviation), (x.shape[-1], *self.features), jnp.float32)
-        # Calibration of post-training quantization asks for this collection; otherwise sow is a no-op.
-        self.sow("linear_inputs", "x", x)
         return quantize.linear(x, kernel.astype(x.dtype), self.program, table, key, self.names)
 
 
@@ -102,22 +100,29 @@ class Attention(nn.Module):
     config: ModelConfig
     program: quantize.Program
 
-    @nn.compact
-    def __call__(self, x_BxLxD, table, key=None):
+    def setup(self):
         c = self.config
-        batch, length, _ = x_BxLxD.shape
+        self.qkv = Linear((3, c.heads, c.head_dim), self.program)
+        self.out = Linear((c.width,), self.program)
+
+    def __call__(self, x_BxLxD, table, key=None):
         # Every product of a layer has a key of its own, by the number it goes by here.
         keys = [quantize.fold_in(key, i) for i in range(4)]
-        qkv = Linear((3, c.heads, c.head_dim), self.program, name="qkv")(x_BxLxD, table, keys[0])
-        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return self.out(self.mix(self.qkv(x_BxLxD, table, keys[0]), table, keys[1], keys[2]), table, keys[3])
+
+    def mix(self, qkv_BxLx3xHxK, table, score_key=None, value_key=None):
+        """What the heads read, side by side: (B, L, D)."""
+        c = self.config
+        batch, length = qkv_BxLx3xHxK.shape[:2]
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
         q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta) * (1 / math.sqrt(c.head_dim))
         k_BxLxHxK = rotary(k_BxLxHxK, c.rope_theta)
-        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table, keys[1])
+        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table, score_key)
         score_BxHxLxM = score_BxHxLxM.astype(jnp.float32)
         causal_LxM = jnp.tril(jnp.ones((length, length), bool))
-        p_BxHxLxM = jax.nn.softmax(jnp.where(causal_LxM, score_BxHxLxM, -1e30), axis=-1).astype(x_BxLxD.dtype)
-        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table, keys[2])
-        return Linear((c.width,), self.program, name="out")(o_BxLxHxK.reshape(batch, length, -1), table, keys[3])
+        p_BxHxLxM = jax.nn.softmax(jnp.where(causal_LxM, score_BxHxLxM, -1e30), axis=-1).astype(v_BxLxHxK.dtype)
+        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table, value_key)
+        return o_BxLxHxK.reshape(batch, length, -1)
 
 
 class MLP(nn.Module):
@@ -126,28 +131,60 @@ class MLP(nn.Module):
     config: ModelConfig
     program: quantize.Program
 
-    @nn.compact
+    def setup(self):
+        self.gate_up = Linear((2, self.config.hidden), self.program)
+        self.down = Linear((self.config.width,), self.program)
+
     def __call__(self, x_BxLxD, table, key=None):
         up_key, down_key = (quantize.fold_in(key, i) for i in range(2))
-        gate_up_BxLx2xF = Linear((2, self.config.hidden), self.program, name="gate_up")(x_BxLxD, table, up_key)
-        hidden_BxLxF = jax.nn.silu(gate_up_BxLx2xF[:, :, 0]) * gate_up_BxLx2xF[:, :, 1]
-        return Linear((self.config.width,), self.program, name="down")(hidden_BxLxF, table, down_key)
+        return self.down(self.activate(self.gate_up(x_BxLxD, table, up_key)), table, down_key)
+
+    def activate(self, gate_up_BxLx2xF):
+        """silu(gate) * up: (B, L, F)."""
+        return jax.nn.silu(gate_up_BxLx2xF[:, :, 0]) * gate_up_BxLx2xF[:, :, 1]
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), branches scaled by depth-µP."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), branches scaled by depth-µP.
+
+    The methods below are the same computation cut at the inputs of its four projections, for post-training
+    quantization, which replaces one projection after the other.
+    """
 
     config: ModelConfig
     program: quantize.Program
 
-    @nn.compact
-    def __call__(self, x_BxLxD, table, key=None):
+    def setup(self):
         c = self.config
+        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_epsilon), RMSNorm(c.norm_epsilon)
+        self.attention, self.mlp = Attention(c, self.program), MLP(c, self.program)
+
+    def __call__(self, x_BxLxD, table, key=None):
         attention_key, mlp_key = (quantize.fold_in(key, i) for i in range(2))
-        h = RMSNorm(c.norm_epsilon, name="attention_norm")(x_BxLxD)
-        x_BxLxD = x_BxLxD + c.residual_scale * Attention(c, self.program, name="attention")(h, table, attention_key)
-        h = RMSNorm(c.norm_epsilon, name="mlp_norm")(x_BxLxD)
-        return x_BxLxD + c.residual_scale * MLP(c, self.program, name="mlp")(h, table, mlp_key)
+        h_BxLxD = self.attention(self.attention_norm(x_BxLxD), table, attention_key)
+        x_BxLxD = x_BxLxD + self.config.residual_scale * h_BxLxD
+        return x_BxLxD + self.config.residual_scale * self.mlp(self.mlp_norm(x_BxLxD), table, mlp_key)
+
+    def before_qkv(self, x_BxLxD):
+        """Input of the qkv projection."""
+        return self.attention_norm(x_BxLxD)
+
+    def before_out(self, h_BxLxD, table):
+        """Input of attention's out projection, from that of qkv."""
+        return self.attention.mix(self.attention.qkv(h_BxLxD, table), table)
+
+    def before_gate_up(self, x_BxLxD, o_BxLxD, table):
+        """The residual stream after attention and the input of the gate_up projection, from that of out."""
+        x_BxLxD = x_BxLxD + self.config.residual_scale * self.attention.out(o_BxLxD, table)
+        return x_BxLxD, self.mlp_norm(x_BxLxD)
+
+    def before_down(self, h_BxLxD, table):
+        """Input of the down projection, from that of gate_up."""
+        return self.mlp.activate(self.mlp.gate_up(h_BxLxD, table))
+
+    def after_down(self, x_BxLxD, h_BxLxF, table):
+        """The block's output, from the residual stream after attention and the input of down."""
+        return x_BxLxD + self.config.residual_scale * self.mlp.down(h_BxLxF, table)
 
 
 class _ScannedBlock(nn.Module):
@@ -179,7 +216,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.scan(
             _ScannedBlock,
-            variable_axes={"params": 0, "linear_inputs": 0},
+            variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=c.depth,

@@ -73,34 +73,43 @@ def _round_layers(layers: Any, bits):
 
 
 def _gptq_layers(static: Static, params, table, tokens_NxS, bits, damping, batch_size: int):
-    model, program = static.model, static.program
-    embedded = Decoder(model, program).apply({"params": params}, tokens_NxS, method=Decoder.embed)
-    stream_CxBxSxD = embedded.reshape(-1, batch_size, *embedded.shape[1:])
+    module = Block(static.model, static.program)
+    embedded = Decoder(static.model, static.program).apply({"params": params}, tokens_NxS, table, method=Decoder.embed)
 
-    def run(block, x_BxSxD):
-        return Block(model, program).apply({"params": block}, x_BxSxD, table, mutable=["linear_inputs"])
+    def each(block, method, *streams_CxB):
+        """A method of the block with these parameters, calibration batch by calibration batch."""
+        return jax.lax.map(lambda batch: module.apply({"params": block}, *batch, method=method), streams_CxB)
 
-    def hessian(block, linear, stream):
+    def hessian(x_CxBxSxI):
         """Σ x xᵀ in float32 over all tokens, x as the projection multiplies it: at the run's activation precision."""
 
-        def add(total, x_BxSxD):
-            _, captured = run(block, x_BxSxD)
-            x = captured["linear_inputs"][linear[0]][linear[1]]["x"][0]
-            x = quantize.on_grid(x, "a", program, table).astype(jnp.float32).reshape(-1, x.shape[-1])
-            return total + jnp.matmul(x.T, x, precision="highest"), None
+        def add(total_IxI, x_BxSxI):
+            x = quantize.on_grid(x_BxSxI, "a", static.program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
+            return total_IxI + jnp.matmul(x.T, x, precision="highest"), None
 
-        size = block[linear[0]][linear[1]]["kernel"].shape[0]
-        return jax.lax.scan(add, jnp.zeros((size, size)), stream)[0]
+        return jax.lax.scan(add, jnp.zeros((x_CxBxSxI.shape[-1],) * 2), x_CxBxSxI)[0]
 
-    def layer(stream, block):
+    def layer(x_CxBxSxD, block):
         notes = []
-        for linear in LINEARS:
-            kernel = _flat(block[linear[0]][linear[1]]["kernel"])
-            solution = gptq.solve(kernel, hessian(block, linear, stream), bits[None], damping=damping)
-            block = _with_kernel(block, linear, solution.dequantized[0])
-            notes.append((solution.fell_back, solution.damping_used))
-        fell_back, used = (jnp.stack(values) for values in zip(*notes, strict=True))
-        stream = jax.lax.map(lambda x: run(block, x)[0], stream)
-        return stream, (block, fell_back, used)
 
-    return jax.lax.scan(layer, stream_CxBxSxD, params["layers"]["block"])[1]
+        def quantized(block, linear, inputs_CxBxSxI):
+            kernel = _flat(block[linear[0]][linear[1]]["kernel"])
+            solution = gptq.solve(kernel, hessian(inputs_CxBxSxI), bits[None], damping=damping)
+            notes.append((solution.fell_back, solution.damping_used))
+            return _with_kernel(block, linear, solution.dequantized[0])
+
+        with_table = lambda method: lambda block, *args: method(block, *args, table)
+        inputs = each(block, Block.before_qkv, x_CxBxSxD)
+        block = quantized(block, LINEARS[0], inputs)
+        inputs = each(block, with_table(Block.before_out), inputs)
+        block = quantized(block, LINEARS[1], inputs)
+        x_CxBxSxD, inputs = each(block, with_table(Block.before_gate_up), x_CxBxSxD, inputs)
+        block = quantized(block, LINEARS[2], inputs)
+        inputs = each(block, with_table(Block.before_down), inputs)
+        block = quantized(block, LINEARS[3], inputs)
+        x_CxBxSxD = each(block, with_table(Block.after_down), x_CxBxSxD, inputs)
+        fell_back, used = (jnp.stack(values) for values in zip(*notes, strict=True))
+        return x_CxBxSxD, (block, fell_back, used)
+
+    start_CxBxSxD = embedded.reshape(-1, batch_size, *embedded.shape[1:])
+    return jax.lax.scan(layer, start_CxBxSxD, params["layers"]["block"])[1]
