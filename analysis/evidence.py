@@ -18,13 +18,10 @@ METHOD_COLUMNS = ("method", "ptq_method")
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Usable rows, fits by the name of their law, and results of comparing laws (rows of analysis.compare, may be
-    none).
-    """
+    """Usable rows of one PTQ method, and fits by the name of their law."""
 
     table: Table
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=dict)
-    comparison: tuple[Mapping, ...] = ()
     other_methods: Table | None = None  # the same table with the rows of every PTQ method
 
     @cached_property

@@ -127,8 +127,6 @@ def _figure(drawn: Drawn) -> str:
 
 def _fits(evidence: Evidence, not_fitted: Mapping[str, str]) -> str:
     parts = [_fit(fit) for fit in evidence.fits.values()]
-    if evidence.comparison:
-        parts.append(_comparison(evidence.comparison))
     if not_fitted:
         items = "".join(f"<li><code>{_escape(law)}</code>: {_escape(why)}</li>" for law, why in not_fitted.items())
         parts.append(f"<h3>Not fitted</h3><ul>{items}</ul>")
@@ -184,15 +182,6 @@ def _ends(fit: Fit, name: str) -> str:
     if not interval:
         return "none"
     return " to ".join("open" if end is None else f"{end:.5g}" for end in interval)
-
-
-def _comparison(rows: Sequence[Mapping]) -> str:
-    names = list(rows[0])
-    head = "".join(f"<th>{_escape(name)}</th>" for name in names)
-    cell = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else _escape(value)
-    body = "".join("<tr>" + "".join(f"<td>{cell(row.get(name))}</td>" for name in names) + "</tr>" for row in rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h3>Laws compared</h3><div class="scroll">{table}</div>'
 
 
 def _missing(skipped: Sequence[Drawn], left_out: str) -> str:

@@ -139,7 +139,8 @@ def test_f3_needs_an_interval_and_all_three_parts():
     close = verdict(spread(law, 0.01))
     assert close.verdict == findings.SUPPORTED and close.numbers["P_star"] == pytest.approx(7.0, abs=0.01)
     assert close.numbers["N_factor_at_4_bits"] == pytest.approx(5.20, abs=0.01)
-    low = true_fit("precision", {**TRUTH, **{f"gamma_{x}": 1.0 for x in ("w", "a", "kv")}, "n_w": 0, "n_a": 0, "n_kv": 0})
+    unbiased = {**dict.fromkeys(("gamma_w", "gamma_a", "gamma_kv"), 1.0), **dict.fromkeys(("n_w", "n_a", "n_kv"), 0.0)}
+    low = true_fit("precision", {**TRUTH, **unbiased})
     assert verdict(spread(low, 0.01)).verdict == findings.REFUTED  # P* = 1.9 bits
     part = Fit(**{**vars(spread(law, 0.01)), "refused": {"gamma_kv": "no row"}})
     assert verdict(part).verdict == findings.NOT_TESTABLE

@@ -27,6 +27,8 @@ def _planning_fit(evidence: Evidence) -> tuple[Fit, tuple[str, ...]]:
     parts = surfaces.informed_parts(fit)
     if not parts:
         raise Skipped("the table does not inform what low precision of any part costs")
+    if unknown := [name for name in ("alpha", "beta") if name in fit.refused]:
+        raise Skipped(f"the table does not tell {' and '.join(unknown)} of the law {fit.law}")
     return fit, parts
 
 

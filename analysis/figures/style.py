@@ -89,7 +89,7 @@ def log_axis(axes, which: str, values, counts: bool = False) -> None:
     axes.set(**{f"{which}scale": "log"})
     decades = math.log10(values.max() / values.min()) if values.size else 3.0
     subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)
-    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs, numticks=7))
     axis.set_minor_locator(ticker.NullLocator())
     if counts:
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count_label(value)))
