@@ -126,6 +126,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.study.grid = ml_collections.ConfigDict()
 
     c.compilation_cache = ""  # compiled programs; empty: ~/.cache/precision_scaling/xla, "none": no cache
+    c.lock()  # a misspelt option in a config that starts from this one is an error
+    c.study.grid.unlock()
     return c
 
 

@@ -130,6 +130,10 @@ def _points(config):
 
 def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
     shape = Shape(size, _model_config(config, size, vocab_size), config.train.batch_size, config.train.microbatches)
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float):
+        raise ConfigError("train.tokens", tokens, "a number of tokens")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ConfigError("train.seed or study.grid.*.seeds", seed, "whole numbers from 0, below 2^31")
     steps = int(tokens) // shape.tokens_per_step
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
@@ -140,7 +144,7 @@ def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
         steps=steps,
         warmup_steps=max(1, round(config.optimizer.warmup_fraction * steps)),
         peak_rate=float(config.optimizer.peak_rate),
-        seed=int(seed),
+        seed=seed,
         ptq=bool(ptq),
     )
 
