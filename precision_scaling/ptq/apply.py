@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from precision_scaling import quantize
+from precision_scaling import compilation, quantize
 from precision_scaling.model import Block, Decoder
 from precision_scaling.ptq import gptq, rtn
 from precision_scaling.step import Static
@@ -27,7 +27,6 @@ class Quantized(NamedTuple):
     damping: jax.Array  # (K, layers, projections), NaN where nothing was damped
 
 
-@functools.partial(jax.jit, static_argnames=("static", "method", "batch_size"))
 def quantize_model(
     static: Static, params: Any, table: Any, tokens_NxS, bits_K, damping, *, method: str, batch_size: int
 ) -> Quantized:
@@ -36,17 +35,25 @@ def quantize_model(
     table: grids of the run's activations and attention, weights passing through. tokens_NxS: calibration text, N a
     multiple of batch_size. Every bit-width has its own stream of activations, made by what is quantized already.
     """
-    layers = params["layers"]["block"]
+    return _compiled(static, method, batch_size)(params, table, tokens_NxS, bits_K, damping)
 
-    def at(bits):
-        if method == "rtn":
-            return _round_layers(layers, bits)
-        return _gptq_layers(static, params, table, tokens_NxS, bits, damping, batch_size)
 
-    quantized, fell_back, used = jax.vmap(at)(bits_K)
-    outer = {name: value for name, value in params.items() if name != "layers"}
-    outer = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_K.shape[0], *x.shape)), outer)
-    return Quantized({**outer, "layers": {"block": quantized}}, fell_back, used)
+@functools.lru_cache(maxsize=16)
+def _compiled(static: Static, method: str, batch_size: int):
+    def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
+        layers = params["layers"]["block"]
+
+        def at(bits):
+            if method == "rtn":
+                return _round_layers(layers, bits)
+            return _gptq_layers(static, params, table, tokens_NxS, bits, damping, batch_size)
+
+        quantized, fell_back, used = jax.vmap(at)(bits_K)
+        outer = {name: value for name, value in params.items() if name != "layers"}
+        outer = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_K.shape[0], *x.shape)), outer)
+        return Quantized({**outer, "layers": {"block": quantized}}, fell_back, used)
+
+    return compilation.jit(quantize_at_all)
 
 
 def _flat(kernel):
