@@ -60,7 +60,10 @@ class Growth:
     ratios: tuple[float, float]
     deltas: tuple[float, float]
     exponent: float
-    points: int
+
+    @property
+    def grew(self) -> bool:
+        return self.deltas[1] > max(self.deltas[0], 0.0)
 
 
 def growths(evidence: Evidence) -> list[Growth]:
@@ -78,7 +81,7 @@ def growths(evidence: Evidence) -> list[Growth]:
             if positive.sum() > 1:
                 slope = float(np.polyfit(np.log(tokens[positive]), np.log(means[positive]), 1)[0])
             ends = (float(tokens[0] / n), float(tokens[-1] / n))
-            found.append(Growth(float(n), float(p_post), ends, (float(means[0]), float(means[-1])), slope, len(tokens)))
+            found.append(Growth(float(n), float(p_post), ends, (float(means[0]), float(means[-1])), slope))
     return found
 
 
@@ -89,7 +92,7 @@ def growth_sentence(evidence: Evidence) -> str:
         return "Whether δ grows with D/N cannot be said: no N was quantized at two or more D."
     lowest = min(g.p_post for g in found)
     series = [g for g in found if g.p_post == lowest]
-    grew = [g for g in series if g.deltas[1] > g.deltas[0]]
+    grew = [g for g in series if g.grew]
     each = "; ".join(
         f"N = {count_label(g.n)}: {g.deltas[0]:.3g} at D/N {g.ratios[0]:.3g}, {g.deltas[1]:.3g} at D/N "
         f"{g.ratios[1]:.3g}"
@@ -108,7 +111,9 @@ def degradation_grows(evidence: Evidence) -> Finding:
     found = growths(evidence)
     if not found:
         return Finding("F1", claim, NOT_TESTABLE, "No N has rows after PTQ at two or more D.")
-    rising = sum(g.deltas[1] > g.deltas[0] for g in found)
+    rising = sum(g.grew for g in found)
+    if sum(max(g.deltas) <= 0 for g in found) > len(found) / 2:
+        return Finding("F1", claim, NOT_TESTABLE, "In most series PTQ adds nothing to the loss: no δ to follow.")
     slopes = [g.exponent for g in found if math.isfinite(g.exponent)]
     series = f"δ rises from least to most D in {rising} of {len(found)} series of one N and P_post"
     series += f" (median exponent of D {np.median(slopes):.2f})" if slopes else ""

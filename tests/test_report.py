@@ -109,6 +109,12 @@ def test_f1_is_refuted_where_degradation_falls_with_data():
     assert findings.degradation_grows(evidence_of(small_rows())).verdict == findings.SUPPORTED
 
 
+def test_f1_is_not_testable_where_ptq_adds_nothing():
+    rows = [{**r, "loss": r["loss"] - (1.0 if r["P_post"] else 0.0)} for r in small_rows()]
+    assert findings.degradation_grows(Evidence(table_of(rows))).verdict == findings.NOT_TESTABLE
+    assert "did not grow" in findings.growth_sentence(Evidence(table_of(rows)))
+
+
 def test_f1_speaks_of_the_turn_that_was_measured():
     steep = {**TRUTH, "gamma_D": 1.5, "C_T": 1e-7 * 4}
     finding = findings.degradation_grows(evidence_of(small_rows(steep, noise=0.0), "chinchilla", "ptq", truth=steep))
