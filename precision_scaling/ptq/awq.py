@@ -112,7 +112,7 @@ def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric
         return chosen, s_I, exponent, error, errors[0]
 
     (dequantized, level, grids), s_BxI, exponent_B, error_B, rtn_B = jax.lax.map(search, levels)
-    dtype = jnp.int16 if kind.family == "int" else jnp.float32
+    dtype = grid.code_dtype(kind, symmetric)
     return Solution(
         dequantized=dequantized,
         codes=tuple(

@@ -32,9 +32,9 @@ class Solution(NamedTuple):
     """What GPTQ did to one kernel (in I, out O) at B bit-widths, G groups of inputs."""
 
     dequantized: jax.Array  # (B, I, O)
-    codes: jax.Array  # (B, I, O) level + zero as int16; for formats other than integers the level itself, float32
+    codes: jax.Array  # (B, I, O) level + zero, of type `grid.code_dtype`
     scales: jax.Array  # (B, G, O)
-    zeros: jax.Array  # (B, G, O)
+    zeros: jax.Array  # (B, G, O); 0 for symmetric grids
     damping_used: jax.Array  # scalar, fraction of the mean diagonal; above the one asked for if that did not factorize
     fell_back: jax.Array  # scalar bool: no damping factorized the Hessian, so this is rounding to nearest
 
@@ -82,7 +82,7 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
 
     def failing(state):
         tried, ok, _ = state
-        return usable & ~ok & (10 * tried <= MAX_DAMPING)
+        return usable & ~ok & (10 * tried <= 1.01 * MAX_DAMPING)
 
     start = jnp.asarray(-1.0, h_IxI.dtype), jnp.asarray(False), jnp.zeros_like(h_IxI)
     fraction, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
@@ -118,7 +118,7 @@ def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetri
     feedback_IxI = jnp.pad(feedback_IxI, ((0, pad), (0, pad)))
     group_I = jnp.pad(group_I, (0, pad))
     inverse_GxC = grid.inverse(columns.scale_GxO)
-    level_dtype = jnp.int16 if kind.family == "int" else jnp.float32
+    level_dtype = grid.code_dtype(kind, symmetric)
 
     def feedback(i, j):
         return jax.lax.dynamic_slice(feedback_IxI, (i * block, j * block), (block, block))

@@ -138,6 +138,11 @@ def inverse(scale):
     return jnp.where(scale == 0, 0.0, 1 / scale)
 
 
+def code_dtype(kind: formats.Kind, symmetric: bool):
+    """What codes are kept as: integers, of 32 bits where a zero point can add one to 16; other levels as they are."""
+    return jnp.float32 if kind.family != "int" else jnp.int16 if symmetric else jnp.int32
+
+
 def quantize(kernel_IxO, grid: Grid, kind: formats.Kind = INTEGER, symmetric: bool = True):
     """Round to nearest: (dequantized kernel, levels), both (in, out)."""
     groups = grid.scale_GxO.shape[0]
