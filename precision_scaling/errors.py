@@ -26,6 +26,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
                 flags.FLAGS["config"].value.items  # noqa: B018  a config file that failed to load says so when used
             return rest
+        except SystemExit:  # --help was printed; absl would exit with 1
+            sys.exit(0)
         except flags.Error as error:
             _fail(error)
         except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
