@@ -56,7 +56,6 @@ def test_help_says_what_a_command_does(run_command):
     for module, word in (("train", "--workdir"), ("study", "dry_run"), ("ptq", "--bits")):
         done = run_command(f"precision_scaling.{module}", "--help")
         assert "Traceback" not in done.stderr and word.strip("-") in done.stdout
-        assert f"python -m precision_scaling.{module}" in done.stdout
         assert done.returncode == 0
 
 
