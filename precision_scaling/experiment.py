@@ -113,8 +113,8 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _points(config):
     """(size, tokens, precision, seed, ptq) of every run the grid asks for."""
-    spec = precision.from_options(config.precision)
     if not config.study.grid:
+        spec = precision.from_options(config.precision)
         yield config.model.size, config.train.tokens, spec, config.train.seed, bool(config.ptq.methods)
         return
     for name, part in config.study.grid.items():

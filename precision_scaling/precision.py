@@ -212,15 +212,15 @@ def parse(text: str, options: Mapping[str, Any]) -> Spec:
         return from_options(options, **nothing)
     preset = next((name for name in PRESETS if text == name or text.startswith(f"{name}_")), None)
     parts = {**{name: (name,) for name in OPERANDS}, **PARTS}
+    words = text.split("_") if preset is None else text.removeprefix(preset).split("_")[1:]
     replaced = {}
-    for word in text.removeprefix(preset or "").split("_"):
+    for word in words:
         match = re.fullmatch(r"(kv|[waqkvpg])(.+)", word)
-        if not match and not (preset and word == ""):
-            allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, q, k, v, p, g with a format, joined by '_': w4_a8_kv4"
+        if not match:
+            allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
             raise ConfigError(key, text, allowed)
-        if match:
-            _setting(parts[match[1]][0], match[2], ("tensor", False), ("nearest", False), f"{key} = {text!r}")
-            replaced |= dict.fromkeys(parts[match[1]], match[2])
+        _setting(parts[match[1]][0], match[2], ("tensor", False), ("nearest", False), f"{key} = {text!r}")
+        replaced |= dict.fromkeys(parts[match[1]], match[2])
     return from_options(options, preset, **replaced)
 
 
