@@ -115,7 +115,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluate.batch_size = 64  # sequences per evaluation step
 
     c.ptq = ml_collections.ConfigDict()
-    c.ptq.methods = ("gptq", "rtn")  # post-training quantization of each run; empty: none
+    c.ptq.methods = ("gptq", "rtn")  # post-training quantization of each run, of gptq, awq, rtn; empty: none
     c.ptq.bits = (3, 4, 5, 6)  # weight bit-widths, symmetric integer grid per output channel
     c.ptq.calibration_sequences = 128  # training sequences that GPTQ's Hessians are made from
     c.ptq.damping = 0.01  # added to the Hessian's diagonal, a fraction of its mean

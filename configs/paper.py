@@ -30,7 +30,7 @@ def get_config():
     c.train.microbatches = 16
     c.evaluate.sequences = 512
     c.evaluate.batch_size = 8
-    c.ptq.methods = ("gptq", "rtn")
+    c.ptq.methods = ("gptq", "awq", "rtn")
     c.study.lanes = 1
     budget = (1_500_000_000, 3_000_000_000, 6_000_000_000, 13_000_000_000)
     c.study.grid.full = base.grid(SIZES, TOKENS, ptq=True)

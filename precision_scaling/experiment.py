@@ -16,12 +16,12 @@ import ml_collections
 
 from precision_scaling import model, optimizer, precision, quantize, sizes
 from precision_scaling.data import tokenizer as tokenizers
-from precision_scaling.errors import ConfigError
+from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.formats import Format
 from precision_scaling.precision import Spec
+from precision_scaling.ptq import METHODS as PTQ_METHODS
 
 DTYPES = ("float32", "bfloat16")
-PTQ_METHODS = ("gptq", "rtn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +96,14 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
 
     vocab_size: of the tokenizer; the number of parameters depends on it.
     """
-    _check_options(config)
+    try:
+        _check_options(config)
+        points = list(_points(config))
+    except (KeyError, AttributeError) as error:
+        missing = " ".join(str(error).split())
+        raise UserError(f"the config has no option {missing}; allowed is one made from configs/base.py") from None
     runs: dict[str, Run] = {}
-    for size, tokens, spec, seed, ptq in _points(config):
+    for size, tokens, spec, seed, ptq in points:
         run = _run(config, size, vocab_size, tokens, spec, seed, ptq)
         if run.id in runs:
             run = dataclasses.replace(run, ptq=run.ptq or runs[run.id].ptq)

@@ -1,1 +1,3 @@
 """Post-training quantization: a method turns (kernel, calibration statistics, grid) into a quantized kernel."""
+
+METHODS = ("gptq", "awq", "rtn")

@@ -1,6 +1,6 @@
 """Quantizes every trained run of a workdir after training and adds a row per bit-width to its runs.csv.
 
-python -m precision_scaling.ptq --workdir=DIR --method=gptq|rtn --bits=3,4,5,6
+python -m precision_scaling.ptq --workdir=DIR --method=gptq|awq|rtn --bits=3,4,5,6
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from absl import flags
 
 from precision_scaling import errors, results, study
 from precision_scaling.errors import UserError
-from precision_scaling.ptq import apply
+from precision_scaling.ptq import METHODS
 
 
 def _bits(texts: list[str]) -> list[int]:
@@ -32,7 +32,7 @@ def _main(argv) -> None:
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
-    _METHOD = flags.DEFINE_enum("method", "gptq", apply.METHODS, "Post-training quantization method.")
+    _METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.")
     _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of the weights.")
     flags.mark_flags_as_required(["workdir"])
     errors.run(_main)

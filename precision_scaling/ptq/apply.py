@@ -1,6 +1,6 @@
 """Post-training quantization of a whole decoder: layer by layer, each on inputs made by the quantized layers before it.
 
-Stands between the kernel-level methods (`gptq`, `rtn`) and `study`/`ptq`, which load the parameters and evaluate them.
+Stands between the methods for one kernel (`gptq`, `awq`, `rtn`) and `study`, which loads the parameters and evaluates.
 """
 
 import functools
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 from precision_scaling import compilation, quantize
 from precision_scaling.model import Block, Decoder
-from precision_scaling.ptq import gptq, rtn
+from precision_scaling.ptq import awq, gptq, rtn
 from precision_scaling.step import Static
 
-METHODS = ("gptq", "rtn")
 # The projections of a block in the order in which data reaches them.
 LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
 
@@ -23,7 +22,7 @@ class Quantized(NamedTuple):
     """A decoder at each of K bit-widths."""
 
     params: Any  # leading axis K
-    fell_back: jax.Array  # (K, layers, projections): GPTQ could not use the Hessian and rounded to nearest
+    fell_back: jax.Array  # (K, layers, projections): the calibration statistics were unusable, so rounded to nearest
     damping: jax.Array  # (K, layers, projections), NaN where nothing was damped
 
 
@@ -46,7 +45,7 @@ def _compiled(static: Static, method: str, batch_size: int):
         def at(bits):
             if method == "rtn":
                 return _round_layers(layers, bits)
-            return _gptq_layers(static, params, table, tokens_NxS, bits, damping, batch_size)
+            return _calibrated_layers(static, method, params, table, tokens_NxS, bits, damping, batch_size)
 
         quantized, fell_back, used = jax.vmap(at)(bits_K)
         outer = {name: value for name, value in params.items() if name != "layers"}
@@ -79,7 +78,7 @@ def _round_layers(layers: Any, bits):
     return jax.vmap(block)(layers), jnp.zeros(shape, bool), jnp.full(shape, jnp.nan)
 
 
-def _gptq_layers(static: Static, params, table, tokens_NxS, bits, damping, batch_size: int):
+def _calibrated_layers(static: Static, method: str, params, table, tokens_NxS, bits, damping, batch_size: int):
     module = Block(static.model, static.program)
     embedded = Decoder(static.model, static.program).apply({"params": params}, tokens_NxS, table, method=Decoder.embed)
 
@@ -87,23 +86,33 @@ def _gptq_layers(static: Static, params, table, tokens_NxS, bits, damping, batch
         """A method of the block with these parameters, calibration batch by calibration batch."""
         return jax.lax.map(lambda batch: module.apply({"params": block}, *batch, method=method), streams_CxB)
 
-    def hessian(x_CxBxSxI):
-        """Σ x xᵀ in float32 over all tokens, x as the projection multiplies it: at the run's activation precision."""
+    def statistics(x_CxBxSxI):
+        """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
 
-        def add(total_IxI, x_BxSxI):
+        def add(total, x_BxSxI):
             x = quantize.on_grid(x_BxSxI, "a", static.program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
-            return total_IxI + jnp.matmul(x.T, x, precision="highest"), None
+            return (total[0] + jnp.matmul(x.T, x, precision="highest"), total[1] + jnp.sum(jnp.abs(x), axis=0)), None
 
-        return jax.lax.scan(add, jnp.zeros((x_CxBxSxI.shape[-1],) * 2), x_CxBxSxI)[0]
+        size = x_CxBxSxI.shape[-1]
+        (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, (jnp.zeros((size, size)), jnp.zeros(size)), x_CxBxSxI)
+        return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
+
+    def solve(kernel, inputs_CxBxSxI):
+        """(quantized kernel, whether it fell back, damping used)."""
+        hessian_IxI, magnitude_I = statistics(inputs_CxBxSxI)
+        if method == "awq":
+            solution = awq.solve((kernel,), hessian_IxI, magnitude_I, bits[None])
+            return solution.dequantized[0][0], solution.fell_back, jnp.nan
+        solution = gptq.solve(kernel, hessian_IxI, bits[None], damping=damping)
+        return solution.dequantized[0], solution.fell_back, solution.damping_used
 
     def layer(x_CxBxSxD, block):
         notes = []
 
         def quantized(block, linear, inputs_CxBxSxI):
-            kernel = _flat(block[linear[0]][linear[1]]["kernel"])
-            solution = gptq.solve(kernel, hessian(inputs_CxBxSxI), bits[None], damping=damping)
-            notes.append((solution.fell_back, solution.damping_used))
-            return _with_kernel(block, linear, solution.dequantized[0])
+            kernel, *note = solve(_flat(block[linear[0]][linear[1]]["kernel"]), inputs_CxBxSxI)
+            notes.append(note)
+            return _with_kernel(block, linear, kernel)
 
         with_table = lambda method: lambda block, *args: method(block, *args, table)
         inputs = each(block, Block.before_qkv, x_CxBxSxD)
