@@ -6,12 +6,9 @@ time.
 """
 
 import collections
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -24,7 +21,6 @@ LARGEST_CHUNK = 512
 ITERATIONS_PER_CALL = 25  # after which finished problems leave the chunk and waiting ones take their place
 MAX_STEP = 3.0  # in units of Problem.scale
 LEVENBERG = 0.03  # weight of the absolute damping that keeps dead terms from running away
-MOST_THREADS = 8
 LEAST_DAMPING, FINE_DAMPING, MOST_DAMPING = 1e-13, 1e-6, 1e9
 
 
@@ -101,8 +97,7 @@ def solve(
 
     weight_Mxn holds M sets of row weights (default: ones) and which_S the set of each problem; frozen_SxF marks
     parameters that stay at their start. A problem ends when a step gains less than `tolerance` of its objective.
-    `progress` names a progress bar. Chunks of `chunk_size` problems bound the memory; cores work on chunks side by
-    side.
+    `progress` names a progress bar. Chunks of `chunk_size` problems bound the memory.
     """
     start_SxF = np.clip(np.asarray(start_SxF, np.float64), problem.lower_F, problem.upper_F)
     total, width = start_SxF.shape
@@ -124,9 +119,8 @@ def solve(
     def work() -> None:
         active: list[int] = []
         while True:
-            with contextlib.suppress(IndexError):  # another thread may take the last one
-                while len(active) < size:
-                    active.append(waiting.popleft())
+            while waiting and len(active) < size:
+                active.append(waiting.popleft())
             if not active:
                 return
             filled = np.resize(active, size)  # a chunk always has one shape: spare places repeat its problems, done
@@ -147,10 +141,9 @@ def solve(
             active = [s for s, leaves in zip(active, over, strict=True) if not leaves]
             bar.update(int(over.sum()))
 
-    threads = min(os.cpu_count() or 1, MOST_THREADS, math.ceil(total / size))
-    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work) for _ in range(threads)]:
-            done.result()
+    # One chunk at a time: programs that run side by side can wait for each other's threads forever on a small CPU.
+    with bar:
+        work()
     return Solution(theta_SxF, objective_S, converged_S)
 
 
