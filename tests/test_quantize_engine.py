@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -384,6 +388,61 @@ def test_native_fp8_products_equal_the_simulated_ones():
     results = zip(run(program=dataclasses.replace(simulated, operands=operands)), run(program=simulated), strict=True)
     for ours, theirs in results:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.max(np.abs(theirs)))
+
+
+# Many devices
+
+SHARDED = """
+import functools, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from precision_scaling import quantize
+from precision_scaling.formats import parse
+from precision_scaling.quantize import Operand, Program
+
+def program(fmt, rounding, container=None, **granularity):
+    kind = parse(fmt).kind
+    names = ("a", "w", "g_a", "g_w", "s_a", "s_w")
+    operand = lambda name: Operand(kind, granularity.get(name[0], "vector"), rounding, container)
+    return Program(tuple((name, operand(name)) for name in names))
+
+@functools.partial(jax.jit, static_argnames="program")
+def products(x, kernel, g, table, key, program):
+    out, pullback = jax.vjp(lambda x, kernel: quantize.linear(x, kernel, program, table, key), x, kernel)
+    return out, *pullback(g)
+
+rng = np.random.default_rng(0)
+x, kernel, g = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 64), (64, 64), (64, 64)))
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
+place = lambda array, *axes: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+for fmt, chosen in (
+    ("int4", program("int4", "nearest", a="tensor", w="channel", g="tensor", s="tensor")),
+    ("e4m3", program("e4m3", "stochastic", a="token", w="channel")),
+    ("int6", program("int6", "nearest", a="group:16", w="group:16", g="group:16", s="group:16")),
+    ("mxfp4", program("mxfp4", "stochastic", a="tensor", w="tensor")),
+    ("int8", program("int8", "stochastic", "int8", a="token", w="channel")),
+):
+    table, key = {name: parse(fmt).grid() for name, _ in chosen.operands}, jax.random.key(0)
+    one = products(x, kernel, g, table, key, chosen)
+    placed = place(x, "data", None), place(kernel, None, "tensor"), place(g, "data", "tensor")
+    many = products(*placed, table, key, chosen)
+    print(fmt, len(many[0].devices()), *(float(np.max(np.abs(a - b))) for a, b in zip(one, map(np.asarray, many))))
+"""
+
+
+@pytest.mark.slow
+def test_products_spread_over_devices_equal_those_of_one():
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [[fmt, "4"] for fmt in ("int4", "e4m3", "int6", "mxfp4", "int8")]
+    assert all(float(difference) < 1e-4 for line in lines for difference in line[2:]), lines  # products are near 8
 
 
 # Compute dtype
