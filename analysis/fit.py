@@ -77,11 +77,7 @@ class Fit:
             raw = json.loads(text)
         except json.JSONDecodeError as err:
             raise FitError(f"not JSON: {err}") from None
-        if (
-            not isinstance(raw, dict)
-            or not isinstance(raw.get("law"), str)
-            or not isinstance(raw.get("params"), dict)
-        ):
+        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
             raise FitError('a fit needs "law": name and "params": {name: value}')
         for name, value in raw["params"].items():
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
@@ -214,11 +210,14 @@ def _metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
 def _mixed(setup: Setup) -> tuple[str, ...]:
     """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
     notes = []
+    # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
+    precisions = list(zip(*(setup.rows[name] for name in (*PRECISION_COLUMNS, "P_post")), strict=True))
     for name, column in setup.rows.columns.items():
         if name in setup.law.columns or not any(word in name for word in MIXING):
             continue
         values = [v for v in dict.fromkeys(column) if v == v]
-        if 1 < len(values) <= 12:
+        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(set(map(str, precisions)))
+        if 1 < len(values) <= 12 and not explained:
             shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
             notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
     return tuple(notes)
@@ -267,9 +266,7 @@ def _reporting(
     if resamples == 0:
         intervals = "none (no bootstrap)"
     else:
-        how = (
-            "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
-        )
+        how = "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
         how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
         intervals = (
             f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"
