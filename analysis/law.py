@@ -150,6 +150,12 @@ def log_sum(xp, *log_terms):
     return xp.log(total)
 
 
+def log_chinchilla(p: Values, n, d, xp=np):
+    """log(A n^-alpha + B d^-beta + E) (2203.15556, eq. 10)."""
+    size, data = log_power_law(p["A"], p["alpha"], n, xp), log_power_law(p["B"], p["beta"], d, xp)
+    return log_sum(xp, size, data, xp.log(p["E"]))
+
+
 def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:
     """A, alpha, B, beta, E with the start grid of Hoffmann et al. (2203.15556, appendix D.3)."""
     logs = (1.0, 148.4, 22026.0, 3.269e6, 4.852e8, 7.2e10)  # exp(0, 5, ..., 25)

@@ -6,7 +6,7 @@ pure function of (params, columns, xp), list its parameters, and put the Law int
 
 import numpy as np
 
-from analysis import neighbours
+from analysis import capacity, derived, neighbours
 from analysis.law import (
     CHINCHILLA_NEEDS,
     HIGH_PRECISION_BITS,
@@ -22,6 +22,7 @@ from analysis.law import (
     fraction,
     fraction_needs,
     fraction_parameters,
+    log_chinchilla,
     log_power_law,
     log_sum,
 )
@@ -65,17 +66,12 @@ def _capacity(p, c, xp, suffix=""):
     return product
 
 
-def _log_chinchilla(p, n, d, xp):
-    size, data = log_power_law(p["A"], p["alpha"], n, xp), log_power_law(p["B"], p["beta"], d, xp)
-    return log_sum(xp, size, data, xp.log(p["E"]))
-
-
 def _chinchilla(p, c, xp):
-    return _log_chinchilla(p, c["N"], c["D"], xp)
+    return log_chinchilla(p, c["N"], c["D"], xp)
 
 
 def _precision(p, c, xp):
-    return _log_chinchilla(p, effective_parameters(p, c, xp), c["D"], xp)
+    return log_chinchilla(p, effective_parameters(p, c, xp), c["D"], xp)
 
 
 def _ptq(p, c, xp, n=None):
@@ -95,16 +91,16 @@ def _unified_delta(p, c, xp):
 
 
 def _d_eff(p, c, xp):
-    return _log_chinchilla(p, c["N"], c["D"] * _capacity(p, c, xp), xp)
+    return log_chinchilla(p, c["N"], c["D"] * _capacity(p, c, xp), xp)
 
 
 def _n_and_d_eff(p, c, xp):
     capacity = _capacity(p, c, xp)
-    return _log_chinchilla(p, c["N"] * capacity, c["D"] * capacity, xp)
+    return log_chinchilla(p, c["N"] * capacity, c["D"] * capacity, xp)
 
 
 def _n_and_d_eff_untied(p, c, xp):
-    return _log_chinchilla(p, c["N"] * _capacity(p, c, xp), c["D"] * _capacity(p, c, xp, "_D"), xp)
+    return log_chinchilla(p, c["N"] * _capacity(p, c, xp), c["D"] * _capacity(p, c, xp, "_D"), xp)
 
 
 def _power_laws(p, c, xp):
@@ -251,6 +247,7 @@ LAWS: dict[str, Law] = {
         *(CHINCHILLA, PTQ, PRECISION, UNIFIED),
         *(D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS),
         *neighbours.LAWS,
+        *capacity.LAWS,
     )
 }
 
@@ -276,7 +273,7 @@ def resolve(law: str | Law, params: Values | None = None, columns: Values | None
 
 def precisions_of(name: str) -> dict[str, float] | None:
     """The training precisions that a capacity parameter such as eff_w4_a4 stands for; None for other parameters."""
-    return neighbours.bits_of(name.removeprefix("eff_")) if name.startswith("eff_") else None
+    return capacity.bits_of(name) if name.startswith("eff_") else None
 
 
 def published(law: str | Law) -> dict[str, float]:
@@ -292,6 +289,8 @@ def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
     out = {}
     for name in law.columns:
         value = columns.get(name, defaults.get(name))
+        if value is None:
+            value = derived.column(name, columns)
         if value is None:
             raise LawError(f"law {law.name} needs column {name}; given: {', '.join(columns) or 'none'}")
         try:

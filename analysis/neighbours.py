@@ -1,29 +1,17 @@
 """Precision-aware laws of other papers, in the form that analysis/laws.py registers: same columns, other formulas."""
 
-import re
-
 import numpy as np
 
 from analysis.law import (
     CHINCHILLA_NEEDS,
     HIGH_PRECISION_BITS,
-    PRECISION_COLUMNS,
     Law,
-    LawError,
     Need,
     Parameter,
     chinchilla_parameters,
-    log_power_law,
+    log_chinchilla,
     log_sum,
 )
-
-PARTS = ("w", "a", "kv")
-
-
-def _log_floor(p, n, d, xp):
-    size, data = log_power_law(p["A"], p["alpha"], n, xp), log_power_law(p["B"], p["beta"], d, xp)
-    return log_sum(xp, size, data, xp.log(p["E"]))
-
 
 # --- low-bit quantization favours undertrained models
 
@@ -121,7 +109,7 @@ def _qat(p, c, xp):
         + p["gamma_G"] * xp.log(xp.log2(c["group_size"]))
         - p["gamma_N"] * xp.log(c["N"])
     )
-    return log_sum(xp, _log_floor(p, c["N"], c["D"], xp), xp.where(_quantized(c, xp), error, -xp.inf))
+    return log_sum(xp, log_chinchilla(p, c["N"], c["D"], xp), xp.where(_quantized(c, xp), error, -xp.inf))
 
 
 def _one_low_precision(c) -> str | None:
@@ -156,75 +144,4 @@ QAT = Law(
 )
 
 
-# --- a free capacity per format
-
-
-def precision_labels(columns) -> tuple[str, ...]:
-    """One label per combination of training precisions below 16 bits, such as 'w4_a4' or 'kv3', in sorted order."""
-    combinations = np.unique(np.stack([np.ravel(columns[c]) for c in PRECISION_COLUMNS], axis=1), axis=0)
-    labels = (
-        "_".join(f"{x}{bits:g}" for x, bits in zip(PARTS, row, strict=True) if bits < 16) for row in combinations
-    )
-    return tuple(label for label in labels if label)
-
-
-def bits_of(label: str) -> dict[str, float]:
-    """{'w': 4.0, 'a': 4.0} of the label 'w4_a4'."""
-    found = dict(re.findall(r"(?:^|_)(kv|w|a|g)(\d+(?:\.\d+)?)", label))
-    if "_".join(f"{x}{bits}" for x, bits in found.items()) != label:
-        raise LawError(f"capacity {label!r} is not of the form w4_a4 (parts w, a, kv with their bits)")
-    return {x: float(bits) for x, bits in found.items()}
-
-
-def _matches(label: str, c, xp):
-    bits = bits_of(label)
-    match = True
-    for x in PARTS:
-        match = match & ((c[f"P_{x}"] == bits[x]) if x in bits else (c[f"P_{x}"] >= HIGH_PRECISION_BITS))
-    return match
-
-
-def _log_capacity(p, c, xp, names: dict[str, str]):
-    """log eff of every row, by parameter name -> label; 16-bit rows have eff = 1, unknown combinations NaN."""
-    log_eff = xp.where(_all_high(c, xp), 0.0, xp.nan)
-    for name, label in names.items():
-        log_eff = xp.where(_matches(label, c, xp), xp.log(p[name]), log_eff)
-    return log_eff
-
-
-def _all_high(c, xp):
-    high = True
-    for column in PRECISION_COLUMNS:
-        high = high & (c[column] >= HIGH_PRECISION_BITS)
-    return high
-
-
-def _efficiency(name: str) -> Parameter:
-    return Parameter(name, 1e-6, 10.0, (0.1, 0.3, 0.6, 1.0), True, "share of N")
-
-
-def _capacity_family(names: tuple[str, ...]) -> Law:
-    labels = {name: name.removeprefix("eff_") for name in (n if n.startswith("eff_") else f"eff_{n}" for n in names)}
-
-    def log_loss(p, c, xp):
-        return _log_floor(p, xp.exp(xp.log(c["N"]) + _log_capacity(p, c, xp, labels)), c["D"], xp)
-
-    return Law(
-        "capacity",
-        "L = A (N eff)^-alpha + B D^-beta + E, eff free for every combination of training precisions, 1 at 16 bits",
-        "Panferov et al., arXiv 2502.05003; Frantar et al., arXiv 2502.16440",
-        (*chinchilla_parameters({}), *(_efficiency(name) for name in labels)),
-        ("N", "D", *PRECISION_COLUMNS),
-        log_loss,
-        needs=CHINCHILLA_NEEDS,
-        check=_some_low_precision,
-        expand=_capacity_family,
-        labels=precision_labels,
-    )
-
-
-def _some_low_precision(c) -> str | None:
-    return "no row was trained below 16 bits" if np.all(_all_high(c, np)) else None
-
-
-LAWS = (QID, FLOATING_POINT, QAT, _capacity_family(()))
+LAWS = (QID, FLOATING_POINT, QAT)

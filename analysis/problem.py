@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from analysis import laws
+from analysis import derived, laws
 from analysis.law import Law, Parameter
 from analysis.optimize import Problem, huber, residuals
 from analysis.table import Table
@@ -160,7 +160,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     """Raises FitError, in one line, where the table or the options do not allow this law to be fitted."""
     options = Options() if options is None else options
     law = laws.get(law)
-    _require_columns(law, table)
+    table = _with_derived(law, table)
     loss_rows, delta_rows, left_out = _rows(law, table, options)
     rows = _join(loss_rows, delta_rows)
     law = laws.resolve(law, columns=laws.complete_columns(law, rows.columns))
@@ -230,10 +230,15 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     )
 
 
-def _require_columns(law: Law, table: Table) -> None:
-    missing = [c for c in law.columns if c not in table]
+def _with_derived(law: Law, table: Table) -> Table:
+    """The table with the columns that the law reads and the table's formats determine. Raises FitError for others
+    missing.
+    """
+    more = {name: derived.column(name, table.columns) for name in law.columns if name not in table}
+    missing = [name for name, column in more.items() if column is None]
     if missing:
         raise FitError(f"law {law.name} needs column {', '.join(missing)}, which {table.source} does not have")
+    return dataclasses.replace(table, columns={**table.columns, **more})
 
 
 def _delta_residual(law: Law, options: Options) -> str:

@@ -31,6 +31,8 @@ UNPUBLISHED = {
         **{"gamma_w_D": 2.0, "n_w_D": 0.2, "gamma_a_D": 1.8, "n_a_D": 1.0},
         **{"gamma_kv_D": 1.2, "n_kv_D": 1.5},
     },
+    "quartet": {"gamma": 0.8, "eff_D_g4": 0.6, "eff_D_g8": 0.9},
+    "capacity_gmse": {"L": 0.98, "F": 0.35, "C": 1.5},
     "power_laws": {"C_w": 2.0, "rho_w": 2.0, "C_a": 8.0, "rho_a": 2.5, "C_kv": 4.0, "rho_kv": 3.0},
 }
 
@@ -44,7 +46,7 @@ def constants(law: str) -> dict[str, float]:
         concrete = laws.resolve(law, columns=grid(law.name))
         for name in concrete.names:
             bits = laws.precisions_of(name)
-            if bits is not None:
+            if bits is not None and name not in known:
                 columns = {f"P_{x}": bits.get(x, 16.0) for x in ("w", "a", "kv")}
                 known[name] = float(laws.effective_parameters(paper, {"N": 1.0, **columns}))
         law = concrete
@@ -63,6 +65,9 @@ def grid(law: str) -> dict[str, np.ndarray]:
     if "exponent_bits" in law.columns:
         settings = [(e, m, g) for (e, m), g in itertools.product(FORMATS, GROUP_SIZES)]
         names = ("exponent_bits", "mantissa_bits", "group_size")
+    elif "P_grad" in law.columns:
+        settings = [(*p, g) for p, g in itertools.product(PRECISIONS[::4], (16, 8, 4))]
+        names = ("P_w", "P_a", "P_kv", "P_grad")
     elif "group_size" in law.columns:
         settings = [(16, 16, GROUP_SIZES[0]), *((4, 4, g) for g in GROUP_SIZES)]
         names = ("P_w", "P_a", "group_size")

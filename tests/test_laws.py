@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis import laws
+from analysis import derived, laws
 
 PAPER = laws.published("unified")
 PARTS = ("w", "a", "kv")
@@ -70,6 +70,45 @@ def test_capacity_law_multiplies_n_by_the_value_of_the_rows_precision():
     got = laws.predict("capacity", params, N=1e4, D=1e8, P_w=[16, 4, 16], P_a=[16, 4, 16], P_kv=[16, 16, 3])
     np.testing.assert_allclose(got, [8.5, 12.5, 44.5])
     assert np.isnan(laws.predict("capacity", params, N=1e4, D=1e8, P_w=8))
+
+
+def test_quartet_puts_forward_precision_on_n_and_backward_precision_on_d():
+    params = {
+        "A": 400.0,
+        "alpha": 0.5,
+        "B": 300.0,
+        "beta": 0.25,
+        "E": 1.5,
+        "gamma": 2.0,
+        "eff_w4_a4": 0.25,
+        "eff_D_g4": 1e-4,
+    }
+    columns = {"N": 1e4, "D": 1e8, "P_w": [16, 4, 16], "P_a": [16, 4, 16], "P_grad": [16, 16, 4]}
+    np.testing.assert_allclose(laws.predict("quartet", params, **columns), [50.5, 122.5, (4 + 30) ** 2 + 1.5])
+
+
+def test_capacity_from_gaussian_error_is_its_formula_and_needs_no_error_column():
+    params = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5, "L": 0.9, "F": 0.5, "C": 2.0}
+    share = 0.9 * np.tanh(0.5 * 2) ** 2  # log_{1/4} of 1/16 is 2
+    got = laws.predict(
+        "capacity_gmse", params, N=1e4, D=1e8, gmse_w=[0, 1 / 16, 1 / 16], gmse_a=[0, 0, 1 / 16], gmse_kv=0
+    )
+    np.testing.assert_allclose(got, [8.5, 4 / np.sqrt(share) + 4.5, 4 / share + 4.5])
+    by_bits = laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=[16, 8, 4, 3], P_a=16, P_kv=16)
+    assert by_bits[0] == pytest.approx(8.5) and np.all(np.diff(by_bits) > 0)
+    with pytest.raises(laws.LawError, match=r"no integer format has 4\.5 bits"):
+        laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=4.5)
+
+
+def test_formats_give_the_columns_that_a_table_leaves_out():
+    columns = {"N": [1.0] * 4, "P_w": [8, 8, 16, 4], "w_format": ["e4m3", "e5m2", "bf16", "int4"]}
+    np.testing.assert_array_equal(derived.column("exponent_bits", columns), [4, 5, 8, np.nan])
+    np.testing.assert_array_equal(derived.column("mantissa_bits", columns), [3, 2, 7, np.nan])
+    np.testing.assert_array_equal(derived.column("P_grad", columns), [16] * 4)
+    gmse = derived.column("gmse_w", columns)
+    assert gmse[2] == 0 and 0 < gmse[0] < gmse[1] < gmse[3]
+    # the error of the best 16-level symmetric uniform quantizer of a Gaussian lies near Max's 0.01154 (15 levels here)
+    assert gmse[3] == pytest.approx(0.0125, abs=0.001)
 
 
 def test_unified_adds_nothing_before_ptq_or_where_training_was_no_finer():
