@@ -25,7 +25,7 @@ from analysis.fit import pairs, r_squared
 from analysis.identify import identify
 from analysis.law import Law, LawError
 from analysis.multiplicativity import Multiplicativity, multiplicativity
-from analysis.optimize import residuals
+from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
 from analysis.search import search
 from precision_scaling.results import atomic_write
@@ -314,6 +314,7 @@ def main() -> None:
     for name in ("runs", "out"):
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
+    stay_off_accelerators()
     for name in FLAGS.laws:
         laws.get(name)
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))

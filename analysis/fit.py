@@ -23,6 +23,7 @@ from analysis import command, laws
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import PRECISION_COLUMNS, Law, LawError
+from analysis.optimize import stay_off_accelerators
 from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, Best, bootstrap, few_runs, search
 from precision_scaling.results import atomic_write
@@ -77,7 +78,11 @@ class Fit:
             raw = json.loads(text)
         except json.JSONDecodeError as err:
             raise FitError(f"not JSON: {err}") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
+        if (
+            not isinstance(raw, dict)
+            or not isinstance(raw.get("law"), str)
+            or not isinstance(raw.get("params"), dict)
+        ):
             raise FitError('a fit needs "law": name and "params": {name: value}')
         for name, value in raw["params"].items():
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
@@ -216,7 +221,9 @@ def _mixed(setup: Setup) -> tuple[str, ...]:
         if name in setup.law.columns or not any(word in name for word in MIXING):
             continue
         values = [v for v in dict.fromkeys(column) if v == v]
-        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(set(map(str, precisions)))
+        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(
+            set(map(str, precisions))
+        )
         if 1 < len(values) <= 12 and not explained:
             shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
             notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
@@ -266,7 +273,9 @@ def _reporting(
     if resamples == 0:
         intervals = "none (no bootstrap)"
     else:
-        how = "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
+        how = (
+            "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
+        )
         how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
         intervals = (
             f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"
@@ -308,6 +317,7 @@ def _reporting(
 def summary(fit: Fit) -> str:
     """The fit as text: every constant with its interval or the reason why it has none, quality, and rows left out."""
     lines = [f"{fit.law}: {fit.reporting['formula']}", ""]
+    profile = fit.identifiability["profile"]
     width = max(len(name) for name in fit.params)
     for name, value in fit.params.items():
         low, high = fit.ci.get(name, (None, None))
@@ -318,8 +328,9 @@ def summary(fit: Fit) -> str:
         if name in fit.reporting["fixed"]:
             interval = "fixed"
         elif name in fit.ci:
-            low, high = ("open" if end is None else f"{end:.5g}" for end in (low, high))
-            interval = f"[{low}, {high}]"
+            interval = _span((low, high))
+        if name in profile:
+            interval = f"{interval:<24} profile {_span(profile[name])}".strip()
         tied = fit.reporting["tied"].get(name)
         lines.append(f"  {name:<{width}}  {value:<12.6g} {interval}{f'  (= {tied})' if tied else ''}".rstrip())
     target = "delta" if laws.get(fit.law).target == "delta" else "loss"
@@ -330,10 +341,16 @@ def summary(fit: Fit) -> str:
         f"{quality}, objective {fit.objective:.6g}, {fit.n} rows of {runs} runs",
         f"{share:.1%} of {fit.starts} starts reached the best optimum; {fit.seconds:.1f} s",
         f"intervals: {fit.reporting['intervals']}",
+        f"condition number of the scaled curvature: {fit.identifiability['condition']:.1e}",
         tables.describe(fit.left_out),
         *(f"note: {note}" for note in fit.notes),
     ]
     return "\n".join(lines)
+
+
+def _span(ends) -> str:
+    low, high = ("open" if end is None else f"{end:.5g}" for end in ends)
+    return f"[{low}, {high}]"
 
 
 FLAGS = flags.FlagValues()
@@ -393,6 +410,7 @@ def main() -> None:
     for name in ("runs", "law", "out"):
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
+    stay_off_accelerators()
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),

@@ -60,21 +60,22 @@ def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tupl
         rows_n = kind & stage.rows_n
         if rows_n.any():
             gram_FxF = jacobian_nxF[rows_n].T @ jacobian_nxF[rows_n]
-            curvature_FxF += gram_FxF * _mean_slope(residual_n[rows_n], delta)
+            fitted = round(stage.fits_F.sum() * rows_n.sum() / stage.rows_n.sum())
+            curvature_FxF += gram_FxF * _mean_slope(residual_n[rows_n], delta, fitted)
             variance_FxF += gram_FxF * max(float(np.mean(psi_n[rows_n] ** 2)), NOISE_FLOOR**2)
     return score_rxF, curvature_FxF, variance_FxF
 
 
-def _mean_slope(residual_n: np.ndarray, delta: float) -> float:
-    """Mean of the second derivative of Huber's function: the share of residuals within delta.
+def _mean_slope(residual_n: np.ndarray, delta: float, fitted: int) -> float:
+    """Mean of the second derivative of Huber's function: the share of errors within delta.
 
-    Where delta is below the median residual few rows lie within, so the share is taken from the density up to the
-    median.
+    A robust fit passes close to as many rows as it has parameters, so the `fitted` smallest residuals say nothing of
+    the errors and are set aside. Where delta is below the median few rows lie within, so the share is taken from the
+    density up to the median.
     """
-    middle = float(np.median(np.abs(residual_n)))
-    if middle <= delta:
-        return float(np.mean(np.abs(residual_n) <= delta))
-    return 0.5 * delta / middle
+    size = np.sort(np.abs(residual_n))[min(fitted, len(residual_n) - 1) :]
+    middle = float(np.median(size))
+    return float(np.mean(size <= delta)) if middle <= delta else 0.5 * delta / middle
 
 
 def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: float = 0.95) -> Identifiability:

@@ -24,6 +24,11 @@ LEVENBERG = 0.03  # weight of the absolute damping that keeps dead terms from ru
 LEAST_DAMPING, FINE_DAMPING, MOST_DAMPING = 1e-13, 1e-6, 1e9
 
 
+def stay_off_accelerators() -> None:
+    """For commands, before anything runs: JAX would otherwise claim a GPU's memory that a training may need."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def on_cpu_in_float64(function: Callable) -> Callable:
     """Runs `function` in float64 on the CPU, whatever the process uses elsewhere.
 

@@ -52,6 +52,7 @@ def test_a_free_capacity_cannot_predict_a_precision_that_it_never_saw(compared):
     assert rows["capacity"].held_out["N"] is not None
 
 
+@pytest.mark.slow
 def test_held_out_error_is_that_of_a_fit_without_the_fold():
     table = weights_only()
     setup = set_up("precision", table)

@@ -176,6 +176,7 @@ def test_a_table_without_an_asymptote_says_that_e_is_weakly_identified():
     assert "E" in result.refused or any(note.startswith("E is weakly identified") for note in result.notes)
 
 
+@pytest.mark.slow
 def test_a_well_measured_table_has_no_weak_parameter_and_profiles_agree_with_the_bootstrap():
     table = chinchilla_table(12, 20, noise=0.002)
     result = fit("chinchilla", table, bootstrap_resamples=300)
