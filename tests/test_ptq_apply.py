@@ -1,5 +1,6 @@
 """Quantizing a whole decoder: each kernel by its method, each layer with the inputs that quantized layers make."""
 
+import dataclasses
 import functools
 import math
 
@@ -100,11 +101,15 @@ def test_norms_embedding_and_head_stay_and_16_bits_changes_nothing(params, quant
         )
 
 
-def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params, tokens, quantized):
-    loss = jax.jit(functools.partial(step_lib.validation_loss, STATIC, batch_size=3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params, tokens, dtype):
+    static = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))
+    loss = jax.jit(functools.partial(step_lib.validation_loss, static, batch_size=3))
     sequences = np.concatenate([tokens, tokens[:, :1]], axis=1)
+    bits = jnp.array(BITS, jnp.float32)
+    result = apply.quantize_model(static, params, table_of(), tokens, bits, DAMPING, method="rtn", batch_size=3)
     trained = loss(params, table_of(w=3, a=8), sequences)
-    after = loss(at_bits(quantized("rtn"), 3), table_of(a=8), sequences)
+    after = loss(at_bits(result, 3), table_of(a=8), sequences)
     assert float(trained) == float(after) != float(loss(params, table_of(a=8), sequences))
 
 

@@ -40,7 +40,8 @@ def quantize_model(
 @functools.lru_cache(maxsize=16)
 def _compiled(static: Static, method: str, batch_size: int):
     def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
-        layers = params["layers"]["block"]
+        layers = _as_multiplied(params["layers"]["block"], static.model.dtype)
+        params = {**params, "layers": {"block": layers}}
 
         def at(bits):
             if method == "rtn":
@@ -53,6 +54,17 @@ def _compiled(static: Static, method: str, batch_size: int):
         return Quantized({**outer, "layers": {"block": quantized}}, fell_back, used)
 
     return compilation.jit(quantize_at_all)
+
+
+def _as_multiplied(layers: Any, dtype: str) -> Any:
+    """The kernels as the products see them, still in float32. In bfloat16 the grid of the float32 kernel is another one
+    than training rounded to, and a model trained at the very precision would lose something."""
+    info = jnp.finfo(dtype)
+
+    def rounded(path, leaf):
+        return jax.lax.reduce_precision(leaf, info.nexp, info.nmant) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, layers)
 
 
 def _flat(kernel):
