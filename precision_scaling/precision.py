@@ -344,7 +344,7 @@ def program_of(specs: Iterable[Spec], dtype: str) -> Program | None:
         if not quantized:
             continue
         kind = formats.shared_kind(setting.format for setting in quantized)
-        containers = {_container(setting.format) if setting and setting in quantized else None for setting in settings}
+        containers = {setting and _container(setting.format) for setting in settings}
         if kind is None or len({(setting.granularity, setting.rounding) for setting in quantized}) > 1:
             return None
         if specs[0].native and len(containers) > 1:
