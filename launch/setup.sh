@@ -23,6 +23,6 @@ ensure_environment() { # ensure_environment EXTRAS
   fi
   echo "setting up .venv (once, a minute or two) ..."
   "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
   echo "$stamp" >.venv/installed
 }
