@@ -21,12 +21,13 @@ from absl import flags
 
 from analysis import command, crossval, laws
 from analysis import table as tables
-from analysis.fit import pairs, r_squared
+from analysis.fit import pairs
 from analysis.identify import identify
 from analysis.law import Law, LawError
 from analysis.multiplicativity import Multiplicativity, multiplicativity
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
+from analysis.reporting import r_squared
 from analysis.search import search
 from precision_scaling.results import atomic_write
 

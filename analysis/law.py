@@ -57,7 +57,7 @@ class Need:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class LawStage:
     """One step of a staged fit: `params` are fitted on `rows` ("high_precision", "loss", "delta"), the rest held."""
 
     rows: str
@@ -79,7 +79,7 @@ class Law:
     log_loss: LogFunction | None = None
     log_delta: LogFunction | None = None
     needs: tuple[Need, ...] = ()
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[LawStage, ...] = ()
     biases: tuple[str, ...] = ()  # zero in the unbiased form
     high_precision_only: bool = False  # the law says nothing about runs trained below 16 bits
     check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None

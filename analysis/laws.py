@@ -14,9 +14,9 @@ from analysis.law import (
     PRECISION_COLUMNS,
     Law,
     LawError,
+    LawStage,
     Need,
     Parameter,
-    Stage,
     Values,
     chinchilla_parameters,
     fraction,
@@ -131,7 +131,7 @@ _PTQ_NEEDS = (
     Need("D", 2, ("gamma_D",), "delta"),
     Need("P_post", 2, ("gamma_post",), "delta"),
 )
-_CHINCHILLA_STAGE = Stage("high_precision", ("A", "alpha", "B", "beta", "E"))
+_CHINCHILLA_STAGE = LawStage("high_precision", ("A", "alpha", "B", "beta", "E"))
 _FRACTION_NAMES = tuple(p.name for p in _FRACTIONS)
 _PRECISION_FORMULA = "L = A N_eff^-alpha + B D^-beta + E, N_eff = N f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)"
 
@@ -149,7 +149,7 @@ def _alternative(
         ("N", "D", *PRECISION_COLUMNS),
         log_loss,
         needs=needs,
-        stages=(_CHINCHILLA_STAGE, Stage("loss", later)),
+        stages=(_CHINCHILLA_STAGE, LawStage("loss", later)),
         biases=biases,
     )
 
@@ -182,7 +182,7 @@ PRECISION = Law(
     ("N", "D", *PRECISION_COLUMNS),
     _precision,
     needs=CHINCHILLA_NEEDS + fraction_needs(),
-    stages=(_CHINCHILLA_STAGE, Stage("loss", _FRACTION_NAMES)),
+    stages=(_CHINCHILLA_STAGE, LawStage("loss", _FRACTION_NAMES)),
     biases=_BIASES,
 )
 UNIFIED = Law(
@@ -203,8 +203,8 @@ UNIFIED = Law(
     + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
     stages=(
         _CHINCHILLA_STAGE,
-        Stage("loss", _FRACTION_NAMES),
-        Stage("delta", tuple(p.name for p in _PTQ) + tuple(f"C_{x}" for x in PARTS)),
+        LawStage("loss", _FRACTION_NAMES),
+        LawStage("delta", tuple(p.name for p in _PTQ) + tuple(f"C_{x}" for x in PARTS)),
     ),
     biases=_BIASES,
 )

@@ -1,0 +1,124 @@
+"""What a reader needs to judge or repeat a fit: its quality, the rows that should give pause, and how it was made."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import numpy as np
+
+from analysis.law import PRECISION_COLUMNS
+from analysis.problem import Setup
+from analysis.search import LARGE_TABLE, Best, few_runs
+from analysis.table import Table
+
+MIXING = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
+
+
+def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
+    """1 - residual over total sum of squares; None where nothing varies."""
+    total = float(np.sum((observed - observed.mean()) ** 2))
+    return 1 - float(np.sum((observed - predicted) ** 2)) / total if total > 0 else None
+
+
+def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
+    """R² on the target in nats (loss, or δ for a law of δ) and on its log, and errors."""
+    observed, predicted = setup.observed_n, setup.predicted(theta_F)
+    out = {"r2": r_squared(observed, predicted), "mae": float(np.mean(np.abs(observed - predicted)))}
+    positive = (observed > 0) & (predicted > 0)
+    out["r2_log"] = r_squared(np.log(observed[positive]), np.log(predicted[positive])) if positive.any() else None
+    out["rmse"] = float(np.sqrt(np.mean((observed - predicted) ** 2)))
+    if setup.law.target == "loss" and setup.law.log_delta is not None:
+        after = setup.rows.quantized
+        measured = (setup.rows["loss"] - setup.rows["loss_before"])[after]
+        out["r2_delta"] = r_squared(measured, setup.predicted_delta(theta_F))
+    return out
+
+
+def mixed_rows(setup: Setup) -> tuple[str, ...]:
+    """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
+    notes = []
+    # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
+    precisions = list(zip(*(setup.rows[name] for name in (*PRECISION_COLUMNS, "P_post")), strict=True))
+    for name, column in setup.rows.columns.items():
+        if name in setup.law.columns or not any(word in name for word in MIXING):
+            continue
+        values = [v for v in dict.fromkeys(column) if v == v]
+        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(
+            set(map(str, precisions))
+        )
+        if 1 < len(values) <= 12 and not explained:
+            shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
+            notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
+    return tuple(notes)
+
+
+def dropped_deltas(setup: Setup) -> tuple[str, ...]:
+    dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
+    if not dropped:
+        return ()
+    return (
+        f"{dropped} rows with delta <= 0 cannot enter a fit of log delta, which favours large delta: "
+        "--delta_residual=log_loss keeps them",
+    )
+
+
+def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the fit."""
+    options, law = setup.options, setup.law
+    if options.loss == "huber":
+        loss = f"sum over rows of Huber's function with delta = {options.huber_delta:g}"
+    else:
+        loss = "half the sum of squares over rows"
+    residual = []
+    if law.log_loss is not None:
+        residual.append("rows before PTQ: log L predicted - log L measured")
+    if law.log_delta is not None:
+        if setup.delta_residual == "log_delta":
+            residual.append("rows after PTQ: log delta predicted - log delta measured")
+        else:
+            residual.append(
+                "rows after PTQ: log(measured loss of the run before PTQ + delta predicted) - log L measured: the "
+                "noise of a run enters once, and zero or negative delta count"
+            )
+    if resamples == 0:
+        intervals = "none (no bootstrap)"
+    else:
+        how = (
+            "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
+        )
+        how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
+        intervals = (
+            f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"
+        )
+    return {
+        "formula": law.formula,
+        "source": law.source,
+        "form": "biased" if options.biased else "unbiased (biases 0)",
+        "stages": options.stages,
+        "free": setup.free,
+        "fixed": {**{k: v for k, v in setup.constants.items() if k not in setup.refused}},
+        "tied": dict(setup.tied),
+        "loss": loss,
+        "residuals": residual,
+        "optimizer": "iteratively reweighted Levenberg-Marquardt, float64, batched over starts; best start kept",
+        "start_grid": {name: law.parameter(name).grid for name in setup.free},
+        "starts_competed_on_rows": best.sampled_rows,
+        "intervals": intervals,
+        "runs": int(setup.run_n.max()) + 1,
+        "rows_before_ptq": int(np.count_nonzero(~setup.rows.quantized)),
+        "rows_after_ptq": int(np.count_nonzero(setup.rows.quantized)),
+        "N": "column N of the table (this project counts parameters without embeddings)",
+        "C": "6/16 N D P FLOP-equivalents, P the mean training precision; not used by the fit",
+        "checkpoints": "every row of the table, less those left out; one loss per run before PTQ",
+        "bits": "bf16 and wider count as the P in the table, 16 or more, in the formula too",
+        "ranges": {
+            name: (float(np.nanmin(setup.rows[name])), float(np.nanmax(setup.rows[name])))
+            for name in ("N", "D", *PRECISION_COLUMNS, "P_post")
+            if not np.isnan(setup.rows[name]).all()
+        },
+        "table": table.source,
+        "table_sha256": table.sha256,
+        "seed": seed,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "numpy", "scipy")},
+        "python": platform.python_version(),
+    }
