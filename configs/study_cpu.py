@@ -15,7 +15,8 @@ def get_config():
     """The study's config."""
     c = base.get_config()
     c.study.grid.full = base.grid(SIZES, TOKENS, ptq=True)
-    c.study.grid.weights = base.grid(SIZES, (250_000,), ("w3", "w4", "w6"))
-    c.study.grid.activations = base.grid(SIZES, (250_000,), ("a4", "a6", "a8"))
-    c.study.grid.attention = base.grid(SIZES, (250_000,), ("kv3", "kv4", "kv6"))
+    c.study.grid.weights = base.grid(SIZES, (500_000,), ("w3", "w4"), ptq=True)
+    c.study.grid.activations = base.grid(SIZES, (500_000,), ("a4", "a6"))
+    c.study.grid.attention = base.grid(SIZES, (500_000,), ("kv3", "kv4"))
+    c.study.grid.joint = base.grid(SIZES, (500_000,), ("w4_a6_kv4",))
     return c
