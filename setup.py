@@ -16,7 +16,7 @@ setup(
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
-        "optax>=0.2.6",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30",
         "aqtp>=0.9.0",
         "tensorflow-datasets>=4.9.9",
@@ -35,6 +35,6 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["pytest>=8", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
 )

@@ -71,7 +71,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-global_norm = optax.global_norm
+global_norm = optax.tree.norm
 
 
 def init(config: OptimizerConfig, params: Any) -> Any:
