@@ -14,6 +14,7 @@ TOKENS = (125_000, 250_000, 500_000, 1_000_000)
 def get_config():
     """The study's config."""
     c = base.get_config()
+    c.study.lanes = 2
     c.study.grid.full = base.grid(SIZES, TOKENS, ptq=True)
     c.study.grid.weights = base.grid(SIZES, (500_000,), ("w3", "w4"), ptq=True)
     c.study.grid.activations = base.grid(SIZES, (500_000,), ("a4", "a6"))

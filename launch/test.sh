@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests, two processes at a time: compiling keeps one core busy each.
-# Usage: bash launch/test.sh [PYTEST ARGUMENTS], e.g. -m "not slow"
+# Sets up .venv and runs the tests. Usage: bash launch/test.sh [PYTEST ARGUMENTS], e.g. -m "not slow" or -n 2
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ensure_environment "dev${PRECISION_SCALING_EXTRAS:+,$PRECISION_SCALING_EXTRAS}"
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=worksteal "$@"
+exec .venv/bin/python -m pytest "$@"
