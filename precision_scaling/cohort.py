@@ -6,7 +6,6 @@ Takes runs from `experiment`, batches from `data`, steps from `step`; hands each
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import time
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from precision_scaling import compilation, results
+from precision_scaling import compilation, experiment, results
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader, gather_windows
@@ -239,8 +238,7 @@ def cohort_checkpoints(workdir: Path, cohort: Cohort, worker: str) -> CohortChec
 
 def cohort_name(cohort: Cohort) -> str:
     """Name of a cohort's checkpoints: the same for the same shape and program, whichever of its runs are left."""
-    content = repr((cohort.shape, cohort.program))
-    return f"{cohort.shape.size}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+    return f"{cohort.shape.size}-{experiment.digest((cohort.shape, cohort.program))}"
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ class Run:
     def id(self) -> str:
         """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
         readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}-s{self.seed}"
-        content = repr((self.shape, self.precision, self.steps, self.warmup_steps, self.peak_rate, self.seed))
-        return f"{readable}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+        return f"{readable}-{digest(dataclasses.replace(self, ptq=False))}"
 
     @property
     def formats(self) -> tuple[tuple[str, Format], ...]:
@@ -70,6 +70,22 @@ class Run:
     def bits(self, *operands: str) -> float:
         """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
         return self.precision.bits(*operands)
+
+
+def digest(value: Any) -> str:
+    """Six characters that name a dataclass by content.
+
+    Fields at their defaults do not count, so that an option that is new, and off, leaves the names of old runs as
+    they were.
+    """
+    return hashlib.sha256(repr(_content(value)).encode()).hexdigest()[:6]
+
+
+def _content(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return [_content(item) for item in value] if isinstance(value, tuple) else value
+    fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {field.name: _content(now) for field, now in fields if now != field.default}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +125,11 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
             run = dataclasses.replace(run, ptq=run.ptq or runs[run.id].ptq)
         runs[run.id] = run
     return Experiment(config, _optimizer(config), tuple(runs.values()), _cohorts(runs.values()))
+
+
+def of_shard(runs: Iterable[Run], shard: tuple[int, int]) -> tuple[Run, ...]:
+    """Every n-th run from the i-th on, so that the shards of a cohort share its long and its short runs."""
+    return tuple(runs)[shard[0] :: shard[1]]
 
 
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:

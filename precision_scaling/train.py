@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from precision_scaling import bench as bench_lib
 from precision_scaling import errors, results, study
 from precision_scaling.errors import ConfigError
 
@@ -17,7 +18,7 @@ def _main(argv) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
-    bench = study.open_bench(config, workdir)
+    bench = bench_lib.open_bench(config, workdir)
     study.train_missing(bench)
     results.gather(workdir)
     (run,) = bench.experiment.runs

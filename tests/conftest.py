@@ -103,13 +103,15 @@ def study_config(tiny_config):
 @pytest.fixture(scope="session")
 def finished_study(study_config, tmp_path_factory):
     """(bench, workdir) of that study, trained, quantized by rounding to nearest and gathered. Leave it as it is."""
+    from precision_scaling import bench as bench_lib
     from precision_scaling import results, study
+    from precision_scaling.ptq.runs import quantize_missing
 
     workdir = tmp_path_factory.mktemp("study")
     with _few_optimizations():
-        bench = study.open_bench(study_config, workdir)
+        bench = bench_lib.open_bench(study_config, workdir)
         study.train_missing(bench)
-        study.quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
+        quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
         results.gather(workdir)
     return bench, workdir
 

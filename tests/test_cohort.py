@@ -11,8 +11,8 @@ import pytest
 from tqdm import tqdm
 
 from precision_scaling import cohort as cohort_lib
+from precision_scaling import formats
 from precision_scaling import model as model_lib
-from precision_scaling import study
 from precision_scaling.cohort import Options
 from precision_scaling.model import Decoder
 
@@ -186,5 +186,5 @@ def test_table_holds_the_grids_of_the_operands_that_the_program_quantizes(finish
     run = by_name(group.runs, "kint4")
     table = cohort_lib.table_of(run, group.program)
     assert {name: float(grid.max_value) for name, grid in table.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
-    high = cohort_lib.table_of(run, group.program, w=study.parse("bf16"))
+    high = cohort_lib.table_of(run, group.program, w=formats.parse("bf16"))
     assert high["w"].passthrough == 1 and high["a"] == table["a"]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from precision_scaling import study
+from precision_scaling import bench as bench_lib
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import __main__ as ptq_command
 
@@ -47,7 +47,7 @@ def test_bits_that_cannot_be_and_files_that_are_no_configs(tmp_path):
     for content in ('{"config":', "{}", '{"config": 3, "corpus": ""}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config\.json: not a config") as error:
-            study.reopen_bench(tmp_path)
+            bench_lib.reopen_bench(tmp_path)
         assert "\n" not in str(error.value)
 
 

@@ -278,9 +278,7 @@ def test_a_table_that_a_law_cannot_use_is_refused_in_one_line(law, words):
 
 
 def test_one_row_is_refused():
-    with pytest.raises(
-        FitError, match=r"nothing is left to fit|too few"
-    ):
+    with pytest.raises(FitError, match=r"nothing is left to fit|too few"):
         fit("chinchilla", tables.from_columns({"N": [1e6], "D": [1e7], "loss": [3.0]}))
 
 

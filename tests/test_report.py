@@ -36,8 +36,7 @@ def measure(rng, noise, truth, run, n, d, posts=(), **bits):
 
 
 def small_rows(truth=TRUTH, noise=0.003):
-    """3 sizes x 4 budgets in 16 bits after PTQ to 3-6 bits, and 25 runs of low precision: the table of a first study.
-    """
+    """3 sizes x 4 budgets in 16 bits after PTQ to 3-6 bits, and 25 runs of low precision: the table of a first study."""
     rng, rows = np.random.default_rng(0), []
     sizes, budgets = (1e5, 2.5e5, 7e5), (1e6, 2e6, 4e6, 8e6)
     for n in sizes:

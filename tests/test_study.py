@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from precision_scaling import bench as bench_lib
 from precision_scaling import experiment, results, study
 from precision_scaling.errors import UserError
+from precision_scaling.ptq.runs import quantize_missing
 
 CONTRACT = ["run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"]
 
@@ -78,9 +80,9 @@ def test_equal_points_of_the_grid_are_one_run(finished_study):
 def test_a_finished_study_is_left_alone(finished_study):
     bench, workdir = finished_study
     before = files(workdir)
-    again = study.open_bench(bench.experiment.config, workdir)
+    again = bench_lib.open_bench(bench.experiment.config, workdir)
     study.train_missing(again)
-    assert study.quantize_missing(again, ("rtn",), (3, 4)) == []
+    assert quantize_missing(again, ("rtn",), (3, 4)) == []
     table_before = (workdir / "runs.csv").read_bytes()
     results.gather(workdir)
     assert (workdir / "runs.csv").read_bytes() == table_before
@@ -94,14 +96,14 @@ def test_a_finished_study_is_left_alone(finished_study):
 def workdir_of_two(study_config, tmp_path_factory, quick_compile):
     """The same study by two workers, and what the first of them left before the second began."""
     workdir = tmp_path_factory.mktemp("shards")
-    bench = study.open_bench(study_config, workdir)
+    bench = bench_lib.open_bench(study_config, workdir)
     study.train_missing(bench, (0, 2))
-    study.quantize_missing(bench, ("rtn",), (3, 4), (0, 2))
+    quantize_missing(bench, ("rtn",), (3, 4), (0, 2))
     results.gather(workdir)
     first = table(workdir)
     kept = files(workdir / "runs")
     study.train_missing(bench, (1, 2))
-    study.quantize_missing(bench, ("rtn",), (3, 4), (1, 2))
+    quantize_missing(bench, ("rtn",), (3, 4), (1, 2))
     results.gather(workdir)
     return workdir, first, kept
 
@@ -117,7 +119,7 @@ def test_two_shares_make_the_whole_study(finished_study, workdir_of_two):
 
 def test_only_what_is_missing_is_measured(workdir_of_two, study_config, finished_study):
     workdir, _, _ = workdir_of_two
-    bench = study.open_bench(study_config, workdir)
+    bench = bench_lib.open_bench(study_config, workdir)
     lost = next(run for run in bench.experiment.runs if "D448" in run.id)
     path = workdir / "runs" / lost.id / "rows-trained.json"
     ptq = workdir / "runs" / lost.id / "rows-rtn.json"
@@ -125,7 +127,7 @@ def test_only_what_is_missing_is_measured(workdir_of_two, study_config, finished
     ptq.write_text(ptq.read_text().replace('"P_post": 4', '"P_post": 5'))
     before = files(workdir / "runs")
     study.train_missing(bench)
-    study.quantize_missing(bench, ("rtn",), (3, 4))
+    quantize_missing(bench, ("rtn",), (3, 4))
     after = files(workdir / "runs")
     changed = {path for path in after if after[path] != before.get(path)}
     assert path in changed and ptq in changed
@@ -142,7 +144,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(finished_study
         other = study_config.copy_and_resolve_references()
         other.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match="holds results of another config") as error:
-            study.open_bench(other, workdir)
+            bench_lib.open_bench(other, workdir)
         assert key in str(error.value) and "\n" not in str(error.value)
     assert files(workdir) == before
 
@@ -153,9 +155,9 @@ def test_options_that_change_no_number_may_change(finished_study, study_config):
     other.update_from_flattened_dict(
         {"train.log_every": 7, "train.checkpoint_seconds": 5.0, "ptq.bits": (6,), "study.lanes": 1}
     )
-    study.open_bench(other, workdir)
-    assert study.reopen_bench(workdir).experiment.config.train.log_every == 7
-    study.open_bench(study_config, workdir)
+    bench_lib.open_bench(other, workdir)
+    assert bench_lib.reopen_bench(workdir).experiment.config.train.log_every == 7
+    bench_lib.open_bench(study_config, workdir)
 
 
 def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_config, tmp_path, quick_compile):
@@ -163,9 +165,9 @@ def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_confi
         optimizer__peak_rate=1e38,
         grid={"one": {"sizes": ("25k",), "tokens": (64 * 12,), "precisions": ("w4", "w3_a4_kv4"), "ptq": True}},
     )
-    bench = study.open_bench(config, tmp_path)
+    bench = bench_lib.open_bench(config, tmp_path)
     study.train_missing(bench)
-    assert study.quantize_missing(bench, ("rtn",), (3,)) == []
+    assert quantize_missing(bench, ("rtn",), (3,)) == []
     assert results.gather(tmp_path) == 2
     for row in table(tmp_path):
         assert row["status"] == "diverged" and row["loss"] == "" and row["P_post"] == ""
@@ -180,7 +182,7 @@ def test_shares_are_parsed_and_cover_every_run_once():
         with pytest.raises(UserError, match="0 <= i < n"):
             study.parse_shard(text)
     runs = tuple(range(7))
-    assert sorted(run for i in range(3) for run in study.of_shard(runs, (i, 3))) == list(runs)
+    assert sorted(run for i in range(3) for run in experiment.of_shard(runs, (i, 3))) == list(runs)
 
 
 def test_the_plan_counts_runs_tokens_and_flops(study_config):

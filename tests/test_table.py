@@ -144,9 +144,7 @@ def test_a_million_rows_load_in_seconds(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "runs.csv"
     columns = [rng.integers(1, 1 << 30, 10**6), rng.integers(1, 1 << 40, 10**6), rng.uniform(2, 4, 10**6)]
-    np.savetxt(
-        path, np.column_stack(columns), fmt=["%d", "%d", "%.9f"], delimiter=",", header="N,D,loss", comments=""
-    )
+    np.savetxt(path, np.column_stack(columns), fmt=["%d", "%d", "%.9f"], delimiter=",", header="N,D,loss", comments="")
     began = time.monotonic()
     assert len(tables.load(path)) == 10**6
     assert time.monotonic() - began < 60

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from absl import flags
 
-from precision_scaling import errors, results, study
+from precision_scaling import bench as bench_lib
+from precision_scaling import errors, results
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import METHODS
+from precision_scaling.ptq.runs import quantize_missing
 
 
 def _bits(texts: list[str]) -> list[int]:
@@ -22,9 +24,9 @@ def _bits(texts: list[str]) -> list[int]:
 def _main(argv) -> None:
     del argv
     workdir, bits = Path(_WORKDIR.value).expanduser(), _bits(_BITS.value)
-    bench = study.reopen_bench(workdir)
+    bench = bench_lib.reopen_bench(workdir)
     try:
-        warnings = study.quantize_missing(bench, [_METHOD.value], bits, everything=True)
+        warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True)
     finally:
         rows = results.gather(workdir)
     print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))

@@ -1,0 +1,169 @@
+"""What the runs of a study are measured with: the resolved config, its corpus, the workdir and its held-out sequences.
+
+`study` trains the runs on it and `ptq.runs` quantizes them; both write the rows that are made here.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from precision_scaling import compilation, experiment, model, precision, results
+from precision_scaling import step as step_lib
+from precision_scaling.cohort import run_directory
+from precision_scaling.data.loader import Loader
+from precision_scaling.data.tokens import Corpus, prepare
+from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.experiment import Experiment, Run
+from precision_scaling.quantize import Program
+from precision_scaling.step import Static
+
+# Options that change no measured number: a workdir may be used again with others.
+_FREE_OPTIONS = re.compile(
+    r"study\.|ptq\.(methods|bits)|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
+    r"|data\.(cache_dir|tfds_dir)|compilation_cache"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What the runs of a study are measured with."""
+
+    experiment: Experiment
+    corpus: Corpus
+    workdir: Path
+
+    def loader(self, shape: experiment.Shape) -> Loader:
+        """Batches of one shape."""
+        return Loader(self.corpus, shape.model.sequence_length, shape.batch_size)
+
+    def directory(self, run: Run) -> Path:
+        """Where everything about a run is kept."""
+        return run_directory(self.workdir, run)
+
+
+def open_bench(config, workdir: Path) -> Bench:
+    """Checks the config, prepares the corpus and claims the workdir. UserError before anything is trained."""
+    experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+    corpus = prepare(**config.data)
+    resolved = experiment.resolve(config, corpus.vocab_size)
+    for run in resolved.runs:
+        precision.check_device(run.precision)
+    bench = Bench(resolved, corpus, workdir)
+    for group in resolved.cohorts:
+        loader = bench.loader(group.shape)
+        for key, wanted, available in (
+            ("evaluate.sequences", config.evaluate.sequences, loader.n_validation_windows),
+            ("ptq.calibration_sequences", config.ptq.calibration_sequences, loader.n_windows),
+        ):
+            if wanted > available:
+                raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
+    _claim(workdir, config, corpus)
+    compilation.use_cache(config.compilation_cache)
+    return bench
+
+
+def _claim(workdir: Path, config, corpus: Corpus) -> None:
+    """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
+    now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
+    path = workdir / "config.json"
+    if path.exists():
+        then, new = _flatten(_read_claim(workdir)), _flatten(now)
+        for key in sorted(set(new) | set(then)):
+            if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
+                raise UserError(
+                    f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} and is "
+                    f"{new.get(key)!r} now; allowed is the same value, or another --workdir"
+                )
+    try:
+        results.atomic_write(path, json.dumps(now, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}; allowed is a directory that can be written") from None
+
+
+def _read_claim(workdir: Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    try:
+        claim = json.loads(path.read_text(encoding="utf-8"))
+        return {"config": dict(claim["config"]), "corpus": claim["corpus"]}
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a config; allowed is a new --workdir or one of train or study") from None
+
+
+def reopen_bench(workdir: Path) -> Bench:
+    """The bench of a workdir that `train` or `study` has filled."""
+    return open_bench(ml_collections.ConfigDict(_read_claim(workdir)["config"]), workdir)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removeprefix("config."): tree}
+    items = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
+    return {name: leaf for key, value in items for name, leaf in _flatten(value, key).items()}
+
+
+def evaluator(bench: Bench, shape: experiment.Shape, program: Program) -> Callable[[Any, Any], float]:
+    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program."""
+    config = bench.experiment.config.evaluate
+    static = Static(shape.model, program, bench.experiment.optimizer)
+    loss = _validation_loss(static, config.batch_size)
+    tokens = jnp.asarray(bench.loader(shape).validation_windows(config.sequences))
+    return lambda params, table: float(loss(params, table, tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _validation_loss(static: Static, batch_size: int):
+    return compilation.jit(
+        lambda params, table, tokens: step_lib.validation_loss(static, params, table, tokens, batch_size)
+    )
+
+
+def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, Any]:
+    """One line of runs.csv: a run's columns with a measured loss; `more` adds or replaces columns."""
+    config, shape = bench.experiment.config, run.shape
+    non_embedding, _ = model.count_parameters(shape.model)
+    return {
+        "run": run.id,
+        "N": non_embedding,
+        "D": run.tokens,
+        "P_w": run.bits("w"),
+        "P_a": run.bits("a"),
+        "P_kv": run.bits("k", "v"),
+        "P_post": None,
+        "loss": loss,
+        "status": "ok",
+        "method": "",
+        "seed": run.seed,
+        "size": shape.size,
+        "epochs": round(bench.loader(shape).epochs(run.tokens), 4),
+        "training_flops": model.training_flops_per_token(shape.model) * run.tokens,
+        "width": shape.model.width,
+        "depth": shape.model.depth,
+        "heads": shape.model.heads,
+        "sequence_length": shape.model.sequence_length,
+        "batch_size": shape.batch_size,
+        "peak_rate": run.peak_rate,
+        "warmup_fraction": config.optimizer.warmup_fraction,
+        **{f"{name}_format": fmt.name for name, fmt in run.formats},
+        "w_granularity": run.precision.granularity("w"),
+        "a_granularity": run.precision.granularity("a"),
+        "attention_granularity": run.precision.granularity(*"qkvp"),
+        "precision": run.precision.describe(),
+        "validation_tokens": config.evaluate.sequences * shape.model.sequence_length,
+        "vocab_size": shape.model.vocab_size,
+        "corpus": bench.corpus.meta["hash"],
+        "device": jax.devices()[0].device_kind,
+        "jax_version": jax.__version__,
+        **more,
+    }
