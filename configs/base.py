@@ -125,6 +125,13 @@ def get_config() -> ml_collections.ConfigDict:
     # Named parts of the grid; each is the product of its lists. Empty: the one run that the options above describe.
     c.study.grid = ml_collections.ConfigDict()
 
+    # Devices along each axis of the mesh; one may be -1, the devices that are left. Results differ by rounding alone.
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.run = 1  # the runs that train at once are spread over it; divides study.lanes
+    c.mesh.data = -1  # each has a part of the batch
+    c.mesh.fsdp = 1  # the same, and a part of the parameters and of the optimizer's state
+    c.mesh.tensor = 1  # each has a part of every layer's heads and hidden units; divides the heads
+
     c.compilation_cache = ""  # compiled programs; empty: ~/.cache/precision_scaling/xla, "none": no cache
     c.lock()  # a misspelt option in a config that starts from this one is an error
     c.study.grid.unlock()
