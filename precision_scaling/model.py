@@ -1,7 +1,8 @@
 """The decoder: OLMo-style Transformer++ in Flax, every projection and attention product through `quantize`.
 
 Stands between `quantize` (how a dot_general is computed at a precision) and `train` (how the parameters are found).
-Shape letters: B sequences, L and M positions, D width, H heads, K head dimension, F width inside the MLP, V vocabulary.
+Shape letters: B sequences, L and M positions, D width, H heads, G key and value heads, R query heads for each of them,
+K head dimension, F width inside the MLP, V vocabulary.
 """
 
 import dataclasses
@@ -15,6 +16,11 @@ from flax import linen as nn
 
 from precision_scaling import quantize
 
+NORM_PLACEMENTS = ("pre", "post")
+NORM_TYPES = ("rms", "layer")
+QK_NORMS = ("none", "projection", "head")
+_HEAD = ("head_a", "head_w")  # operands of the last product in a program
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -22,6 +28,12 @@ class ModelConfig:
 
     `base_width` and `base_depth` name the shape at which depth-µP (Yang et al. 2023, arXiv 2310.02244) equals the
     standard parametrization: wider and deeper models scale their rates, residual branches and logits from there.
+
+    kv_heads: heads of keys and values, each shared by heads / kv_heads queries (arXiv 2305.13245); 0 is `heads`.
+    head_width: head dimension; 0 is width / heads. norm_placement: "pre" normalizes what a branch reads, "post" what it
+    adds (OLMo 2, arXiv 2501.00656). norm_type: "rms" with gains, or "layer" without any parameters (OLMo, arXiv
+    2402.00838). qk_norm: of queries and keys before they are rotated, over the "projection" (OLMo 2) or each "head".
+    tie_embeddings: the head multiplies by the embedding's table.
     """
 
     vocab_size: int
@@ -36,10 +48,21 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
     remat: bool = False
+    kv_heads: int = 0
+    head_width: int = 0
+    norm_placement: str = "pre"
+    norm_type: str = "rms"
+    qk_norm: str = "none"
+    tie_embeddings: bool = False
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.kv_heads or self.heads
 
     @property
     def residual_scale(self) -> float:
@@ -63,6 +86,23 @@ class RMSNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / deviation(x), without parameters; computed in float32 whatever the compute dtype."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return y.astype(x.dtype)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    return {"rms": RMSNorm, "layer": LayerNorm}[config.norm_type](config.norm_epsilon)
 
 
 class Linear(nn.Module):
@@ -102,27 +142,43 @@ class Attention(nn.Module):
 
     def setup(self):
         c = self.config
-        self.qkv = Linear((3, c.heads, c.head_dim), self.program)
+        # Queries, keys and values, head by head, from one product.
+        self.qkv = Linear((c.heads + 2 * c.key_heads, c.head_dim), self.program)
         self.out = Linear((c.width,), self.program)
+        if c.qk_norm != "none":
+            self.q_norm, self.k_norm = _norm(c), _norm(c)
 
     def __call__(self, x_BxLxD, table, key=None):
         # Every product of a layer has a key of its own, by the number it goes by here.
         keys = [quantize.fold_in(key, i) for i in range(4)]
         return self.out(self.mix(self.qkv(x_BxLxD, table, keys[0]), table, keys[1], keys[2]), table, keys[3])
 
-    def mix(self, qkv_BxLx3xHxK, table, score_key=None, value_key=None):
-        """What the heads read, side by side: (B, L, D)."""
+    def mix(self, qkv_BxLxNxK, table, score_key=None, value_key=None):
+        """What the heads read, side by side: (B, L, H·K). N: heads of queries, then of keys, then of values."""
         c = self.config
-        batch, length = qkv_BxLx3xHxK.shape[:2]
-        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
+        batch, length = qkv_BxLxNxK.shape[:2]
+        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = jnp.split(qkv_BxLxNxK, (c.heads, c.heads + c.key_heads), axis=2)
+        if c.qk_norm != "none":
+            q_BxLxHxK, k_BxLxGxK = self._normalized(self.q_norm, q_BxLxHxK), self._normalized(self.k_norm, k_BxLxGxK)
         q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta) * (1 / math.sqrt(c.head_dim))
-        k_BxLxHxK = rotary(k_BxLxHxK, c.rope_theta)
-        score_BxHxLxM = quantize.attention_scores(q_BxLxHxK, k_BxLxHxK, self.program, table, score_key)
-        score_BxHxLxM = score_BxHxLxM.astype(jnp.float32)
-        causal_LxM = jnp.tril(jnp.ones((length, length), bool))
-        p_BxHxLxM = jax.nn.softmax(jnp.where(causal_LxM, score_BxHxLxM, -1e30), axis=-1).astype(v_BxLxHxK.dtype)
-        o_BxLxHxK = quantize.attention_values(p_BxHxLxM, v_BxLxHxK, self.program, table, value_key)
-        return o_BxLxHxK.reshape(batch, length, -1)
+        k_BxLxGxK = rotary(k_BxLxGxK, c.rope_theta)
+        # Queries that share a key stand one after the other, as if they were positions: keys and values are quantized
+        # and multiplied as they are, never repeated.
+        shared = c.heads // c.key_heads
+        q_BxLxGxRxK = q_BxLxHxK.reshape(batch, length, c.key_heads, shared, c.head_dim)
+        q_BxLRxGxK = q_BxLxGxRxK.swapaxes(2, 3).reshape(batch, length * shared, c.key_heads, c.head_dim)
+        score_BxGxLRxM = quantize.attention_scores(q_BxLRxGxK, k_BxLxGxK, self.program, table, score_key)
+        score_BxGxLRxM = score_BxGxLRxM.astype(jnp.float32)
+        causal_LRxM = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
+        p_BxGxLRxM = jax.nn.softmax(jnp.where(causal_LRxM, score_BxGxLRxM, -1e30), axis=-1).astype(v_BxLxGxK.dtype)
+        o_BxLRxGxK = quantize.attention_values(p_BxGxLRxM, v_BxLxGxK, self.program, table, value_key)
+        o_BxLxRxGxK = o_BxLRxGxK.reshape(batch, length, shared, c.key_heads, c.head_dim)
+        return o_BxLxRxGxK.swapaxes(2, 3).reshape(batch, length, -1)
+
+    def _normalized(self, norm, x_BxLxHxK):
+        if self.config.qk_norm == "head":
+            return norm(x_BxLxHxK)
+        return norm(x_BxLxHxK.reshape(*x_BxLxHxK.shape[:2], -1)).reshape(x_BxLxHxK.shape)
 
 
 class MLP(nn.Module):
@@ -147,8 +203,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)), branches scaled by depth-µP.
 
-    The methods below are the same computation cut at the inputs of its four projections, for post-training
-    quantization, which replaces one projection after the other.
+    With norms placed "post": x + norm(attention(x)), then x + norm(mlp(x)). The methods below are the same computation
+    cut at the inputs of its four projections, for post-training quantization, which replaces one projection after the
+    other.
     """
 
     config: ModelConfig
@@ -156,27 +213,28 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_epsilon), RMSNorm(c.norm_epsilon)
+        self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
         self.attention, self.mlp = Attention(c, self.program), MLP(c, self.program)
 
     def __call__(self, x_BxLxD, table, key=None):
         attention_key, mlp_key = (quantize.fold_in(key, i) for i in range(2))
-        h_BxLxD = self.attention(self.attention_norm(x_BxLxD), table, attention_key)
-        x_BxLxD = x_BxLxD + self.config.residual_scale * h_BxLxD
-        return x_BxLxD + self.config.residual_scale * self.mlp(self.mlp_norm(x_BxLxD), table, mlp_key)
+        h_BxLxD = self.attention(self._read(self.attention_norm, x_BxLxD), table, attention_key)
+        x_BxLxD = self._add(self.attention_norm, x_BxLxD, h_BxLxD)
+        h_BxLxD = self.mlp(self._read(self.mlp_norm, x_BxLxD), table, mlp_key)
+        return self._add(self.mlp_norm, x_BxLxD, h_BxLxD)
 
     def before_qkv(self, x_BxLxD):
         """Input of the qkv projection."""
-        return self.attention_norm(x_BxLxD)
+        return self._read(self.attention_norm, x_BxLxD)
 
     def before_out(self, h_BxLxD, table):
         """Input of attention's out projection, from that of qkv."""
         return self.attention.mix(self.attention.qkv(h_BxLxD, table), table)
 
-    def before_gate_up(self, x_BxLxD, o_BxLxD, table):
+    def before_gate_up(self, x_BxLxD, o_BxLxO, table):
         """The residual stream after attention and the input of the gate_up projection, from that of out."""
-        x_BxLxD = x_BxLxD + self.config.residual_scale * self.attention.out(o_BxLxD, table)
-        return x_BxLxD, self.mlp_norm(x_BxLxD)
+        x_BxLxD = self._add(self.attention_norm, x_BxLxD, self.attention.out(o_BxLxO, table))
+        return x_BxLxD, self._read(self.mlp_norm, x_BxLxD)
 
     def before_down(self, h_BxLxD, table):
         """Input of the down projection, from that of gate_up."""
@@ -184,7 +242,14 @@ class Block(nn.Module):
 
     def after_down(self, x_BxLxD, h_BxLxF, table):
         """The block's output, from the residual stream after attention and the input of down."""
-        return x_BxLxD + self.config.residual_scale * self.mlp.down(h_BxLxF, table)
+        return self._add(self.mlp_norm, x_BxLxD, self.mlp.down(h_BxLxF, table))
+
+    def _read(self, norm, x_BxLxD):
+        return norm(x_BxLxD) if self.config.norm_placement == "pre" else x_BxLxD
+
+    def _add(self, norm, x_BxLxD, h_BxLxD):
+        h_BxLxD = norm(h_BxLxD) if self.config.norm_placement == "post" else h_BxLxD
+        return x_BxLxD + self.config.residual_scale * h_BxLxD
 
 
 class _ScannedBlock(nn.Module):
@@ -211,9 +276,9 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = nn.Embed(
-            c.vocab_size, c.width, embedding_init=nn.initializers.normal(1.0), dtype=jnp.dtype(c.dtype)
-        )
+        # A table that is the head's kernel, too, starts as that.
+        initial = nn.initializers.normal(1 / math.sqrt(c.base_width) if c.tie_embeddings else 1.0)
+        self.embedding = nn.Embed(c.vocab_size, c.width, embedding_init=initial, dtype=jnp.dtype(c.dtype))
         self.layers = nn.scan(
             _ScannedBlock,
             variable_axes={"params": 0},
@@ -221,8 +286,9 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.depth,
         )(c, self.program)
-        self.final_norm = RMSNorm(c.norm_epsilon)
-        self.head = Linear((c.vocab_size,), self.program, ("head_a", "head_w"), fan_in=c.base_width)
+        self.final_norm = _norm(c)
+        if not c.tie_embeddings:
+            self.head = Linear((c.vocab_size,), self.program, _HEAD, fan_in=c.base_width)
 
     def embed(self, tokens_BxL, table=None, key=None):
         """Residual stream before the first block, (B, L, D)."""
@@ -233,7 +299,12 @@ class Decoder(nn.Module):
 
     def unembed(self, x_BxLxD, table=None, key=None):
         """Logits in float32, (B, L, V)."""
-        logits_BxLxV = self.head(self.final_norm(x_BxLxD), table, key)
+        h_BxLxD = self.final_norm(x_BxLxD)
+        if self.config.tie_embeddings:
+            kernel_DxV = self.embedding.embedding.T.astype(h_BxLxD.dtype)
+            logits_BxLxV = quantize.linear(h_BxLxD, kernel_DxV, self.program, table, key, _HEAD)
+        else:
+            logits_BxLxV = self.head(h_BxLxD, table, key)
         return (logits_BxLxV * self.config.logit_scale).astype(jnp.float32)
 
     def __call__(self, tokens_BxL, table=None, key=None):
@@ -259,13 +330,13 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(non-embedding, all) parameter counts; embedding and head are what "non-embedding" leaves out."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    outer = 2 * config.vocab_size * config.width
-    return total - outer, total
+    tables = 1 if config.tie_embeddings else 2
+    return total - tables * config.vocab_size * config.width, total
 
 
 def training_flops_per_token(config: ModelConfig) -> int:
-    """Forward and backward FLOPs of one token: 6 per parameter of every matmul (head included), 12·depth·width·length
-    for the two attention products (full, not causal, as PaLM's appendix B counts them)."""
+    """Forward and backward FLOPs of one token: 6 per parameter of every matmul (head included), 12·depth·heads·head
+    dimension·length for the two attention products (full, not causal, as PaLM's appendix B counts them)."""
     non_embedding, _ = count_parameters(config)
     matmul = non_embedding + config.vocab_size * config.width
-    return 6 * matmul + 12 * config.depth * config.width * config.sequence_length
+    return 6 * matmul + 12 * config.depth * config.heads * config.head_dim * config.sequence_length

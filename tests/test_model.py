@@ -30,14 +30,31 @@ def table_of(**bits):
     return {name: parse(bits.get(name, 16)).grid() for name in quantize.OPERANDS}
 
 
+# What OLMo, OLMo 2, Llama and Qwen 3 do otherwise, mixed so that every option meets two values of the others.
+VARIANTS = {
+    "grouped_queries": {"kv_heads": 2, "head_width": 6, "tie_embeddings": True},
+    "one_key_head": {"kv_heads": 1, "norm_placement": "post", "qk_norm": "projection"},
+    "layer_norm": {"norm_type": "layer", "tie_embeddings": True},
+    "head_norm": {"kv_heads": 2, "head_width": 10, "qk_norm": "head", "norm_placement": "post"},
+}
+
+
+def variant(name):
+    return dataclasses.replace(CONFIG, heads=4, **VARIANTS[name])
+
+
+def initial(config):
+    found = jax.jit(functools.partial(model_lib.init, config))(jax.random.key(3))
+    # Gains away from 1 and from each other, so that a norm that forgets them shows.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (1 + 0.1 * np.sin(np.arange(x.size).reshape(x.shape))) if path[-1].key == "scale" else x,
+        found,
+    )
+
+
 @pytest.fixture(scope="module")
 def params():
-    found = jax.jit(functools.partial(model_lib.init, CONFIG))(jax.random.key(3))
-    # Gains away from 1, so that a norm that forgets them shows.
-    gains = iter(range(100))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x * (1 + 0.1 * math.sin(next(gains))) if path[-1].key == "scale" else x, found
-    )
+    return initial(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +72,24 @@ def logits_of():
 
 
 def numpy_decoder(params, tokens, c):
-    """The forward pass in float64, loop by loop, from the formulas of the Transformer++ alone."""
+    """The forward pass in float64, loop by loop, from the formulas of the Transformer++ and of its variants alone."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    head_dim = c.width // c.heads
+    head_dim, kv_heads = c.head_width or c.width // c.heads, c.kv_heads or c.heads
 
     def norm(x, gain):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon) * gain
+        if c.norm_type == "layer":
+            assert gain is None
+            return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_epsilon)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon) * gain["scale"]
+
+    def heads_of(h, kernel, gain):
+        """Query or key heads (L, H, K) of the branch's input."""
+        heads = np.stack([h @ kernel[:, i] for i in range(kernel.shape[1])], axis=1)
+        if c.qk_norm == "projection":
+            heads = norm(heads.reshape(len(h), -1), gain).reshape(heads.shape)
+        if c.qk_norm == "head":
+            heads = np.stack([norm(heads[:, i], gain) for i in range(heads.shape[1])], axis=1)
+        return np.array([[rotate(head, position) for head in row] for position, row in enumerate(heads)])
 
     def rotate(vector, position):
         out = vector.copy()
@@ -72,37 +101,53 @@ def numpy_decoder(params, tokens, c):
             out[i + half] = b * math.cos(angle) + a * math.sin(angle)
         return out
 
+    def attention(h, block):
+        kernel = block["attention"]["qkv"]["kernel"]  # (D, heads of q, then of k, then of v, K)
+        q_kernel, k_kernel, v_kernel = np.split(kernel, [c.heads, c.heads + kv_heads], axis=1)
+        q = heads_of(h, q_kernel, block["attention"].get("q_norm"))
+        k = heads_of(h, k_kernel, block["attention"].get("k_norm"))
+        mixed = np.zeros((len(h), c.heads, head_dim))
+        for head in range(c.heads):
+            shared = head // (c.heads // kv_heads)
+            v = h @ v_kernel[:, shared]
+            for i in range(len(h)):
+                scores = k[: i + 1, shared] @ q[i, head] / math.sqrt(head_dim)
+                weights = np.exp(scores - scores.max())
+                mixed[i, head] = weights / weights.sum() @ v[: i + 1]
+        return mixed.reshape(len(h), -1) @ block["attention"]["out"]["kernel"]
+
+    def mlp(h, block):
+        kernel = block["mlp"]["gate_up"]["kernel"]  # (D, 2, F)
+        gate, up = h @ kernel[:, 0], h @ kernel[:, 1]
+        return (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+
     logits = []
     for sequence in tokens:
         x = p["embedding"]["embedding"][sequence]
         for layer in range(c.depth):
             block = jax.tree.map(lambda w, layer=layer: w[layer], p["layers"]["block"])
-            h = norm(x, block["attention_norm"]["scale"])
-            kernel = block["attention"]["qkv"]["kernel"]  # (D, 3, H, K)
-            mixed = np.zeros((len(sequence), c.heads, head_dim))
-            for head in range(c.heads):
-                q, k, v = (h @ kernel[:, part, head] for part in range(3))
-                q = np.array([rotate(row, i) for i, row in enumerate(q)])
-                k = np.array([rotate(row, i) for i, row in enumerate(k)])
-                for i in range(len(sequence)):
-                    scores = k[: i + 1] @ q[i] / math.sqrt(head_dim)
-                    weights = np.exp(scores - scores.max())
-                    mixed[i, head] = weights / weights.sum() @ v[: i + 1]
-            branch = mixed.reshape(len(sequence), -1) @ block["attention"]["out"]["kernel"]
-            x = x + math.sqrt(c.base_depth / c.depth) * branch
-            h = norm(x, block["mlp_norm"]["scale"])
-            kernel = block["mlp"]["gate_up"]["kernel"]  # (D, 2, F)
-            gate, up = h @ kernel[:, 0], h @ kernel[:, 1]
-            branch = (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
-            x = x + math.sqrt(c.base_depth / c.depth) * branch
-        x = norm(x, p["final_norm"]["scale"])
-        logits.append(x @ p["head"]["kernel"] * c.base_width / c.width)
+            for branch, gain in ((attention, block.get("attention_norm")), (mlp, block.get("mlp_norm"))):
+                if c.norm_placement == "pre":
+                    h = branch(norm(x, gain), block)
+                else:
+                    h = norm(branch(x, block), gain)
+                x = x + math.sqrt(c.base_depth / c.depth) * h
+        kernel = p["embedding"]["embedding"].T if c.tie_embeddings else p["head"]["kernel"]
+        logits.append(norm(x, p.get("final_norm")) @ kernel * c.base_width / c.width)
     return np.array(logits)
 
 
 def test_logits_equal_an_independent_numpy_decoder(params, tokens, logits_of):
     expected = numpy_decoder(params, tokens, CONFIG)
     np.testing.assert_allclose(logits_of(params, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_the_numpy_decoder(name, tokens, logits_of):
+    config = variant(name)
+    params = initial(config)
+    expected = numpy_decoder(params, tokens, config)
+    np.testing.assert_allclose(logits_of(params, tokens, config=config), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_are_counted_as_by_hand():
@@ -112,6 +157,24 @@ def test_parameters_are_counted_as_by_hand():
         shape = dataclasses.replace(CONFIG, width=width, depth=depth, heads=heads, hidden=hidden)
         non_embedding = depth * (4 * width**2 + 3 * width * hidden + 2 * width) + width
         assert model_lib.count_parameters(shape) == (non_embedding, non_embedding + 2 * 31 * width)
+
+
+def test_parameters_of_variants_are_counted_as_by_hand():
+    mlp, table = 3 * 16 * 24, 31 * 16
+    for name, block, outer in (
+        # q and out 16·(4·6), k and v 16·(2·6), gains of two norms; the one table is the head's, too
+        ("grouped_queries", 2 * 16 * 24 + 2 * 16 * 12 + mlp + 2 * 16, table),
+        # one head of 4 for keys; gains of q (16) and k (4) besides
+        ("one_key_head", 2 * 16 * 16 + 2 * 16 * 4 + mlp + 2 * 16 + 16 + 4, 2 * table),
+        ("layer_norm", 4 * 16 * 16 + mlp, table),
+        ("head_norm", 2 * 16 * 40 + 2 * 16 * 20 + mlp + 2 * 16 + 10 + 10, 2 * table),
+    ):
+        non_embedding = 2 * block + (0 if name == "layer_norm" else 16)
+        config = variant(name)
+        assert model_lib.count_parameters(config) == (non_embedding, non_embedding + outer), name
+        # The head's product costs the same where its kernel is the embedding's.
+        attention = 12 * 2 * 4 * config.head_dim * 12
+        assert model_lib.training_flops_per_token(config) == 6 * (non_embedding + table) + attention, name
 
 
 def test_training_flops_are_counted_as_by_hand():
@@ -222,6 +285,36 @@ def test_initial_weights_have_the_variances_that_mup_asks_for(params):
         assert np.std(kernel) == pytest.approx(1 / math.sqrt(fan_in), rel=0.1)
     first, second = np.asarray(block["attention"]["qkv"]["kernel"])
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.15  # layers do not start as copies
+
+
+def test_layer_norm_of_a_case_worked_by_hand():
+    y = model_lib.LayerNorm(0.0).apply({}, jnp.array([[1.0, 3.0], [10.0, 12.0]]))
+    np.testing.assert_allclose(y, [[-1, 1], [-1, 1]], rtol=1e-6)
+
+
+def test_shared_keys_and_values_are_quantized_once(tokens, logits_of):
+    """Two key heads, each written twice, are four: rounding must give each copy what it gives the one."""
+    config = variant("grouped_queries")
+    params = initial(config)
+    qkv = np.asarray(params["layers"]["block"]["attention"]["qkv"]["kernel"])
+    q, k, v = np.split(qkv, [4, 6], axis=2)
+    written_out = np.concatenate([q, np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)], axis=2)
+    repeated = jax.tree.map(lambda x: written_out if x.shape == qkv.shape else x, params)
+    full = dataclasses.replace(config, kv_heads=0)
+    table = table_of(q=5, k=4, v=4, p=6)
+    shared = logits_of(params, tokens, table, config=config, program=QUANTIZED)
+    # A value on a rounding boundary may go either way.
+    np.testing.assert_allclose(
+        shared, logits_of(repeated, tokens, table, config=full, program=QUANTIZED), rtol=1e-3, atol=1e-3
+    )
+    plain = logits_of(params, tokens, table_of(), config=config, program=QUANTIZED)
+    assert np.max(np.abs(shared - plain)) > 0.05
+
+
+def test_a_tied_head_starts_with_logits_of_order_one(tokens, logits_of):
+    for name in ("grouped_queries", "layer_norm"):
+        config = dataclasses.replace(variant(name), base_width=16)
+        assert 0.5 < np.std(logits_of(initial(config), tokens, config=config)) < 2
 
 
 @pytest.mark.slow
