@@ -1,6 +1,7 @@
-# Sourced by the scripts beside it: a virtual environment in .venv with this project installed, made once.
-# PYTHON names the interpreter (3.11 or newer); PRECISION_SCALING_EXTRAS adds extras of setup.py, e.g. "cuda".
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+#!/usr/bin/env bash
+# A virtual environment in .venv with this project installed, made once. Usage: bash launch/setup.sh [EXTRAS OF setup.py],
+# e.g. cuda or tpu. The scripts beside it source this file. PYTHON names the interpreter (3.11 or newer).
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
   for candidate in "${PYTHON:-}" python3 python3.12 python3.11 python3.13 python; do
@@ -26,3 +27,8 @@ ensure_environment() { # ensure_environment EXTRAS
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
   echo "$stamp" >.venv/installed
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  ensure_environment "${1:-}"
+fi

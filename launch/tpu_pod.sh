@@ -1,0 +1,270 @@
+#!/usr/bin/env bash
+# Runs a command on every worker of a Cloud TPU slice, which it queues for, sets up, and replaces when it is preempted.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: bash launch/tpu_pod.sh ACTION --name=NAME --project=PROJECT --zone=ZONE [OPTIONS] [-- PYTHON ARGUMENTS]
+
+Actions
+  create    queue for a slice and wait until it is there
+  run       create it where it is not, copy this directory to all workers, run `python PYTHON ARGUMENTS` on all of them
+            and wait; a slice that is preempted is replaced and the command run again, which a study or a training run
+            continues. Stopped on this side (Ctrl-C), it goes on there; the same command waits for it again
+  status    state of the slice, and of the command on each worker
+  logs      the last lines of the command on each worker
+  fetch     copy the workdir (--workdir=DIR) from --results, or from worker 0, to the same path here
+  delete    give the slice back
+
+Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU_RUNTIME, TPU_RESULTS)
+  --type=v5litepod-8            accelerator type
+  --runtime=v2-alpha-tpuv5-lite software of the TPU VMs
+  --results=gs://BUCKET/PATH    keep a copy of the workdir there, every minute; a new slice starts from it. Without, a
+                                preempted slice starts anew
+  --workdir=DIR                 for fetch: the workdir given to the command
+  --on_demand                   no spot slice
+  --retries=3                   times that a command that fails is run again; preemption does not count
+  --poll=30                     seconds between looks
+  --delete_when_done            give the slice back when the command ends
+  --dry_run                     print the commands instead of running them
+TEXT
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+say() { echo "$(date +%H:%M:%S) $name: $*" >&2; }
+
+quoted() { # its arguments as words of a shell, on one line
+  local line="" word quote="'\\''"
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./=:,@%+-]+$ ]] || word="'${word//\'/$quote}'"
+    line="$line $word"
+  done
+  printf '%s\n' "${line# }"
+}
+
+call() {
+  if $dry_run; then
+    quoted "$@"
+  else
+    "$@"
+  fi
+}
+
+action="${1:-}"
+case "$action" in
+  create | run | status | logs | fetch | delete) shift ;;
+  -h | --help) usage && exit ;;
+  "") die "an action is missing: create, run, status, logs, fetch or delete (--help)" ;;
+  *) die "$action: allowed is create, run, status, logs, fetch or delete (--help)" ;;
+esac
+
+name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-v5litepod-8}"
+runtime="${TPU_RUNTIME:-v2-alpha-tpuv5-lite}" results="${TPU_RESULTS:-}" workdir=""
+spot=true retries=3 poll=30 delete_when_done=false dry_run=false
+arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --name=* | --project=* | --zone=* | --type=* | --runtime=* | --results=* | --workdir=* | --retries=* | --poll=*)
+      option="${1%%=*}"
+      printf -v "${option#--}" %s "${1#*=}"
+      ;;
+    --on_demand) spot=false ;;
+    --delete_when_done) delete_when_done=true ;;
+    --dry_run) dry_run=true ;;
+    -h | --help) usage && exit ;;
+    --)
+      shift
+      arguments=("$@")
+      break
+      ;;
+    *) die "$1: no such option; those of the command come after -- (--help)" ;;
+  esac
+  shift
+done
+for option in name project zone; do
+  [ -n "${!option}" ] || die "--$option is missing (or set TPU_$(tr '[:lower:]' '[:upper:]' <<<"$option"))"
+done
+[[ "$name" =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$name: allowed are small letters, digits and -"
+[[ "$retries" =~ ^[0-9]+$ ]] || die "--retries=$retries: allowed is a whole number"
+[[ "$poll" =~ ^[0-9]+$ ]] || die "--poll=$poll: allowed is a whole number of seconds"
+[[ -z "$results" || "$results" == gs://?* ]] || die "--results=$results: allowed is gs://BUCKET/PATH"
+if [ "$action" = run ]; then
+  [ ${#arguments[@]} -gt 0 ] || die "run: the command is missing, e.g. -- -m precision_scaling.study --config=FILE --workdir=DIR"
+  for argument in "${arguments[@]}"; do
+    [[ "$argument" != --workdir=gs://* ]] || die "$argument: name a directory of the workers; --results=${argument#*=} keeps it"
+    [[ "$argument" != --workdir=* ]] || workdir="${argument#*=}"
+  done
+  [[ -z "$results" || -n "$workdir" ]] || die "--results=$results: the command has no --workdir=DIR to keep there"
+elif [ "$action" = fetch ] && [ -z "$workdir" ]; then
+  die "--workdir is missing: the directory that the command was given"
+fi
+$dry_run || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+where=(--project="$project" --zone="$zone" --quiet)
+queue() { call gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
+remote() { call gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"; }
+
+state() { # ABSENT, UNKNOWN (gcloud could not say), or what the API calls it
+  local answer errors
+  errors="$(mktemp)"
+  if answer="$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>"$errors")"; then
+    echo "${answer:-UNKNOWN}"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo ABSENT
+  else
+    grep -m 1 . "$errors" >&2 || true
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
+}
+
+request() {
+  local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime")
+  if $spot; then flags+=(--spot); fi
+  queue create "${flags[@]}"
+}
+
+give_back() { queue delete --force; }
+
+# Until the slice is there: asks for one, replaces one that was taken away, and is patient with a queue or a bad network.
+ensure_active() {
+  if $dry_run; then
+    request
+    queue describe --format='value(state.state)'
+    return
+  fi
+  local now before="" unknown=0 refused=0
+  while true; do
+    now="$(state)"
+    [ "$now" = "$before" ] || say "$now"
+    before="$now"
+    [ "$now" = UNKNOWN ] || unknown=0
+    case "$now" in
+      ACTIVE) return ;;
+      ABSENT) request || [ $((refused += 1)) -lt 3 ] || die "$name: could not be queued; gcloud's message is above" ;;
+      SUSPENDED | SUSPENDING) give_back || say "could not be given back yet" ;;
+      FAILED)
+        [ $((refused += 1)) -lt 3 ] || die "$name: queued 3 times and failed; see --type, --runtime, --zone and your quota"
+        give_back || say "could not be given back yet"
+        ;;
+      UNKNOWN) [ $((unknown += 1)) -lt 20 ] || die "$name: gcloud has not answered 20 times" ;;
+      *) ;; # ACCEPTED, PROVISIONING, WAITING_FOR_RESOURCES, CREATING, DELETING
+    esac
+    sleep "$poll"
+  done
+}
+
+worker="bash precision_scaling/launch/tpu_worker.sh"
+
+# Copies this directory (what git does not ignore) to all workers and starts the command, where it does not run already.
+start() {
+  local archive command
+  command="$worker is_running 2>/dev/null || { mkdir -p precision_scaling && tar -xzf precision_scaling.tgz -C precision_scaling; }"
+  command="$command; $worker start $(quoted "$results" "$workdir" "${arguments[@]}")"
+  if $dry_run; then
+    echo 'git ls-files -z --cached --others --exclude-standard | tar -czf precision_scaling.tgz --null -T -'
+    call gcloud compute tpus tpu-vm scp precision_scaling.tgz "$name:precision_scaling.tgz" "${where[@]}" --worker=all
+    remote "$command"
+    return
+  fi
+  archive="$(mktemp -d)"
+  git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
+    tar -czf "$archive/precision_scaling.tgz" --null -T -
+  gcloud compute tpus tpu-vm scp "$archive/precision_scaling.tgz" "$name:precision_scaling.tgz" "${where[@]}" --worker=all &&
+    remote "$command"
+  local status=$?
+  rm -rf "$archive"
+  return "$status"
+}
+
+# Waits for the command: done, failed (on some worker) or preempted (the slice is not there any more).
+watch() {
+  local answer now silent=0
+  while true; do
+    if answer="$(remote "$worker status" 2>/dev/null)" && grep -q '^worker ' <<<"$answer"; then
+      silent=0
+      if ! grep '^worker ' <<<"$answer" | grep -qv ': done$'; then
+        echo "done"
+        return
+      elif grep -q '^worker .*: \(failed\|stopped\)' <<<"$answer"; then
+        sleep "$poll" # a slice that is being taken away says so a little later
+        if [ "$(state)" = ACTIVE ]; then echo failed; else echo preempted; fi
+        return
+      fi
+    else
+      now="$(state)"
+      case "$now" in
+        ACTIVE | UNKNOWN) [ $((silent += 1)) -lt 20 ] || die "$name: the workers have not answered 20 times" ;;
+        *)
+          echo preempted
+          return
+          ;;
+      esac
+    fi
+    sleep "$poll"
+  done
+}
+
+run() {
+  local outcome failures=0
+  if $spot && [ -z "$results" ] && ! $dry_run; then
+    say "without --results=gs://BUCKET/PATH a preempted spot slice starts anew"
+  fi
+  while true; do
+    ensure_active
+    if $dry_run; then
+      start
+      remote "$worker status"
+      outcome="done"
+    elif start; then
+      outcome="$(watch)"
+    elif [ "$(state)" = ACTIVE ]; then
+      outcome=failed
+    else
+      outcome=preempted
+    fi
+    case "$outcome" in
+      done) break ;;
+      preempted) say "preempted: queueing for another slice" ;;
+      *)
+        remote "$worker logs 5" >&2 || true
+        [ $((failures += 1)) -le "$retries" ] || die "$name: the command failed $failures times; its last lines are above"
+        say "the command failed: run $((failures + 1)) of $((retries + 1))"
+        remote "$worker stop" || true
+        ;;
+    esac
+  done
+  if $delete_when_done; then give_back; fi
+  $dry_run || say "done"
+}
+
+case "$action" in
+  create) ensure_active ;;
+  run) run ;;
+  status)
+    if $dry_run; then queue describe --format='value(state.state)'; else
+      now="$(state)"
+      echo "$name: $now"
+      [ "$now" = ACTIVE ] || exit 0
+    fi
+    remote "$worker status"
+    ;;
+  logs) remote "$worker logs 50" ;;
+  fetch)
+    if [ -n "$results" ]; then
+      call mkdir -p "$workdir"
+      call gcloud storage rsync --recursive "$results" "$workdir"
+    else
+      [[ "$workdir" == /* ]] && there="$workdir" || there="precision_scaling/$workdir"
+      call mkdir -p "$(dirname "$workdir")"
+      call gcloud compute tpus tpu-vm scp --recurse "$name:$there" "$(dirname "$workdir")" "${where[@]}" --worker=0
+    fi
+    ;;
+  delete) give_back ;;
+esac

@@ -1,0 +1,93 @@
+"""Stands in for gcloud on the PATH of tests: records every call and plays a TPU slice of two workers on this machine.
+
+State is kept in $FAKE_GCLOUD: `calls` (a JSON list per line), bucket (gs://bucket) and a directory for every slice, with
+`states` (what `describe` answers, one per line; the last one stays) and worker0 and worker1, the home directories where
+`ssh` really runs its commands.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HOME = Path(os.environ["FAKE_GCLOUD"])
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    return next((a.split("=", 1)[1] for a in arguments if a.startswith(f"--{name}=")), None)
+
+
+def fail(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(1)
+
+
+def workers(name: str) -> list[Path]:
+    return [HOME / name / f"worker{i}" for i in (0, 1)]
+
+
+def queued_resources(action: str, name: str) -> None:
+    states = HOME / name / "states"
+    if action == "create":
+        if states.exists():
+            fail("ERROR: (gcloud) ALREADY_EXISTS: Resource already exists")
+        queue = os.environ.get("FAKE_QUEUE", "WAITING_FOR_RESOURCES,PROVISIONING,ACTIVE")
+        for worker in workers(name):
+            worker.mkdir(parents=True)
+        states.write_text("\n".join(queue.split(",")))
+    elif action == "describe":
+        if not states.exists():
+            fail("ERROR: (gcloud) NOT_FOUND: Resource 'queued resource' was not found")
+        first, *rest = states.read_text().split()
+        states.write_text("\n".join(rest or [first]))
+        if first == "NO_NETWORK":
+            fail("ERROR: (gcloud) There was a problem refreshing your current auth tokens")
+        print(first)
+    elif action == "delete":
+        shutil.rmtree(HOME / name)
+
+
+def tpu_vm(action: str, arguments: list[str]) -> None:
+    remote = [a for a in arguments if not a.startswith("--")]
+    name = next(a.split(":")[0] for a in remote if ":" in a or action == "ssh")
+    states = HOME / name / "states"
+    if not states.exists() or states.read_text().split()[0] != "ACTIVE":
+        fail("ERROR: (gcloud) SSH failed")
+    chosen = option(arguments, "worker")
+    chosen = workers(name) if chosen == "all" else [workers(name)[int(chosen)]]
+    if action == "ssh":
+        command = ["bash", "-c", option(arguments, "command")]
+        if any([subprocess.run(command, cwd=worker).returncode for worker in chosen]):
+            sys.exit(1)
+        return
+    for worker in chosen:
+        source, target = (worker / a.split(":")[1] if ":" in a else Path(a) for a in remote)
+        if source.is_dir():
+            shutil.copytree(source, target / source.name, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, target)
+
+
+def storage(action: str, arguments: list[str]) -> None:
+    paths = [Path(str(HOME) + a.removeprefix("gs:/")) if a.startswith("gs://") else Path(a) for a in arguments]
+    paths = [path for path in paths if not str(path).startswith("--")]
+    if not paths[0].exists():
+        fail("ERROR: (gcloud.storage) One or more URLs matched no objects.")
+    if action == "rsync":
+        shutil.copytree(*paths, dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    with open(HOME / "calls", "a") as calls:
+        calls.write(json.dumps(sys.argv[1:]) + "\n")
+    match sys.argv[1:]:
+        case ["compute", "tpus", "queued-resources", action, name, *_]:
+            queued_resources(action, name)
+        case ["compute", "tpus", "tpu-vm", "ssh" | "scp" as action, *rest]:
+            tpu_vm(action, rest)
+        case ["storage", action, *rest]:
+            storage(action, rest)
+        case other:
+            fail(f"ERROR: (gcloud) Invalid choice: {other}")
