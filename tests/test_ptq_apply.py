@@ -132,7 +132,7 @@ def numpy_layer_inputs(block, x, a_bits):
     kernel = lambda module, name: np.asarray(block[module][name]["kernel"], np.float64)
     inputs = {}
     h = inputs["qkv"] = on_grid(norm(x, np.asarray(block["attention_norm"]["scale"], np.float64)))
-    qkv = np.einsum("bld,dphk->pblhk", h, kernel("attention", "qkv"))
+    qkv = np.split(np.einsum("bld,dnk->blnk", h, kernel("attention", "qkv")), 3, axis=2)
     angle = np.arange(8)[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     rotate = lambda x: np.concatenate(
