@@ -28,17 +28,28 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
 
     c.model = ml_collections.ConfigDict()
-    c.model.size = "25k"  # fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py
+    # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it.
+    c.model.size = "25k"
     c.model.width = 0  # 0: by size. Width of the residual stream
     c.model.depth = 0  # 0: by size. Number of layers
     c.model.heads = 0  # 0: by size. Attention heads; must divide the width into even parts
+    c.model.kv_heads = 0  # 0: as many as heads. Heads of keys and values (grouped queries); a divisor of heads
+    c.model.head_width = 0  # 0: width / heads. Width of a head, even
     c.model.hidden = 0  # 0: by size, or 8/3 of a width that is set. Width inside the SwiGLU MLP
+    c.model.vocab_size = 0  # 0: the tokenizer's. Rows of the embedding, at least as many as the tokenizer has ids
     c.model.sequence_length = 64  # tokens per sequence
     c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32 always
     c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
-    c.model.norm_epsilon = 1e-5  # added to the mean square in RMSNorm
+    c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as OLMo 2 has it
+    c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as OLMo has it
+    # Norm of queries and keys before they are rotated: "none", "projection" (over all heads, OLMo 2) or "head" (Qwen 3).
+    c.model.qk_norm = "none"
+    c.model.norm_epsilon = 1e-5  # added to the mean square in every norm
+    c.model.tie_embeddings = False  # the head multiplies by the embedding's table; N counts neither
     c.model.remat = False  # recompute each block in the backward pass: less memory, a third more time
-    c.model.base_size = "25k"  # depth-µP equals the standard parametrization at this size's width and depth
+    # depth-µP equals the standard parametrization at this size's width and depth. Empty: at the model's own.
+    c.model.base_size = "25k"
+    c.model.imported = ""  # set by `precision_scaling.huggingface import`: which model, trained elsewhere, this is
 
     c.precision = ml_collections.ConfigDict()
     # Sets every option below that is left empty: "paper" (nothing is quantized until a format is named), "qat" (int4

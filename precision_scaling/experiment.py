@@ -41,7 +41,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run. steps: length of the schedule."""
+    """One training run. steps: length of the schedule. imported: the model it is, where it was trained elsewhere."""
 
     shape: Shape
     precision: Spec
@@ -50,6 +50,7 @@ class Run:
     peak_rate: float
     seed: int
     ptq: bool
+    imported: str = ""
 
     @property
     def tokens(self) -> int:
@@ -155,7 +156,9 @@ def _points(config):
 
 
 def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
-    shape = Shape(size, _model_config(config, size, vocab_size), config.train.batch_size, config.train.microbatches)
+    decoder = _model_config(config, vocab_size, size)
+    label = size or sizes.label(model.count_parameters(decoder)[0])
+    shape = Shape(label, decoder, config.train.batch_size, config.train.microbatches)
     if isinstance(tokens, bool) or not isinstance(tokens, int | float):
         raise ConfigError("train.tokens", tokens, "a number of tokens")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
@@ -172,29 +175,48 @@ def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
         peak_rate=float(config.optimizer.peak_rate),
         seed=seed,
         ptq=bool(ptq),
+        imported=config.model.imported,
     )
 
 
-def _model_config(config, size: str, vocab_size: int) -> model.ModelConfig:
-    c, named, base = config.model, sizes.named(size), sizes.named(config.model.base_size)
-    width = c.width or named.width
-    heads = c.heads or named.heads
+def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelConfig:
+    c = config.model
+    base = sizes.named(c.base_size) if c.base_size else None
+    # Without a name every part of the shape must be given.
+    named = sizes.named(size) if size else sizes.Size(0, 0, 0, 0)
+    for name, value in dataclasses.asdict(named).items():
+        if not (value or c[name]):
+            raise ConfigError(f"model.{name}", c[name], "a number above 0 where model.size is empty")
+    width, depth, heads = c.width or named.width, c.depth or named.depth, c.heads or named.heads
     hidden = c.hidden or (sizes.hidden_width(width, 8) if c.width else named.hidden)
-    if width % heads or (width // heads) % 2:
+    if not c.head_width and (width % heads or (width // heads) % 2):
         raise ConfigError("model.heads", heads, f"a divisor of the width ({width}) that leaves an even head dimension")
+    if c.head_width % 2:
+        raise ConfigError("model.head_width", c.head_width, "an even number")
+    if c.kv_heads and heads % c.kv_heads:
+        raise ConfigError("model.kv_heads", c.kv_heads, f"a divisor of the heads ({heads})")
+    if c.vocab_size and c.vocab_size < tokenizer_vocab_size:
+        raise ConfigError("model.vocab_size", c.vocab_size, f"at least the tokenizer's {tokenizer_vocab_size}, or 0")
     return model.ModelConfig(
-        vocab_size=vocab_size,
+        vocab_size=c.vocab_size or tokenizer_vocab_size,
         width=width,
-        depth=c.depth or named.depth,
+        depth=depth,
         heads=heads,
         hidden=hidden,
         sequence_length=c.sequence_length,
-        base_width=base.width,
-        base_depth=base.depth,
+        base_width=base.width if base else width,
+        base_depth=base.depth if base else depth,
         dtype=c.dtype,
         rope_theta=c.rope_theta,
         norm_epsilon=c.norm_epsilon,
         remat=c.remat,
+        # As many or as wide as by default is the default: the same model has one name.
+        kv_heads=0 if c.kv_heads == heads else c.kv_heads,
+        head_width=0 if c.head_width * heads == width else c.head_width,
+        norm_placement=c.norm_placement,
+        norm_type=c.norm_type,
+        qk_norm=c.qk_norm,
+        tie_embeddings=c.tie_embeddings,
     )
 
 
@@ -225,8 +247,18 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
 
 
 def _check_options(config) -> None:
-    if config.model.dtype not in DTYPES:
-        raise ConfigError("model.dtype", config.model.dtype, f"one of {', '.join(DTYPES)}")
+    for name, allowed in {
+        "dtype": DTYPES,
+        "norm_placement": model.NORM_PLACEMENTS,
+        "norm_type": model.NORM_TYPES,
+        "qk_norm": model.QK_NORMS,
+    }.items():
+        if config.model[name] not in allowed:
+            raise ConfigError(f"model.{name}", config.model[name], f"one of {', '.join(allowed)}")
+    if config.model.imported and config.study.grid:
+        raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
+    if config.model.imported and (spec := precision.from_options(config.precision)).settings:
+        raise ConfigError("precision", spec.describe(), "bf16 for a model that was imported")
     positive = {
         "model": ("sequence_length", "rope_theta", "norm_epsilon"),
         "optimizer": ("peak_rate", "epsilon"),
@@ -240,7 +272,7 @@ def _check_options(config) -> None:
             if not config[section][name] > 0:
                 raise ConfigError(f"{section}.{name}", config[section][name], "a number above 0")
     for section, names in {
-        "model": ("width", "depth", "heads", "hidden"),
+        "model": ("width", "depth", "heads", "hidden", "kv_heads", "head_width", "vocab_size"),
         "optimizer": ("weight_decay", "clip_norm"),
     }.items():
         for name in names:

@@ -272,7 +272,9 @@ def check_shape(spec: Spec, model: ModelConfig, tokens_per_part: int) -> None:
     tokens_per_part: tokens of a microbatch, over which weight gradients contract.
     """
     features = {"model.width": model.width, "model.hidden": model.hidden}
-    outputs = {"3 × model.width": 3 * model.width, "2 × model.hidden": 2 * model.hidden, "model.width": model.width}
+    features["the heads together"] = model.heads * model.head_dim
+    qkv = (model.heads + 2 * model.key_heads) * model.head_dim
+    outputs = {"queries, keys and values": qkv, "2 × model.hidden": 2 * model.hidden, "model.width": model.width}
     contracted = (
         (("w", "a"), features),
         (("head_w", "head_a", "e"), {"model.width": model.width}),

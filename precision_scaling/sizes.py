@@ -48,3 +48,11 @@ def named(name: str) -> Size:
     if name not in SIZES:
         raise ConfigError("model.size", name, f"one of {', '.join(SIZES)}")
     return SIZES[name]
+
+
+def label(parameters: int) -> str:
+    """A name like those above for a shape that has none: 1234567 -> "1.23M"."""
+    for unit, value in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= value:
+            return f"{parameters / value:.3g}{unit}"
+    return str(parameters)
