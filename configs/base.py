@@ -126,10 +126,19 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluate.batch_size = 64  # sequences per evaluation step
 
     c.ptq = ml_collections.ConfigDict()
-    c.ptq.methods = ("gptq", "rtn")  # post-training quantization of each run, of gptq, awq, rtn; empty: none
-    c.ptq.bits = (3, 4, 5, 6)  # weight bit-widths, symmetric integer grid per output channel
-    c.ptq.calibration_sequences = 128  # training sequences that GPTQ's Hessians are made from
+    # Post-training quantization of each run: gptq, awq and rtn (kernels), smoothquant (kernels and activations),
+    # kv_cache (keys and values alone). Empty: none.
+    c.ptq.methods = ("gptq", "rtn")
+    c.ptq.bits = (3, 4, 5, 6)  # bit-widths of integer grids, 2 to 8
+    c.ptq.calibration_sequences = 128  # training sequences that Hessians and magnitudes are made from
     c.ptq.damping = 0.01  # added to the Hessian's diagonal, a fraction of its mean
+    # Rows made with other values of these stand beside each other; an option that a method lacks does not touch it.
+    c.ptq.group_size = 0  # inputs that share a scale in an output channel; 0: all of them
+    c.ptq.symmetric = True  # levels ±(2^(b-1) - 1); False: 2^b levels from a zero point
+    c.ptq.act_order = False  # GPTQ takes the inputs by falling size
+    c.ptq.clip = False  # shrink ranges to the least squared rounding error; AWQ always has its own search
+    c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range that moves into the kernels
+    c.ptq.granularity = "tensor"  # what shares a scale in activations, keys and values: "tensor" or "token"
 
     c.study = ml_collections.ConfigDict()
     c.study.lanes = 4  # runs of one shape that train at once (vmap); memory grows with it, results do not change

@@ -20,7 +20,7 @@ from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.formats import Format
 from precision_scaling.precision import Spec
-from precision_scaling.ptq import METHODS as PTQ_METHODS
+from precision_scaling.ptq import setting as ptq_setting
 
 DTYPES = ("float32", "bfloat16")
 
@@ -167,6 +167,8 @@ def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
     precision.check_shape(spec, shape.model, shape.tokens_per_step // shape.microbatches)
+    for setting in ptq_setting.of_config(config.ptq) if ptq else ():
+        setting.check_model(shape.model)
     return Run(
         shape=shape,
         precision=spec,
@@ -288,12 +290,8 @@ def _check_options(config) -> None:
         raise ConfigError("train.microbatches", config.train.microbatches, "a divisor of train.batch_size")
     if config.evaluate.sequences % config.evaluate.batch_size:
         raise ConfigError("evaluate.sequences", config.evaluate.sequences, "a multiple of evaluate.batch_size")
-    for method in config.ptq.methods:
-        if method not in PTQ_METHODS:
-            raise ConfigError("ptq.methods", method, f"any of {', '.join(PTQ_METHODS)}")
-    for bits in config.ptq.bits:
-        if isinstance(bits, bool) or bits not in range(2, 9):
-            raise ConfigError("ptq.bits", bits, "whole numbers from 2 to 8")
+    ptq_setting.of_config(config.ptq)
+    ptq_setting.check_bits(config.ptq)
 
 
 def vocab_size(tokenizer: str) -> int:

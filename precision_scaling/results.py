@@ -19,8 +19,9 @@ COLUMNS = (
     *("status", "method", "fallback_layers", "seed", "size", "epochs", "training_flops"),
     *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction"),
     *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
-    *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity", "precision"),
-    *("validation_tokens", "vocab_size", "corpus", "device", "jax_version"),
+    *("w_granularity", "a_granularity", "attention_granularity", "precision"),
+    *("ptq_granularity", "ptq_options", "post_parts", "stored_bits"),
+    *("validation_tokens", "vocab_size", "corpus", "device", "jax_version", "imported"),
 )
 ROW_FILES = "rows-*.json"
 

@@ -1,3 +1,3 @@
 """Post-training quantization: a method turns (kernel, calibration statistics, grid) into a quantized kernel."""
 
-METHODS = ("gptq", "awq", "rtn")
+METHODS = ("gptq", "awq", "rtn", "smoothquant", "kv_cache")

@@ -1,6 +1,6 @@
 """Quantizes every trained run of a workdir after training and adds a row per bit-width to its runs.csv.
 
-python -m precision_scaling.ptq --workdir=DIR --method=gptq|awq|rtn --bits=3,4,5,6
+python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
 from pathlib import Path
@@ -9,9 +9,12 @@ from absl import flags
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import errors, results
+from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
-from precision_scaling.ptq import METHODS
-from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.ptq import METHODS, layers, packed
+from precision_scaling.ptq import setting as setting_lib
+from precision_scaling.ptq.runs import packed_directory, quantize_missing
+from precision_scaling.ptq.setting import Setting
 
 
 def _bits(texts: list[str]) -> list[int]:
@@ -21,20 +24,59 @@ def _bits(texts: list[str]) -> list[int]:
     return sorted({int(text) for text in texts})
 
 
+def _setting(method: str, config, given: dict[str, object]) -> Setting:
+    """The setting of a method with the config's options and, in their place, those given."""
+    setting = setting_lib.of_method(method, {**config, **given})
+    for name, value in given.items():
+        if getattr(setting, name) != value:  # the setting keeps what its method has
+            raise UserError(f"ptq.{name} = {value!r} with --method={method}: it has no such option")
+    return setting
+
+
+def _sizes(bench: Bench, setting: Setting, bits: list[int]) -> list[str]:
+    """A line for each packed model: where it is and what it takes."""
+    lines = []
+    for run in bench.experiment.runs:
+        for b in bits:
+            path = packed_directory(bench.directory(run), setting, b)
+            if (path / packed.DESCRIPTION).exists():
+                arrays = packed.packed_bytes(packed.load(path).model, b)
+                lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
+    return lines
+
+
 def _main(argv) -> None:
     del argv
     workdir, bits = Path(_WORKDIR.value).expanduser(), _bits(_BITS.value)
     bench = bench_lib.reopen_bench(workdir)
+    given = {"group_size": _GROUP_SIZE.value, "act_order": _ACT_ORDER.value, "clip": _CLIP.value}
+    given |= {"symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value}
+    given |= {"smoothing": _SMOOTHING.value, "granularity": _GRANULARITY.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    setting = _setting(_METHOD.value, bench.experiment.config.ptq, given)
     try:
-        warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True)
+        warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value)
     finally:
         rows = results.gather(workdir)
-    print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
+    figures = [layers.draw(bench.directory(run), setting.name) for run in bench.experiment.runs]
+    drawn = [f"error by layer: {figure}" for figure in figures if figure]
+    sizes = _sizes(bench, setting, bits) if _SAVE.value else []
+    print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
     _METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.")
-    _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of the weights.")
+    _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.")
+    _SAVE = flags.DEFINE_bool("save", False, "Keep the quantized models, packed, in runs/<id>/quantized.")
+    # Options of the method; what is not given is as in the workdir's config.
+    _GROUP_SIZE = flags.DEFINE_integer("group_size", None, "Inputs that share a scale; 0: all of an output channel.")
+    _ASYMMETRIC = flags.DEFINE_bool("asymmetric", None, "Integer grids with a zero point.")
+    _ACT_ORDER = flags.DEFINE_bool("act_order", None, "GPTQ: quantize inputs by falling size.")
+    _CLIP = flags.DEFINE_bool("clip", None, "Shrink ranges to the least squared rounding error.")
+    _SMOOTHING = flags.DEFINE_float("smoothing", None, "SmoothQuant: share of the range that is moved, alpha.")
+    _GRANULARITY = flags.DEFINE_enum(
+        "granularity", None, setting_lib.GRANULARITIES, "What shares a scale in activations, keys and values."
+    )
     flags.mark_flags_as_required(["workdir"])
     errors.run(_main)

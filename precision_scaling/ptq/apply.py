@@ -1,57 +1,85 @@
 """Post-training quantization of a whole decoder: layer by layer, each on inputs made by the quantized layers before it.
 
-Stands between the methods for one kernel (`gptq`, `awq`, `rtn`) and `study`, which loads the parameters and evaluates.
+Stands between the methods for one kernel (`gptq`, `awq`, `rtn`, `smoothquant`) and `runs`, which loads the parameters
+and evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, O outputs, L layers.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from precision_scaling import compilation, quantize
 from precision_scaling.model import Block, Decoder
-from precision_scaling.ptq import awq, gptq, rtn
+from precision_scaling.ptq import awq, gptq, grid, rtn
+from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
+from precision_scaling.ptq.error import relative_output_error
+from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.step import Static
 
 # The projections of a block in the order in which data reaches them.
 LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
+# The norms whose gains can take a factor of the input of a projection.
+NORMS = {("attention", "qkv"): "attention_norm", ("mlp", "gate_up"): "mlp_norm"}
 
 
-class Quantized(NamedTuple):
-    """A decoder at each of K bit-widths."""
+class Report(NamedTuple):
+    """What happened to each projection of each layer, at each of K bit-widths: arrays (K, L, projections).
 
-    params: Any  # leading axis K
-    fell_back: jax.Array  # (K, layers, projections): the calibration statistics were unusable, so rounded to nearest
-    damping: jax.Array  # (K, layers, projections), NaN where nothing was damped
+    Errors are ‖X (W - Q)‖² / ‖X W‖² on the inputs X that the layers quantized before it make; NaN where nothing was
+    calibrated.
+    """
+
+    fell_back: jax.Array  # the calibration statistics were unusable, so rounded to nearest
+    damping: jax.Array  # NaN where nothing was damped
+    error: jax.Array
+    rtn_error: jax.Array  # of rounding to nearest on the same inputs
 
 
 def quantize_model(
-    static: Static, params: Any, table: Any, tokens_NxS, bits_K, damping, *, method: str, batch_size: int
-) -> Quantized:
-    """The kernels of all blocks on the grids of `bits_K`; norms, embedding and head stay as they are.
+    static: Static,
+    params: Any,
+    table: Any,
+    tokens_NxS,
+    bits: Sequence[int],
+    damping,
+    *,
+    setting: Setting,
+    batch_size: int,
+) -> tuple[tuple[QuantizedModel, ...], Report]:
+    """The decoder with the kernels of all blocks on the grids of each of the bit-widths (2 to 8).
 
-    table: grids of the run's activations and attention, weights passing through. tokens_NxS: calibration text, N a
-    multiple of batch_size. Every bit-width has its own stream of activations, made by what is quantized already.
+    static: its program is `setting.program`'s. table: grids of the run's activations and attention, weights passing
+    through; operands that the setting quantizes need none. tokens_NxS: calibration text, N a multiple of batch_size.
+    Every bit-width has its own stream of activations, made by what is quantized already.
     """
-    return _compiled(static, method, batch_size)(params, table, tokens_NxS, bits_K, damping)
+    bits_K = jnp.asarray(bits, jnp.float32)
+    blocks, report = _compiled(static, setting, batch_size)(params, table, tokens_NxS, bits_K, damping)
+    models = []
+    for k in range(len(bits)):
+        kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
+        models.append(QuantizedModel(kernels, {**params, "layers": {"block": block}}))
+    return tuple(models), jax.tree.map(np.asarray, report)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(static: Static, method: str, batch_size: int):
+def _compiled(static: Static, setting: Setting, batch_size: int):
     def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
         layers = _as_multiplied(params["layers"]["block"], static.model.dtype)
         params = {**params, "layers": {"block": layers}}
 
         def at(bits):
-            if method == "rtn":
-                return _round_layers(layers, bits)
-            return _calibrated_layers(static, method, params, table, tokens_NxS, bits, damping, batch_size)
+            if setting.method == "rtn":
+                return _round_layers(setting, layers, bits)
+            on_the_fly = {name: grid.integer_levels(bits) for name in setting.operands}
+            stream = params, {**table, **on_the_fly}, tokens_NxS
+            return _calibrated_layers(static, setting, *stream, bits, damping, batch_size)
 
-        quantized, fell_back, used = jax.vmap(at)(bits_K)
-        outer = {name: value for name, value in params.items() if name != "layers"}
-        outer = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_K.shape[0], *x.shape)), outer)
-        return Quantized({**outer, "layers": {"block": quantized}}, fell_back, used)
+        return jax.vmap(at)(bits_K)
 
     return compilation.jit(quantize_at_all)
 
@@ -72,25 +100,87 @@ def _flat(kernel):
     return kernel.reshape(kernel.shape[0], -1)
 
 
+def _kernel(block: Any, linear: tuple[str, str]):
+    return block[linear[0]][linear[1]]["kernel"]
+
+
 def _with_kernel(block: Any, linear: tuple[str, str], kernel) -> Any:
     module, name = linear
-    old = block[module][name]["kernel"]
-    return {**block, module: {**block[module], name: {"kernel": kernel.reshape(old.shape).astype(old.dtype)}}}
+    return {**block, module: {**block[module], name: {"kernel": kernel}}}
 
 
-def _round_layers(layers: Any, bits):
+def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, dict[str, Codes]], Any]:
+    """(codes by module and name, the block's parameters without its kernels)."""
+    kernels: dict[str, dict[str, Codes]] = {}
+    for (module, name), found in codes.items():
+        kernels.setdefault(module, {})[name] = found
+    left = {
+        module: {name: value for name, value in parameters.items() if (module, name) not in codes}
+        for module, parameters in block.items()
+    }
+    return kernels, {module: parameters for module, parameters in left.items() if parameters}
+
+
+def _round(setting: Setting, kernel_IxO, bits, shape) -> Codes:
+    """Rounding to nearest."""
+    levels, options = grid.integer_levels(bits), {"symmetric": setting.symmetric}
+    found = grid.find(kernel_IxO, levels, group_size=setting.group_size or None, clip=setting.clip, **options)
+    _, level_IxO = grid.quantize(kernel_IxO, found, **options)
+    zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
+    return encode(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO, setting.symmetric, shape)
+
+
+def _round_layers(setting: Setting, layers: Any, bits):
     def block(params):
-        for linear in LINEARS:
-            kernel = params[linear[0]][linear[1]]["kernel"]
-            params = _with_kernel(params, linear, rtn.quantize_kernel(_flat(kernel), bits))
-        return params
+        kernels = {linear: _kernel(params, linear) for linear in LINEARS}
+        codes = {linear: _round(setting, _flat(kernel), bits, kernel.shape) for linear, kernel in kernels.items()}
+        return _split(params, codes)
 
-    depth = jax.tree.leaves(layers)[0].shape[0]
-    shape = (depth, len(LINEARS))
-    return jax.vmap(block)(layers), jnp.zeros(shape, bool), jnp.full(shape, jnp.nan)
+    shape = (jax.tree.leaves(layers)[0].shape[0], len(LINEARS))
+    unknown = jnp.full(shape, jnp.nan)
+    return jax.vmap(block)(layers), Report(jnp.zeros(shape, bool), unknown, unknown, unknown)
 
 
-def _calibrated_layers(static: Static, method: str, params, table, tokens_NxS, bits, damping, batch_size: int):
+def statistics(program: quantize.Program, table, x_CxBxSxI):
+    """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
+
+    def add(total, x_BxSxI):
+        x = quantize.on_grid(x_BxSxI, "a", program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
+        return (total[0] + jnp.matmul(x.T, x, precision="highest"), total[1] + jnp.sum(jnp.abs(x), axis=0)), None
+
+    size = x_CxBxSxI.shape[-1]
+    (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, (jnp.zeros((size, size)), jnp.zeros(size)), x_CxBxSxI)
+    return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
+
+
+def _solve(setting: Setting, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape):
+    """(codes of a kernel of that shape, whether it fell back, damping used)."""
+    group_size = setting.group_size or None
+    if setting.method == "gptq":
+        options = {"symmetric": setting.symmetric, "act_order": setting.act_order, "clip": setting.clip}
+        found = gptq.solve(kernel_IxO, hessian_IxI, bits[None], group_size=group_size, damping=damping, **options)
+        codes = encode(found.codes[0], found.scales[0], found.zeros[0], setting.symmetric, shape)
+        return codes, found.fell_back, found.damping_used
+    if setting.method == "awq":
+        options = {"group_size": group_size, "symmetric": setting.symmetric}
+        found = awq.solve((kernel_IxO,), hessian_IxI, magnitude_I, bits[None], **options)
+        arrays = (field[0][0] for field in (found.codes, found.scales, found.zeros))
+        return encode(*arrays, setting.symmetric, shape, 1 / found.channel_scales[0]), found.fell_back, jnp.nan
+    return _round(setting, kernel_IxO, bits, shape), jnp.asarray(False), jnp.nan
+
+
+def _smooth(setting: Setting, block: Any, linear, inputs_CxBxSxI):
+    """SmoothQuant's factors moved from the norm before a projection into its kernel; and its inputs after that."""
+    kernel = _kernel(block, linear)
+    largest_I = jnp.max(jnp.abs(inputs_CxBxSxI.astype(jnp.float32)), axis=(0, 1, 2))
+    s_I, unusable = smoothing_scales(largest_I, _flat(kernel), setting.smoothing)
+    block = _with_kernel(block, linear, (_flat(kernel) * s_I[:, None]).reshape(kernel.shape))
+    gain = block[NORMS[linear]]["scale"] / s_I
+    inputs = (inputs_CxBxSxI / s_I).astype(inputs_CxBxSxI.dtype)
+    return {**block, NORMS[linear]: {"scale": gain}}, inputs, unusable
+
+
+def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_NxS, bits, damping, batch_size: int):
     module = Block(static.model, static.program)
     embedded = Decoder(static.model, static.program).apply({"params": params}, tokens_NxS, table, method=Decoder.embed)
 
@@ -98,46 +188,35 @@ def _calibrated_layers(static: Static, method: str, params, table, tokens_NxS, b
         """A method of the block with these parameters, calibration batch by calibration batch."""
         return jax.lax.map(lambda batch: module.apply({"params": block}, *batch, method=method), streams_CxB)
 
-    def statistics(x_CxBxSxI):
-        """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
-
-        def add(total, x_BxSxI):
-            x = quantize.on_grid(x_BxSxI, "a", static.program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
-            return (total[0] + jnp.matmul(x.T, x, precision="highest"), total[1] + jnp.sum(jnp.abs(x), axis=0)), None
-
-        size = x_CxBxSxI.shape[-1]
-        (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, (jnp.zeros((size, size)), jnp.zeros(size)), x_CxBxSxI)
-        return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
-
-    def solve(kernel, inputs_CxBxSxI):
-        """(quantized kernel, whether it fell back, damping used)."""
-        hessian_IxI, magnitude_I = statistics(inputs_CxBxSxI)
-        if method == "awq":
-            solution = awq.solve((kernel,), hessian_IxI, magnitude_I, bits[None])
-            return solution.dequantized[0][0], solution.fell_back, jnp.nan
-        solution = gptq.solve(kernel, hessian_IxI, bits[None], damping=damping)
-        return solution.dequantized[0], solution.fell_back, solution.damping_used
-
     def layer(x_CxBxSxD, block):
-        notes = []
+        codes, notes = {}, []
 
         def quantized(block, linear, inputs_CxBxSxI):
-            kernel, *note = solve(_flat(block[linear[0]][linear[1]]["kernel"]), inputs_CxBxSxI)
-            notes.append(note)
-            return _with_kernel(block, linear, kernel)
+            """The block with this projection quantized, and its inputs."""
+            unusable = jnp.asarray(False)
+            if setting.method == "smoothquant" and linear in NORMS:
+                block, inputs_CxBxSxI, unusable = _smooth(setting, block, linear, inputs_CxBxSxI)
+            kernel = _kernel(block, linear)
+            hessian_IxI, magnitude_I = statistics(static.program, table, inputs_CxBxSxI)
+            arguments = _flat(kernel), hessian_IxI, magnitude_I, bits, damping, kernel.shape
+            codes[linear], fell_back, used = _solve(setting, *arguments)
+            new = dequantize(codes[linear])
+            plain = rtn.quantize_kernel(_flat(kernel), bits, setting.group_size or None, setting.symmetric)
+            errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
+            notes.append(Report(fell_back | unusable, used, *errors))
+            return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI
 
         with_table = lambda method: lambda block, *args: method(block, *args, table)
-        inputs = each(block, Block.before_qkv, x_CxBxSxD)
-        block = quantized(block, LINEARS[0], inputs)
+        block, inputs = quantized(block, LINEARS[0], each(block, Block.before_qkv, x_CxBxSxD))
         inputs = each(block, with_table(Block.before_out), inputs)
-        block = quantized(block, LINEARS[1], inputs)
+        block, inputs = quantized(block, LINEARS[1], inputs)
         x_CxBxSxD, inputs = each(block, with_table(Block.before_gate_up), x_CxBxSxD, inputs)
-        block = quantized(block, LINEARS[2], inputs)
+        block, inputs = quantized(block, LINEARS[2], inputs)
         inputs = each(block, with_table(Block.before_down), inputs)
-        block = quantized(block, LINEARS[3], inputs)
+        block, inputs = quantized(block, LINEARS[3], inputs)
         x_CxBxSxD = each(block, with_table(Block.after_down), x_CxBxSxD, inputs)
-        fell_back, used = (jnp.stack(values) for values in zip(*notes, strict=True))
-        return x_CxBxSxD, (block, fell_back, used)
+        report = jax.tree.map(lambda *values: jnp.stack(values), *notes)
+        return x_CxBxSxD, (_split(block, codes), report)
 
     start_CxBxSxD = embedded.reshape(-1, batch_size, *embedded.shape[1:])
     return jax.lax.scan(layer, start_CxBxSxD, params["layers"]["block"])[1]

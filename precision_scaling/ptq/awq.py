@@ -86,11 +86,11 @@ def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric
 
     def round_scaled(one, s_I, clip):
         """Per kernel: the dequantized kernel with 1/s included, levels and grid of s·W."""
-        s_Ix1 = s_I[:, None]
+        s_Ix1, inverse_Ix1 = s_I[:, None], (1 / s_I)[:, None]
         scaled = [s_Ix1 * kernel for kernel in kernels]
         grids = [find(w_IxO, one, clip=clip) for w_IxO in scaled]
         rounded = [grid.quantize(w_IxO, found, kind, symmetric) for w_IxO, found in zip(scaled, grids, strict=True)]
-        return tuple(value / s_Ix1 for value, _ in rounded), tuple(level for _, level in rounded), tuple(grids)
+        return tuple(value * inverse_Ix1 for value, _ in rounded), tuple(level for _, level in rounded), tuple(grids)
 
     def search(one):
         def attempt(best, exponent):

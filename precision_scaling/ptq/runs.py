@@ -1,13 +1,15 @@
-"""Quantizes the trained runs of a workdir and writes a row per method and bit-width.
+"""Quantizes the trained runs of a workdir and writes a row per setting and bit-width.
 
 The stage after `study`'s training: reads each run's checkpoint, has `apply` quantize it and evaluates the result.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -19,35 +21,64 @@ from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Cohort, Run, of_shard
 from precision_scaling.formats import parse
-from precision_scaling.ptq import apply
+from precision_scaling.ptq import apply, codes, layers, packed
+from precision_scaling.ptq.setting import Setting, of_method
 from precision_scaling.step import Static
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One run to be quantized by one setting at bit-widths that it has no row of yet, or nothing stored."""
+
+    group: Cohort
+    run: Run
+    setting: Setting
+    bits: tuple[int, ...]
+
+
+def packed_directory(run_directory: Path, setting: Setting, bits: int) -> Path:
+    """Where a run's packed model is kept."""
+    return run_directory / "quantized" / f"{setting.name}-{bits}"
+
+
 def quantize_missing(
-    bench: Bench, methods: Iterable[str], bits: Iterable[int], shard=(0, 1), everything=False
+    bench: Bench,
+    methods: Iterable[str],
+    bits: Iterable[int],
+    shard=(0, 1),
+    everything: bool = False,
+    options: Mapping[str, Any] | None = None,
+    save: bool = False,
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
-    Returns a line for each layer that GPTQ had to round to nearest. Raises UserError for checkpoints that cannot be
-    read, after the runs that can.
+    options: in place of those of `config.ptq`; rows of other options are other rows, see `Setting.name`.
+    save: keeps every quantized model as a packed checkpoint, too.
+
+    Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a setting that does not fit
+    a model before anything is quantized, and UserError for checkpoints that cannot be read after the runs that can.
     """
-    todo = []
+    chosen = {**bench.experiment.config.ptq, **(options or {})}
+    settings, bits, todo = [of_method(method, chosen) for method in methods], tuple(dict.fromkeys(bits)), []
+    for setting in settings if save else ():
+        if not setting.kernels:
+            raise UserError(f"--save with {setting.method}: allowed are methods that quantize weights")
     for group in bench.experiment.cohorts:
         for run in of_shard(group.runs, shard):
             trained = results.read_rows(bench.directory(run), "trained")
             if not trained or trained[0]["status"] != "ok" or not (run.ptq or everything):
                 continue
-            for method in methods:
-                have = {row["P_post"] for row in results.read_rows(bench.directory(run), method)}
-                missing = [b for b in dict.fromkeys(bits) if b not in have]
+            for setting in settings:
+                setting.check_model(group.shape.model)
+                missing = tuple(b for b in bits if _is_missing(bench.directory(run), setting, b, save))
                 if missing:
-                    todo.append((group, run, method, missing))
+                    todo.append(_Job(group, run, setting, missing))
     warnings, unreadable = [], []
-    for group, run, method, missing in tqdm(todo, desc="quantizing", unit="run") if todo else ():
+    for job in tqdm(todo, desc="quantizing", unit="run") if todo else ():
         try:
-            warnings += _quantize_run(bench, group, run, method, missing)
+            warnings += _quantize_run(bench, job, save)
         except UserError as error:
-            unreadable.append((run, error))
+            unreadable.append((job.run, error))
     if unreadable:
         run, error = unreadable[0]
         raise UserError(
@@ -57,37 +88,53 @@ def quantize_missing(
     return warnings
 
 
-def _quantize_run(bench: Bench, group: Cohort, run: Run, method: str, bits: list[int]) -> list[str]:
-    config = bench.experiment.config
-    # With weights of another format than the hardware multiplies, the forward pass of a native run is simulated.
-    program = group.program.evaluation().simulated()
-    static = Static(group.shape.model, program, bench.experiment.optimizer)
+def _is_missing(directory: Path, setting: Setting, bits: int, save: bool) -> bool:
+    if save and not (packed_directory(directory, setting, bits) / packed.DESCRIPTION).exists():
+        return True
+    return bits not in {row["P_post"] for row in results.read_rows(directory, setting.name)}
+
+
+def _quantize_run(bench: Bench, job: _Job, save: bool) -> list[str]:
+    config, setting, run = bench.experiment.config, job.setting, job.run
+    directory = bench.directory(run)
+    program = setting.program(job.group.program)
+    static = Static(job.group.shape.model, program, bench.experiment.optimizer)
     abstract = jax.eval_shape(lambda: step_lib.init_state(static, 0).params)
-    params = checkpoint.restore(bench.directory(run) / "checkpoint", abstract)
-    calibration = bench.loader(group.shape).calibration_windows(config.ptq.calibration_sequences, seed=run.seed)
+    params = checkpoint.restore(directory / "checkpoint", abstract)
+    # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     table = table_of(run, program, w=parse("bf16"))
-    batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
-    quantized = apply.quantize_model(
-        static,
-        params,
-        table,
-        calibration[:, :-1],
-        jnp.asarray(bits, jnp.float32),
-        config.ptq.damping,
-        method=method,
-        batch_size=batch,
-    )
-    evaluate = bench_lib.evaluator(bench, group.shape, program)
-    rows, warnings = [], []
-    for i, b in enumerate(bits):
-        loss = evaluate(jax.tree.map(lambda x, i=i: x[i], quantized.params), table)
-        fallen = np.argwhere(np.asarray(quantized.fell_back[i])).tolist()
-        names = ["/".join(apply.LINEARS[j]) + f" of layer {layer}" for layer, j in fallen]
-        warnings += [f"{run.id} at {b} bits: {name} was rounded to nearest, its Hessian is unusable" for name in names]
-        rows.append(
-            bench_lib.row(
-                bench, run, loss, method=method, P_post=b, fallback_layers=len(fallen), ptq_granularity="channel"
-            )
+    warnings, report, models = [], None, ()
+    if setting.kernels:
+        batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
+        calibration = bench.loader(job.group.shape).calibration_windows(config.ptq.calibration_sequences, seed=run.seed)
+        options = {"setting": setting, "batch_size": batch}
+        models, report = apply.quantize_model(
+            static, params, table, calibration[:, :-1], job.bits, config.ptq.damping, **options
         )
-    results.write_rows(bench.directory(run), method, [*results.read_rows(bench.directory(run), method), *rows])
+        if np.isfinite(report.error).any():
+            layers.write(directory, setting.name, job.bits, report)
+    evaluate = bench_lib.evaluator(bench, job.group.shape, program)
+    rows = []
+    for k, b in enumerate(job.bits):
+        post = {**table, **{name: parse(b).grid() for name in setting.operands}}
+        loss = evaluate(codes.parameters(models[k]) if models else params, post)
+        fallen = np.argwhere(report.fell_back[k]).tolist() if report else []
+        names = [f"{layers.PROJECTIONS[j]} of layer {layer}" for layer, j in fallen]
+        warnings += [
+            f"{run.id} at {b} bits: {name} was rounded to nearest, its calibration is unusable" for name in names
+        ]
+        post_training = {
+            "method": setting.name,
+            "P_post": b,
+            "fallback_layers": len(fallen),
+            "ptq_granularity": setting.weight_granularity or setting.granularity,
+            "ptq_options": " ".join(setting.options),
+            "post_parts": setting.parts,
+            "stored_bits": round(codes.stored_bits(models[k], b), 4) if models else None,
+        }
+        rows.append(bench_lib.row(bench, run, loss, **post_training))
+        if save:
+            packed.save(packed_directory(directory, setting, b), models[k], setting.name, b, setting.operands)
+    kept = [row for row in results.read_rows(directory, setting.name) if row["P_post"] not in job.bits]
+    results.write_rows(directory, setting.name, [*kept, *rows])
     return warnings

@@ -1,0 +1,73 @@
+"""A quantized kernel as integers and scales, and a decoder made of such kernels: what is evaluated and what is stored.
+
+Between `apply`, which makes them, and `packed`, which keeps them on disk. `dequantize` is the one way from codes back
+to a kernel, so a model that was stored and read again has the same kernels, bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Codes(NamedTuple):
+    """A kernel (in I, *features F) with a scale for each of G groups of adjacent inputs and each output.
+
+    kernel = (codes - zeros) · scales · row_scales.
+    """
+
+    codes: jax.Array  # (I, *F): levels in int8, or from 0 to 2^b - 1 in uint8 where there is a zero point
+    scales: jax.Array  # (G, *F), float32
+    zeros: jax.Array | None = None  # (G, *F), uint8; None where the grid is symmetric
+    row_scales: jax.Array | None = None  # (I,), float32, AWQ's 1/s; None is 1
+
+
+class QuantizedModel(NamedTuple):
+    """A decoder at one bit-width: kernels of its blocks by module and name, layers on a leading axis, and the rest."""
+
+    kernels: dict[str, dict[str, Codes]]
+    rest: Any  # the parameters without these kernels: embedding, head, norms
+
+
+def encode(code_IxO, scale_GxO, zero_GxO, symmetric: bool, shape: tuple[int, ...], row_scale_I=None) -> Codes:
+    """Codes of a kernel of that shape (in, *features), from a method's codes (level + zero) of it as a matrix."""
+    dtype = jnp.int8 if symmetric else jnp.uint8
+
+    def features(x):
+        return x.reshape(x.shape[0], *shape[1:])
+
+    zeros = None if symmetric else features(zero_GxO.astype(dtype))
+    return Codes(features(code_IxO.astype(dtype)), features(scale_GxO), zeros, row_scale_I)
+
+
+def dequantize(codes: Codes) -> jax.Array:
+    """The kernel (in, *features) in float32."""
+    groups, *features = codes.scales.shape
+    level = codes.codes.astype(jnp.float32).reshape(groups, -1, *features)
+    if codes.zeros is not None:
+        level -= codes.zeros.astype(jnp.float32)[:, None]
+    kernel = (level * codes.scales[:, None]).reshape(codes.codes.shape)
+    if codes.row_scales is None:
+        return kernel
+    return kernel * codes.row_scales.reshape(-1, *(1 for _ in features))
+
+
+@jax.jit
+def parameters(model: QuantizedModel) -> Any:
+    """The decoder's parameters, every kernel dequantized."""
+    block = model.rest["layers"]["block"]
+    for module, kernels in model.kernels.items():
+        found = {name: {"kernel": jax.vmap(dequantize)(codes)} for name, codes in kernels.items()}
+        block = {**block, module: {**block.get(module, {}), **found}}
+    return {**model.rest, "layers": {**model.rest["layers"], "block": block}}
+
+
+def stored_bits(model: QuantizedModel, bits: int) -> float:
+    """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
+    total = weights = 0
+    for codes in jax.tree.leaves(model.kernels, is_leaf=lambda x: isinstance(x, Codes)):
+        weights += codes.codes.size
+        integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)
+        scales = codes.scales.size + (0 if codes.row_scales is None else codes.row_scales.size)
+        total += bits * integers + 32 * scales
+    return total / weights

@@ -1,0 +1,103 @@
+"""What quantization did to each layer of a run: a file beside the run's rows, and a figure of error by layer.
+
+`runs` writes the file from what `apply` reports; the command draws it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from precision_scaling import results
+from precision_scaling.errors import UserError
+from precision_scaling.ptq.apply import LINEARS, Report
+
+PROJECTIONS = tuple("/".join(linear) for linear in LINEARS)
+
+
+def path_of(run_directory: Path, name: str) -> Path:
+    """Where the report of a setting of that name is kept."""
+    return run_directory / f"layers-{name}.json"
+
+
+def write(run_directory: Path, name: str, bits: Sequence[int], report: Report) -> None:
+    """Adds the reports at these bit-widths to a run's file, in place of older ones at the same.
+
+    The file: {"projections": [name], "bits": {"4": {"error": [layer][projection], ...}}} with the fields of
+    `apply.Report`, null where there is no number.
+    """
+    path = path_of(run_directory, name)
+    found = _read(path)["bits"] if path.exists() else {}
+    for k, b in enumerate(bits):
+        found[str(b)] = {field: _plain(getattr(report, field)[k]) for field in Report._fields}
+    ordered = dict(sorted(found.items(), key=lambda item: int(item[0])))
+    results.atomic_write(path, json.dumps({"projections": PROJECTIONS, "bits": ordered}) + "\n")
+
+
+def draw(run_directory: Path, name: str) -> Path | None:
+    """Draws a run's file as a PNG beside it, unless that is there and newer; its path, None where there is no file.
+
+    A panel for each projection: relative output error by layer, a colour for each bit-width, rounding to nearest on the
+    same inputs dashed. Layers that fell back to it are crossed.
+    """
+    path = path_of(run_directory, name)
+    if not path.exists():
+        return None
+    figure = path.with_suffix(".png")
+    if figure.exists() and figure.stat().st_mtime >= path.stat().st_mtime:
+        return figure
+    drawing = _figure(_read(path), name)
+    temporary = figure.with_name(f".{figure.name}.{os.getpid()}.tmp")
+    drawing.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, figure)
+    return figure
+
+
+def _figure(found: dict[str, Any], name: str):
+    from matplotlib.figure import Figure  # a second to import: only where something is drawn
+
+    drawing = Figure(figsize=(3.2 * len(found["projections"]), 3.4), layout="constrained")
+    panels = drawing.subplots(1, len(found["projections"]), sharey=True)
+    for j, (panel, projection) in enumerate(zip(panels, found["projections"], strict=True)):
+        for i, (bits, values) in enumerate(found["bits"].items()):
+            error_L, rtn_L, fell_L = (
+                np.array(values[field], float)[:, j] for field in ("error", "rtn_error", "fell_back")
+            )
+            layers, colour = np.arange(len(error_L)), f"C{i}"
+            panel.plot(layers, error_L, "o-", color=colour, markersize=4, label=f"{bits} bits")
+            panel.plot(layers, rtn_L, "--", color=colour, linewidth=1)
+            panel.plot(layers[fell_L > 0], error_L[fell_L > 0], "x", color="black", markersize=9)
+        panel.set(yscale="log", title=projection, xlabel="layer", xticks=_ticks(len(layers)))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("‖X(W − Q)‖² / ‖XW‖²")
+    panels[-1].plot([], [], "--", color="grey", linewidth=1, label="rounded to nearest")
+    panels[-1].legend(fontsize="small")
+    drawing.suptitle(f"Relative output error of each projection: {name}")
+    return drawing
+
+
+def _ticks(layers: int) -> list[int]:
+    return list(range(0, layers, max(1, math.ceil(layers / 8))))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not found["projections"] or not isinstance(found["bits"], dict):
+            raise ValueError
+        return found
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a file of errors by layer; delete it and its rows to measure them anew") from None
+
+
+def _plain(array_LxP: np.ndarray) -> list[list[Any]]:
+    """Nested lists; NaN is null, which JSON has."""
+    values = np.asarray(array_LxP)
+    if values.dtype == bool:
+        return values.tolist()
+    # Seven digits are all that a float32 has.
+    return [[float(f"{x:.7g}") if math.isfinite(x) else None for x in row] for row in values.tolist()]

@@ -1,0 +1,150 @@
+"""Quantized checkpoints: kernels as densely packed integers with their scales, on disk through Orbax.
+
+`runs` saves what it has evaluated under a run's `quantized/`; `load` gives back a decoder with the same kernels, bit
+for bit. Scales are float32, as the methods found them: in 16 bits they would make another kernel than the one whose
+loss is in the table, and per output channel they are less than a tenth of a bit per weight.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from precision_scaling import checkpoint, results
+from precision_scaling.errors import UserError
+from precision_scaling.ptq.codes import Codes, QuantizedModel
+
+DESCRIPTION = "quantized.json"
+VERSION = 1
+
+
+class Loaded(NamedTuple):
+    """A model read from disk; `codes.parameters(model)` are its parameters."""
+
+    model: QuantizedModel
+    method: str  # the name of its `Setting`
+    bits: int
+    operands: tuple[str, ...]  # of the forward pass, to be quantized at `bits` when the model is evaluated
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """The low `bits` (1 to 8) of each 8-bit integer, one after the other without gaps: uint8 (ceil(n · bits / 8),).
+
+    Value i takes bits i·b to (i+1)·b - 1 of the stream, bit 0 first, and byte j holds bits 8j to 8j + 7, its lowest
+    bit first; so two int4 share a byte, the first in its lower half.
+    """
+    stream = np.unpackbits(values.reshape(-1, 1).view(np.uint8), axis=1, count=bits, bitorder="little")
+    return np.packbits(stream, bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """What `pack` packed, in its shape; of int8 the sign is extended."""
+    count = int(np.prod(shape))
+    stream = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    values = np.packbits(stream, axis=1, bitorder="little").reshape(shape)
+    unused = 8 - bits
+    return np.right_shift(np.left_shift(values, unused).view(dtype), unused)
+
+
+def packed_bytes(model: QuantizedModel, bits: int) -> int:
+    """Bytes of all arrays of the packed model: what is on disk but for Orbax's own files and before it compresses.
+
+    Per layer and kernel (in, out): ceil(in · out · bits / 8), 4 for each scale, and with zero points another
+    ceil(groups · out · bits / 8); norms, embedding and head as they are, in float32.
+    """
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.rest))
+    for codes in _each(model.kernels):
+        layers = codes.codes.shape[0]
+        for integers in (codes.codes, codes.zeros):
+            if integers is not None:
+                total += layers * -(-integers.size // layers * bits // 8)
+        for scales in (codes.scales, codes.row_scales):
+            if scales is not None:
+                total += 4 * scales.size
+    return total
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Bytes of all files below a path."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tuple[str, ...] = ()) -> None:
+    """Writes a model to the directory `path`, replacing what was there; returns when it is on disk.
+
+    method: the name of its setting. bits: 2 to 8. operands: see `Loaded`.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=_is_codes)}
+    arrays["rest"] = jax.tree.map(np.asarray, model.rest)
+    checkpoint.save(path / "arrays", arrays)
+    description = {
+        "version": VERSION,
+        "method": method,
+        "bits": bits,
+        "operands": operands,
+        "shapes": jax.tree.map(lambda codes: list(codes.codes.shape), model.kernels, is_leaf=_is_codes),
+        "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays),
+    }
+    # Last: without it the directory does not count.
+    results.atomic_write(path / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def load(path: Path) -> Loaded:
+    """The model in a directory that `save` wrote. UserError, one line, where it cannot be read."""
+    try:
+        found = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            raise UserError(f"{path}: quantized model of version {found['version']}; allowed is {VERSION}")
+        abstract, shapes = jax.tree.map(_abstract, found["arrays"]), found["shapes"]
+        method, bits, operands = found["method"], found["bits"], tuple(found["operands"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no quantized model there; precision_scaling.ptq writes one with --save") from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path / DESCRIPTION}: not the description of a quantized model") from None
+    arrays = checkpoint.restore(path / "arrays", abstract)
+    kernels = {
+        module: {name: _unpack_codes(arrays["kernels"][module][name], bits, shape) for name, shape in names.items()}
+        for module, names in shapes.items()
+    }
+    return Loaded(QuantizedModel(kernels, arrays["rest"]), method, bits, operands)
+
+
+def _is_codes(x: Any) -> bool:
+    return isinstance(x, Codes)
+
+
+def _each(kernels) -> list[Codes]:
+    return jax.tree.leaves(kernels, is_leaf=_is_codes)
+
+
+def _pack_codes(codes: Codes, bits: int) -> dict[str, np.ndarray]:
+    """The arrays of a kernel of L layers, each layer's integers packed by themselves."""
+    arrays = {name: np.asarray(value) for name, value in codes._asdict().items() if value is not None}
+    for name in {"codes", "zeros"} & set(arrays):
+        arrays[name] = np.stack([pack(layer, bits) for layer in arrays[name]])
+    return arrays
+
+
+def _unpack_codes(arrays: dict[str, Any], bits: int, shape: list[int]) -> Codes:
+    _, rows, *features = shape
+    groups = arrays["scales"].shape[1]
+    dtype = np.uint8 if "zeros" in arrays else np.int8
+    shapes = {"codes": (rows, *features), "zeros": (groups, *features)}
+    unpacked = {
+        name: np.stack([unpack(layer, bits, shapes[name], dtype) for layer in np.asarray(arrays[name])])
+        for name in shapes
+        if name in arrays
+    }
+    return Codes(**{**arrays, **unpacked})
+
+
+def _abstract(text: str) -> jax.ShapeDtypeStruct:
+    """Of "float32[2, 16]"."""
+    dtype, _, shape = text.partition("[")
+    return jax.ShapeDtypeStruct(json.loads(f"[{shape}"), np.dtype(dtype))

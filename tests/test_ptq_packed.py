@@ -1,0 +1,158 @@
+"""Quantized checkpoints: bits packed without gaps, the same kernels after reading, and the size that was predicted."""
+
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from precision_scaling.errors import UserError
+from precision_scaling.formats import parse
+from precision_scaling.model import ModelConfig
+from precision_scaling.model import init as init_model
+from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.ptq import apply, codes, packed
+from precision_scaling.ptq.setting import Setting
+from precision_scaling.quantize import Operand, Program
+from precision_scaling.step import Static
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MODEL = ModelConfig(
+    vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
+)
+PROGRAM = Program((("a", Operand(parse("int4").kind, "tensor")),))
+STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+SETTINGS = {
+    "gptq": Setting("gptq"),
+    "awq": Setting("awq", group_size=8),
+    "rtn": Setting("rtn", group_size=4, symmetric=False),
+    "act_order": Setting("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
+}
+SLOW = pytest.mark.slow
+EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "act_order"))]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    @functools.cache
+    def at(name):
+        params = jax.jit(lambda: init_model(MODEL, jax.random.key(0)))()
+        tokens = np.random.default_rng(0).integers(0, 31, (6, 8)).astype(np.int32)
+        table = {"a": parse(16).grid()}
+        models, _ = apply.quantize_model(
+            STATIC, params, table, tokens, (3, 4), 0.01, setting=SETTINGS[name], batch_size=6
+        )
+        return dict(zip((3, 4), models, strict=True))
+
+    return at
+
+
+def test_two_int4_share_a_byte_and_three_bits_leave_no_gap():
+    # By hand: 0b0010 and -1 = 0b1111; then 001, 110, 011 of -2 and 3 from the lowest bit up.
+    np.testing.assert_array_equal(packed.pack(np.array([2, -1, 7], np.int8), 4), [0b11110010, 0b0111])
+    np.testing.assert_array_equal(packed.pack(np.array([1, -2, 3], np.int8), 3), [0b11_110_001, 0b0])
+    np.testing.assert_array_equal(packed.pack(np.array([255, 0, 128], np.uint8), 8), [255, 0, 128])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_every_integer_comes_back_from_the_fewest_bytes(bits, dtype):
+    low = -(2 ** (bits - 1)) if dtype == np.int8 else 0
+    values = np.random.default_rng(bits).integers(low, low + 2**bits, (13, 5, 3)).astype(dtype)
+    stream = packed.pack(values, bits)
+    assert stream.dtype == np.uint8 and stream.shape == (math.ceil(13 * 5 * 3 * bits / 8),)
+    found = packed.unpack(stream, bits, values.shape, dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_kernels_are_the_same_bit_for_bit_after_reading(name, quantized, tmp_path):
+    model = quantized(name)[3]
+    packed.save(tmp_path / "q", model, name, 3, ("a",))
+    loaded = packed.load(tmp_path / "q")
+    assert (loaded.method, loaded.bits, loaded.operands) == (name, 3, ("a",))
+    before, after = codes.parameters(model), codes.parameters(loaded.model)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_stored_integers_need_no_more_than_their_bits(name, quantized):
+    symmetric = SETTINGS[name].symmetric
+    for bits, model in quantized(name).items():
+        for found in jax.tree.leaves(model.kernels, is_leaf=lambda x: isinstance(x, codes.Codes)):
+            values = np.asarray(found.codes)
+            assert values.dtype == (np.int8 if symmetric else np.uint8)
+            assert np.max(np.abs(values.astype(int))) <= (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
+            assert symmetric == (found.zeros is None)
+            assert symmetric or np.max(found.zeros) <= 2**bits - 1
+
+
+def test_size_is_worked_out_from_bits_groups_and_shapes(quantized):
+    width, hidden, layers = 16, 24, 2
+    weights = {"qkv": (width, 3 * width), "out": (width, width)}
+    weights |= {"gate_up": (width, 2 * hidden), "down": (hidden, width)}
+    kept = 4 * (2 * 31 * width + width + layers * 2 * width)  # embedding, head and norms in float32
+    for bits in (3, 4):
+        channel = sum(math.ceil(i * o * bits / 8) + 4 * o for i, o in weights.values())
+        assert packed.packed_bytes(quantized("gptq")[bits], bits) == kept + layers * channel
+        grouped = sum(
+            math.ceil(i * o * bits / 8) + i // 4 * o * 4 + math.ceil(i // 4 * o * bits / 8) for i, o in weights.values()
+        )
+        assert packed.packed_bytes(quantized("rtn")[bits], bits) == kept + layers * grouped
+    parameters = sum(i * o for i, o in weights.values())
+    outputs = sum(o for _, o in weights.values())
+    assert codes.stored_bits(quantized("gptq")[4], 4) == pytest.approx(4 + 32 * outputs / parameters)
+    # A group of 4 has a scale of 32 bits and a zero of 4 bits.
+    assert codes.stored_bits(quantized("rtn")[4], 4) == pytest.approx(4 + (32 + 4) / 4)
+
+
+def random_model(bits, width=256):
+    """Codes and weights that no compression makes smaller."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**bits, (2, width, width)).astype(np.uint8)
+    scales = rng.integers(1, 2**31, (2, width // 32, width)).astype(np.uint32).view(np.float32)
+    zeros = rng.integers(0, 2**bits, (2, width // 32, width)).astype(np.uint8)
+    rest = {"layers": {"block": {"norm": np.ones((2, width), np.float32)}}}
+    return codes.QuantizedModel({"mlp": {"down": codes.Codes(values, scales, zeros)}}, rest)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_size_on_disk_is_what_was_predicted_and_what_orbax_adds_to_any_checkpoint(bits, tmp_path):
+    model = random_model(bits)
+    packed.save(tmp_path / "q", model, "rtn-group32-asymmetric", bits)
+    predicted = packed.packed_bytes(model, bits)
+    assert abs(packed.bytes_on_disk(tmp_path / "q") - predicted) < 8_000 + 0.01 * predicted
+
+
+def test_size_on_disk_is_at_most_what_was_predicted_for_real_kernels(quantized, tmp_path):
+    model = quantized("rtn")[3]
+    packed.save(tmp_path / "q", model, "rtn", 3)
+    names = 1_000 * len(jax.tree.leaves(model))  # what is written about each array
+    assert packed.bytes_on_disk(tmp_path / "q") < packed.packed_bytes(model, 3) + 3_000 + names
+
+
+def test_what_cannot_be_read_is_one_line(quantized, tmp_path):
+    with pytest.raises(UserError, match="no quantized model there"):
+        packed.load(tmp_path / "nothing")
+    path = tmp_path / "q"
+    packed.save(path, quantized("rtn")[3], "rtn", 3)
+    description = path / packed.DESCRIPTION
+    text = description.read_text()
+    description.write_text(json.dumps({**json.loads(text), "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        packed.load(path)
+    for broken in ("{", "[]", "{}", text.replace("uint8", "cheese")):
+        description.write_text(broken)
+        with pytest.raises(UserError, match="not the description") as raised:
+            packed.load(path)
+        assert "\n" not in str(raised.value)
+    description.write_text(text)
+    for file in (path / "arrays").glob("**/d/*"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(UserError, match="damaged"):
+        packed.load(path)

@@ -1,0 +1,83 @@
+"""Settings: names that tell one way of quantizing from another, and options that are checked before anything runs."""
+
+import dataclasses
+
+import pytest
+
+from configs import base
+from precision_scaling.errors import ConfigError
+from precision_scaling.formats import parse
+from precision_scaling.model import ModelConfig
+from precision_scaling.ptq import METHODS
+from precision_scaling.ptq.setting import Setting, of_config, of_method
+from precision_scaling.quantize import Operand, Program
+
+MODEL = ModelConfig(
+    vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
+)
+
+
+def options(**changed):
+    return {**base.get_config().ptq, **changed}
+
+
+def test_a_method_with_the_default_options_goes_by_its_own_name():
+    assert [of_method(method, options()).name for method in METHODS] == list(METHODS)
+
+
+def test_every_option_of_a_method_is_in_its_name_and_the_others_are_not():
+    everything = {"group_size": 8, "symmetric": False, "act_order": True, "clip": True, "smoothing": 0.75}
+    everything = options(**everything, granularity="token")
+    assert {method: of_method(method, everything).name for method in METHODS} == {
+        "gptq": "gptq-group8-asymmetric-act_order-clip",
+        "awq": "awq-group8-asymmetric",
+        "rtn": "rtn-group8-asymmetric-clip",
+        "smoothquant": "smoothquant-group8-asymmetric-clip-smoothing0.75-token",
+        "kv_cache": "kv_cache-token",
+    }
+
+
+def test_the_table_says_what_was_quantized():
+    parts = {method: of_method(method, options()).parts for method in METHODS}
+    assert parts == {"gptq": "w", "awq": "w", "rtn": "w", "smoothquant": "wa", "kv_cache": "kv"}
+    granularity = {method: of_method(method, options(group_size=8)).weight_granularity for method in METHODS}
+    assert granularity == {**dict.fromkeys(METHODS, "group:8"), "kv_cache": ""}
+
+
+def test_operands_take_the_place_of_those_of_training():
+    trained = Program((("w", Operand(parse("int4").kind, "channel")), ("a", Operand(parse("e4m3").kind, "token"))))
+    program = Setting("smoothquant").program(trained)
+    assert program.get("w") == trained.get("w")
+    assert program.get("a") == Operand(parse("int4").kind, "tensor")
+    program = Setting("kv_cache", granularity="token").program(trained)
+    assert program.get("a") == trained.get("a")
+    assert program.get("k") == program.get("v") == Operand(parse("int4").kind, "token")
+    assert Setting("gptq").program(trained) == trained
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"methods": ("gptq", "magic")}, "ptq.methods"),
+        ({"group_size": 1}, "ptq.group_size"),
+        ({"group_size": -8}, "ptq.group_size"),
+        ({"group_size": 8.0}, "ptq.group_size"),
+        ({"smoothing": 1.5}, "ptq.smoothing"),
+        ({"granularity": "channel"}, "ptq.granularity"),
+    ],
+)
+def test_values_that_are_not_allowed_are_one_line(changed, key):
+    with pytest.raises(ConfigError, match=key) as raised:
+        of_config(options(**changed))
+    assert "allowed is" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_change():
+    Setting("gptq", group_size=8).check_model(MODEL)
+    with pytest.raises(ConfigError, match=r"model\.hidden, 24"):
+        Setting("gptq", group_size=16).check_model(MODEL)
+    Setting("smoothquant").check_model(MODEL)
+    for changed in ({"norm_placement": "post"}, {"norm_type": "layer"}):
+        with pytest.raises(ConfigError, match="smoothquant with"):
+            Setting("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
+        Setting("gptq").check_model(dataclasses.replace(MODEL, **changed))
