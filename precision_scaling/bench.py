@@ -165,5 +165,8 @@ def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, An
         "corpus": bench.corpus.meta["hash"],
         "device": jax.devices()[0].device_kind,
         "jax_version": jax.__version__,
+        "imported": run.imported,
+        # How a model was trained elsewhere is not known here.
+        **(dict.fromkeys(("epochs", "batch_size", "peak_rate", "warmup_fraction")) if run.imported else {}),
         **more,
     }

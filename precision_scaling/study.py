@@ -39,6 +39,8 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
             run for run in of_shard(group.runs, shard) if not results.read_rows(bench.directory(run), "trained")
         )
         if missing:
+            if missing[0].imported:
+                raise ConfigError("model.imported", missing[0].imported, "empty for a model that is to be trained here")
             # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
             lanes = min(config.study.lanes, len(group.runs))
             todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
