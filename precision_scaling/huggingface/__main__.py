@@ -1,0 +1,63 @@
+"""Models from and for Hugging Face, directories on disk: OLMo, OLMo 2, Llama and Qwen 3 decoders.
+
+python -m precision_scaling.huggingface import --model=DIR --tokens=4e12 --workdir=DIR [--config.data.name=c4 ...]
+python -m precision_scaling.huggingface export --workdir=DIR [--run=ID] --out=DIR
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from configs import base
+from precision_scaling import errors, results
+from precision_scaling.errors import UserError
+from precision_scaling.huggingface import workdir as workdir_lib
+
+
+def _required(*names: str) -> list[Path]:
+    """Values of flags that are directories."""
+    for name in names:
+        if not flags.FLAGS[name].value:
+            raise UserError(f"--{name} is missing; `python -m precision_scaling.huggingface --help` tells of all flags")
+    return [Path(flags.FLAGS[name].value).expanduser() for name in names]
+
+
+def _import(argv) -> None:
+    del argv
+    directory, workdir = _required("model", "workdir")
+    if _TOKENS.value is None:
+        raise UserError("--tokens is missing: the tokens that the model was trained on (D), which its files do not say")
+    run = workdir_lib.import_model(directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value)
+    (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
+    print(f"{run.id}: validation loss {row['loss']:.4f} nats per token; quantize it with")
+    print(f"  python -m precision_scaling.ptq --workdir={workdir} --method=gptq --bits=3,4,5,6")
+
+
+def _export(argv) -> None:
+    del argv
+    workdir, out = _required("workdir", "out")
+    run = workdir_lib.export_run(workdir, out, _RUN.value)
+    print(f"{run.id}: written to {out}")
+
+
+def _unknown(argv) -> None:
+    raise UserError(f"command {' '.join(argv[1:]) or 'missing'}: allowed is import or export")
+
+
+if __name__ == "__main__":
+    _COMMANDS = {"import": _import, "export": _export}
+    _command = _COMMANDS.get(sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in _COMMANDS else "", _unknown)
+    _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
+    _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", base.__file__, "import: corpus and evaluation; the model section is the model's, but dtype and remat."
+    )
+    _SEQUENCE_LENGTH = flags.DEFINE_integer(
+        "sequence_length", 0, "import: of evaluation and calibration; 0: the model's, at most 1024.", lower_bound=0
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", "", "A workdir, made by import; or any with the run to export.")
+    _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.")
+    _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.")
+    errors.run(_command)

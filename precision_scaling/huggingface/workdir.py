@@ -1,0 +1,103 @@
+"""A Hugging Face model as the one run of a workdir, as `train` would have left it; and a run as a Hugging Face model.
+
+What `ptq` needs is then there: the config with the model's own tokenizer, a checkpoint, and the row of its loss.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import Tokenizer
+
+from precision_scaling import bench as bench_lib
+from precision_scaling import checkpoint, model, results, sharding
+from precision_scaling.cohort import table_of
+from precision_scaling.errors import UserError
+from precision_scaling.experiment import Run
+from precision_scaling.huggingface import architectures
+from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
+
+# Longest sequences that are chosen unasked: the attention products grow with their square.
+DEFAULT_SEQUENCE_LENGTH = 1024
+
+
+def import_model(directory: Path, workdir: Path, tokens: float, config: Any, sequence_length: int = 0) -> Run:
+    """Makes a workdir of a model directory: evaluates the model on the config's corpus and writes checkpoint and row.
+
+    tokens: D, training tokens that the model has seen; its files do not say. config: like configs/base.py; of its
+    `model` section dtype and remat are kept, the rest is the model's own. sequence_length: of evaluation and
+    calibration; 0 is what the model allows, at most 1024.
+    Raises UserError for a directory, a config or a workdir that cannot be used, before anything is written.
+    """
+    pretrained = open_pretrained(directory)
+    config = _config_of(pretrained, tokens, config, sequence_length)
+    bench = bench_lib.open_bench(config, workdir, sharding.local_layout())
+    (group,) = bench.experiment.cohorts
+    (run,) = group.runs
+    if results.read_rows(bench.directory(run), "trained"):
+        return run
+    params = pretrained.params()
+    params = jax.device_put(params, bench.layout.of_tree(params))
+    program = group.program.evaluation()
+    loss = bench_lib.evaluator(bench, group.shape, program)(params, table_of(run, program))
+    if not math.isfinite(loss):
+        raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
+    checkpoint.save(bench.directory(run) / "checkpoint", params)
+    results.write_rows(bench.directory(run), "trained", [bench_lib.row(bench, run, loss)])
+    results.gather(workdir)
+    return run
+
+
+def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_length: int) -> Any:
+    """The config of the workdir."""
+    directory, longest = pretrained.directory, architectures.longest_sequence(pretrained.config)
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: no such file; allowed is a model directory with its tokenizer.json")
+    if longest and sequence_length > longest:
+        raise UserError(f"--sequence_length={sequence_length}: allowed is up to max_position_embeddings, {longest}")
+    sequence_length = sequence_length or min(longest or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH)
+    if not tokens >= sequence_length:
+        raise UserError(f"--tokens={tokens:g}: allowed is the training tokens of the model, {sequence_length} or more")
+    config = config.copy_and_resolve_references()
+    config.data.tokenizer = f"file:{tokenizer}"
+    config.model.update(pretrained.options)
+    config.model.update({"size": "", "base_size": "", "sequence_length": sequence_length})
+    config.model.imported = pretrained.fingerprint
+    # Nothing is trained: a step of one sequence rounds D down by the least.
+    config.train.update({"tokens": int(tokens), "batch_size": 1, "microbatches": 1, "seed": 0})
+    return config
+
+
+def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
+    """Writes a trained run of a workdir as a directory that `transformers` loads, with its tokenizer.
+
+    run_id: may be left empty where only one run is trained. Raises UserError for a run that is not there, or a decoder
+    that no Hugging Face architecture computes, before anything is written; `out` must be new or empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out}: there is something already; allowed is a new or an empty directory")
+    bench = bench_lib.reopen_bench(workdir)
+    trained = {}
+    for group in bench.experiment.cohorts:
+        for run in group.runs:
+            if any(row["status"] == "ok" for row in results.read_rows(bench.directory(run), "trained")):
+                trained[run.id] = run
+    if run_id not in trained and (run_id or len(trained) != 1):
+        allowed = f"one of {', '.join(trained)}" if trained else "the workdir of a run that is trained"
+        raise UserError(f"--run={run_id}: allowed is {allowed}")
+    run = trained[run_id] if run_id else next(iter(trained.values()))
+    decoder = run.shape.model
+    abstract = jax.eval_shape(lambda: model.init(decoder, jax.random.key(0)))
+    params = checkpoint.restore(bench.directory(run) / "checkpoint", abstract)
+    write_pretrained(out, decoder, params, bos_token_id=None, eos_token_id=bench.corpus.end_of_text, pad_token_id=None)
+    tokenizer = bench.corpus.directory / "tokenizer.json"
+    if tokenizer.exists():  # bytes need none
+        shutil.copyfile(tokenizer, out / "tokenizer.json")
+        end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(bench.corpus.end_of_text)
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+        results.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+    return run
