@@ -1,8 +1,8 @@
 """Stands in for gcloud on the PATH of tests: records every call and plays a TPU slice of two workers on this machine.
 
-State is kept in $FAKE_GCLOUD: `calls` (a JSON list per line), bucket (gs://bucket) and a directory for every slice, with
-`states` (what `describe` answers, one per line; the last one stays) and worker0 and worker1, the home directories where
-`ssh` really runs its commands.
+State is kept in $FAKE_GCLOUD: `calls` (a JSON list per line), bucket (gs://bucket) and a directory for every slice
+with `states` (what `describe` answers, one per line; the last one stays) and worker0 and worker1, the home directories
+where `ssh` really runs its commands.
 """
 
 import json
@@ -59,9 +59,8 @@ def tpu_vm(action: str, arguments: list[str]) -> None:
     chosen = workers(name) if chosen == "all" else [workers(name)[int(chosen)]]
     if action == "ssh":
         command = ["bash", "-c", option(arguments, "command")]
-        if any([subprocess.run(command, cwd=worker).returncode for worker in chosen]):
-            sys.exit(1)
-        return
+        statuses = [subprocess.run(command, cwd=worker).returncode for worker in chosen]
+        sys.exit(int(any(statuses)))
     for worker in chosen:
         source, target = (worker / a.split(":")[1] if ":" in a else Path(a) for a in remote)
         if source.is_dir():
