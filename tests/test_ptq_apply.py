@@ -170,6 +170,10 @@ def test_gptq_sees_the_inputs_that_layers_already_quantized_make(params, tokens,
             expected = np.asarray(gptq.quantize_kernel(kernel, (h.T @ h).astype(np.float32), 3, damping=DAMPING))
             actual = kernel_of(found, layer, module, name)
             # A value on a rounding boundary may go either way in float32: all but a few must be the same.
+            output, j = h @ kernel, apply.LINEARS.index((module, name))
+            for reported, q in ((result[1].error, actual), (result[1].rtn_error, rtn.quantize_kernel(kernel, 3))):
+                relative = np.sum((h @ (kernel - q)) ** 2) / np.sum(output**2)
+                np.testing.assert_allclose(reported[BITS.index(3), layer, j], relative, rtol=0.02)
             same = np.isclose(actual, expected, atol=1e-4)
             assert np.mean(same) > 0.98, (layer, name, np.mean(same))
             unlike_rtn += np.mean(actual != np.asarray(rtn.quantize_kernel(kernel, 3))) > 0.02

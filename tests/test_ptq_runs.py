@@ -1,0 +1,182 @@
+"""Rows, packed models and reports of a workdir: settings stand beside each other and nothing is measured twice."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from precision_scaling import bench as bench_lib
+from precision_scaling import results
+from precision_scaling.cohort import table_of
+from precision_scaling.errors import UserError
+from precision_scaling.formats import parse
+from precision_scaling.ptq import __main__ as command
+from precision_scaling.ptq import codes, layers, packed
+from precision_scaling.ptq.apply import LINEARS, Report
+from precision_scaling.ptq.runs import packed_directory, quantize_missing
+from precision_scaling.ptq.setting import Setting, of_method
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture
+def one_run(finished_study, tmp_path):
+    """(bench of a copy of the study with one run alone, that run)."""
+    bench, workdir = finished_study
+    shutil.copytree(workdir / "runs", tmp_path / "runs")
+    group = bench.experiment.cohorts[0]
+    run = next(run for run in group.runs if run.ptq)
+    group = dataclasses.replace(group, runs=(run,))
+    experiment = dataclasses.replace(bench.experiment, runs=(run,), cohorts=(group,))
+    return dataclasses.replace(bench, experiment=experiment, workdir=tmp_path), run
+
+
+def times(directory):
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def test_other_options_make_other_rows_and_leave_those_that_were_there(one_run):
+    bench, run = one_run
+    before = times(bench.directory(run))
+    options = {"group_size": 8, "symmetric": False}
+    assert quantize_missing(bench, ("rtn",), (3,), options=options) == []
+    assert quantize_missing(bench, ("kv_cache",), (3,)) == []
+    after = times(bench.directory(run))
+    added = {path.name for path in set(after) - set(before)}
+    assert added == {"rows-rtn-group8-asymmetric.json", "rows-kv_cache.json"}
+    assert {path: after[path] for path in before} == before
+    results.gather(bench.workdir)
+    with open(bench.workdir / "runs.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == run.id and row["P_post"] in ("", "3")]
+    by_method = {row["method"]: row for row in rows}
+    assert set(by_method) == {"", "rtn", "rtn-group8-asymmetric", "kv_cache"}
+    told = ("ptq_granularity", "ptq_options", "post_parts")
+    assert [by_method["rtn"][name] for name in told] == ["channel", "", "w"]
+    grouped = by_method["rtn-group8-asymmetric"]
+    assert [grouped[name] for name in told] == ["group:8", "group8 asymmetric", "w"]
+    # Every eight weights of 3 bits have a scale of 32 bits and a zero of 3.
+    assert float(grouped["stored_bits"]) == pytest.approx(3 + 35 / 8)
+    cache = by_method["kv_cache"]
+    assert [cache[name] for name in told] == ["tensor", "", "kv"] and cache["stored_bits"] == ""
+    assert len({row["loss"] for row in rows}) == 4
+    again = times(bench.directory(run))
+    assert quantize_missing(bench, ("rtn",), (3,), options=options) == [] and times(bench.directory(run)) == again
+
+
+def test_packed_model_has_the_loss_of_its_row(one_run):
+    bench, run = one_run
+    (group,) = bench.experiment.cohorts
+    row = next(row for row in results.read_rows(bench.directory(run), "rtn") if row["P_post"] == 3)
+    quantize_missing(bench, ("rtn",), (3,), save=True)  # the row is there, the model is not
+    assert row in results.read_rows(bench.directory(run), "rtn")
+    path = packed_directory(bench.directory(run), Setting("rtn"), 3)
+    loaded = packed.load(path)
+    assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
+    program = Setting("rtn").program(group.program)
+    evaluate = bench_lib.evaluator(bench, group.shape, program)
+    table = table_of(run, program, w=parse("bf16"))
+    assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
+    assert np.mean(np.asarray(loaded.model.kernels["mlp"]["down"].codes) != 0) > 0.5
+    saved = times(bench.directory(run))
+    quantize_missing(bench, ("rtn",), (3,), save=True)
+    assert times(bench.directory(run)) == saved
+    (line,) = command._sizes(bench, Setting("rtn"), [3, 4])
+    assert str(path) in line and f"{packed.packed_bytes(loaded.model, 3):,} of packed arrays" in line
+
+
+@pytest.mark.slow
+def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run):
+    bench, run = one_run
+    quantize_missing(bench, ("smoothquant",), (4,), save=True)
+    (row,) = results.read_rows(bench.directory(run), "smoothquant")
+    assert row["post_parts"] == "wa" and row["P_post"] == 4
+    loaded = packed.load(packed_directory(bench.directory(run), Setting("smoothquant"), 4))
+    assert loaded.operands == ("a",)
+    (group,) = bench.experiment.cohorts
+    program = Setting("smoothquant").program(group.program)
+    evaluate = bench_lib.evaluator(bench, group.shape, program)
+    table = {**table_of(run, program, w=parse("bf16")), "a": parse(4).grid()}
+    assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
+    assert evaluate(codes.parameters(loaded.model), {**table, "a": parse(16).grid()}) != row["loss"]
+    found = json.loads(layers.path_of(bench.directory(run), "smoothquant").read_text())
+    assert found["projections"] == ["attention/qkv", "attention/out", "mlp/gate_up", "mlp/down"]
+    errors = np.array(found["bits"]["4"]["error"])
+    assert errors.shape == (2, 4) and np.all((errors > 1e-4) & (errors < 0.1))
+    figure = layers.draw(bench.directory(run), "smoothquant")
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.name == "layers-smoothquant.png"
+
+
+def test_what_does_not_fit_is_told_before_anything_is_quantized(one_run):
+    bench, run = one_run
+    before = times(bench.directory(run))
+    for methods, changed, message in (
+        (("kv_cache",), {"save": True}, "methods that quantize weights"),
+        (("rtn",), {"options": {"group_size": 7}}, "a divisor of"),
+        (("magic",), {}, "any of gptq"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            quantize_missing(bench, methods, (3,), **changed)
+        assert "\n" not in str(raised.value)
+    assert times(bench.directory(run)) == before
+
+
+def test_flags_are_options_in_place_of_the_configs_and_must_be_the_methods_own(one_run):
+    options = dict(one_run[0].experiment.config.ptq)
+    assert command._setting("gptq", options, {}) == Setting("gptq")
+    config = {**options, "clip": True, "act_order": True}
+    assert command._setting("gptq", config, {"clip": False}) == Setting("gptq", act_order=True)
+    assert command._setting("rtn", config, {}) == of_method("rtn", config) == Setting("rtn", clip=True)
+    for method, given in (("rtn", {"act_order": True}), ("kv_cache", {"group_size": 8}), ("gptq", {"smoothing": 0.8})):
+        with pytest.raises(UserError, match="it has no such option"):
+            command._setting(method, options, given)
+
+
+def report(widths, error):
+    shape = (widths, 3, len(LINEARS))
+    errors = np.full(shape, error)
+    return Report(np.zeros(shape, bool), np.full(shape, np.nan), errors, 2 * errors)
+
+
+def test_reports_at_other_bits_are_added_and_at_the_same_replaced(tmp_path):
+    layers.write(tmp_path, "gptq", (4, 3), report(2, 0.5))
+    layers.write(tmp_path, "gptq", (8, 4), report(2, 0.25))
+    bits = json.loads(layers.path_of(tmp_path, "gptq").read_text())["bits"]
+    assert {b: values["error"][2][3] for b, values in bits.items()} == {"3": 0.5, "4": 0.25, "8": 0.25}
+    assert list(bits) == ["3", "4", "8"]
+    assert bits["3"]["damping"][0] == [None] * 4 and bits["3"]["rtn_error"][0] == [1.0] * 4
+
+
+def test_figure_is_drawn_when_the_report_is_new(tmp_path):
+    assert layers.draw(tmp_path, "gptq") is None
+    fallen = report(1, 0.5)
+    fallen.fell_back[0, 1] = True
+    layers.write(tmp_path, "gptq", (3,), fallen)
+    figure = layers.draw(tmp_path, "gptq")
+    first = figure.read_bytes()
+    written = figure.stat().st_mtime_ns
+    assert layers.draw(tmp_path, "gptq").stat().st_mtime_ns == written
+    layers.write(tmp_path, "gptq", (4,), report(1, 0.1))
+    assert layers.draw(tmp_path, "gptq").read_bytes() != first
+    layers.path_of(tmp_path, "gptq").write_text("{}")
+    with pytest.raises(UserError, match="not a file of errors by layer"):
+        layers.write(tmp_path, "gptq", (5,), report(1, 0.1))
+
+
+@pytest.mark.slow
+def test_command_stores_models_draws_figures_and_says_so(finished_study, tmp_path, run_command):
+    _, workdir = finished_study
+    shutil.copytree(workdir, tmp_path / "study")
+    arguments = (f"--workdir={tmp_path / 'study'}", "--method=gptq", "--bits=3", "--group_size=8", "--act_order")
+    done = run_command("precision_scaling.ptq", *arguments, "--save")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    with open(workdir / "runs.csv") as file:
+        runs = sum(row["status"] == "ok" for row in csv.DictReader(file) if not row["P_post"])
+    assert sum("of packed arrays" in line for line in lines) == runs
+    assert sum("layers-gptq-group8-act_order.png" in line for line in lines) == runs
+    refused = run_command("precision_scaling.ptq", f"--workdir={tmp_path / 'study'}", "--method=awq", "--clip")
+    assert refused.returncode == 2 and "it has no such option" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
