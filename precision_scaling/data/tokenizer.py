@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from precision_scaling.data import DataError
+from precision_scaling.data import DataError, byte_level
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -60,10 +60,13 @@ class LearnedTokenizer:
         if not ids:
             raise DataError(f"data.tokenizer={source!r}: no end-of-text token, one of {list(_END_OF_TEXT_NAMES)}")
         self._tokenizer = tokenizer
+        self._words = byte_level.of(tokenizer)
         self.end_of_text = ids[0]
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        if self._words is not None:
+            return [self._words.encode(document) for document in documents]
         texts = [document.decode("utf-8") for document in documents]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
