@@ -83,6 +83,7 @@ def compare(
 ) -> Comparison:
     """Fit and judge every law of `names` (None: all) that the table allows. Raises FitError where it allows none."""
     options = Options() if options is None else options
+    table = table.one_schedule()
     low = not table.before_ptq().high_precision.all()
     fitted: list[tuple[Row, Setup, dict[str, crossval.HeldOut]]] = []
     skipped = {}
@@ -93,9 +94,7 @@ def compare(
         except (FitError, LawError) as err:
             skipped[name] = str(err)
     if not fitted:
-        raise FitError(
-            f"no law can be fitted to {table.source}: " + "; ".join(f"{k}: {v}" for k, v in skipped.items())
-        )
+        raise FitError(f"no law can be fitted to {table.source}: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
     rows = []
     for kind in KINDS:
         group = [entry for entry in fitted if entry[0].kind == kind]
@@ -111,10 +110,9 @@ def compare(
             "chinchilla is fitted to rows of every precision here, as the law in which precision has no effect"
         )
     if options.loss == "huber":
-        notes.append(
-            "AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits"
-        )
+        notes.append("AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits")
     notes.append("AIC and BIC count rows as independent; rows after PTQ of one run are not")
+    notes.append("mean |error| is over the held-out rows that every law of the kind can predict")
     return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), tuple(notes))
 
 
@@ -193,7 +191,8 @@ def _r2_held_out(setup: Setup, held: Mapping[str, crossval.HeldOut]) -> float | 
 def _with_differences(group: list, resamples: int, seed: int) -> list[Row]:
     """The rows of a kind, best held-out error first, with paired bootstrap intervals of the difference from the best.
 
-    Errors pair by run, P_post and scheme, over the rows that both laws could predict; runs are resampled.
+    Errors pair by run, P_post and scheme, over the held-out rows that every law of the kind could predict, so that no
+    law gains by keeping silent; runs are resampled.
     """
     scored = [(row, _by_run(setup, held)) for row, setup, held in group]
     shared = set.intersection(*(set(errors) for _, errors in scored)) if scored else set()
@@ -205,10 +204,9 @@ def _with_differences(group: list, resamples: int, seed: int) -> list[Row]:
     out = []
     for at, (row, errors) in enumerate(scored):
         difference = None
-        both = sorted(set(errors) & set(scored[0][1]))
-        if at and both:
-            gap = np.array([errors[key] - scored[0][1][key] for key in both])
-            run = np.unique([key[0] for key in both], return_inverse=True)[1]
+        if at and shared:
+            gap = np.array([errors[key] - scored[0][1][key] for key in sorted(shared)])
+            run = np.unique([key[0] for key in sorted(shared)], return_inverse=True)[1]
             total, count = np.bincount(run, gap), np.bincount(run)
             counts = np.random.default_rng(seed).multinomial(
                 len(count), np.full(len(count), 1 / len(count)), size=resamples

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 
+from analysis.compare import Comparison
 from analysis.fit import Fit
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.table import PRECISIONS, Table
 
-METHOD_COLUMNS = ("method", "ptq_method")
-
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Usable rows of one PTQ method, and fits by the name of their law."""
+    """Usable rows of one PTQ method and schedule, fits by the name of their law, and how laws compare."""
 
     table: Table
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=dict)
-    other_methods: Table | None = None  # the same table with the rows of every PTQ method
+    whole: Table | None = None  # the same table with the rows of every PTQ method and schedule
+    comparison: Comparison | None = None
 
     @cached_property
     def losses(self) -> Table:
@@ -38,6 +37,12 @@ class Evidence:
     def high_precision_deltas(self) -> Table:
         """δ of the models that were trained in 16 bits or more."""
         return self.deltas.select(self.deltas.high_precision)
+
+    @cached_property
+    def deltas_by_schedule(self) -> Table:
+        """δ of the models that were trained in 16 bits or more, under every learning-rate schedule."""
+        deltas = (self.table if self.whole is None else self.whole).one_method().deltas()
+        return deltas.select(deltas.high_precision)
 
     def part_alone(self, part: str) -> Table:
         """Rows before PTQ in which no part but `part` (P_w, P_a, P_kv) was trained below 16 bits; 16-bit rows
@@ -56,23 +61,12 @@ class Evidence:
         return self.fit_of("precision", "unified", "chinchilla")
 
 
-def method_column(table: Table) -> str | None:
-    """The column that names the PTQ method of a row, where the table has one."""
-    return next((name for name in METHOD_COLUMNS if name in table), None)
-
-
 def main_rows(table: Table) -> tuple[Table, str | None]:
-    """The rows before PTQ and those of one PTQ method: GPTQ, the paper's, else the one with most rows; and its name.
-
-    Losses of two methods are not one law's; the rows of the others are counted as left out.
+    """The rows that one law can hold: of one learning-rate schedule, before PTQ and after the main method of PTQ of
+    weights; and the name of that method. The others are counted as left out.
     """
-    column = method_column(table)
-    if column is None or not table.quantized.any():
-        return table, None
-    names = table[column].astype(str)
-    used = Counter(names[table.quantized])
-    main = next((name for name in used if name.lower() == "gptq"), used.most_common(1)[0][0])
-    return table.select(~table.quantized | (names == main), f"PTQ by another method than {main}"), main
+    table = table.one_schedule()
+    return table.one_method(), table.main_method
 
 
 def informs(fit: Fit, part: str) -> bool:

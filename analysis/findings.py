@@ -16,14 +16,14 @@ from analysis import surface as surfaces
 from analysis.cost import CostModel
 from analysis.evidence import Evidence
 from analysis.fit import Fit
-from analysis.law import HIGH_PRECISION_BITS, MIN_FRACTION, fraction
-from analysis.table import PRECISIONS, Table
+from analysis.law import MIN_FRACTION, fraction
+from analysis.table import Table
 from analysis.wording import count_label, fixed, interval_text
 
 SUPPORTED, REFUTED, NOT_TESTABLE = "supported", "refuted", "not testable"
 LEVEL = (2.5, 97.5)
-RESAMPLES = 2000
 LEAST_JOINT_RUNS = 3
+FEW_CROSS_TERMS = 0.25  # cross terms below this share of the joint effect itself count as few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Growth:
         return self.deltas[1] > max(self.deltas[0], 0.0)
 
 
-def growths(evidence: Evidence) -> list[Growth]:
-    """One Growth per (N, P_post) of models trained in 16 bits with two or more D; seeds are averaged."""
-    deltas, found = evidence.high_precision_deltas, []
+def growths(deltas: Table) -> list[Growth]:
+    """One Growth per (N, P_post) with two or more D in a table with δ; seeds are averaged."""
+    found = []
     for n in sorted(set(deltas["N"])):
         for p_post in sorted(set(deltas["P_post"])):
             here = deltas.select((deltas["N"] == n) & (deltas["P_post"] == p_post))
@@ -87,7 +87,7 @@ def growths(evidence: Evidence) -> list[Growth]:
 
 def growth_sentence(evidence: Evidence) -> str:
     """One sentence: whether δ grew with D/N, per N, at the fewest bits the models were quantized to."""
-    found = growths(evidence)
+    found = growths(evidence.high_precision_deltas)
     if not found:
         return "Whether δ grows with D/N cannot be said: no N was quantized at two or more D."
     lowest = min(g.p_post for g in found)
@@ -108,7 +108,7 @@ def degradation_grows(evidence: Evidence) -> Finding:
     P_post.
     """
     claim = "PTQ costs more the longer a model was trained (δ grows with D/N); past D_crit more data makes it worse."
-    found = growths(evidence)
+    found = growths(evidence.high_precision_deltas)
     if not found:
         return Finding("F1", claim, NOT_TESTABLE, "No N has rows after PTQ at two or more D.")
     rising = sum(g.grew for g in found)
@@ -159,49 +159,32 @@ def _turning(evidence: Evidence) -> str:
 
 
 def effects_multiply(evidence: Evidence) -> Finding:
-    """F2: N_eff/N of jointly low runs against the product of the marginal N_eff/N measured at the same N and D.
-
-    Both sides solve the fitted Chinchilla part for N_eff, relative to the 16-bit run of equal N and D; the statistic is
-    the mean of log(joint) - Σ log(marginal) over runs, with a bootstrap interval over the (N, D) settings.
+    """F2 by kappa of `N_eff = N (f_w f_a f_kv)^kappa` on the runs with several low parts, everything else from the runs
+    with at most one (analysis/multiplicativity.py): kappa = 1 says that marginal fits predict joint runs.
     """
     claim = "The effects of weight, activation and KV precision multiply in N_eff: marginal fits predict joint runs."
-    losses, fit = evidence.losses, evidence.fit_of("precision", "unified", "chinchilla")
-    low = np.sum([losses[c] < HIGH_PRECISION_BITS for c in PRECISIONS], axis=0)
-    if not (low > 1).any():
-        return Finding("F2", claim, NOT_TESTABLE, "No run was trained with two or more parts below 16 bits.")
-    if fit is None:
-        return Finding("F2", claim, NOT_TESTABLE, "No law was fitted to solve for N_eff.")
-    share = effective_share(fit, losses)
-    gaps: dict[tuple[float, float], list[float]] = {}
-    for i in np.flatnonzero((low > 1) & np.isfinite(share)):
-        same = (losses["N"] == losses["N"][i]) & (losses["D"] == losses["D"][i]) & np.isfinite(share)
-        total = 0.0
-        for part in PRECISIONS:
-            if losses[part][i] >= HIGH_PRECISION_BITS:
-                continue
-            others = np.all([losses[c] >= HIGH_PRECISION_BITS for c in PRECISIONS if c != part], axis=0)
-            marginal = share[same & others & (losses[part] == losses[part][i])]
-            total += float(np.mean(np.log(marginal))) if len(marginal) else math.nan
-        if math.isfinite(total):
-            gaps.setdefault((losses["N"][i], losses["D"][i]), []).append(float(np.log(share[i]) - total))
-    every = np.concatenate([*gaps.values(), []])
-    if len(every) < LEAST_JOINT_RUNS:
-        few = f"{len(every)} joint runs have every marginal run beside them, want {LEAST_JOINT_RUNS}."
-        return Finding("F2", claim, NOT_TESTABLE, few)
-    mean, interval = float(np.mean(every)), _bootstrap_mean(list(gaps.values()))
-    effect = float(np.mean(np.log(share[(low > 1) & np.isfinite(share)])))
-    numbers = {"runs": len(every), "log_ratio": mean, "log_ratio_ci": list(interval), "mean_log_share": effect}
-    small = 0.25 * abs(effect)  # a cross term below a quarter of the joint effect itself counts as few
+    comparison = evidence.comparison
+    test = None if comparison is None else comparison.multiplicativity
+    if test is None:
+        why = "the laws were not compared" if comparison is None else comparison.multiplicativity_skipped
+        return Finding("F2", claim, NOT_TESTABLE, f"{why[0].upper()}{why[1:]}.")
+    low, high = test.ci
     said = (
-        f"N_eff of {len(every)} joint runs over the product of the marginals: x {math.exp(mean):.3f} "
-        f"{interval_text(np.exp(interval), '{:.3f}'.format)}; the joint effect itself is x {math.exp(effect):.3f}."
+        f"κ = {test.kappa:.2f} {interval_text(test.ci, '{:.2f}'.format)} in N_eff = N (f_w f_a f_kv)^κ of "
+        f"{test.joint_runs} joint runs, by fits to {test.marginal_runs} marginal ones, which miss the joint losses by "
+        f"{100 * test.rms_log_error:.2f} % (rms; their own by {100 * test.rms_log_error_marginal:.2f} %)"
     )
-    if interval[1] - interval[0] > 4 * small:
-        return Finding("F2", claim, NOT_TESTABLE, f"{said} The interval is too wide to tell.", numbers)
-    if max(abs(interval[0]), abs(interval[1])) <= small or interval[0] <= 0 <= interval[1]:
-        return Finding("F2", claim, SUPPORTED, said, numbers)
-    verdict = REFUTED if abs(mean) > small else SUPPORTED
-    return Finding("F2", claim, verdict, said, numbers)
+    said += "" if test.r2_joint is None else f", R² {test.r2_joint:.3f}"
+    numbers = {"kappa": test.kappa, "kappa_ci": list(test.ci), "joint_runs": test.joint_runs, "r2": test.r2_joint}
+    if test.joint_runs < LEAST_JOINT_RUNS:
+        few = f"{said}. {test.joint_runs} joint runs are too few to tell, want {LEAST_JOINT_RUNS}."
+        return Finding("F2", claim, NOT_TESTABLE, few, numbers)
+    if high - low > 4 * FEW_CROSS_TERMS:
+        return Finding("F2", claim, NOT_TESTABLE, f"{said}. The interval is too wide to tell.", numbers)
+    if low <= 1 <= high or abs(test.kappa - 1) <= FEW_CROSS_TERMS:
+        return Finding("F2", claim, SUPPORTED, f"{said}.", numbers)
+    how = "compound beyond the product" if test.kappa > 1 else "overlap, less than the product"
+    return Finding("F2", claim, REFUTED, f"{said}. The effects {how}.", numbers)
 
 
 def effective_share(fit: Fit, losses: Table) -> np.ndarray:
@@ -219,14 +202,6 @@ def effective_share(fit: Fit, losses: Table) -> np.ndarray:
         if (here & high).any():
             share[here] = n_eff[here] / np.exp(np.mean(np.log(n_eff[here & high])))
     return share
-
-
-def _bootstrap_mean(groups: list[list[float]]) -> np.ndarray:
-    """95 % interval of the mean over all values, resampling whole groups."""
-    rng = np.random.default_rng(0)
-    sums, counts = np.array([np.sum(g) for g in groups]), np.array([len(g) for g in groups])
-    drawn = rng.integers(len(groups), size=(RESAMPLES, len(groups)))
-    return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), LEVEL)
 
 
 # --- F3 -------------------------------------------------------------------------------------------------------------
@@ -326,15 +301,14 @@ def low_precision_robust(evidence: Evidence) -> Finding:
 def schedule_or_data(evidence: Evidence) -> Finding:
     """The challenge of arXiv 2510.06213: δ at equal N, D and P_post between learning-rate schedules."""
     claim = "The growth of δ comes from the decay of the learning rate rather than from data (arXiv 2510.06213)."
-    deltas = evidence.high_precision_deltas
+    deltas = evidence.deltas_by_schedule
     if "schedule" not in deltas or len(set(deltas["schedule"]) - {""}) < 2:
         return Finding(
             "Challenge", claim, NOT_TESTABLE, "The table has no two learning-rate schedules with rows after PTQ."
         )
     exponents = {}
     for name in sorted(set(deltas["schedule"]) - {""}):
-        table = evidence.table.select(evidence.table["schedule"] == name)
-        slopes = [g.exponent for g in growths(dataclasses.replace(evidence, table=table)) if math.isfinite(g.exponent)]
+        slopes = [g.exponent for g in growths(deltas.select(deltas["schedule"] == name)) if math.isfinite(g.exponent)]
         if slopes:
             exponents[str(name)] = (float(np.median(slopes)), len(slopes))
     if len(exponents) < 2:

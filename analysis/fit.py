@@ -75,11 +75,7 @@ class Fit:
             raw = json.loads(text)
         except json.JSONDecodeError as err:
             raise FitError(f"not JSON: {err}") from None
-        if (
-            not isinstance(raw, dict)
-            or not isinstance(raw.get("law"), str)
-            or not isinstance(raw.get("params"), dict)
-        ):
+        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
             raise FitError('a fit needs "law": name and "params": {name: value}')
         for name, value in raw["params"].items():
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):

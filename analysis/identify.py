@@ -94,9 +94,7 @@ def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: flo
         stage_condition = float((singular[0] / max(singular[-1], 1e-300)) ** 2)
         condition = max(condition, stage_condition)
         if stage_condition > 1e6:
-            mixed = [
-                setup.free[alive[k]] for k in np.argsort(-np.abs(directions[-1])) if abs(directions[-1][k]) > 0.2
-            ]
+            mixed = [setup.free[alive[k]] for k in np.argsort(-np.abs(directions[-1])) if abs(directions[-1][k]) > 0.2]
             notes.append(
                 f"{', '.join(mixed)} trade off almost freely (condition number {stage_condition:.1e}): "
                 "judge them by predictions, not one by one"

@@ -136,9 +136,7 @@ _FRACTION_NAMES = tuple(p.name for p in _FRACTIONS)
 _PRECISION_FORMULA = "L = A N_eff^-alpha + B D^-beta + E, N_eff = N f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)"
 
 
-def _alternative(
-    name: str, formula: str, log_loss, params=_CHINCHILLA + _FRACTIONS, needs=None, biases=_BIASES
-) -> Law:
+def _alternative(name: str, formula: str, log_loss, params=_CHINCHILLA + _FRACTIONS, needs=None, biases=_BIASES) -> Law:
     needs = CHINCHILLA_NEEDS + fraction_needs() if needs is None else needs
     later = tuple(p.name for p in params[len(_CHINCHILLA) :])
     return Law(
@@ -300,9 +298,7 @@ def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
     try:
         shape = np.broadcast_shapes(*(v.shape for v in out.values()))
     except ValueError:
-        raise LawError(
-            "columns of different lengths: " + ", ".join(f"{k} {v.shape}" for k, v in out.items())
-        ) from None
+        raise LawError("columns of different lengths: " + ", ".join(f"{k} {v.shape}" for k, v in out.items())) from None
     return {name: np.broadcast_to(value, shape) for name, value in out.items()}
 
 

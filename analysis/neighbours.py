@@ -17,9 +17,7 @@ from analysis.law import (
 
 
 def _qid(p, c, xp):
-    return (
-        xp.log(p["k"]) + p["beta"] * xp.log(c["D"]) - p["alpha"] * xp.log(c["N"]) - p["gamma"] * xp.log(c["P_post"])
-    )
+    return xp.log(p["k"]) + p["beta"] * xp.log(c["D"]) - p["alpha"] * xp.log(c["N"]) - p["gamma"] * xp.log(c["P_post"])
 
 
 QID = Law(
@@ -76,9 +74,7 @@ FLOATING_POINT = Law(
         Parameter("d", 1e-6, 1e30, (148.4, 22026.0, 3.269e6), True, "nats · tokens^beta", 68973.0621, held=1e-6),
         Parameter("beta", 0.0, 3.0, (0.1, 0.3, 0.6), published=0.5162, held=0.5),
         Parameter("epsilon", 1e-3, 30.0, (0.3679, 1.0, 2.7183), True, "nats per token", 1.9061, held=1e-3),
-        Parameter(
-            "gamma", 1e-10, 1e30, (1e2, 1e4, 1e6), True, "tokens^beta / parameters^alpha", 11334.5197, held=1e30
-        ),
+        Parameter("gamma", 1e-10, 1e30, (1e2, 1e4, 1e6), True, "tokens^beta / parameters^alpha", 11334.5197, held=1e30),
         Parameter("delta", 0.0, 20.0, (1.0, 3.0), published=3.1926, held=0.0),
         Parameter("nu", 0.0, 20.0, (1.0, 3.0), published=2.9543, held=0.0),
     ),

@@ -29,8 +29,7 @@ class BudgetError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """Loss before PTQ and degradation under it, each a function of arrays: N (count), D (tokens), P (bits)[, P_post].
-    """
+    """Loss before PTQ and degradation under it, functions of arrays: N (count), D (tokens), P (bits)[, P_post]."""
 
     loss: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     delta: Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray] | None = None
@@ -92,8 +91,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One plan: N (count), D (tokens), P (bits), nats per token as served and δ of PTQ in it, FLOP-equivalents spent.
-    """
+    """One plan: N (count), D (tokens), P (bits), nats per token as served and δ of PTQ in it, FLOP-equivalents."""
 
     n: float
     d: float

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from analysis import laws
+from analysis.compare import KINDS, Comparison
 from analysis.evidence import Evidence
 from analysis.figures.gallery import Drawn
 from analysis.findings import NOT_TESTABLE, REFUTED, SUPPORTED, Finding
@@ -67,6 +68,7 @@ def page(
         ("Findings", _findings(findings)),
         ("Figures", "".join(map(_figure, shown)) or "<p>No figure could be drawn.</p>"),
         ("Fitted laws", _fits(evidence, not_fitted)),
+        ("Laws compared", _comparison(evidence.comparison)),
         ("What is not here", _missing([d for d in drawn if not d.paths], left_out)),
         ("Provenance", _pairs(provenance)),
     ]
@@ -182,6 +184,40 @@ def _ends(fit: Fit, name: str) -> str:
     if not interval:
         return "none"
     return " to ".join("open" if end is None else f"{end:.5g}" for end in interval)
+
+
+def _comparison(comparison: Comparison | None) -> str:
+    """One table per kind of law, best held-out error first."""
+    if comparison is None:
+        return "<p>No law can be fitted to this table.</p>"
+    parts = [
+        '<p class="soft">Laws of one kind on the same rows, the one with the least error on held-out rows first. '
+        "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, or the largest "
+        "fifth of the runs was left out of the fit. A dash: the law cannot predict such rows.</p>"
+    ]
+    head = ("k", "R²", "AIC", "BIC", "out N", "out D", "out P", "largest", "mean error above the best (%)")
+    for kind, title in KINDS.items():
+        rows = [row for row in comparison.rows if row.kind == kind]
+        if not rows:
+            continue
+        body = []
+        for row in rows:
+            held = ["–" if v is None else f"{100 * v:.2f}" for v in row.held_out.values()]
+            gap = "–" if row is not rows[0] else "best"
+            if row.difference is not None:
+                mean, low, high = (100 * v for v in row.difference)
+                gap = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+            cells = [str(row.k), fixed(row.r2, 4), f"{row.aic:.1f}", f"{row.bic:.1f}", *held, gap]
+            numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+            body.append(f"<tr><td><code>{_escape(row.law)}</code></td>{numbers}</tr>")
+        names = "".join(f'<th class="number">{name}</th>' for name in head)
+        parts.append(
+            f"<h3>{_escape(title)}, {rows[0].n} rows</h3>"
+            f'<div class="scroll"><table><thead><tr><th>law</th>{names}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>"
+        )
+    notes = [*(f"{law}: {why}" for law, why in comparison.skipped.items()), *comparison.notes]
+    return "".join(parts) + f"<ul>{''.join(f'<li>{_escape(note)}</li>' for note in notes)}</ul>"
 
 
 def _missing(skipped: Sequence[Drawn], left_out: str) -> str:

@@ -35,8 +35,7 @@ LEVEL = (2.5, 97.5)  # percentiles of the intervals
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A plan and what to know before acting on it; N in parameters, D in tokens, P in bits, losses in nats per token.
-    """
+    """A plan and what to know before acting on it; N in parameters, D in tokens, P in bits, losses in nats a token."""
 
     best: Point
     loss_ci: tuple[float, float] | None

@@ -184,9 +184,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
             f"law {law.name}: nothing is left to fit ({'; '.join(refused.values()) or 'everything is fixed'})"
         )
     if len(rows) <= len(free):
-        raise FitError(
-            f"law {law.name} has {len(free)} free parameters and the table {len(rows)} usable rows: too few"
-        )
+        raise FitError(f"law {law.name} has {len(free)} free parameters and the table {len(rows)} usable rows: too few")
 
     data: dict[str, Any] = {"constants": {k: np.float64(v) for k, v in constants.items()}}
     target, observed = [], []
@@ -299,9 +297,7 @@ def _constants(law: Law, options: Options) -> tuple[dict[str, float], dict[str, 
     for follower, leader in tied.items():
         law.parameter(follower), law.parameter(leader)
         if leader in tied or follower in options.fixed or leader == follower:
-            raise FitError(
-                f"tied {follower} = {leader}: the left one follows a parameter that is itself free or fixed"
-            )
+            raise FitError(f"tied {follower} = {leader}: the left one follows a parameter that is itself free or fixed")
         if law.parameter(follower).log != law.parameter(leader).log:
             raise FitError(f"tied {follower} = {leader}: one is positive, the other is not")
     for follower in tied:
@@ -309,9 +305,7 @@ def _constants(law: Law, options: Options) -> tuple[dict[str, float], dict[str, 
     return constants, tied
 
 
-def _uninformed(
-    law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta_rows: Table | None
-) -> dict[str, str]:
+def _uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta_rows: Table | None) -> dict[str, str]:
     """Parameters that the design of the table leaves open, with the reason. A tied group is informed by any of its
     members.
     """
@@ -324,9 +318,7 @@ def _uninformed(
         ]
         values = np.unique(np.concatenate([t[need.column] for t in tables])) if tables else np.array([])
         if len(values) < need.levels:
-            seen = (
-                f"only {need.column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {need.column}"
-            )
+            seen = f"only {need.column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {need.column}"
             for name in need.params:
                 open_.setdefault(
                     name, f"the rows hold {seen}; {need.levels} different values are needed to tell {name}"

@@ -23,6 +23,7 @@ from absl import flags
 from analysis import command
 from analysis import fit as fits
 from analysis import table as tables
+from analysis.compare import compare
 from analysis.evidence import Evidence, main_rows
 from analysis.figures.gallery import draw_all
 from analysis.findings import Finding, all_findings, growth_sentence
@@ -35,6 +36,8 @@ from precision_scaling.errors import UserError
 from precision_scaling.results import atomic_write
 
 LAWS = ("chinchilla", "ptq", "precision", "unified")
+# on held-out rows: the paper's laws against its alternatives (Table 1), a free capacity, and another law of δ
+COMPARED = ("chinchilla", "precision", "d_eff", "power_laws", "capacity", "ptq", "qid")
 PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -78,7 +81,11 @@ def write(
         raise ReportError(f"--out={out}: {err.strerror or err}") from None
     main, method = main_rows(table)
     fitted, not_fitted = fit_all(main, names, bootstrap, seed)
-    evidence = Evidence(main, fitted, other_methods=table)
+    try:
+        comparison = compare(main, COMPARED, seed=seed)
+    except FitError:
+        comparison = None
+    evidence = Evidence(main, fitted, table, comparison)
     for name in names:
         path = out / f"fit_{name}.json"
         if name in fitted:

@@ -43,9 +43,7 @@ def mixed_rows(setup: Setup) -> tuple[str, ...]:
         if name in setup.law.columns or not any(word in name for word in MIXING):
             continue
         values = [v for v in dict.fromkeys(column) if v == v]
-        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(
-            set(map(str, precisions))
-        )
+        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(set(map(str, precisions)))
         if 1 < len(values) <= 12 and not explained:
             shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
             notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
@@ -83,9 +81,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
     if resamples == 0:
         intervals = "none (no bootstrap)"
     else:
-        how = (
-            "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
-        )
+        how = "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
         how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
         intervals = (
             f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"

@@ -114,9 +114,7 @@ def _sample(setup: Setup, seed: int) -> np.ndarray:
 def _race(problem: Problem, begin_SxF, frozen_F, weight_n, all_rows: int, label: str | None):
     """Distinct ends of all starts on a sample of the rows, best first, and how many starts came to each."""
     frozen_SxF = np.broadcast_to(frozen_F, begin_SxF.shape)
-    found = solve(
-        problem, begin_SxF, weight_n[None], None, frozen_SxF, iterations=200, tolerance=1e-8, progress=label
-    )
+    found = solve(problem, begin_SxF, weight_n[None], None, frozen_SxF, iterations=200, tolerance=1e-8, progress=label)
     order = np.argsort(found.objective_S)
     rounded = np.round(found.theta_SxF[order] / problem.scale_F, 2)
     first, members = np.unique(rounded, axis=0, return_index=True, return_counts=True)[1:]

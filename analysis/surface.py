@@ -131,8 +131,7 @@ def _tied(fit: Fit, parts: Sequence[str]) -> int:
 
 
 def capacity(fit: Fit, parts: Sequence[str] = PARTS):
-    """f(P) = N_eff/N with the `parts` trained at P bits and the others at 16 (law 3), or None for laws without N_eff.
-    """
+    """f(P) = N_eff/N with the `parts` trained at P bits, the others at 16 (law 3), or None for laws without N_eff."""
     if fit.law not in ("precision", "unified"):
         return None
     params = {**dict.fromkeys((f"n_{x}" for x in PARTS), 0.0), **fit.values}

@@ -28,6 +28,7 @@ SETTINGS = (
     "group_size",
 )  # with every text column: what makes two rows repeats
 METHOD_COLUMNS = ("method", "ptq_method")
+BEYOND_WEIGHTS = ("smoothquant", "kv_cache")  # PTQ methods that quantize activations or the KV cache
 HIGH_PRECISION_BITS = 16.0
 
 
@@ -98,17 +99,47 @@ class Table:
         """True for rows of runs trained with 16 bits or more in every part."""
         return np.all([self[c] >= HIGH_PRECISION_BITS for c in PRECISIONS], axis=0)
 
-    def one_method(self) -> "Table":
-        """The rows before PTQ and those of one PTQ method: GPTQ, the paper's, if there, else the one with most rows."""
+    @property
+    def methods(self) -> np.ndarray | None:
+        """The PTQ method of every row ("" before PTQ); None where no column names it."""
         column = next((name for name in METHOD_COLUMNS if name in self), None)
-        if column is None:
+        return None if column is None else self[column].astype(str)
+
+    def ptq_of_weights(self) -> "Table":
+        """The rows before PTQ and after PTQ of the weights alone, of which the laws of δ speak."""
+        beyond = np.zeros(len(self), bool)
+        if "post_parts" in self:
+            beyond |= ~np.isin(self["post_parts"].astype(str), ("", "w"))
+        if self.methods is not None:
+            beyond |= np.isin([name.lower().split("-")[0] for name in self.methods], BEYOND_WEIGHTS)
+        return self.select(~(beyond & self.quantized), "PTQ of activations or KV cache, not of weights alone")
+
+    @property
+    def main_method(self) -> str | None:
+        """The PTQ method of weights to fit: GPTQ, the paper's, if there, else the one with most rows; None if none is
+        named.
+        """
+        table = self.ptq_of_weights()
+        if table.methods is None or not table.quantized.any():
+            return None
+        used = Counter(table.methods[table.quantized])
+        return next((name for name in used if name.lower() == "gptq"), used.most_common(1)[0][0])
+
+    def one_method(self) -> "Table":
+        """The rows before PTQ and those of the main PTQ method: losses of two methods are not one law's."""
+        table, main = self.ptq_of_weights(), self.main_method
+        if main is None:
+            return table
+        return table.select(~table.quantized | (table.methods == main), f"PTQ by another method than {main}")
+
+    def one_schedule(self) -> "Table":
+        """The rows of one learning-rate schedule: cosine, the paper's, if there, else the one with most rows."""
+        if "schedule" not in self:
             return self
-        names = self[column].astype(str)
-        seen = Counter(names[self.quantized])
-        if len(seen) < 2:
-            return self
-        main = next((name for name in seen if name.lower() == "gptq"), seen.most_common(1)[0][0])
-        return self.select(~self.quantized | (names == main), f"PTQ by another method than {main}")
+        names = self["schedule"].astype(str)
+        used = Counter(names)
+        main = next((name for name in used if name.lower().startswith("cos")), used.most_common(1)[0][0])
+        return self.select(names == main, f"trained under another schedule than {main or '(unnamed)'}")
 
     def before_ptq(self) -> "Table":
         """The rows measured before PTQ (P_post empty)."""
@@ -139,9 +170,7 @@ def load(path: str | Path) -> Table:
         raw = path.read_bytes()
         header = next(csv.reader(io.StringIO(raw.split(b"\n", 1)[0].decode("utf-8-sig"))), [])
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", pd.errors.ParserWarning
-            )  # rows longer than the header would shift silently
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would shift silently
             frame = pd.read_csv(
                 path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig", index_col=False
             )
@@ -173,9 +202,7 @@ def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
     frame = frame.rename(columns=lambda name: str(name).strip()).reset_index(drop=True)
     missing = [name for name in ("N", "D", "loss") if name not in frame]
     if missing:
-        raise TableError(
-            f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}"
-        )
+        raise TableError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}")
     if frame.empty:
         raise TableError(f"{source}: the table has no rows")
     for name in PRECISIONS:
@@ -215,9 +242,7 @@ def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
         if name not in columns:
             values, text = _numbers(frame[name])
             numeric = not text.any() and not np.isnan(values).all()
-            columns[name] = (
-                values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
-            )
+            columns[name] = values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
 
     order = ["run", *(n for n in NUMERIC), *(n for n in columns if n not in NUMERIC and n != "run")]
     checked = pd.DataFrame({name: columns[name] for name in order})

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import laws
+from analysis.compare import Comparison, Row
 from analysis.evidence import Evidence, main_rows
 from analysis.figures import fits as fit_figures
 from analysis.figures import planning, precision, ptq, style
@@ -61,7 +62,19 @@ def evidence():
     rows = paper_rows(method="gptq")
     rtn = [{**r, "method": "rtn", "loss": r["loss"] + 0.01} for r in rows if np.isfinite(r["P_post"])]
     table = table_of(rows + rtn)
-    return Evidence(main_rows(table)[0], true_fits(samples=60), other_methods=table)
+    return Evidence(main_rows(table)[0], true_fits(samples=60), table, comparison())
+
+
+def judged(law, kind, held, aic):
+    return Row(law, kind, 40, 5, (), 0.9, 1e-3, 1e-3, aic, aic + 9, held, 0.9, None, 0.5, 10.0, 1.0)
+
+
+def comparison():
+    """Three laws of loss, of which one cannot predict a precision, and one law of δ alone."""
+    held = {"N": 0.02, "D": 0.03, "P": 0.04, "compute": 0.05}
+    rows = (judged("precision", "loss", held, -300.0), judged("d_eff", "loss", held, -290.0))
+    rows += (judged("capacity", "loss", {**held, "P": None}, -200.0), judged("ptq", "delta", held, 5.0))
+    return Comparison(rows, {}, None, "no joint runs", {}, ())
 
 
 def drawings():
@@ -150,6 +163,60 @@ def test_predictions_of_a_noiseless_table_lie_on_the_diagonal(evidence):
 def test_iso_loss_takes_the_fullest_plane_of_size_and_bits(evidence):
     part, d, table = precision._widest_plane(evidence)
     assert part == "P_w" and len(set(table["N"])) == 3 and len(set(table["P_w"])) == 4 and d in BUDGETS
+
+
+def test_laws_of_a_kind_are_compared_and_a_law_that_cannot_predict_has_no_mark(evidence):
+    with style.house_style():
+        figure = drawings()["law_comparison"](evidence)
+    held, criteria = figure.axes  # ptq is alone of its kind: nothing to compare
+    assert [text.get_text() for text in held.get_yticklabels()] == [
+        "precision, k = 5",
+        "d_eff, k = 5",
+        "capacity, k = 5",
+    ]
+    points = {line.get_label(): line.get_xdata() for line in held.lines}
+    np.testing.assert_allclose(points["a precision out"], [4.0, 4.0, np.nan])
+    np.testing.assert_allclose({line.get_label(): line.get_xdata() for line in criteria.lines}["AIC"], [0, 10, 100])
+    with pytest.raises(style.Skipped, match="not compared"):
+        drawings()["law_comparison"](dataclasses.replace(evidence, comparison=None))
+
+
+def test_lines_of_equal_cost_hold_n_times_p_and_their_star_is_the_best_precision(evidence):
+    fit = evidence.fits["precision"]
+    law = {**fit.values, "gamma_w": 6.0}  # puts the best precision of weights alone among those of the table
+    fits = {"precision": dataclasses.replace(fit, values=law)}
+    with style.house_style():
+        figure = precision.iso_loss(dataclasses.replace(evidence, fits=fits))
+    for axis in figure.axes[:2]:
+        dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert len(dashed) == 4
+        for line in dashed:
+            np.testing.assert_allclose(line.get_xdata() * line.get_ydata(), line.get_xdata()[-1] * 16)
+    best = lambda p: (1 - np.exp(-p / law["gamma_w"] + law["n_w"])) / p
+    grid = np.linspace(2, 16, 10001)
+    stars = [line for line in figure.axes[1].lines if line.get_marker() == "*"]
+    assert stars and not [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    for star in stars:
+        assert star.get_ydata()[0] == pytest.approx(grid[np.argmax(best(grid))], abs=0.1)
+
+
+def test_rows_of_other_schedules_and_of_ptq_beyond_the_weights_stay_out_of_fits():
+    rows = []
+    for schedule in ("cosine", "constant"):
+        run = {"schedule": schedule}
+        rows.append(row(schedule, 1e8, 1e10, method="", post_parts="", **run))
+        for method, parts in (("gptq", "w"), ("smoothquant", "wa"), ("kv_cache", "kv"), ("rtn", "w")):
+            rows.append(row(schedule, 1e8, 1e10, post=3, method=method, post_parts=parts, **run))
+    table = table_of(rows)
+    main, method = main_rows(table)
+    assert method == "gptq" and list(main["method"]) == ["", "gptq"] and set(main["schedule"]) == {"cosine"}
+    assert main.left_out == {
+        "trained under another schedule than cosine": 5,
+        "PTQ of activations or KV cache, not of weights alone": 2,
+        "PTQ by another method than gptq": 1,
+    }
+    both = Evidence(main, whole=table).deltas_by_schedule
+    assert sorted(both["schedule"]) == ["constant", "cosine"] and set(both["method"]) == {"gptq"}
 
 
 def test_only_one_method_of_ptq_is_fitted_and_the_other_is_counted():

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from analysis import command, findings, fit, laws, report
+from analysis.compare import Comparison
 from analysis.evidence import Evidence
 from analysis.fit import Fit
+from analysis.multiplicativity import Multiplicativity, multiplicativity
 from analysis.table import from_columns
 
 TRUTH = {**laws.PUBLISHED, "A": 7.2, "alpha": 0.2, "B": 48.0, "beta": 0.3, "E": 0.9, "C_T": 0.25,
@@ -36,7 +38,7 @@ def measure(rng, noise, truth, run, n, d, posts=(), **bits):
 
 
 def small_rows(truth=TRUTH, noise=0.003):
-    """3 sizes x 4 budgets in 16 bits after PTQ to 3-6 bits, and 25 runs of low precision: the table of a first study."""
+    """3 sizes x 4 budgets in 16 bits after PTQ to 3-6 bits, and 25 runs of low precision: a first study."""
     rng, rows = np.random.default_rng(0), []
     sizes, budgets = (1e5, 2.5e5, 7e5), (1e6, 2e6, 4e6, 8e6)
     for n in sizes:
@@ -92,7 +94,7 @@ def evidence_of(rows, *names, truth=TRUTH):
 
 
 def test_growth_of_degradation_is_read_off_the_series():
-    found = findings.growths(evidence_of(small_rows(noise=0.0)))
+    found = findings.growths(evidence_of(small_rows(noise=0.0)).high_precision_deltas)
     assert len(found) == 12  # three sizes, four precisions
     one = next(g for g in found if g.n == 1e5 and g.p_post == 3)
     assert one.exponent == pytest.approx(TRUTH["gamma_D"], abs=1e-6)
@@ -121,13 +123,44 @@ def test_f1_speaks_of_the_turn_that_was_measured():
     assert worse > 0
 
 
+def comparison_with(kappa, low, high, joint=12):
+    """A comparison that holds this test of multiplicativity and nothing else."""
+    test = Multiplicativity(kappa, (low, high), 0.0, 0.004, 0.003, 0.95, 60, joint, "")
+    return Comparison((), {}, test, None, {}, ())
+
+
+@pytest.mark.parametrize(
+    ("test", "verdict"),
+    [
+        (comparison_with(1.02, 0.9, 1.1), "supported"),
+        (comparison_with(1.1, 1.05, 1.15), "supported"),  # a cross term of a tenth of the effect
+        (comparison_with(1.6, 1.4, 1.8), "refuted"),
+        (comparison_with(0.5, 0.4, 0.7), "refuted"),
+        (comparison_with(1.0, 0.2, 2.0), "not testable"),
+        (comparison_with(1.0, 0.9, 1.1, joint=2), "not testable"),
+    ],
+)
+def test_f2_is_the_exponent_of_the_product_with_its_interval(test, verdict):
+    finding = findings.effects_multiply(Evidence(table_of(small_rows()), comparison=test))
+    assert finding.verdict == verdict and finding.numbers["kappa"] == test.multiplicativity.kappa
+    assert finding.statistic.startswith(f"κ = {test.multiplicativity.kappa:.2f} [")
+
+
+def test_f2_says_why_it_cannot_be_tested():
+    nothing = Comparison((), {}, None, "no run was trained with two or more parts below 16 bits", {}, ())
+    finding = findings.effects_multiply(Evidence(table_of(small_rows()), comparison=nothing))
+    assert finding.verdict == findings.NOT_TESTABLE
+    assert finding.statistic == "No run was trained with two or more parts below 16 bits."
+
+
+@pytest.mark.slow
 def test_f2_tells_a_product_from_an_interaction():
-    product = findings.effects_multiply(evidence_of(joint_rows(), "precision"))
-    assert product.verdict == findings.SUPPORTED
-    assert product.numbers["log_ratio"] == pytest.approx(0.0, abs=0.05)
-    crossed = findings.effects_multiply(evidence_of(joint_rows(twist=1.8), "precision"))
-    assert crossed.verdict == findings.REFUTED
-    assert findings.effects_multiply(evidence_of(small_rows(), "precision")).verdict == findings.NOT_TESTABLE
+    for twist, verdict in ((1.0, findings.SUPPORTED), (1.8, findings.REFUTED)):
+        table = table_of(joint_rows(twist=twist))
+        result = Comparison((), {}, multiplicativity(table, starts=48, resamples=200), None, {}, ())
+        finding = findings.effects_multiply(Evidence(table, comparison=result))
+        assert finding.verdict == verdict, finding.statistic
+        assert finding.numbers["kappa"] == pytest.approx(twist, abs=0.15)
 
 
 def spread(fit_, scale):
@@ -218,7 +251,7 @@ def test_page_is_one_file_with_its_figures_inside(written):
     page.close()
     assert page.outside == [] and not page.open
     assert "url(" not in text and "@import" not in text
-    assert len(page.images) >= 10
+    assert len(page.images) >= 10 and 'id="law_comparison"' in text
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).lstrip().startswith(b"<?xml")
     said = " ".join(page.text)

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from analysis import laws
 from analysis.evidence import Evidence
-from analysis.figures.style import CATEGORIES, INK, Skipped, bits_axis, log_axis, marker, panels, ramp, thin
+from analysis.figures.style import CATEGORIES, INK, WIDTH, Skipped, bits_axis, log_axis, marker, panels, ramp, thin
 from analysis.fit import Fit
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.table import PRECISIONS, Table
 from analysis.wording import fixed
 
-MOST_PARAMETERS = 5  # of a corner plot
+MOST_PARAMETERS = 8  # of a corner plot; amplitudes, then exponents make room for constants of precision
 LEAST_DRAWS = 50  # bootstrap samples worth a density
 
 
@@ -145,11 +145,15 @@ def _corner(fit: Fit | None, name: str) -> Figure:
     draws = min((len(fit.samples[p]) for p in names), default=0)
     if draws < LEAST_DRAWS:
         raise Skipped(f"the fit of {name} carries {draws} bootstrap samples, want {LEAST_DRAWS}")
-    names = sorted(names, key=lambda p: p in ("A", "B"))[:MOST_PARAMETERS]
+    for spare in ("A", "B", "beta", "alpha", "E"):
+        names = [p for p in names if p != spare] if len(names) > MOST_PARAMETERS else names
+    names = names[:MOST_PARAMETERS]
     logs = {p for p in names if laws.resolve(fit.law, fit.values).parameter(p).log}
     values = {p: np.log10(fit.samples[p]) if p in logs else np.asarray(fit.samples[p]) for p in names}
     best = {p: np.log10(fit.values[p]) if p in logs else fit.values[p] for p in names}
-    figure, axes = panels(len(names), len(names), 6.6 / len(names), width=6.6)
+    figure, axes = panels(len(names), len(names), WIDTH / len(names))
+    few = len(names) < 6
+    dots = {"color": CATEGORIES[0], "ms": 3.5 if few else 2.2, "alpha": 0.5, "mew": 0}
     spans = {p: np.quantile(values[p], [0.01, 0.99]) + np.array([-0.08, 0.08]) * np.ptp(values[p]) for p in names}
     for row, y in enumerate(names):
         for column, x in enumerate(names):
@@ -162,18 +166,20 @@ def _corner(fit: Fit | None, name: str) -> Figure:
                 axis.hist(values[x], bins=24, range=tuple(spans[x]), color=CATEGORIES[4], edgecolor="white", lw=0.3)
                 axis.set_yticks([])
             else:
-                axis.plot(values[x], values[y], ".", color=CATEGORIES[0], ms=3.5, alpha=0.5, mew=0)
+                axis.plot(values[x], values[y], ".", **dots)
                 axis.axhline(best[y], color=CATEGORIES[1], lw=0.9)
                 axis.set_ylim(*spans[y])
             axis.axvline(best[x], color=CATEGORIES[1], lw=0.9)
             axis.grid(False)
             axis.locator_params(nbins=3)
-            axis.tick_params(labelleft=column == 0 and row > 0, labelbottom=row == len(names) - 1, labelsize=6.5)
+            axis.tick_params(
+                labelleft=column == 0 and row > 0, labelbottom=row == len(names) - 1, labelsize=6.5 if few else 5.5
+            )
             axis.tick_params(axis="x", rotation=35)
             if row == len(names) - 1:
-                axis.set_xlabel(f"log10 {x}" if x in logs else x)
+                axis.set_xlabel(f"log10 {x}" if x in logs else x, fontsize=8.5 if few else 6.5)
             if column == 0 and row > 0:
-                axis.set_ylabel(f"log10 {y}" if y in logs else y)
+                axis.set_ylabel(f"log10 {y}" if y in logs else y, fontsize=8.5 if few else 6.5)
     figure.align_labels()
     return figure
 
@@ -184,5 +190,5 @@ def bootstrap_ptq(evidence: Evidence) -> Figure:
 
 
 def bootstrap_precision(evidence: Evidence) -> Figure:
-    """Bootstrap samples of the constants of the law of training precision, pair by pair."""
-    return _corner(evidence.fits.get("precision"), "precision")
+    """Bootstrap samples of the constants of the law of training precision (else Chinchilla), pair by pair."""
+    return _corner(evidence.fit_of("precision", "chinchilla"), "precision")

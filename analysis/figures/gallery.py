@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.evidence import Evidence
-from analysis.figures import fits, planning, precision, ptq
+from analysis.figures import comparison, fits, planning, precision, ptq
 from analysis.figures.style import Skipped, house_style, save
 
 
@@ -76,8 +76,8 @@ GALLERY = (
         "iso_loss",
         "Iso-loss contours over size and precision",
         "Models along a contour are equally good: fewer bits are paid for in parameters. Left from the measured "
-        "grid, right "
-        "from the fitted law; points carry the measured loss in both.",
+        "grid, right from the fitted law; points carry the measured loss in both. Along a dashed line training costs "
+        "the same (N·P at equal D), and the star is the best precision for that cost.",
         precision.iso_loss,
     ),
     Entry(
@@ -136,6 +136,14 @@ GALLERY = (
         fits.residuals,
     ),
     Entry(
+        "law_comparison",
+        "Laws compared on rows they never saw",
+        "Left: error of each law on rows held out of its fit, best law on top; a law without a mark cannot predict "
+        "those "
+        "rows. Right: information criteria above the lowest (k parameters).",
+        comparison.law_comparison,
+    ),
+    Entry(
         "bootstrap_ptq",
         "Uncertainty of the law of PTQ",
         "Refits on resampled runs; orange is the fit itself. A narrow diagonal band is a pair the table cannot "
@@ -144,8 +152,8 @@ GALLERY = (
     ),
     Entry(
         "bootstrap_precision",
-        "Uncertainty of the law of training precision",
-        "Refits on resampled runs; orange is the fit itself.",
+        "Uncertainty of the law of loss before PTQ",
+        "Refits on resampled runs; orange is the fit itself. Where constants are many, those of precision are shown.",
         fits.bootstrap_precision,
     ),
 )

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from analysis import laws
 from analysis.evidence import Evidence, informs
 from analysis.figures.style import (
+    CATEGORIES,
     INK,
     PARTS,
     Skipped,
@@ -28,6 +29,7 @@ from analysis.table import PRECISIONS, Table
 from analysis.wording import count_label
 
 MOST_SERIES = 6
+COST, PAPER = CATEGORIES[1], "white"  # lines of equal cost and the rim that lifts them off the map
 SHOWN_BITS = 16.0  # where runs of 16 bits and more are drawn
 
 
@@ -191,9 +193,24 @@ def iso_loss(evidence: Evidence) -> Figure:
         )
         axis.set_title(title)
         log_axis(axis, "x", table["N"], counts=True)
-        axis.set_xlabel("parameters N")
+        axis.set(xlabel="parameters N", xlim=(predicted_n[0], predicted_n[-1]), ylim=(predicted_p[0], SHOWN_BITS))
         axis.grid(False)
+        _iso_cost(axis, predicted_n, predicted_p, None if axis is left else lambda n, p: laws.predict(
+            fit.law, fit.values, N=n, D=d, **{part: p}))  # fmt: skip
     left.set_ylabel(f"{part}, training precision of {PARTS[part][0]} (bits)")
     bits_axis(left.yaxis, bits)
     figure.colorbar(shown if not full else filled, ax=axes, label="loss (nats per token)", format="%.2f")
     return figure
+
+
+def _iso_cost(axis, n, p, predict) -> None:
+    """Lines of equal N·P through the panel; with the law, a star where its loss is least along each, if inside."""
+    for at_16 in np.geomspace(n[0] * p[0] / SHOWN_BITS, n[-1], 6)[1:-1]:
+        size = at_16 * SHOWN_BITS / p
+        axis.plot(size, p, color=PAPER, lw=1.6)
+        axis.plot(size, p, color=COST, ls="--", lw=1.0)
+        if predict is None:
+            continue
+        best = int(np.argmin(predict(size, p)))
+        if n[0] < size[best] < n[-1] and 0 < best < len(p) - 1:
+            axis.plot(size[best], p[best], "*", color=COST, mec=INK, ms=9, zorder=4)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import closed_forms, laws
-from analysis.evidence import Evidence, method_column
+from analysis.evidence import Evidence
 from analysis.figures.style import (
     CATEGORIES,
     INK,
@@ -136,16 +136,16 @@ def after_ptq(evidence: Evidence) -> Figure:
 
 
 def methods(evidence: Evidence) -> Figure:
-    """δ of one PTQ method against that of another on the same model and bits."""
-    table = evidence.other_methods if evidence.other_methods is not None else evidence.table
-    column, deltas = method_column(table), table.deltas()
-    if column is None or not len(deltas):
-        raise Skipped("no column that names the PTQ method, or no row after PTQ")
-    names = sorted(set(deltas[column].astype(str)) - {""})
+    """δ of one PTQ method of weights against that of another on the same model and bits."""
+    table = (evidence.table if evidence.whole is None else evidence.whole).one_schedule().ptq_of_weights()
+    deltas = table.deltas()
+    if deltas.methods is None or not len(deltas):
+        raise Skipped("no column that names the PTQ method, or no row after PTQ of the weights alone")
+    names = sorted(set(deltas.methods) - {""})
     if len(names) < 2:
-        raise Skipped(f"only one PTQ method in the table ({', '.join(names) or 'none named'})")
+        raise Skipped(f"only one PTQ method of weights in the table ({', '.join(names) or 'none named'})")
     by_key: dict[tuple, dict[str, float]] = {}
-    columns = zip(deltas["run"], deltas["P_post"], deltas[column].astype(str), deltas["delta"], strict=True)
+    columns = zip(deltas["run"], deltas["P_post"], deltas.methods, deltas["delta"], strict=True)
     for run, p_post, method, delta in columns:
         by_key.setdefault((run, p_post), {})[method] = delta
     reference = "rtn" if "rtn" in names else names[0]
@@ -227,7 +227,7 @@ def training_precision(evidence: Evidence) -> Figure:
 
 def schedules(evidence: Evidence) -> Figure:
     """δ against D/N by learning-rate schedule: whether δ grows with data or with the decay of the learning rate."""
-    deltas = evidence.high_precision_deltas
+    deltas = evidence.deltas_by_schedule
     if "schedule" not in deltas or not len(deltas):
         raise Skipped("no column schedule or no row after PTQ")
     names = sorted(set(deltas["schedule"]) - {""})
