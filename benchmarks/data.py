@@ -10,13 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import numpy as np
 from absl import app, flags
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "Tokenizer of the corpus: bytes, bpe:VOCAB or file:PATH.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens in a window.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Windows in a batch.", lower_bound=1)
-_LANES = flags.DEFINE_integer("lanes", 20, "Runs trained together.", lower_bound=1)
 
 _PREPARE = """
 import sys, time, resource
@@ -62,9 +60,6 @@ def main(_) -> None:
 
 
 def measure_batches(options: dict) -> None:
-    import jax
-    import jax.numpy as jnp
-
     from precision_scaling.data import loader, tokens
 
     corpus = tokens.prepare(**options)
@@ -88,13 +83,8 @@ def measure_batches(options: dict) -> None:
     per_batch = seconds(lambda: [next(stream) for _ in range(100)]) / 100
     print(f"host stream with read-ahead: {per_batch * 1e6:.0f} us, {batch_tokens / per_batch / 1e6:.0f} M tokens/s")
 
-    device_tokens = jax.device_put(corpus.train)
-    lanes = jnp.asarray(np.stack([index[lane] for lane in range(_LANES.value)]))
-    gather = jax.jit(jax.vmap(lambda one: loader.gather_windows(device_tokens, one, _SEQ_LEN.value)))
-    per_step = seconds(lambda: gather(lanes).block_until_ready(), repeats=50)
-    rate = _LANES.value * batch_tokens / per_step / 1e6
-    print(f"device gather, {_LANES.value} lanes: {per_step * 1e6:.0f} us a step, {rate:.0f} M tokens/s", end=" ")
-    print(f"on {jax.devices()[0]}")
+    windows = seconds(lambda: batches.windows(index[:100]), repeats=50) / 100
+    print(f"windows by number, 100 batches at a time: {windows * 1e6:.0f} us a batch")
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

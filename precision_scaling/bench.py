@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from precision_scaling import compilation, experiment, model, precision, results
+from precision_scaling import compilation, experiment, hosts, model, precision, results, sharding
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
 from precision_scaling.data.loader import Loader
@@ -23,12 +22,14 @@ from precision_scaling.data.tokens import Corpus, prepare
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Experiment, Run
 from precision_scaling.quantize import Program
+from precision_scaling.sharding import BATCH, Layout
 from precision_scaling.step import Static
 
 # Options that change no measured number: a workdir may be used again with others.
 _FREE_OPTIONS = re.compile(
-    r"study\.|ptq\.(methods|bits)|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
-    r"|data\.(cache_dir|tfds_dir)|compilation_cache"
+    r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
+    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
+    r"|data\.(cache_dir|tfds_dir)|compilation_cache|mesh\."
 )
 
 
@@ -39,6 +40,7 @@ class Bench:
     experiment: Experiment
     corpus: Corpus
     workdir: Path
+    layout: Layout
 
     def loader(self, shape: experiment.Shape) -> Loader:
         """Batches of one shape."""
@@ -49,14 +51,20 @@ class Bench:
         return run_directory(self.workdir, run)
 
 
-def open_bench(config, workdir: Path) -> Bench:
-    """Checks the config, prepares the corpus and claims the workdir. UserError before anything is trained."""
-    experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
+    """Checks the config, prepares the corpus and claims the workdir. UserError before anything is trained.
+
+    layout: that of `config.mesh` by default.
+    """
+    planned = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+    if layout is None:
+        layout = sharding.make_layout(config.mesh)
+        sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:
         precision.check_device(run.precision)
-    bench = Bench(resolved, corpus, workdir)
+    bench = Bench(resolved, corpus, workdir, layout)
     for group in resolved.cohorts:
         loader = bench.loader(group.shape)
         for key, wanted, available in (
@@ -82,6 +90,9 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
                     f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} and is "
                     f"{new.get(key)!r} now; allowed is the same value, or another --workdir"
                 )
+    hosts.wait_for_all("read the claim")
+    if not hosts.primary():
+        return
     try:
         results.atomic_write(path, json.dumps(now, indent=1) + "\n")
     except OSError as error:
@@ -103,7 +114,7 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
 
 def reopen_bench(workdir: Path) -> Bench:
     """The bench of a workdir that `train` or `study` has filled."""
-    return open_bench(ml_collections.ConfigDict(_read_claim(workdir)["config"]), workdir)
+    return open_bench(ml_collections.ConfigDict(_read_claim(workdir)["config"]), workdir, sharding.local_layout())
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -116,17 +127,19 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def evaluator(bench: Bench, shape: experiment.Shape, program: Program) -> Callable[[Any, Any], float]:
     """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program."""
     config = bench.experiment.config.evaluate
-    static = Static(shape.model, program, bench.experiment.optimizer)
-    loss = _validation_loss(static, config.batch_size)
-    tokens = jnp.asarray(bench.loader(shape).validation_windows(config.sequences))
-    return lambda params, table: float(loss(params, table, tokens))
+    windows_NxS1 = bench.loader(shape).validation_windows(config.sequences)
+    windows_NxBxS1 = windows_NxS1.reshape(-1, config.batch_size, windows_NxS1.shape[-1])
+    # Every axis that a batch can be split over has its share of the work, whatever it is for in training.
+    place = bench.layout.of_shape(windows_NxBxS1.shape, None, ("run", *BATCH))
+    tokens = jax.make_array_from_callback(windows_NxBxS1.shape, place, lambda index: windows_NxBxS1[index])
+    loss = _validation_loss(Static(shape.model, program, bench.experiment.optimizer), bench.layout)
+    in_place = lambda params: jax.device_put(params, bench.layout.of_tree(params))  # they are, after training
+    return lambda params, table: float(loss(in_place(params), table, tokens))
 
 
 @functools.lru_cache(maxsize=8)
-def _validation_loss(static: Static, batch_size: int):
-    return compilation.jit(
-        lambda params, table, tokens: step_lib.validation_loss(static, params, table, tokens, batch_size)
-    )
+def _validation_loss(static: Static, layout: Layout):
+    return compilation.jit(functools.partial(step_lib.validation_loss, static), out_shardings=layout.place())
 
 
 def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, Any]:

@@ -1,57 +1,101 @@
 """Orbax checkpoints: the parameters of a finished run, and the state of a cohort under way.
 
-Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all. A checksum of the
-arrays stands beside them: a bit that flipped on disk would otherwise be read as another weight.
+Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all. A fingerprint of the
+arrays stands beside them: a bit that flipped on disk would otherwise be read as another weight. Arrays that are spread
+over hosts are written by all of them, and restored to whatever mesh there is then.
 """
 
 import json
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from precision_scaling import results
+from precision_scaling import hosts, results
 from precision_scaling.errors import UserError
 
 
 def save(path: Path, tree: Any) -> None:
-    """Writes a pytree of arrays as {"arrays", "checksum"}, replacing what was there; returns when it is on disk."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), {"arrays": tree, "checksum": _checksum(tree)}, force=True)
+    """Writes a pytree of arrays as {"arrays", "fingerprint"}, replacing what was there; returns when it is on disk.
+
+    UserError, one line, where it cannot be written.
+    """
+    try:
+        with _checkpointer(tree) as checkpointer:
+            fingerprint = np.asarray(_fingerprint(tree))
+            checkpointer.save(path.absolute(), {"arrays": tree, "fingerprint": fingerprint}, force=True)
+    except Exception as error:  # Orbax raises errors of many kinds for a disk that is full
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
 def restore(path: Path, abstract: Any) -> Any:
-    """The pytree at `path`, with the shapes and types of `abstract`. UserError, one line, where it cannot be read."""
+    """The pytree at `path`, with the shapes, types and shardings of `abstract`; without shardings, on one device.
+
+    UserError, one line, where it cannot be read.
+    """
     if not path.exists():
         raise UserError(f"{path}: no checkpoint there")
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), abstract
+    )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checksum = jax.ShapeDtypeStruct((), np.uint32)
-            found = checkpointer.restore(path.absolute(), {"arrays": abstract, "checksum": checksum})
+        with _checkpointer(abstract) as checkpointer:
+            fingerprint = jax.eval_shape(_fingerprint, abstract)
+            wanted = {"arrays": abstract, "fingerprint": np.empty(fingerprint.shape, fingerprint.dtype)}
+            found = checkpointer.restore(path.absolute(), wanted)
         for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(found["arrays"]), strict=True):
             if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
                 raise ValueError(f"holds {leaf.dtype}{leaf.shape} where {wanted.dtype}{wanted.shape} is wanted")
-        if found["checksum"] != _checksum(found["arrays"]):
-            raise ValueError("the arrays do not have the checksum they were written with")
+        if found["fingerprint"] != np.asarray(_fingerprint(found["arrays"])):
+            raise ValueError("the arrays do not have the fingerprint they were written with")
         return found["arrays"]
     except Exception as error:  # Orbax raises errors of many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"
-        raise UserError(
-            f"{path}: checkpoint is damaged or of another model ({type(error).__name__}: {reason})"
-        ) from error
+        raise UserError(f"{path}: checkpoint is damaged or of another model ({_reason(error)})") from error
 
 
-def _checksum(tree: Any) -> np.ndarray:
-    """CRC-32 of all arrays, leaf by leaf."""
-    checksum = 0
-    for leaf in jax.tree.leaves(tree):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
-    return np.array(checksum, np.uint32)
+def _reason(error: Exception) -> str:
+    message = str(error).strip()
+    return f"{type(error).__name__}: {message.splitlines()[0][:200] if message else 'no message'}"
+
+
+def _checkpointer(tree: Any) -> ocp.StandardCheckpointer:
+    """Of all processes that hold a part of the tree: one that works on its own waits for no other."""
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1 and all(
+        device.process_index == jax.process_index()
+        for leaf in jax.tree.leaves(tree)
+        for device in getattr(getattr(leaf, "sharding", None), "device_set", ())
+    ):
+        me = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+        )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> jax.Array:
+    """A sum over all bits of all arrays, each element with an odd weight of its own: uint32.
+
+    Integer sums do not depend on their order, so it is the same however the arrays are spread over devices and hosts. A
+    changed element always changes it; of other changes one in 2^32 goes unseen.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        index = jnp.zeros(leaf.shape, jnp.uint32)  # of the element in the flat array, made where the element is
+        for axis in range(leaf.ndim):
+            index = index * leaf.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        weight = (index + jnp.uint32(number + 1) * jnp.uint32(0x9E3779B9)) * jnp.uint32(0x85EBCA6B)
+        weight = (weight ^ (weight >> 15)) * jnp.uint32(0xC2B2AE35) | 1
+        total = total + jnp.sum(bits * weight, dtype=jnp.uint32)
+    return total
 
 
 class CohortCheckpoints:
@@ -65,31 +109,37 @@ class CohortCheckpoints:
 
     def save(self, lanes: list[dict[str, Any]], state: Any) -> None:
         """Writes the next checkpoint and removes those beyond `keep`."""
-        number = max(self._numbers(), default=0) + 1
+        number = hosts.largest(max(self._numbers(), default=0)) + 1
         path = self._directory / str(number)
         save(path / "state", state)
-        results.atomic_write(path / "lanes.json", json.dumps(lanes))  # last: without it the checkpoint does not count
-        for old in self._numbers()[: -self._keep]:
-            shutil.rmtree(self._directory / str(old))
+        if hosts.primary():
+            results.atomic_write(
+                path / "lanes.json", json.dumps(lanes)
+            )  # last: without it the checkpoint does not count
+            for old in self._numbers()[: -self._keep]:
+                shutil.rmtree(self._directory / str(old))
 
     def restore(self, abstract_of_lanes) -> tuple[list[dict[str, Any]], Any] | None:
-        """(lanes, state as NumPy arrays) of the newest readable checkpoint, or None where there is none.
+        """(lanes, state) of the newest readable checkpoint, or None where there is none.
 
         abstract_of_lanes: from a number of lanes to the abstract state. A damaged checkpoint is named in a warning.
         """
         for number in reversed(self._numbers()):
             path = self._directory / str(number)
+            found = None
             try:
                 lanes = json.loads((path / "lanes.json").read_text())
-                state = restore(path / "state", abstract_of_lanes(len(lanes)))
-                return lanes, jax.tree.map(np.asarray, state)
+                found = lanes, restore(path / "state", abstract_of_lanes(len(lanes)))
             except (UserError, ValueError) as error:
                 logging.warning("%s; going back to the checkpoint before it", error)
+            if not hosts.largest(found is None):  # one that a single process cannot read is of no use to the others
+                return found
         return None
 
     def clear(self) -> None:
         """Removes all of them: the cohort is done."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if hosts.primary():
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _numbers(self) -> list[int]:
         return sorted(

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from precision_scaling import compilation, experiment, results
+from precision_scaling import compilation, experiment, hosts, results
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
-from precision_scaling.data.loader import Loader, gather_windows
+from precision_scaling.data.loader import Loader
 from precision_scaling.experiment import Cohort, Run
+from precision_scaling.feed import Chunk, Feed
 from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.sharding import Layout
 from precision_scaling.step import RunInputs, Static, TrainState
+from precision_scaling.stopping import Stop, Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,49 +58,87 @@ def table_of(run: Run, program, **replaced) -> dict[str, Any]:
     return run.precision.table(program, **replaced)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Compiled for a shape, a layout and a number of lanes; every result is made in its place on the mesh."""
+
+    one: Any  # abstract state of a run
+    initialize: Callable  # seed -> state of one run
+    spread: Callable  # state of one run -> that state in all lanes
+    train: Callable  # (state, inputs, tokens, steps) -> (state, metrics)
+    parameters: Callable  # (parameters of all lanes, lane) -> those of one
+    pick: Callable  # (state of any number of lanes, lane) -> that of one
+    put: Callable  # (state, lane, state of one run) -> state
+
+
 @functools.lru_cache(maxsize=8)
-def _programs(static: Static, max_steps: int):
-    """Compiled per shape and number of lanes: initialize, train, take a lane's parameters, put a state in a lane."""
+def _programs(static: Static, layout: Layout, lanes: int) -> _Programs:
+    one = jax.eval_shape(functools.partial(step_lib.init_state, static), 0)
+    single, stacked = layout.of_tree(one), layout.of_tree(_stacked(one, lanes), lanes=True)
 
-    def train(state, inputs, corpus, windows_RxTxB, steps):
+    def train(state, inputs, tokens_TxRxMxBxS1, steps):
         def fetch(t):
-            windows_RxB = jax.lax.dynamic_index_in_dim(windows_RxTxB, t, 1, keepdims=False)
-            return gather_windows(corpus, windows_RxB, static.model.sequence_length)
+            tokens = jax.lax.dynamic_index_in_dim(tokens_TxRxMxBxS1, t, 0, keepdims=False)
+            return tokens.astype(jnp.int32)
 
-        return step_lib.train_chunk(static, state, inputs, fetch, steps, max_steps)
+        return step_lib.train_chunk(static, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
 
-    initialize = compilation.jit(functools.partial(step_lib.init_state, static), level=1)
-    take = jax.jit(lambda params, lane: jax.tree.map(lambda x: x[lane], params))
-    put = jax.jit(lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one), donate_argnums=0)
-    return initialize, compilation.jit(train, donate_argnums=0), take, put
+    take = lambda tree, lane: jax.tree.map(lambda x: x[lane], tree)
+    put = lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one)
+    spread = lambda one: jax.tree.map(lambda x: jnp.repeat(x[None], lanes, axis=0), one)
+    return _Programs(
+        one,
+        initialize=compilation.jit(functools.partial(step_lib.init_state, static), level=1, out_shardings=single),
+        spread=jax.jit(spread, out_shardings=stacked),
+        train=compilation.jit(train, donate_argnums=0, out_shardings=(stacked, layout.place())),
+        parameters=jax.jit(take, out_shardings=single.params),
+        pick=jax.jit(take, out_shardings=single),
+        put=jax.jit(put, donate_argnums=0, out_shardings=stacked),
+    )
+
+
+def _stacked(one: Any, lanes: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype), one)
 
 
 def train_cohort(
     cohort: Cohort,
     optimizer: OptimizerConfig,
     loader: Loader,
-    corpus: jax.Array,
+    layout: Layout,
     workdir: Path,
     worker: str,
     options: Options,
     on_finished: Callable[[Finished], None],
     progress: tqdm,
+    stop: Stop,
 ) -> None:
     """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end.
 
-    cohort: its runs are those still to be trained. corpus: the training tokens on the device. worker: names the
-    checkpoints of this process among those that share a study.
+    cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
+    spread. worker: names the checkpoints of this process among those that share a study.
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there; the
-    others go on.
+    others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
     static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
-    trainer = _Trainer(static, cohort, loader, corpus, workdir, worker, options, progress)
-    trainer.restore()
-    while trainer.fill():
-        for finished in trainer.advance():
-            on_finished(finished)
-        trainer.save_if_due()  # after the rows: a run that has left its lane is in no later checkpoint
-    trainer.checkpoints.clear()
+    trainer = _Trainer(static, cohort, loader, layout, workdir, worker, options, progress)
+    try:
+        trainer.restore()
+        while trainer.fill():
+            for finished in trainer.advance():
+                on_finished(finished)
+            # After the rows: a run that has left its lane is in no later checkpoint. One decision for all processes.
+            asked = hosts.largest(_STOP if stop.asked() else _SAVE if trainer.save_is_due() else _GO_ON)
+            if asked != _GO_ON:
+                trainer.save()
+            if asked == _STOP:
+                raise Stopped(stop.reason)
+        trainer.checkpoints.clear()
+    finally:
+        trainer.feed.close()
+
+
+_GO_ON, _SAVE, _STOP = range(3)
 
 
 @dataclasses.dataclass
@@ -111,23 +152,22 @@ class _Lane:
 class _Trainer:
     """The state of a cohort under way: what is in which lane, and what still waits."""
 
-    def __init__(self, static, cohort: Cohort, loader, corpus, workdir, worker, options: Options, progress):
-        self.static, self.cohort, self.loader, self.corpus = static, cohort, loader, corpus
+    def __init__(self, static, cohort: Cohort, loader, layout: Layout, workdir, worker, options: Options, progress):
+        self.static, self.cohort, self.layout = static, cohort, layout
         self.workdir, self.options, self.progress = workdir, options, progress
         self.waiting: list[Run] = list(cohort.runs)
         self.lanes: list[_Lane | None] = [None] * options.lanes
-        self.initialize, self.train, self.take, self.put = _programs(static, options.steps_per_dispatch)
+        self.feed = Feed(loader, layout, options.lanes, static.microbatches, options.steps_per_dispatch)
+        self.programs = _programs(static, layout, options.lanes)
         # One lane's state, repeated; `fill` replaces it.
-        blank = self.initialize(0)
-        self.state: TrainState = jax.tree.map(lambda x: jnp.repeat(x[None], len(self.lanes), axis=0), blank)
+        self.state: TrainState = self.programs.spread(self.programs.initialize(0))
         self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
         self.saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Puts the runs of the newest checkpoint back into lanes."""
-        one = jax.eval_shape(self.initialize, 0)
-        stacked = lambda n: jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), one)
-        found = self.checkpoints.restore(stacked)
+        one = self.programs.one
+        found = self.checkpoints.restore(lambda n: self.layout.abstract(_stacked(one, n), lanes=True))
         if found is None:
             return
         saved, state = found
@@ -137,7 +177,7 @@ class _Trainer:
             run = wanted.get(entry["run"])
             if run is None or (lane := next(free, None)) is None:
                 continue
-            self.state = self.put(self.state, lane, jax.tree.map(lambda x, i=i: x[i], state))
+            self.state = self.programs.put(self.state, lane, self.programs.pick(state, i))
             self.lanes[lane] = _Lane(run, entry["step"])
             self.waiting.remove(run)
             truncate_metrics(self._metrics_path(run), entry["step"])
@@ -148,7 +188,7 @@ class _Trainer:
         for i, lane in enumerate(self.lanes):
             if lane is None and self.waiting:
                 run = self.waiting.pop(0)
-                self.state = self.put(self.state, i, self.initialize(run.seed))
+                self.state = self.programs.put(self.state, i, self.programs.initialize(run.seed))
                 self.lanes[i] = _Lane(run, 0)
                 truncate_metrics(self._metrics_path(run), 0)
         return any(lane is not None for lane in self.lanes)
@@ -156,31 +196,40 @@ class _Trainer:
     def advance(self) -> list[Finished]:
         """Trains all lanes until the next one ends, or as far as one dispatch goes; returns the runs that ended."""
         active = [(i, lane) for i, lane in enumerate(self.lanes) if lane is not None]
-        steps = min(self.options.steps_per_dispatch, *(lane.run.steps - lane.step for _, lane in active))
-        started = time.monotonic()
-        self.state, metrics = self.train(self.state, self._inputs(), self.corpus, self._windows(steps), steps)
+        chunk = self._chunk(self.lanes)
+        steps = chunk.steps
+        started, waited = time.monotonic(), self.feed.wait_seconds
+        tokens = self.feed.take(chunk)
+        if (expected := self._chunk(self._expected(steps))).steps:
+            self.feed.read_ahead(expected)
+        self.state, metrics = self.programs.train(self.state, self._inputs(), tokens, steps)
         metrics = jax.tree.map(lambda x: np.asarray(x)[:, :steps], metrics)
-        rate = len(active) * steps * self.cohort.shape.tokens_per_step / (time.monotonic() - started)
+        seconds = time.monotonic() - started
+        rate = len(active) * steps * self.cohort.shape.tokens_per_step / seconds
+        data_wait = (self.feed.wait_seconds - waited) / seconds
         ended = []
         for i, lane in active:
             finite = np.isfinite(metrics.loss[i])
             diverged = None if finite.all() else lane.step + int(np.argmin(finite))
-            self._log(lane, jax.tree.map(lambda x, i=i: x[i], metrics), rate / len(active))
+            self._log(lane, jax.tree.map(lambda x, i=i: x[i], metrics), rate / len(active), data_wait)
             lane.step += steps
             if diverged is not None or lane.step == lane.run.steps:
-                ended.append(Finished(lane.run, self.take(self.state.params, i), diverged))
+                ended.append(Finished(lane.run, self.programs.parameters(self.state.params, i), diverged))
                 self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
                 self.lanes[i] = None
         self.progress.set_postfix(loss=f"{np.mean(metrics.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
         self.progress.update(len(active) * steps * self.cohort.shape.tokens_per_step)
         return ended
 
-    def save_if_due(self) -> None:
-        """Writes a checkpoint of all lanes where the last one is old enough."""
-        if not any(self.lanes) or time.monotonic() - self.saved_at <= self.options.checkpoint_seconds:
-            return
-        lanes = [{"run": lane.run.id, "step": lane.step} if lane else {"run": None, "step": 0} for lane in self.lanes]
-        self.checkpoints.save(lanes, self.state)
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is old enough."""
+        return any(self.lanes) and time.monotonic() - self.saved_at > self.options.checkpoint_seconds
+
+    def save(self) -> None:
+        """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
+        if any(self.lanes):
+            lanes = [{"run": x.run.id, "step": x.step} if x else {"run": None, "step": 0} for x in self.lanes]
+            self.checkpoints.save(lanes, self.state)
         self.saved_at = time.monotonic()
 
     def _inputs(self) -> RunInputs:
@@ -195,20 +244,33 @@ class _Trainer:
             seed=np.array([run.seed for run in runs], np.int32),
         )
 
-    def _windows(self, steps: int) -> np.ndarray:
-        """Windows of the next `steps` batches of every lane, (R, steps_per_dispatch, B), zeros past `steps`."""
-        shape = (len(self.lanes), self.options.steps_per_dispatch, self.cohort.shape.batch_size)
-        windows_RxTxB = np.zeros(shape, np.int32)
-        for i, lane in enumerate(self.lanes):
-            if lane is not None:
-                windows_RxTxB[i, :steps] = self.loader.window_indices(lane.run.seed, lane.step, steps)
-        return windows_RxTxB
+    def _chunk(self, lanes: list[_Lane | None]) -> Chunk:
+        """What is trained on next: all lanes go on until the next one ends, or as far as one dispatch goes."""
+        steps = min((lane.run.steps - lane.step for lane in lanes if lane is not None), default=0)
+        positions = tuple((lane.run.seed, lane.step) if lane else None for lane in lanes)
+        return Chunk(positions, min(self.feed.max_steps, steps))
+
+    def _expected(self, steps: int) -> list[_Lane | None]:
+        """The lanes after these steps, unless a run diverges in them."""
+        waiting, after = iter(self.waiting), []
+        for lane in self.lanes:
+            if lane is not None and lane.step + steps < lane.run.steps:
+                after.append(_Lane(lane.run, lane.step + steps))
+            else:
+                run = next(waiting, None)
+                after.append(_Lane(run, 0) if run else None)
+        return after
 
     def _metrics_path(self, run: Run) -> Path:
         return run_directory(self.workdir, run) / "metrics.jsonl"
 
-    def _log(self, lane: _Lane, metrics: step_lib.StepMetrics, tokens_per_second: float) -> None:
-        """Appends a line for every log_every-th step (and the last) to the run's metrics.jsonl."""
+    def _log(self, lane: _Lane, metrics: step_lib.StepMetrics, tokens_per_second: float, data_wait: float) -> None:
+        """Appends a line for every log_every-th step (and the last) to the run's metrics.jsonl.
+
+        data_wait: the share of the time that was spent waiting for tokens.
+        """
+        if not hosts.primary():
+            return
         path = self._metrics_path(lane.run)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -222,6 +284,7 @@ class _Trainer:
                         "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,
                         "learning_rate": float(rate),
                         "tokens_per_second": round(tokens_per_second, 1),
+                        "data_wait": round(data_wait, 4),
                     }
                     file.write(json.dumps(line) + "\n")
 
@@ -243,7 +306,7 @@ def cohort_name(cohort: Cohort) -> str:
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines after `step`, which will be written again, and a line cut short by a kill."""
-    if not path.exists():
+    if not hosts.primary() or not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,9 +1,14 @@
 """Errors that a user can mend: one line that names the key, the value and what is allowed."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
+
+from precision_scaling.stopping import EXIT_AGAIN, Stopped
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
@@ -18,7 +23,10 @@ class ConfigError(UserError):
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """absl's app.run, with a UserError (or a misspelt option) shown as one line on stderr and exit status 2."""
+    """absl's app.run, with a UserError (or a misspelt option) shown as one line on stderr and exit status 2.
+
+    Work that was stopped on request ends with EXIT_AGAIN, and one line that says so.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -42,6 +50,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except UserError as error:
             _fail(error)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            _fail(
+                f"{error.filename or 'a file'}: {error.strerror}; what was measured is kept, run the same command again"
+            )
+        except Stopped as stopped:
+            print(f"stopped: {stopped}; run the same command again to go on", file=sys.stderr)
+            sys.exit(EXIT_AGAIN)
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on", file=sys.stderr)
             sys.exit(130)

@@ -78,11 +78,12 @@ def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1, key: jax.Array
     return jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
 
 
-def _loss_and_grads(static: Static, params: Any, table: Any, tokens_BxS1, key):
+def _loss_and_grads(static: Static, params: Any, table: Any, tokens, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
     grad_fn = jax.value_and_grad(loss_fn)
+    tokens_MxBxS1 = tokens.reshape(static.microbatches, -1, tokens.shape[-1])
     if static.microbatches == 1:
-        return grad_fn(params, static, table, tokens_BxS1, key)
+        return grad_fn(params, static, table, tokens_MxBxS1[0], key)
 
     def add(total, part):
         i, tokens = part
@@ -90,15 +91,14 @@ def _loss_and_grads(static: Static, params: Any, table: Any, tokens_BxS1, key):
         return jax.tree.map(jnp.add, total, now), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    parts = tokens_BxS1.reshape(static.microbatches, -1, tokens_BxS1.shape[-1])
-    total, _ = jax.lax.scan(add, zero, (jnp.arange(static.microbatches), parts))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(static.microbatches), tokens_MxBxS1))
     return jax.tree.map(lambda x: x / static.microbatches, total)
 
 
-def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens_BxS1) -> tuple[TrainState, StepMetrics]:
-    """One update of one run."""
+def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens) -> tuple[TrainState, StepMetrics]:
+    """One update of one run. tokens: the batch, (B, S+1), or cut into its microbatches, (M, B/M, S+1)."""
     key = rounding_key(static, inputs.seed, state.step)
-    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens_BxS1, key)
+    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens, key)
     rate = optimizer_lib.learning_rate(
         state.step, inputs.total_steps, inputs.warmup_steps, inputs.peak_rate, static.optimizer.final_fraction
     )
@@ -110,7 +110,7 @@ def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens_BxS1
 def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, steps, max_steps: int):
     """`steps` (traced, at most `max_steps`) updates of every run of a cohort in one dispatch.
 
-    state and inputs have a leading axis R; `fetch(t)` gives the tokens (R, B, S+1) of the chunk's step t.
+    state and inputs have a leading axis R, and so have the tokens of the chunk's step t that `fetch(t)` gives.
     Returns the state and StepMetrics of shape (R, max_steps), NaN past `steps`.
     """
     runs = state.step.shape[0]
@@ -125,11 +125,10 @@ def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, ste
     return jax.lax.fori_loop(0, steps, body, (state, empty))
 
 
-def validation_loss(static: Static, params: Any, table: Any, tokens_NxS1, batch_size: int) -> jax.Array:
-    """Mean cross-entropy in nats per token over N sequences (a multiple of batch_size), batch by batch.
+def validation_loss(static: Static, params: Any, table: Any, tokens_NxBxS1) -> jax.Array:
+    """Mean cross-entropy in nats per token over N batches, one after the other.
 
     Operands round to nearest here, whatever the training step does.
     """
     static = dataclasses.replace(static, program=static.program.evaluation())
-    batches = tokens_NxS1.reshape(-1, batch_size, tokens_NxS1.shape[-1])
-    return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, static, table, tokens), batches))
+    return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, static, table, tokens), tokens_NxBxS1))

@@ -3,28 +3,34 @@
 The command of the data flow's middle: config in, workdir/runs.csv out. Safe to repeat: it does what is missing.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, cohort, errors, experiment, model, precision, results
+from precision_scaling import checkpoint, cohort, errors, experiment, hosts, locks, model, precision, results, sharding
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Cohort, Experiment, of_shard
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.quantize import Program
+from precision_scaling.stopping import Stop
 
 
-def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
-    """Trains this shard's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends."""
+def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | None = None) -> None:
+    """Trains this shard's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends.
+
+    Raises Stopped, with everything on disk, soon after `stop` asks for it.
+    """
     config = bench.experiment.config
     options = cohort.Options(
         lanes=config.study.lanes,
@@ -42,15 +48,16 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
             if missing[0].imported:
                 raise ConfigError("model.imported", missing[0].imported, "empty for a model that is to be trained here")
             # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
-            lanes = min(config.study.lanes, len(group.runs))
+            spread = bench.layout.sizes["run"]
+            lanes = min(config.study.lanes, -(-len(group.runs) // spread) * spread)
             todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
         else:  # of a process that was killed between the last row and this
             cohort.cohort_checkpoints(bench.workdir, group, worker).clear()
     total = sum(run.tokens for group, _ in todo for run in group.runs)
     if not todo:
         return
-    tokens = jnp.asarray(bench.corpus.train)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="training", smoothing=0.05) as progress:
+    bar = {"unit": " tokens", "unit_scale": True, "desc": "training", "smoothing": 0.05}
+    with tqdm(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             program = group.program.evaluation()
@@ -59,14 +66,16 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1)) -> None:
                 group,
                 bench.experiment.optimizer,
                 bench.loader(group.shape),
-                tokens,
+                bench.layout,
                 bench.workdir,
                 worker,
                 group_options,
                 lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
                 progress,
+                stop or Stop(),
             )
-            results.gather(bench.workdir)
+            if hosts.primary():
+                results.gather(bench.workdir)
 
 
 def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> None:
@@ -79,7 +88,26 @@ def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> Non
         checkpoint.save(bench.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
         row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged")
-    results.write_rows(bench.directory(run), "trained", [row])
+    if hosts.primary():
+        results.write_rows(bench.directory(run), "trained", [row])
+
+
+def quantize_share(bench: Bench, methods, bits, shard: tuple[int, int], stop: Stop) -> list[str]:
+    """`quantize_missing` for this shard. Of several processes, each takes every so many runs, on its own devices."""
+    hosts.wait_for_all("trained")
+    if bench.layout.spans_hosts:
+        bench = dataclasses.replace(bench, layout=sharding.local_layout())
+        shard = (shard[0] + shard[1] * jax.process_index(), shard[1] * jax.process_count())
+    warnings = quantize_missing(bench, methods, bits, shard, stop=stop)
+    hosts.wait_for_all("quantized")
+    return warnings
+
+
+@contextlib.contextmanager
+def at_work(workdir: Path, shard: tuple[int, int], minutes: float) -> Iterator[Stop]:
+    """Holds a share of the workdir, and gives what says when to stop."""
+    with locks.hold(workdir, shard) if hosts.primary() else contextlib.nullcontext(), Stop(minutes) as stop:
+        yield stop
 
 
 def plan_text(resolved: Experiment) -> str:
@@ -120,13 +148,16 @@ def _main(argv) -> None:
     if _DRY_RUN.value:
         print(plan_text(experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))))
         return
+    hosts.start()
     bench = bench_lib.open_bench(config, workdir)
-    train_missing(bench, shard)
-    try:
-        warnings = quantize_missing(bench, config.ptq.methods, config.ptq.bits, shard)
-    finally:
-        rows = results.gather(workdir)
-    print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
+    with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
+        try:
+            train_missing(bench, shard, stop)
+            warnings = quantize_share(bench, config.ptq.methods, config.ptq.bits, shard, stop)
+        finally:
+            rows = results.gather(workdir) if hosts.primary() else 0
+    if hosts.primary():
+        print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
 if __name__ == "__main__":
@@ -138,5 +169,7 @@ if __name__ == "__main__":
     _DRY_RUN = flags.DEFINE_bool(
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."
     )
+    _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     errors.run(_main)

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, results, study
+from precision_scaling import errors, hosts, results, study
 from precision_scaling.errors import ConfigError
 
 
@@ -18,8 +18,12 @@ def _main(argv) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
+    hosts.start()
     bench = bench_lib.open_bench(config, workdir)
-    study.train_missing(bench)
+    with study.at_work(workdir, (0, 1), _TIME_LIMIT.value) as stop:
+        study.train_missing(bench, stop=stop)
+    if not hosts.primary():
+        return
     results.gather(workdir)
     (run,) = bench.experiment.runs
     (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
@@ -30,5 +34,7 @@ def _main(argv) -> None:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint, metrics and runs.csv.")
+    _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     errors.run(_main)

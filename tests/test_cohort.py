@@ -15,6 +15,7 @@ from precision_scaling import formats
 from precision_scaling import model as model_lib
 from precision_scaling.cohort import Options
 from precision_scaling.model import Decoder
+from precision_scaling.stopping import Stop
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -33,7 +34,6 @@ def train(finished_study):
     """Trains runs of the shared study's cohort together; returns {run: Finished} in the order in which they ended."""
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
-    corpus = jnp.asarray(bench.corpus.train)
 
     def train_together(runs, workdir, **options):
         ended = {}
@@ -41,12 +41,13 @@ def train(finished_study):
             dataclasses.replace(group, runs=tuple(runs)),
             bench.experiment.optimizer,
             bench.loader(group.shape),
-            corpus,
+            bench.layout,
             workdir,
             "0of1",
             dataclasses.replace(OPTIONS, **options),
             lambda finished: ended.update({finished.run: finished}),
             tqdm(disable=True, total=0),
+            Stop(),
         )
         return ended
 
@@ -116,8 +117,9 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
     static = cohort_lib.Static(group.shape.model, group.program, bench.experiment.optimizer, 1)
-    programs = cohort_lib._programs(static, OPTIONS.steps_per_dispatch)
-    before = [program._cache_size() for program in programs]
+    programs = cohort_lib._programs(static, bench.layout, OPTIONS.lanes)
+    compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
+    before = [program._cache_size() for program in compiled]
     # Other lengths, rates, seeds and formats than those it was compiled for.
     w4 = by_name(group.runs, "wint4-s0")
     runs = [
@@ -125,7 +127,7 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
         dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
     ]
     assert len(train(runs, tmp_path)) == 2
-    assert [program._cache_size() for program in programs] == before
+    assert [program._cache_size() for program in compiled] == before
     assert before[1] == 1
 
 

@@ -1,15 +1,13 @@
-"""Batches: a pure function of (seed, step), the same from host and device, over hosts and after a resume."""
+"""Batches: a pure function of (seed, step), the same over hosts and after a resume."""
 
 import itertools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from precision_scaling.data import DataError, loader
-from precision_scaling.data.loader import Loader, gather_windows
+from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
 
 
@@ -85,23 +83,15 @@ def test_the_parts_of_the_processes_make_up_the_same_global_batch(process_count)
     np.testing.assert_array_equal(np.concatenate([next(stream) for stream in streams]), batches.batch(3, 9))
 
 
-def test_tokens_on_the_device_give_the_batches_of_the_host():
+def test_windows_by_number_are_the_batches_in_the_type_of_the_file():
     batches = Loader(counting_corpus(25_007), seq_len=12, batch_size=8)
-    tokens = jnp.asarray(batches.corpus.train)
     index = np.stack([batches.window_indices(seed, first_step=4, n_steps=3) for seed in (0, 1)])  # lanes, steps, B
-    assert index.dtype == np.int32
     expected = np.array([[batches.batch(seed, step) for step in (4, 5, 6)] for seed in (0, 1)])
-    direct = jax.jit(gather_windows, static_argnums=2)(tokens, index, 12)
-    lanes = jax.jit(jax.vmap(lambda lane: gather_windows(tokens, lane, 12)))(index)
-    assert direct.dtype == jnp.int32
-    np.testing.assert_array_equal(direct, expected)
-    np.testing.assert_array_equal(lanes, expected)
-
-
-def test_the_last_window_is_read_whole_on_the_device():
-    batches = Loader(counting_corpus(41), seq_len=10, batch_size=4)
-    last = gather_windows(jnp.asarray(batches.corpus.train), jnp.array(batches.n_windows - 1), 10)
-    np.testing.assert_array_equal(last, np.arange(30, 41))
+    windows = batches.windows(index)
+    assert index.dtype == np.int32 and windows.dtype == np.uint16
+    np.testing.assert_array_equal(windows, expected)
+    last = Loader(counting_corpus(41), seq_len=10, batch_size=4)
+    np.testing.assert_array_equal(last.windows(np.array(last.n_windows - 1)), np.arange(30, 41))
 
 
 def test_validation_windows_are_fixed_and_evenly_spread_over_held_out_text():

@@ -2,17 +2,15 @@
 
 Example g of a run (g = step * batch_size + row) is window g of an endless stream: epoch after epoch, each its own
 permutation of all windows, through Grain's random access. Data order is therefore a pure function of (seed, step): the
-number of hosts and the way a batch is read (memory map or tokens on the device) cannot change it, and resuming needs
-the step alone.
+number of hosts and what each of them reads cannot change it, and resuming needs the step alone.
 """
 
 import dataclasses
 import functools
 import hashlib
+import mmap
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.data import DataError
@@ -64,6 +62,10 @@ class Loader:
         order = _order("train", seed, self.n_windows, start, start + n_steps * self.batch_size)
         return order.reshape(n_steps, self.batch_size)
 
+    def windows(self, index: np.ndarray) -> np.ndarray:
+        """Training windows by number: index.shape + (S + 1,), in the type of the token file."""
+        return _windows(self.corpus.train, index, self.seq_len)
+
     def batch(self, seed: int, step: int, *, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Tokens of one step: int32 (B / process_count, S + 1), the rows of process `process_index`."""
         if self.batch_size % process_count:
@@ -97,30 +99,21 @@ class Loader:
         return _read(self.corpus.train, _order("calibration", seed, self.n_windows, 0, n), self.seq_len)
 
 
-def gather_windows(tokens: jax.Array, index: jax.Array, seq_len: int) -> jax.Array:
-    """Windows from tokens kept on the device; the same ones as `Loader.batch` reads. Jit and vmap as you like.
-
-    Args:
-      tokens: the training tokens, (tokens,), any integer type, fewer than 2^31.
-      index: `Loader.window_indices`, any shape.
-
-    Returns:
-      int32, index.shape + (seq_len + 1,).
-    """
-    if tokens.shape[0] >= 1 << 31:
-        raise DataError(f"{tokens.shape[0]} tokens: on the device fewer than 2^31 are allowed; read host batches")
-    window = lambda i: jax.lax.dynamic_slice(tokens, (i * seq_len,), (seq_len + 1,))
-    windows = jax.vmap(window)(index.reshape(-1))
-    return windows.reshape(*index.shape, seq_len + 1).astype(jnp.int32)
-
-
 def _count(tokens: np.ndarray, seq_len: int) -> int:
     return (len(tokens) - 1) // seq_len  # the last target needs one token more
 
 
+def _windows(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
+    shape, strides = (_count(tokens, seq_len), seq_len + 1), (seq_len * tokens.itemsize, tokens.itemsize)
+    windows = np.lib.stride_tricks.as_strided(tokens, shape, strides, writeable=False)[index]
+    if isinstance(tokens, np.memmap):
+        # Pages that were read would stay in this process's memory until it holds the whole file.
+        tokens._mmap.madvise(mmap.MADV_DONTNEED)
+    return windows
+
+
 def _read(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
-    positions = index.astype(np.int64)[:, None] * seq_len + np.arange(seq_len + 1)
-    return tokens[positions].astype(np.int32)
+    return _windows(tokens, index, seq_len).astype(np.int32)
 
 
 def _order(purpose: str, seed: int, n_windows: int, start: int, stop: int) -> np.ndarray:

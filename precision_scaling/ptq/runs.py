@@ -24,6 +24,7 @@ from precision_scaling.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
 from precision_scaling.ptq.setting import Setting, of_method
 from precision_scaling.step import Static
+from precision_scaling.stopping import Stop, Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,12 @@ def quantize_missing(
     everything: bool = False,
     options: Mapping[str, Any] | None = None,
     save: bool = False,
+    stop: Stop | None = None,
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
     options: in place of those of `config.ptq`; rows of other options are other rows, see `Setting.name`.
-    save: keeps every quantized model as a packed checkpoint, too.
+    save: keeps every quantized model as a packed checkpoint, too. stop: is asked between two runs; then Stopped.
 
     Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a setting that does not fit
     a model before anything is quantized, and UserError for checkpoints that cannot be read after the runs that can.
@@ -75,6 +77,8 @@ def quantize_missing(
                     todo.append(_Job(group, run, setting, missing))
     warnings, unreadable = [], []
     for job in tqdm(todo, desc="quantizing", unit="run") if todo else ():
+        if stop is not None and stop.asked():
+            raise Stopped(stop.reason)
         try:
             warnings += _quantize_run(bench, job, save)
         except UserError as error:
@@ -99,7 +103,7 @@ def _quantize_run(bench: Bench, job: _Job, save: bool) -> list[str]:
     directory = bench.directory(run)
     program = setting.program(job.group.program)
     static = Static(job.group.shape.model, program, bench.experiment.optimizer)
-    abstract = jax.eval_shape(lambda: step_lib.init_state(static, 0).params)
+    abstract = bench.layout.abstract(jax.eval_shape(lambda: step_lib.init_state(static, 0).params))
     params = checkpoint.restore(directory / "checkpoint", abstract)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     table = table_of(run, program, w=parse("bf16"))

@@ -1,0 +1,67 @@
+"""Several processes as one: how they find each other, who writes files, and what they decide together.
+
+A run on many hosts is the same program in every process; they must take the same branches. Whatever one process alone
+can know (a clock, a signal, a file system's state) therefore goes through `largest`.
+"""
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from precision_scaling.errors import UserError
+
+# A process that stops answering is given up after so many seconds, and all others end.
+HEARTBEAT_SECONDS = 60
+
+
+def define_flags() -> None:
+    """The command-line options of a run on several processes."""
+    flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, for a run of several processes.")
+    flags.DEFINE_integer("num_processes", 0, "Processes of the run, the same number for all of them.", lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
+    flags.DEFINE_bool(
+        "distributed", False, "A run of several processes that find each other: on a TPU pod, under SLURM or MPI."
+    )
+
+
+def start() -> None:
+    """Joins the other processes, as the flags say; before anything asks JAX for its devices.
+
+    UserError for flags that do not go together, and where the others are not found.
+    """
+    values = flags.FLAGS
+    address, count, index = values.coordinator_address, values.num_processes, values.process_id
+    if not address and not values.distributed:
+        if count > 0 or index >= 0:
+            raise UserError("--num_processes and --process_id: allowed with --coordinator_address=HOST:PORT only")
+        return
+    options: dict[str, object] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if address:
+        if not 0 <= index < count:
+            raise UserError(f"--process_id={index}: allowed is 0 or more, below --num_processes={count}")
+        options |= {"coordinator_address": address, "num_processes": count, "process_id": index}
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of several on the CPU; others have their own
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        where = f"--coordinator_address={address}" if address else "--distributed"
+        raise UserError(f"{where}: the processes did not find each other ({error})") from None
+
+
+def primary() -> bool:
+    """Whether this process writes what is written once: rows, metrics, the config."""
+    return jax.process_index() == 0
+
+
+def largest(value: int) -> int:
+    """The largest of the values that the processes call this with, the same for all; every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here; what: names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,158 @@
+"""Where arrays live: a mesh of devices and, by rules on the parameters' paths, the axes that each array is split over.
+
+`bench` makes the layout of a study; `cohort` trains, evaluates and restores on it. Parameters and optimizer state are
+made in their place, so that no device ever holds all of them.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from precision_scaling.errors import ConfigError
+
+# run: the lanes of a cohort. data: the batch. fsdp: the batch, and the parameters of each layer, gathered when they are
+# used. tensor: the heads and the hidden units of a layer.
+AXES = ("run", "data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# (regex on the parameter's path, axes of its dimensions), the first match counts; the axes of lanes and of stacked
+# layers come before these. An axis that does not divide its dimension moves to the next that it divides, see `fit`.
+RULES = (
+    (r"embedding/embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
+    (r"attention/qkv/kernel$", P("fsdp", "tensor", None)),  # (width, heads of q, k and v, head dimension)
+    (r"mlp/gate_up/kernel$", P("fsdp", None, "tensor")),  # (width, 2, hidden)
+    (r"(attention/out|mlp/down)/kernel$", P("tensor", "fsdp")),  # (heads x head dimension or hidden, width)
+    (r"head/kernel$", P("fsdp", "tensor")),  # (width, vocabulary)
+    (r"/scale$", P(("fsdp", "tensor"))),  # gains of norms
+)
+
+
+def fit(spec: Sequence[Any], shape: tuple[int, ...], sizes: dict[str, int], movable: Sequence[int] = ()) -> P:
+    """`spec` for an array of that shape: jit splits into equal parts only.
+
+    An axis that does not divide its dimension goes to the first of the dimensions `movable` that it divides, and where
+    there is none the array is repeated along it.
+    """
+    placed: list[list[str]] = [[] for _ in shape]
+    for dimension, axes in enumerate(spec):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            for candidate in (dimension, *movable):
+                parts = math.prod(sizes[other] for other in placed[candidate]) * sizes[axis]
+                if shape[candidate] % parts == 0:
+                    placed[candidate].append(axis)
+                    break
+    return P(*(tuple(axes) if axes else None for axes in placed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with the axes `AXES`, and where things go on it."""
+
+    mesh: Mesh
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis."""
+        return dict(self.mesh.shape)
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether other processes hold a part of it."""
+        return any(device.process_index != jax.process_index() for device in self.mesh.devices.flat)
+
+    def place(self, *spec: Any) -> NamedSharding:
+        """Sharding of an array whose dimensions are split over these axes; none of them: a copy on every device."""
+        return NamedSharding(self.mesh, P(*spec))
+
+    def of_shape(self, shape: tuple[int, ...], *spec: Any) -> NamedSharding:
+        """As `place`, without the axes that do not divide their dimension."""
+        return NamedSharding(self.mesh, fit(spec, shape, self.sizes))
+
+    def of_tree(self, tree: Any, lanes: bool = False) -> Any:
+        """Shardings of parameters, or of a train state, by `RULES`; lanes: every leaf has a leading axis of runs."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(self.mesh, self._spec(path, leaf.shape, lanes)), tree
+        )
+
+    def abstract(self, tree: Any, lanes: bool = False) -> Any:
+        """Shapes and types of a tree with these shardings, for a checkpoint to be restored into."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            self.of_tree(tree, lanes),
+        )
+
+    def _spec(self, path, shape: tuple[int, ...], lanes: bool) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        lead = (*(("run",) if lanes else ()), *((None,) if "layers/" in name else ()))
+        own = range(len(lead), len(shape))
+        if not own:  # a step or a count
+            return fit(lead, shape, self.sizes)
+        for pattern, spec in RULES:
+            if re.search(pattern, name):
+                return fit((*lead, *spec), shape, self.sizes, own)
+        raise KeyError(f"no rule in sharding.RULES for the parameter {name}")
+
+
+def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The layout of `config.mesh`: sizes of the axes, of which one may be -1 to take the devices that are left.
+
+    devices: all of them, by default. ConfigError where the axes do not make up their number.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: options[axis] for axis in AXES}
+    for axis, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise ConfigError(f"mesh.{axis}", size, "a number of devices from 1, or -1 for those that are left")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh.{free[1]}", -1, f"1 or more, because mesh.{free[0]} is -1 already")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ConfigError("mesh", named, f"a product of {len(devices)}, the devices there are")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    # Made by hand, because jax.make_mesh has explicit axes in newer versions, under which AQT's products fail.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Layout(Mesh(grid, AXES))
+
+
+def local_layout() -> Layout:
+    """All devices of this process, with parameters split over them: what a process needs to work on its own."""
+    return make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+
+
+def check(layout: Layout, config: Any, models: Sequence[Any]) -> None:
+    """ConfigError for a batch, a number of lanes or of heads that the mesh does not divide."""
+    sizes = layout.sizes
+    parts = sizes["data"] * sizes["fsdp"]
+    if config.train.batch_size // config.train.microbatches % parts:
+        raise ConfigError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"a multiple of {parts * config.train.microbatches}: train.microbatches x mesh.data x mesh.fsdp",
+        )
+    if config.study.lanes % sizes["run"]:
+        raise ConfigError("study.lanes", config.study.lanes, f"a multiple of mesh.run, {sizes['run']}")
+    for model in models:
+        if model.heads % sizes["tensor"]:
+            raise ConfigError(
+                "mesh.tensor", sizes["tensor"], f"a divisor of the heads, {model.heads} at width {model.width}"
+            )
+
+
+def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
+    """Bytes of the arrays of a tree that each device of this process holds."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return held

@@ -1,0 +1,92 @@
+"""Trains one small cohort on meshes of eight forced host devices and prints what came of each as a line of JSON.
+
+python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from configs import base
+from precision_scaling import cohort, experiment, sharding
+from precision_scaling import step as step_lib
+from precision_scaling.data.loader import Loader
+from precision_scaling.data.tokens import Corpus
+from precision_scaling.step import Static
+from precision_scaling.stopping import Stop
+
+VOCABULARY = 64
+
+
+def config():
+    """Four runs of one shape: unquantized, weights alone, and all parts at two precisions."""
+    c = base.get_config()
+    shape = {"width": 32, "depth": 2, "heads": 4, "hidden": 64, "sequence_length": 16}
+    c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
+    c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
+    tokens = (16 * 16 * 12,)
+    c.study.grid.all = base.grid(("25k",), tokens, ("bf16", "w4", "w4_a6_kv4", "w8_a8_kv8"))
+    return c
+
+
+def corpus() -> Corpus:
+    """Tokens that follow each other with a rule and some noise."""
+    rng = np.random.default_rng(0)
+    tokens = np.cumsum(rng.choice((1, 2, 5), 20_000)).astype(np.uint16) % VOCABULARY
+    return Corpus(tokens, tokens[:500], VOCABULARY, 0, Path(), {})
+
+
+def train(sizes: tuple[int, ...], workdir: Path) -> dict:
+    """Losses of every run at every step and bytes on every device, on one mesh."""
+    c = config()
+    resolved = experiment.resolve(c, VOCABULARY)
+    (group,) = resolved.cohorts
+    devices = jax.devices()[: int(np.prod(sizes))]
+    layout = sharding.make_layout(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+    sharding.check(layout, c, [group.shape.model])
+    loader = Loader(corpus(), c.model.sequence_length, c.train.batch_size)
+    static = Static(group.shape.model, group.program, resolved.optimizer, c.train.microbatches)
+    programs = cohort._programs(static, layout, c.study.lanes)
+    state = programs.spread(programs.initialize(0))
+    held = sharding.bytes_per_device((state.params, state.optimizer))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
+    finished = {}
+    options = cohort.Options(lanes=4, log_every=1, checkpoint_seconds=1e9, steps_per_dispatch=5)
+    cohort.train_cohort(
+        group,
+        resolved.optimizer,
+        loader,
+        layout,
+        workdir,
+        "0of1",
+        options,
+        lambda ended: finished.update({ended.run: ended.params}),
+        tqdm(disable=True, total=0),
+        Stop(),
+    )
+    assert all(leaf.sharding.mesh == layout.mesh for leaf in jax.tree.leaves(list(finished.values())))
+    losses = {}
+    for run in group.runs:
+        lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
+        losses[run.precision.short] = [json.loads(line)["loss"] for line in lines]
+    windows = loader.validation_windows(16).reshape(2, 8, -1)
+    validation = jax.jit(lambda params, table: step_lib.validation_loss(static, params, table, windows))
+    evaluated = {
+        run.precision.short: float(validation(params, cohort.table_of(run, group.program)))
+        for run, params in finished.items()
+    }
+    return {"losses": losses, "validation": evaluated, "bytes": sorted(set(held.values())), "total": total}
+
+
+if __name__ == "__main__":
+    for text in sys.argv[2:]:
+        sizes = tuple(map(int, text.split(",")))
+        print(json.dumps({"mesh": text, **train(sizes, Path(sys.argv[1]) / text)}), flush=True)

@@ -1,0 +1,156 @@
+"""Layouts: which axis splits what, what a wrong mesh is told, and the same losses on every mesh of eight devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from precision_scaling import sharding
+from precision_scaling import step as step_lib
+from precision_scaling.errors import ConfigError
+from precision_scaling.model import ModelConfig
+from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.quantize import UNQUANTIZED
+from precision_scaling.sharding import fit
+from precision_scaling.step import Static
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"run": 2, "data": 1, "fsdp": 4, "tensor": 3}
+
+
+def test_an_axis_that_does_not_divide_its_dimension_moves_or_is_left_out():
+    assert fit(P("fsdp", "tensor"), (8, 6), SIZES) == P(("fsdp",), ("tensor",))
+    assert fit(P("fsdp", "tensor"), (8, 7), SIZES) == P(("fsdp",), None)
+    assert fit(P("fsdp", "tensor"), (24, 7), SIZES, movable=(0, 1)) == P(("fsdp", "tensor"), None)
+    assert fit(P("fsdp", "tensor"), (7, 6), SIZES, movable=(0, 1)) == P(None, ("tensor",))
+    assert fit(P(("fsdp", "tensor")), (4,), SIZES) == P(("fsdp",))
+    assert fit(P("run", None), (3, 5), SIZES) == P(None, None)
+
+
+def test_every_parameter_of_every_kind_of_model_has_a_rule():
+    layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1})
+    shape = {"vocab_size": 31, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "sequence_length": 8}
+    for more in ({}, {"tie_embeddings": True}, {"qk_norm": "head", "kv_heads": 2}, {"norm_placement": "post"}):
+        known = {name: value for name, value in more.items() if hasattr(ModelConfig, name)}
+        static = Static(
+            ModelConfig(**shape, base_width=16, base_depth=2, **known),
+            UNQUANTIZED,
+            OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1),
+        )
+        state = jax.eval_shape(lambda static=static: step_lib.init_state(static, 0))
+        specs = layout.of_tree(state)
+        split = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): place.spec
+            for path, place in jax.tree_util.tree_leaves_with_path(specs.params)
+        }
+        assert split["layers/block/mlp/down/kernel"] == P(None, ("tensor",), ("fsdp",))
+        assert split["layers/block/attention/qkv/kernel"] == P(None, ("fsdp",), ("tensor",), None)
+        # The moments lie where the parameters lie.
+        moments = [s.spec for s in jax.tree.leaves(specs.optimizer) if s.spec != P()]
+        assert sorted(map(str, moments)) == sorted(map(str, 2 * list(split.values())))
+    with pytest.raises(KeyError, match=r"no rule.*layers/other"):
+        layout.of_tree({"layers": {"other": jax.ShapeDtypeStruct((2, 3), np.float32)}})
+
+
+def test_a_mesh_takes_the_devices_that_are_left():
+    devices = jax.devices() * 8  # of eight, or a multiple
+    devices = devices[:1]
+    assert sharding.make_layout({"run": 1, "data": -1, "fsdp": 1, "tensor": 1}, devices).sizes["data"] == 1
+    default = base.get_config().mesh
+    assert sharding.make_layout(default).mesh.size == jax.device_count()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"data": 3}, ["config.mesh =", "data 3", "devices there are"]),
+        ({"data": -1, "fsdp": -1}, ["config.mesh.fsdp = -1", "mesh.data is -1"]),
+        ({"tensor": 0}, ["config.mesh.tensor = 0", "from 1, or -1"]),
+        ({"run": "2"}, ["config.mesh.run = '2'"]),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(options, named):
+    with pytest.raises(ConfigError) as error:
+        sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1} | options)
+    assert "\n" not in str(error.value)
+    for part in named:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sizes, options, named",
+    [
+        ({"data": 4, "fsdp": 2}, {"train.batch_size": 20}, ["train.batch_size = 20", "a multiple of 8"]),
+        ({"data": 4, "fsdp": 2}, {"train.microbatches": 4}, ["train.batch_size = 16", "a multiple of 32"]),
+        ({"run": 3}, {}, ["study.lanes = 4", "mesh.run, 3"]),
+        ({"tensor": 8}, {}, ["mesh.tensor = 8", "divisor of the heads, 4"]),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_one_line(sizes, options, named):
+    class Sized:  # a layout for its sizes: this process has one device
+        pass
+
+    layout = Sized()
+    layout.sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+    config = base.get_config()
+    config.update_from_flattened_dict(options)
+    shape = ModelConfig(31, 16, 2, 4, 24, 8, 16, 2)
+    with pytest.raises(ConfigError) as error:
+        sharding.check(layout, config, [shape])
+    assert "\n" not in str(error.value)
+    for part in named:
+        assert part in str(error.value)
+
+
+MESHES = ("1,1,1,1", "1,8,1,1", "1,1,8,1", "1,1,2,4", "1,2,2,2", "2,2,2,1")
+
+
+@pytest.fixture(scope="module")
+def on_meshes(tmp_path_factory):
+    """{mesh: what came of it}, from one process with eight devices."""
+    done = subprocess.run(
+        [sys.executable, "tests/meshes.py", tmp_path_factory.mktemp("meshes"), *MESHES],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["mesh"]: line for line in lines}
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_losses_of_one_device(on_meshes):
+    one = on_meshes["1,1,1,1"]
+    assert len(one["losses"]) == 4 and one["losses"]["bf16"][0] > one["losses"]["bf16"][-1] + 0.5
+    for mesh in MESHES[1:]:
+        other = on_meshes[mesh]
+        for run, losses in one["losses"].items():
+            assert len(losses) == 12
+            # Devices sum in another order. Where activations are quantized, one that lies between two levels may then
+            # go the other way: on one device, parameters changed by 1e-7 move the first loss by up to 1e-3, too.
+            tolerance = 2e-2 if "_a" in run else 1e-5
+            np.testing.assert_allclose(other["losses"][run], losses, rtol=tolerance, err_msg=f"{mesh} {run}")
+            assert other["validation"][run] == pytest.approx(one["validation"][run], rel=tolerance)
+    # Without a split of a product there is no other order in the first step.
+    for run, losses in one["losses"].items():
+        assert on_meshes["1,8,1,1"]["losses"][run][0] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_every_device_holds_its_share_of_parameters_and_moments(on_meshes):
+    total = on_meshes["1,1,1,1"]["total"]
+    assert on_meshes["1,1,1,1"]["bytes"] == [total]
+    counts = 4 * 4  # Adam's count, one for each lane, is nobody's share
+    for mesh, parts in (("1,8,1,1", 1), ("1,1,8,1", 8), ("1,1,2,4", 8), ("1,2,2,2", 4)):
+        assert on_meshes[mesh]["bytes"] == [(total - counts) // parts + counts]
+    assert on_meshes["2,2,2,1"]["bytes"] == [total // 4]
