@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.split_seed = 0  # another seed holds out other documents
     c.data.cache_dir = ""  # token files and datasets; empty: ~/.cache/precision_scaling
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
+    c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
 
     c.model = ml_collections.ConfigDict()
     # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it.

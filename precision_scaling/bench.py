@@ -29,7 +29,7 @@ from precision_scaling.step import Static
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
     r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
-    r"|data\.(cache_dir|tfds_dir)|compilation_cache|mesh\."
+    r"|data\.(cache_dir|tfds_dir|workers)|compilation_cache|mesh\."
 )
 
 

@@ -26,6 +26,7 @@ OPTIONS = {
     "split_seed": 0,
     "cache_dir": "",
     "tfds_dir": "",
+    "workers": 0,
 }
 
 
@@ -60,6 +61,7 @@ def write_tree(root: Path, files: dict[str, str | bytes]) -> Path:
 
 def documents(ids: np.ndarray, corpus: tokens.Corpus) -> list[bytes]:
     """Decoded documents of a token stream, which must end with end-of-text."""
+    ids = np.asarray(ids)
     assert ids[-1] == corpus.end_of_text
     decode = corpus.load_tokenizer().decode
     parts = np.split(ids, np.flatnonzero(ids == corpus.end_of_text) + 1)
@@ -235,9 +237,9 @@ def test_damaged_token_files_and_leftovers_of_a_killed_writer_are_replaced(tmp_p
     leftover = directory.parent / f".{directory.name}.killed"
     leftover.mkdir()
     if damage == "truncated":
-        (directory / "train.bin").write_bytes((directory / "train.bin").read_bytes()[:-2])
+        (directory / "train-00000.bin").write_bytes((directory / "train-00000.bin").read_bytes()[:-2])
     elif damage == "missing":
-        (directory / "validation.bin").unlink()
+        (directory / "validation-00000.bin").unlink()
     else:
         (directory / "meta.json").write_text("{")
     again = prepare(tmp_path, small_tree)
@@ -283,7 +285,7 @@ def test_processes_that_prepare_at_once_all_get_the_same_whole_corpus(tmp_path, 
             {"validation_fraction": 1 - 1e-12},
             ["data.validation_fraction=0.999", "no train document", "40 distinct ones"],
         ),
-        ({"feature": "code"}, ["data.feature='code'", "['text', 'path']"]),
+        ({"feature": "code"}, ["data.feature='code'", "['path', 'text']"]),
         ({"split": "test"}, ["data.split='test'", "['train']"]),
         ({"validation_split": "dev"}, ["data.validation_split='dev'", "['train']"]),
         ({"root": "/nonexistent"}, ["data.root='/nonexistent'", "no .py file"]),

@@ -47,7 +47,7 @@ class WordTokenizer:
 
 
 def of(tokenizer) -> WordTokenizer | None:
-    """The same tokenizer by words, or None where its words are not those of GPT-2's rule (GPT-NeoX, OLMo and ours are)."""
+    """The same tokenizer by words, or None where words are not cut by GPT-2's rule (GPT-NeoX's and ours are)."""
     parts: dict[str, Any] = json.loads(tokenizer.to_str())
     pre, normalizer = parts["pre_tokenizer"] or {}, parts["normalizer"] or {}
     if pre.get("type") != "ByteLevel" or pre["add_prefix_space"] or not pre.get("use_regex", True):

@@ -142,8 +142,16 @@ def _dataset_name(dataset_dir: Any) -> str:
     return f"{info['name']}{config}:{info['version']}"
 
 
+def prepared(source: Source) -> Source:
+    """The same source, with its dataset on disk: other processes read it from there."""
+    if not source.root:
+        return source
+    _prepared_builder(source)
+    return dataclasses.replace(source, root="")
+
+
 class Documents:
-    """The documents of one split of a source, as UTF-8 bytes, in the dataset's order; may be iterated again.
+    """The documents of one split of a source, as UTF-8 bytes, in the dataset's order.
 
     Raises (on construction):
       DataError: unknown split, a feature that is not text, or a dataset that cannot be read without TensorFlow.
@@ -154,7 +162,7 @@ class Documents:
         import tensorflow_datasets as tfds
 
         features = dict(builder.info.features)
-        text_features = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
+        text_features = sorted(key for key, kind in features.items() if isinstance(kind, tfds.features.Text))
         if feature not in text_features:
             raise DataError(f"data.feature={feature!r}: {source.name} has the text features {text_features}")
         with _one_line_errors(f"{split_option}={split!r}: {source.name} has the splits {sorted(builder.info.splits)}"):
@@ -162,14 +170,16 @@ class Documents:
         self._feature = feature
         self._where = f"data.name={source.name!r}: cannot read {source.dataset_dir} (delete it to prepare it again)"
         self.undecodable = int((builder.info.metadata or {}).get("undecodable_files", 0))
+        self.bytes = sum(each.num_bytes for each in builder.info.splits.values())  # of all splits, as they are stored
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self), _READ_BLOCK):
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """Documents start to stop - 1."""
+        for first in range(start, stop, _READ_BLOCK):
             with _one_line_errors(self._where):
-                records = self._records.__getitems__(list(range(start, min(start + _READ_BLOCK, len(self)))))
+                records = self._records.__getitems__(list(range(first, min(first + _READ_BLOCK, stop))))
             for record in records:
                 yield record[self._feature]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from precision_scaling.data import DataError
+from precision_scaling.data.parts import TokenParts
 from precision_scaling.data.tokens import Corpus
 
 _BLOCK = 4096  # positions of the stream ordered at a time
@@ -103,7 +104,9 @@ def _count(tokens: np.ndarray, seq_len: int) -> int:
     return (len(tokens) - 1) // seq_len  # the last target needs one token more
 
 
-def _windows(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
+def _windows(tokens: np.ndarray | TokenParts, index: np.ndarray, seq_len: int) -> np.ndarray:
+    if isinstance(tokens, TokenParts):
+        return tokens.windows(index, seq_len)
     shape, strides = (_count(tokens, seq_len), seq_len + 1), (seq_len * tokens.itemsize, tokens.itemsize)
     windows = np.lib.stride_tricks.as_strided(tokens, shape, strides, writeable=False)[index]
     if isinstance(tokens, np.memmap):

@@ -120,6 +120,11 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     return LearnedTokenizer(tokenizer, spec)
 
 
+def load(spec: str, path: Path) -> Tokenizer:
+    """The tokenizer of a spec, as `save` left it in `path`."""
+    return ByteTokenizer() if spec == "bytes" else from_file(path, spec)
+
+
 def from_file(path: Path, spec: str) -> Tokenizer:
     """Loads a tokenizer.json; `spec` names it in errors."""
     from tokenizers import Tokenizer as Loadable

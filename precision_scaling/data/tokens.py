@@ -1,10 +1,9 @@
-"""Token files: a corpus tokenized once into memory-mapped arrays, split into train and validation by document.
+"""Token files: a corpus tokenized once into memory-mapped parts, split into train and validation by document.
 
 Documents (`corpora`) and a tokenizer come in; `prepare` leaves one directory per (content, tokenizer, split) with
-train.bin, validation.bin and meta.json, and returns the arrays that `loader` cuts into batches.
+train-00000.bin and so on, validation-00000.bin and so on and meta.json, and returns what `loader` cuts into batches.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -12,21 +11,21 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from precision_scaling.data import DataError, corpora
+from precision_scaling.data import DataError, corpora, remote, tokenize
 from precision_scaling.data import tokenizer as tokenizers
+from precision_scaling.data import workers as workers_lib
+from precision_scaling.data.parts import TokenParts, open_tokens
+from precision_scaling.data.tokenize import SIDES
 
 _LAYOUT = 1  # stands in every name: raise it when the same options would give other tokens
-_SPLITS = ("train", "validation")
-_ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough for its threads, little memory
+_SUMS = ("tokens", "documents", "bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Corpus:
       meta: the JSON beside the tokens.
     """
 
-    train: np.memmap
-    validation: np.memmap
+    train: np.ndarray | TokenParts
+    validation: np.ndarray | TokenParts
     vocab_size: int
     end_of_text: int
     directory: Path
@@ -50,10 +49,7 @@ class Corpus:
 
     def load_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that made the tokens."""
-        spec = self.meta["tokenizer"]
-        if spec == "bytes":
-            return tokenizers.ByteTokenizer()
-        return tokenizers.from_file(self.directory / "tokenizer.json", spec)
+        return tokenizers.load(self.meta["tokenizer"], self.directory / "tokenizer.json")
 
 
 def prepare(
@@ -68,6 +64,7 @@ def prepare(
     split_seed: int,
     cache_dir: str,
     tfds_dir: str,
+    workers: int,
     progress: bool = True,
 ) -> Corpus:
     """Tokenizes a corpus, or finds it tokenized. The arguments are those of `config.data`: `prepare(**config.data)`.
@@ -75,6 +72,10 @@ def prepare(
     Exact duplicates and empty documents are dropped. A document is held out for validation by a hash of its content
     and `split_seed`: the choice depends on nothing else. With `validation_split` named, its documents are the
     validation set, and training documents equal to one of them are dropped. Near-duplicates are not looked for.
+
+    `workers` processes share the work (0: one per core); the tokens do not depend on their number. What a process that
+    was killed had finished is kept and not done again. `cache_dir` may be a URL that fsspec knows (gs://, s3://): token
+    files are then stored there and copied to this machine's own cache.
 
     Safe to call from several processes at once: one writes, the others wait and read. A directory appears complete or
     not at all; one that was damaged since is written again.
@@ -85,7 +86,12 @@ def prepare(
     if not validation_split and not 0 < validation_fraction < 1:
         raise DataError(f"data.validation_fraction={validation_fraction}: allowed is 0 < fraction < 1")
     tokenizer_id = tokenizers.identify(tokenizer)
-    cache = Path(cache_dir or _user_cache()).expanduser()
+    if workers < 0:
+        raise DataError(f"data.workers={workers}: allowed is 0 (one per core) or more")
+    # Token files on an object store are read from a copy on this machine.
+    far = cache_dir if remote.is_remote(cache_dir) else ""
+    cache = Path((not far and cache_dir) or _user_cache()).expanduser()
+    salt = f"split/{split_seed}".encode()
     try:
         source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir)
         held_out = [validation_split] if validation_split else [validation_fraction, split_seed]
@@ -93,12 +99,15 @@ def prepare(
         key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
         label = f"{name}-{tokenizer_id}"[:48].translate(str.maketrans("/:", "__"))
         directory = cache / "tokens" / f"{label}-{key}"
+        far = far and f"{far.rstrip('/')}/tokens/{directory.name}"
         if (corpus := _open(directory)) is not None:
             return corpus
         with corpora.exclusive(directory.with_name(f"{directory.name}.lock")):
             if (corpus := _open(directory)) is not None:  # another process was first
                 return corpus
-            documents = _Documents(source, split, validation_split, feature, validation_fraction, split_seed, progress)
+            if far and remote.fetch(far, directory) and (corpus := _open(directory)) is not None:
+                return corpus
+            source = corpora.prepared(source)
             options = {
                 "hash": key,
                 "name": name,
@@ -110,77 +119,54 @@ def prepare(
                 "validation_fraction": None if validation_split else validation_fraction,
                 "split_seed": None if validation_split else split_seed,
             }
-            _write(directory, documents, options)
+            texts = [tokenize.Texts(source, split, "data.split", feature, None, validation_fraction, salt)]
+            if validation_split:  # first, so that its documents are those that stay
+                texts = [
+                    tokenize.Texts(source, validation_split, "data.validation_split", feature, 1, 0.0, b""),
+                    tokenize.Texts(source, split, "data.split", feature, 0, 0.0, b""),
+                ]
+            _write(directory, texts, options, workers, progress)
+            if far:
+                remote.store(directory, far)
             return _open(directory)
     except OSError as error:  # no permission, disk full; the message names the file
         raise DataError(f"data.name={name!r}, data.cache_dir={str(cache)!r}: {error}") from error
 
 
-class _Documents:
-    """Iterates (side, text), 0 train and 1 validation, without duplicates; `counts` describes the last pass."""
+def _write(
+    directory: Path, texts: Sequence[tokenize.Texts], options: dict[str, Any], workers: int, progress: bool
+) -> None:
+    """Tokenizes in a directory beside it and renames that; the caller holds the lock.
 
-    def __init__(self, source, split, validation_split, feature, fraction, seed, progress):
-        self._train = corpora.Documents(source, split, feature)
-        self._validation = None
-        if validation_split:
-            self._validation = corpora.Documents(
-                source, validation_split, feature, split_option="data.validation_split"
-            )
-        self._threshold = fraction * 2.0**64
-        self._salt = f"split/{seed}".encode()
-        self._progress = progress
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        return self.read("tokenizing")
-
-    def read(self, task: str) -> Iterator[tuple[int, bytes]]:
-        self.counts = collections.Counter(undecodable_skipped=self._train.undecodable)
-        seen: set[bytes] = set()
-        total = len(self._train) + (len(self._validation) if self._validation else 0)
-        with tqdm(total=total, desc=task, unit=" documents", disable=None if self._progress else True) as bar:
-            # A named validation split goes first, so that `seen` keeps its documents out of train.
-            for side, documents in ((1, self._validation), (None, self._train)):
-                for text in documents or ():
-                    bar.update()
-                    if self._keep(text, seen):
-                        yield (self._side(text) if side is None else side), text
-
-    def _keep(self, text: bytes, seen: set[bytes]) -> bool:
-        if not text:
-            self.counts["empty_dropped"] += 1
-            return False
-        digest = hashlib.blake2b(text, digest_size=16).digest()
-        if digest in seen:
-            self.counts["duplicates_dropped"] += 1
-            return False
-        seen.add(digest)
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError:
-            self.counts["undecodable_skipped"] += 1
-            return False
-        return True
-
-    def _side(self, text: bytes) -> int:
-        if self._validation is not None:
-            return 0
-        draw = int.from_bytes(hashlib.blake2b(text, digest_size=8, key=self._salt).digest(), "big")
-        return int(draw < self._threshold)
-
-
-def _write(directory: Path, documents: _Documents, options: dict[str, Any]) -> None:
-    """Tokenizes into a temporary directory and renames it; the caller holds the lock."""
-    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a process that was killed
-        shutil.rmtree(leftover)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    What a process that was killed had finished is kept there and used: `directory` says all that the tokens depend on.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer = tokenizers.build(
-            options["tokenizer"], lambda: (text for side, text in documents.read("training the tokenizer") if side == 0)
-        )
-        tokenizer.save(temporary / "tokenizer.json")
-        meta = options | _write_tokens(temporary, documents, tokenizer)
-        for side in _SPLITS:
+        size = tokenize.size(texts)
+        with workers_lib.pool(tokenize.processes(workers, size)) as run:
+            plan = tokenize.plan(texts, partial, run, progress)
+            spec = options["tokenizer"]
+            if not (partial / "tokenizer.json").exists():
+                tokenizer = tokenizers.build(spec, lambda: tokenize.training_documents(texts, plan))
+                tokenizer.save(partial / "tokenizer.tmp")
+                if spec != "bytes":
+                    (partial / "tokenizer.tmp").replace(partial / "tokenizer.json")
+            tokenizer = tokenizers.load(spec, partial / "tokenizer.json")
+            dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+            parts = tokenize.write(texts, plan, spec, partial, dtype, run, progress)
+        meta = {
+            **options,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "dtype": dtype.name,
+            **{key: {side: sum(part[key][side] for part in parts) for side in SIDES} for key in _SUMS},
+            "content_hash": {side: _digest(part["hash"][side] for part in parts) for side in SIDES},
+            **plan.counts,
+            "parts": {side: [part["tokens"][side] for part in parts] for side in SIDES},
+            "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
+        }
+        for side in SIDES:
             if meta["documents"][side] == 0:
                 option = "validation_split" if options["validation_split"] else "validation_fraction"
                 raise DataError(
@@ -188,63 +174,27 @@ def _write(directory: Path, documents: _Documents, options: dict[str, Any]) -> N
                     f" {sum(meta['documents'].values())} distinct ones of {options['source']};"
                     " choose another fraction, data.split_seed or split"
                 )
-        meta["versions"] = {"python": platform.python_version(), "tokenizers": version("tokenizers")}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        temporary.chmod(0o755)
-        if directory.exists():  # damaged, or _open would have taken it
-            directory.rename(directory.parent / f".{directory.name}.damaged")
-        temporary.rename(directory)
-        _sync(directory.parent)
+    except DataError:  # a mistake: nothing there is of use
+        shutil.rmtree(partial)
+        raise
     finally:
-        for leftover in directory.parent.glob(f".{directory.name}.*"):
-            shutil.rmtree(leftover)
+        tokenize.forget()
+    for pattern in ("scan-*", "part-*", "*.tmp"):
+        for path in partial.glob(pattern):
+            path.unlink()
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    tokenize.sync(partial / "meta.json")
+    tokenize.sync(partial)
+    if directory.exists():  # damaged, or _open would have taken it
+        directory.rename(directory.with_name(f".{directory.name}.damaged"))
+    partial.rename(directory)
+    tokenize.sync(directory.parent)
+    for leftover in directory.parent.glob(f".{directory.name}.*"):
+        shutil.rmtree(leftover)
 
 
-def _write_tokens(directory: Path, documents: _Documents, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Writes train.bin and validation.bin; returns what meta.json says about them."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    sums = {key: dict.fromkeys(_SPLITS, 0) for key in ("tokens", "documents", "bytes")}
-    digests = [hashlib.blake2b(digest_size=16) for _ in _SPLITS]
-    with open(directory / "train.bin", "wb") as train, open(directory / "validation.bin", "wb") as validation:
-        for block in _blocks(documents):
-            for side, file in enumerate((train, validation)):
-                texts = [text for text_side, text in block if text_side == side]
-                stream = _join(tokenizer.encode(texts), tokenizer.end_of_text, dtype)
-                stream.tofile(file)
-                digests[side].update(stream)
-                for key, value in (("tokens", stream.size), ("documents", len(texts)), ("bytes", sum(map(len, texts)))):
-                    sums[key][_SPLITS[side]] += value
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text": tokenizer.end_of_text,
-        "dtype": dtype.name,
-        **sums,
-        "content_hash": {split: digest.hexdigest() for split, digest in zip(_SPLITS, digests, strict=True)},
-        **{key: documents.counts[key] for key in ("duplicates_dropped", "empty_dropped", "undecodable_skipped")},
-    }
-
-
-def _blocks(documents: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
-    block, size = [], 0
-    for document in documents:
-        block.append(document)
-        size += len(document[1])
-        if size >= _ENCODE_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _join(encoded: list[np.ndarray], end_of_text: int, dtype: np.dtype) -> np.ndarray:
-    stream = np.full(sum(map(len, encoded)) + len(encoded), end_of_text, dtype)
-    start = 0
-    for ids in encoded:
-        stream[start : start + len(ids)] = ids
-        start += len(ids) + 1
-    return stream
+def _digest(hashes: Iterable[str]) -> str:
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def _open(directory: Path) -> Corpus | None:
@@ -252,15 +202,14 @@ def _open(directory: Path) -> Corpus | None:
     try:
         meta = json.loads((directory / "meta.json").read_text())
         dtype = np.dtype(meta["dtype"])
-        arrays = {}
-        for split in _SPLITS:
-            path, count = directory / f"{split}.bin", meta["tokens"][split]
-            if path.stat().st_size != count * dtype.itemsize:
-                raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {count * dtype.itemsize}")
-            arrays[split] = np.memmap(path, dtype, mode="r", shape=(count,))
+        tokens = {}
+        for side in SIDES:
+            counts = meta["parts"][side]
+            paths = [directory / tokenize.part_name(side, i) for i in range(len(counts))]
+            tokens[side] = open_tokens(paths, counts, dtype)
         ids = {key: meta[key] for key in ("vocab_size", "end_of_text")}
-        return Corpus(**arrays, **ids, directory=directory, meta=meta)
-    except (OSError, ValueError, KeyError) as error:
+        return Corpus(**tokens, **ids, directory=directory, meta=meta)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if directory.exists():
             logging.warning("%s is damaged (%s): writing it again", directory, error)
         return None
@@ -268,11 +217,3 @@ def _open(directory: Path) -> Corpus | None:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "precision_scaling"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
