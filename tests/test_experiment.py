@@ -69,6 +69,19 @@ def test_run_names_are_distinct_and_depend_on_the_run_alone():
     assert plain.id == resolve().runs[0].id == dataclasses.replace(plain).id
 
 
+def test_a_shape_without_a_name_is_called_by_its_parameters_and_is_its_own_base():
+    shape = {"model__width": 128, "model__depth": 4, "model__heads": 4, "model__hidden": 352}
+    (run,) = resolve(model__size="", model__base_size="", **shape).runs
+    # 4 layers of 4·128² + 3·128·352 + 2·128, and 128: 803,968.
+    assert run.shape.size == "804k" and run.id.startswith("804k-")
+    assert run.shape.model.residual_scale == run.shape.model.logit_scale == 1
+    # Saying what is so anyway changes nothing; more rows than the tokenizer needs do.
+    (said,) = resolve(model__size="", model__base_size="", model__kv_heads=4, model__head_width=32, **shape).runs
+    assert said.id == run.id
+    (padded,) = resolve(model__size="", model__base_size="", model__vocab_size=512, **shape).runs
+    assert padded.id != run.id and padded.shape.model.vocab_size == 512
+
+
 def test_a_config_read_back_from_json_gives_the_same_runs():
     config = base.get_config()
     config.study.grid.one = base.grid(**GRID["one"])
@@ -114,6 +127,15 @@ BAD = [
     ({"model__heads": -1}, "model.heads", "-1"),
     ({"model__size": "31k"}, "model.size", "25k"),
     ({"model__base_size": "huge"}, "size", "huge"),
+    ({"model__size": "", "model__width": 32, "model__heads": 2, "model__hidden": 8}, "model.depth", "size is empty"),
+    ({"model__kv_heads": 3}, "model.kv_heads", "divisor"),
+    ({"model__kv_heads": -1}, "model.kv_heads", "-1"),
+    ({"model__head_width": 7}, "model.head_width", "even"),
+    ({"model__vocab_size": 256}, "model.vocab_size", "257"),
+    ({"model__norm_placement": "sandwich"}, "model.norm_placement", "pre, post"),
+    ({"model__norm_type": "batch"}, "model.norm_type", "rms, layer"),
+    ({"model__qk_norm": "on"}, "model.qk_norm", "none, projection, head"),
+    ({"model__imported": "olmo@1", "precision__weights": "int4"}, "precision", "bf16"),
     ({"model__dtype": "float16"}, "model.dtype", "bfloat16"),
     ({"model__sequence_length": 0}, "model.sequence_length", "above 0"),
     ({"train__tokens": 1023}, "train.tokens", "1024"),

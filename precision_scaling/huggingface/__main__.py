@@ -24,31 +24,35 @@ def _required(*names: str) -> list[Path]:
     return [Path(flags.FLAGS[name].value).expanduser() for name in names]
 
 
-def _import(argv) -> None:
-    del argv
+def _import() -> str:
     directory, workdir = _required("model", "workdir")
     if _TOKENS.value is None:
         raise UserError("--tokens is missing: the tokens that the model was trained on (D), which its files do not say")
     run = workdir_lib.import_model(directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value)
     (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
-    print(f"{run.id}: validation loss {row['loss']:.4f} nats per token; quantize it with")
-    print(f"  python -m precision_scaling.ptq --workdir={workdir} --method=gptq --bits=3,4,5,6")
+    return (
+        f"{run.id}: validation loss {row['loss']:.4f} nats per token; quantize it with\n"
+        f"  python -m precision_scaling.ptq --workdir={workdir} --method=gptq --bits=3,4,5,6"
+    )
 
 
-def _export(argv) -> None:
-    del argv
+def _export() -> str:
     workdir, out = _required("workdir", "out")
     run = workdir_lib.export_run(workdir, out, _RUN.value)
-    print(f"{run.id}: written to {out}")
+    return f"{run.id}: written to {out}"
 
 
-def _unknown(argv) -> None:
-    raise UserError(f"command {' '.join(argv[1:]) or 'missing'}: allowed is import or export")
+def _main(argv) -> None:
+    del argv
+    commands = {"import": _import, "export": _export}
+    if _COMMAND not in commands:
+        raise UserError(f"command {_COMMAND or 'missing'}: allowed is {' or '.join(commands)}")
+    print(commands[_COMMAND]())
 
 
 if __name__ == "__main__":
-    _COMMANDS = {"import": _import, "export": _export}
-    _command = _COMMANDS.get(sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in _COMMANDS else "", _unknown)
+    # absl's flags know no commands.
+    _COMMAND = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
     _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
     _CONFIG = config_flags.DEFINE_config_file(
@@ -57,7 +61,7 @@ if __name__ == "__main__":
     _SEQUENCE_LENGTH = flags.DEFINE_integer(
         "sequence_length", 0, "import: of evaluation and calibration; 0: the model's, at most 1024.", lower_bound=0
     )
-    _WORKDIR = flags.DEFINE_string("workdir", "", "A workdir, made by import; or any with the run to export.")
+    _WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.")
     _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.")
     _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.")
-    errors.run(_command)
+    errors.run(_main)
