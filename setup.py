@@ -26,6 +26,7 @@ setup(
         "ml-collections>=1.1",
         "scipy>=1.15",
         "numpy>=2.0",
+        "ml-dtypes>=0.5",
         "matplotlib>=3.10",
         "pandas>=2.2",
         "absl-py>=2.1",
@@ -35,6 +36,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "transformers": ["torch>=2.13", "transformers>=5.23"],  # only tests compare with them
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
 )
