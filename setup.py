@@ -37,6 +37,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "transformers": ["torch>=2.13", "transformers>=5.23"],  # only tests compare with them
+        "beam": ["apache-beam>=2.70"],  # prepares Dolma from its shards
+        "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
 )

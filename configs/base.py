@@ -16,8 +16,10 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
     c.data = ml_collections.ConfigDict()
-    c.data.name = "python_stdlib"  # corpus: the standard library found on this machine, or any TFDS name, e.g. "lm1b"
-    c.data.root = ""  # directory of Python sources instead of the standard library (python_stdlib only)
+    c.data.name = "python_stdlib"  # corpus: the standard library found here, "dolma", or any TFDS name, e.g. "lm1b"
+    # python_stdlib: a directory of Python sources instead of the standard library. dolma: a directory or pattern of its
+    # json.gz shards, or a .txt file with a path or URL in each line.
+    c.data.root = ""
     c.data.split = "train"  # TFDS split that holds the documents
     c.data.validation_split = ""  # TFDS split of validation documents; empty: held out of `split` by document
     c.data.feature = "text"  # name of the text feature
@@ -26,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.split_seed = 0  # another seed holds out other documents
     c.data.cache_dir = ""  # token files and datasets; empty: ~/.cache/precision_scaling
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
+    c.data.beam_options = ""  # flags of Apache Beam, which prepares dolma, e.g. "--runner=DataflowRunner --project=..."
     c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
 
     c.model = ml_collections.ConfigDict()
@@ -105,12 +108,18 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.peak_rate = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
+    # After warm-up: "cosine", "linear", "constant", or "wsd" (stable, then a line down over the last decay_fraction).
+    c.optimizer.schedule = "cosine"
     c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
-    c.optimizer.final_fraction = 0.1  # the cosine ends at this fraction of the peak
+    c.optimizer.warmup_steps = 0  # 0: by warmup_fraction. Equal for all lengths, so that wsd runs can share a trunk
+    c.optimizer.decay_fraction = 0.2  # share of the steps that a wsd schedule spends on its way down
+    c.optimizer.final_fraction = 0.1  # schedules that fall end at this fraction of the peak
     c.optimizer.beta1 = 0.9
     c.optimizer.beta2 = 0.95
     c.optimizer.epsilon = 1e-15
-    c.optimizer.weight_decay = 0.1  # decoupled, on matrices only
+    c.optimizer.weight_decay = 0.1  # decoupled
+    c.optimizer.decayed = "kernel|embedding"  # weight decay acts on parameters whose path this regex finds: no norms
+    c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
 
     c.train = ml_collections.ConfigDict()
@@ -165,13 +174,15 @@ def grid(
     precisions: tuple[str, ...] = ("bf16",),
     seeds: tuple[int, ...] = (0,),
     ptq: bool = False,
+    schedules: tuple[str, ...] = (),
 ) -> ml_collections.ConfigDict:
     """One part of a study's grid: every size × token budget × precision × seed.
 
     precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
     kv (keys and values), g (incoming gradients of the projections), or q, k, v, p one by one; e.g. "w4", "a6",
-    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training, too.
+    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training, too. schedules: of the
+    learning rate, each for every run; empty: config.optimizer.schedule.
     """
     return ml_collections.ConfigDict(
-        {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq}
+        {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq, "schedules": schedules}
     )

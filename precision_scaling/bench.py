@@ -29,7 +29,7 @@ from precision_scaling.step import Static
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
     r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
-    r"|data\.(cache_dir|tfds_dir|workers)|compilation_cache|mesh\."
+    r"|data\.(cache_dir|tfds_dir|workers|beam_options)|compilation_cache|mesh\."
 )
 
 
@@ -167,7 +167,8 @@ def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, An
         "sequence_length": shape.model.sequence_length,
         "batch_size": shape.batch_size,
         "peak_rate": run.peak_rate,
-        "warmup_fraction": config.optimizer.warmup_fraction,
+        "warmup_fraction": round(run.warmup_steps / run.steps, 4),
+        "schedule": run.schedule_name,
         **{f"{name}_format": fmt.name for name, fmt in run.formats},
         "w_granularity": run.precision.granularity("w"),
         "a_granularity": run.precision.granularity("a"),
@@ -180,6 +181,6 @@ def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, An
         "jax_version": jax.__version__,
         "imported": run.imported,
         # How a model was trained elsewhere is not known here.
-        **(dict.fromkeys(("epochs", "batch_size", "peak_rate", "warmup_fraction")) if run.imported else {}),
+        **(dict.fromkeys(("epochs", "batch_size", "peak_rate", "warmup_fraction", "schedule")) if run.imported else {}),
         **more,
     }

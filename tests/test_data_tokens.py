@@ -27,6 +27,7 @@ OPTIONS = {
     "cache_dir": "",
     "tfds_dir": "",
     "workers": 0,
+    "beam_options": "",
 }
 
 

@@ -12,16 +12,16 @@ import io
 import json
 import os
 import platform
-import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from precision_scaling.data import DataError
+from precision_scaling.data import DataError, shards
 
 PYTHON_STDLIB = "python_stdlib"
+DOLMA = "dolma"
 # Packages installed beside the library are not the library; caches hold no source.
 _SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _READ_BLOCK = 256  # documents fetched from ArrayRecord at a time
@@ -34,8 +34,8 @@ class Source:
     Attributes:
       name: TFDS name, e.g. "python_stdlib/stdlib-py3.11.7-0123456789ab:1.0.0".
       fingerprint: hex digest of the content; equal content has equal fingerprints on every machine.
-      dataset_dir: where TFDS keeps the prepared dataset (for python_stdlib it may not exist yet).
-      root: directory of sources, only for python_stdlib.
+      dataset_dir: where TFDS keeps the prepared dataset (of the project's own builders it may not exist yet).
+      root: what the project's own builders read: python_stdlib's directory of sources, dolma's shards.
     """
 
     name: str
@@ -48,8 +48,9 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
     """Identifies the corpus `name`; a TFDS dataset that is not prepared yet is downloaded and prepared first.
 
     Args:
-      name: "python_stdlib", or any TFDS name ("lm1b", "wiki40b/en:1.3.0").
-      root: for python_stdlib, a directory whose .py files stand in for this interpreter's library ("": the library).
+      name: "python_stdlib", "dolma", or any TFDS name ("lm1b", "wiki40b/en:1.3.0").
+      root: for python_stdlib, a directory whose .py files stand in for this interpreter's library ("": the library);
+        for dolma, a directory or pattern of json.gz shards, or a .txt file that lists them.
       cache_dir: where python_stdlib and notes are kept.
       tfds_dir: TFDS data_dir of other datasets ("": cache_dir/tfds).
 
@@ -58,8 +59,12 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
     """
     if name == PYTHON_STDLIB:
         return _find_python_sources(root, cache_dir / "tfds")
+    if name == DOLMA:
+        return _find_dolma(root, tfds_dir or os.fspath(cache_dir / "tfds"))
     if root:
-        raise DataError(f"data.root={root!r} is only for data.name={PYTHON_STDLIB!r}, not {name!r}: leave it empty")
+        raise DataError(
+            f"data.root={root!r} is for data.name={PYTHON_STDLIB!r} or {DOLMA!r}, not {name!r}: leave it empty"
+        )
     dataset_dir = _resolve_tfds(name, cache_dir, tfds_dir or os.fspath(cache_dir / "tfds"))
     return Source(_dataset_name(dataset_dir), _dataset_fingerprint(dataset_dir), os.fspath(dataset_dir))
 
@@ -102,6 +107,14 @@ def _find_python_sources(root: str, tfds_dir: Path) -> Source:
     )
 
 
+def _find_dolma(root: str, tfds_dir: str) -> Source:
+    if not root:
+        raise DataError(f"data.root='': for data.name={DOLMA!r} it names the json.gz shards")
+    _, fingerprint = shards.find_files(root)
+    config = f"shards-{fingerprint[:12]}"
+    return Source(f"{DOLMA}/{config}:1.7.0", fingerprint, f"{tfds_dir}/{DOLMA}/{config}/1.7.0", root)
+
+
 def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
     """Directory (epath) of the prepared dataset. A note of what TFDS made of the name saves importing TFDS again."""
     from etils import epath
@@ -142,11 +155,25 @@ def _dataset_name(dataset_dir: Any) -> str:
     return f"{info['name']}{config}:{info['version']}"
 
 
-def prepared(source: Source) -> Source:
+def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
     """The same source, with its dataset on disk: other processes read it from there."""
+    from etils import epath
+
     if not source.root:
         return source
-    _prepared_builder(source)
+    dataset_dir = epath.Path(source.dataset_dir)
+    with exclusive(lock_dir / f"{source.name.partition('/')[0]}.lock"):
+        if not (dataset_dir / "dataset_info.json").exists():
+            if dataset_dir.parent.exists():
+                for leftover in dataset_dir.parent.glob("incomplete.*"):  # of a process that was killed
+                    leftover.rmtree()
+            if source.name.startswith(DOLMA):
+                from precision_scaling.data import dolma
+
+                with _one_line_errors(f"data.name={DOLMA!r}"), contextlib.redirect_stdout(sys.stderr):
+                    dolma.prepare(source.dataset_dir, shards.find_files(source.root)[0], beam_options)
+            else:
+                _build_python_sources(source)
     return dataclasses.replace(source, root="")
 
 
@@ -158,9 +185,10 @@ class Documents:
     """
 
     def __init__(self, source: Source, split: str, feature: str, *, split_option: str = "data.split"):
-        builder = _prepared_builder(source)
         import tensorflow_datasets as tfds
 
+        with _one_line_errors(f"data.name={source.name!r}"):
+            builder = tfds.builder_from_directory(source.dataset_dir)
         features = dict(builder.info.features)
         text_features = sorted(key for key, kind in features.items() if isinstance(kind, tfds.features.Text))
         if feature not in text_features:
@@ -184,23 +212,16 @@ class Documents:
                 yield record[self._feature]
 
 
-def _prepared_builder(source: Source) -> Any:
+def _build_python_sources(source: Source) -> None:
     import tensorflow_datasets as tfds
 
-    if source.root:
-        from precision_scaling.data.python_stdlib import PythonStdlib, SourceTree
+    from precision_scaling.data.python_stdlib import PythonStdlib, SourceTree
 
-        data_dir = Path(source.dataset_dir).parents[2]
-        name = Path(source.dataset_dir).parent.name
-        config = SourceTree(name=name, root=source.root, fingerprint=source.fingerprint)
-        with exclusive(data_dir / f"{PYTHON_STDLIB}.lock"), _quiet_tfds():
-            for leftover in Path(source.dataset_dir).parent.glob("incomplete.*"):  # of a process that was killed
-                shutil.rmtree(leftover)
-            builder = PythonStdlib(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        return builder
-    with _one_line_errors(f"data.name={source.name!r}"):
-        return tfds.builder_from_directory(source.dataset_dir)
+    directory = Path(source.dataset_dir)
+    config = SourceTree(name=directory.parent.name, root=source.root, fingerprint=source.fingerprint)
+    with _quiet_tfds():
+        builder = PythonStdlib(data_dir=os.fspath(directory.parents[2]), config=config, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
 
 
 @contextlib.contextmanager

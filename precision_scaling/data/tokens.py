@@ -65,6 +65,7 @@ def prepare(
     cache_dir: str,
     tfds_dir: str,
     workers: int,
+    beam_options: str,
     progress: bool = True,
 ) -> Corpus:
     """Tokenizes a corpus, or finds it tokenized. The arguments are those of `config.data`: `prepare(**config.data)`.
@@ -107,7 +108,7 @@ def prepare(
                 return corpus
             if far and remote.fetch(far, directory) and (corpus := _open(directory)) is not None:
                 return corpus
-            source = corpora.prepared(source)
+            source = corpora.prepared(source, cache / "tfds", beam_options)
             options = {
                 "hash": key,
                 "name": name,
