@@ -1,12 +1,17 @@
 """Seconds that GPTQ takes for a layer, one bit-width and four at once, beside the method written column by column.
 
     python -m benchmarks.gptq [--large] [--repeats=5] [--noplain]
+    python -m benchmarks.gptq --model=30M [--sequences=16] [--length=512]
 
-Times are the least of the repeats. `compile` is the XLA compilation of four bit-widths, `memory` what the compiled
-program holds at once (arguments, results and temporaries). `plain` solves the same four bit-widths by the definition of
-GPTQ: the Cholesky factor of the inverse Hessian, and after every row an update of all the rows that follow. `same` is
-the share of codes in which the two agree (they differ at ties, and after one). `error` is ours over that of rounding to
-nearest, for each bit-width.
+Times are the least of the repeats. `compile` is the XLA compilation of four bit-widths, `Cholesky` the factorization
+that they share (the rest of a time is the sweep over the rows, whose products grow with the columns of all widths),
+`memory` what the compiled program holds at once (arguments, results and temporaries). `plain` solves the same four
+bit-widths by the definition of GPTQ: the Cholesky factor of the inverse Hessian, and after every row an update of all
+the rows that follow. `same` is the share of codes in which the two agree (they differ at ties, and after one). `error`
+is ours over that of rounding to nearest, for each bit-width.
+
+With --model, the time of a whole decoder of a named size at one bit-width, split into the calibration text's way
+through the layers, the Hessians of their inputs, and solving.
 """
 
 import os
@@ -17,12 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from precision_scaling.ptq import gptq, rtn
+from precision_scaling import model as model_lib
+from precision_scaling import sizes
+from precision_scaling.model import Block, ModelConfig
+from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
+from precision_scaling.ptq.setting import Setting
+from precision_scaling.quantize import UNQUANTIZED
+from precision_scaling.step import Static
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("large", False, "also 4096 x 4096: minutes on a small CPU, and never in the plain version there")
 flags.DEFINE_bool("plain", True, "also the plain column-by-column version, for the ratio")
+flags.DEFINE_string("model", "", "a size of precision_scaling.sizes: times that whole model instead of layers")
+flags.DEFINE_integer("sequences", 16, "calibration sequences of --model", lower_bound=1)
+flags.DEFINE_integer("length", 512, "tokens of each", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bound=1)
 
 SHAPES = ((512, 512), (1024, 1024), (2048, 1024), (1024, 2816))
@@ -74,13 +89,80 @@ def fastest(programs, args, repeats):
     return best
 
 
+def whole_model(size: str, sequences: int, length: int) -> None:
+    """Prints what a decoder of random weights takes at 4 bits: all at once, and the parts of one layer times layers."""
+    shape = sizes.named(size)
+    config = ModelConfig(257, shape.width, shape.depth, shape.heads, shape.hidden, length, shape.width, shape.depth)
+    static = Static(config, UNQUANTIZED, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+    params = jax.jit(lambda: model_lib.init(config, jax.random.key(0)))()
+    tokens_NxS = np.random.default_rng(0).integers(0, 257, (sequences, length)).astype(np.int32)
+    batch = next(b for b in (4, 2, 1) if sequences % b == 0)
+
+    def whole():
+        models, _ = apply.quantize_model(
+            static, params, {}, tokens_NxS, (4,), 0.01, setting=Setting("gptq"), batch_size=batch
+        )
+        return models
+
+    start = time.perf_counter()
+    jax.block_until_ready(whole())
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    jax.block_until_ready(whole())
+    again = time.perf_counter() - start
+
+    block = jax.tree.map(lambda x: x[0], params["layers"]["block"])
+    x_CxBxSxD = jax.random.normal(jax.random.key(1), (sequences // batch, batch, length, config.width))
+
+    def forward(block, x_CxBxSxD):
+        """The inputs of the four projections, as quantization makes them."""
+
+        def call(method, *streams):
+            return Block(config, UNQUANTIZED).apply({"params": block}, *streams, method=method)
+
+        def one(x_BxSxD):
+            qkv = call(Block.before_qkv, x_BxSxD)
+            out = call(Block.before_out, qkv, {})
+            x_BxSxD, gate_up = call(Block.before_gate_up, x_BxSxD, out, {})
+            down = call(Block.before_down, gate_up, {})
+            return (qkv, out, gate_up, down), call(Block.after_down, x_BxSxD, down, {})
+
+        return jax.lax.map(one, x_CxBxSxD)
+
+    def hessians(inputs):
+        return [apply.statistics(UNQUANTIZED, {}, x_CxBxSxI)[0] for x_CxBxSxI in inputs]
+
+    def solved(kernels, hessians):
+        return [gptq.solve(k, h, jnp.array([4.0])).codes for k, h in zip(kernels, hessians, strict=True)]
+
+    kernels = [block[module][name]["kernel"] for module, name in apply.LINEARS]
+    kernels = [kernel.reshape(kernel.shape[0], -1) for kernel in kernels]
+    passing, _ = compiled(forward, block, x_CxBxSxD)
+    inputs, _ = passing(block, x_CxBxSxD)
+    summing, _ = compiled(hessians, inputs)
+    summed = summing(inputs)
+    solving, _ = compiled(solved, kernels, summed)
+    parts = fastest((passing, summing, solving), ((block, x_CxBxSxD), (inputs,), (kernels, summed)), FLAGS.repeats)
+    non_embedding, _ = model_lib.count_parameters(config)
+    print(f"{size}: {non_embedding:,} parameters, {sequences} x {length} = {sequences * length:,} calibration tokens")
+    print(
+        f"whole model {again:.2f} s, the first time {first:.2f} s with compilation; of one layer times {config.depth}:"
+    )
+    for name, seconds in zip(("calibration", "Hessians", "solving"), parts, strict=True):
+        print(f"{name:>12} {seconds * config.depth:8.2f} s")
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{device.device_kind} ({device.platform}, {cores} cores), JAX {jax.__version__}, bits {BITS}, float32")
-    columns = ("in x out", "compile s", "1 width s", "4 widths s", "4 / 1", "memory MB", "plain s", "plain / 4", "same")
+    if FLAGS.model:
+        whole_model(FLAGS.model, FLAGS.sequences, FLAGS.length)
+        return
+    columns = ("in x out", "compile s", "Cholesky s", "1 width s", "4 widths s", "4 / 1", "memory MB")
+    columns += ("plain s", "plain / 4", "same")
     print(("{:>12}" * len(columns)).format(*columns) + f"{'error':>24}")
     for rows, outputs in (*SHAPES, *((LARGE,) if FLAGS.large else ())):
         kernel, hessian = problem(rows, outputs)
@@ -91,7 +173,9 @@ def main(argv):
         joint, seconds = compiled(gptq.solve, kernel, hessian, four)
         used = joint.memory_analysis()
         memory = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
-        t_one, t_four = fastest((single, joint), ((kernel, hessian, one), (kernel, hessian, four)), FLAGS.repeats)
+        cholesky, _ = compiled(gptq.factorize, hessian)
+        arguments = (hessian,), (kernel, hessian, one), (kernel, hessian, four)
+        t_factor, t_one, t_four = fastest((cholesky, single, joint), arguments, FLAGS.repeats)
         solution = joint(kernel, hessian, four)
         by_column, same = np.nan, np.nan
         if FLAGS.plain and (device.platform != "cpu" or rows * outputs < 4096**2):
@@ -103,6 +187,7 @@ def main(argv):
         numbers = (
             f"{rows} x {outputs}",
             f"{seconds:.2f}",
+            f"{t_factor:.4f}",
             f"{t_one:.4f}",
             f"{t_four:.4f}",
             f"{t_four / t_one:.2f}",

@@ -130,6 +130,23 @@ def test_unusable_statistics_fall_back_to_rounding_to_nearest_and_say_so(spoil):
             np.testing.assert_allclose(dequantized[b], rtn.quantize_kernel(kernel, bits), atol=1e-6)
 
 
+def test_one_calibration_token_is_enough():
+    x, kernels = problem()
+    solution = solve(x[:1], kernels)
+    assert not solution.fell_back
+    assert np.all(solution.error < 0.5 * solution.rtn_error)
+    for dequantized in solution.dequantized:
+        assert np.all(np.isfinite(dequantized))
+
+
+def test_a_kernel_of_one_row_is_rounded_to_nearest():
+    x, kernels = problem(rows=1)
+    solution = solve(x, kernels, clip=False)
+    for kernel, dequantized in zip(kernels, solution.dequantized, strict=True):
+        for b, bits in enumerate(BITS):
+            np.testing.assert_allclose(dequantized[b], rtn.quantize_kernel(kernel, bits), atol=1e-6)
+
+
 @pytest.mark.slow
 def test_floating_formats_and_formats_that_pass_through():
     x, kernels = problem()

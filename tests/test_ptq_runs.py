@@ -5,11 +5,12 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import results
+from precision_scaling import checkpoint, model, results
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
 from precision_scaling.formats import parse
@@ -107,6 +108,25 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     assert errors.shape == (2, 4) and np.all((errors > 1e-4) & (errors < 0.1))
     figure = layers.draw(bench.directory(run), "smoothquant")
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.name == "layers-smoothquant.png"
+
+
+@pytest.mark.slow
+def test_layers_that_no_input_reaches_are_rounded_to_nearest_and_named(one_run):
+    bench, run = one_run
+    path = bench.directory(run) / "checkpoint"
+    params = checkpoint.restore(path, jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0))))
+    gains = params["layers"]["block"]["attention_norm"]
+    gains["scale"] = gains["scale"].at[1].set(0)
+    checkpoint.save(path, params)
+    warnings = quantize_missing(bench, ("gptq",), (3,))
+    told = "was rounded to nearest, its calibration is unusable"
+    names = ("attention/qkv of layer 1", "attention/out of layer 1")
+    assert warnings == [f"{run.id} at 3 bits: {name} {told}" for name in names]
+    (row,) = results.read_rows(bench.directory(run), "gptq")
+    assert row["fallback_layers"] == 2
+    found = json.loads(layers.path_of(bench.directory(run), "gptq").read_text())["bits"]["3"]
+    assert found["fell_back"] == [[False] * 4, [True, True, False, False]]
+    assert found["error"][1][:2] == [0, 0] and min(found["error"][0]) > 0
 
 
 def test_what_does_not_fit_is_told_before_anything_is_quantized(one_run):

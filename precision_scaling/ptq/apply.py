@@ -79,7 +79,8 @@ def _compiled(static: Static, setting: Setting, batch_size: int):
             stream = params, {**table, **on_the_fly}, tokens_NxS
             return _calibrated_layers(static, setting, *stream, bits, damping, batch_size)
 
-        return jax.vmap(at)(bits_K)
+        # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
+        return jax.lax.map(at, bits_K)
 
     return compilation.jit(quantize_at_all)
 
