@@ -1,91 +1,116 @@
-"""What the data pipeline costs: preparing the embedded corpus, finding it again, ordering windows, reading batches.
+"""What the data pipeline costs: tokenizing, preparing a corpus and finding it again, ordering and reading windows.
 
-python -m benchmarks.data            # about a minute; --tokenizer=bpe:4096 to time a trained BPE as well
+python -m benchmarks.data            # about two minutes; --tokenizer=file:PATH to time a given tokenizer.json
+
+Tokenizing is timed in processor seconds of one process, by words (as the project does it) and by the library alone, in
+turns. Preparing is timed in wall-clock seconds of a new process, on the sources of the standard library.
 """
 
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 
+import numpy as np
 from absl import app, flags
 
-_TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "Tokenizer of the corpus: bytes, bpe:VOCAB or file:PATH.")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens in a window.", lower_bound=1)
+from configs import base
+from precision_scaling.data import corpora, tokens
+from precision_scaling.data import tokenizer as tokenizers
+from precision_scaling.data.loader import Loader
+from precision_scaling.data.parts import TokenParts
+
+_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe:8192", "bpe:VOCAB or file:PATH.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens in a window.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Windows in a batch.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that tokenize; 0: one per core.", lower_bound=0)
 
 _PREPARE = """
 import sys, time, resource
 start = time.perf_counter()
 from precision_scaling.data import tokens
-tokens.prepare(**{options!r})
+meta = tokens.prepare(**{options!r}).meta
 seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-used = "tensorflow_datasets" in sys.modules
-print(f"{{seconds:.2f}} s with imports, peak memory {{peak:.0f}} MiB, TFDS used: {{used}}")
+count, size = (sum(meta[key].values()) for key in ("tokens", "bytes"))
+print(f"{{seconds:.2f}} s with imports, {{size / seconds / 1e6:.1f}} MB/s, {{count / seconds / 1e6:.2f}} M tokens/s,",
+      f"peak memory {{peak:.0f}} MiB, TFDS used: {{'tensorflow_datasets' in sys.modules}}")
 """
 
 
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
+def seconds(function: Callable[[], object], repeats: int = 5, clock=time.perf_counter) -> float:
     """Best of `repeats` calls after a first one."""
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
 def main(_) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        options = {
-            "name": "python_stdlib",
-            "root": "",
-            "split": "train",
-            "validation_split": "",
-            "feature": "text",
-            "tokenizer": _TOKENIZER.value,
-            "validation_fraction": 0.05,
-            "split_seed": 0,
-            "cache_dir": cache,
-            "tfds_dir": "",
-        }
-        program = _PREPARE.format(options=options)
-        for name in ("cold prepare", "second call"):
-            run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-            print(f"{name}: {run.stdout.strip()}", flush=True)
-        measure_batches(options)
+        data = {**base.get_config().data, "cache_dir": cache, "workers": _WORKERS.value}
+        for spec in ("bytes", _TOKENIZER.value):
+            program = _PREPARE.format(options={**data, "tokenizer": spec})
+            for name in ("prepare", "second call"):
+                run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+                print(f"{name}, {spec}: {run.stdout.strip()}", flush=True)
+        corpus = tokens.prepare(**{**data, "tokenizer": _TOKENIZER.value})
+        measure_tokenizer(corpus.load_tokenizer())
+        measure_batches(corpus)
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
-def measure_batches(options: dict) -> None:
-    from precision_scaling.data import loader, tokens
+def measure_tokenizer(tokenizer: tokenizers.LearnedTokenizer) -> None:
+    """Every eighth source of the standard library, by words and by the library."""
+    documents = [content for _, content in corpora.source_files(sysconfig.get_path("stdlib"))][::8]
+    documents = [document for document in documents if document.decode("utf-8", "replace").encode() == document]
+    size = sum(map(len, documents)) / 1e6
+    texts = [document.decode() for document in documents]
+    library = tokenizer._tokenizer
+    alone = lambda: [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)]
+    rates = {"by words": lambda: tokenizer.encode(documents), "by the library": alone}
+    for name, function in rates.items():
+        rate = size / seconds(function, repeats=3, clock=time.process_time)
+        print(f"tokenizing {size:.1f} MB {name}: {rate:.1f} MB per processor second", flush=True)
 
-    corpus = tokens.prepare(**options)
-    batches = loader.Loader(corpus, _SEQ_LEN.value, _BATCH.value)
-    print(f"{len(corpus.train)} training tokens, {batches.n_windows} windows of {_SEQ_LEN.value}")
 
+def measure_batches(corpus: tokens.Corpus) -> None:
+    """Order and batches, from the token file and from the same tokens in 64 parts."""
     import grain  # noqa: F401  (its import, about a second, is not what is measured)
 
-    start = time.perf_counter()
+    loader = Loader(corpus, _SEQ_LEN.value, _BATCH.value)
+    print(f"{len(corpus.train)} training tokens, {loader.n_windows} windows of {_SEQ_LEN.value}")
     steps = 2000
-    index = batches.window_indices(0, 0, steps)
+    start = time.perf_counter()
+    count = loader.window_indices(0, 0, steps).size
     first = time.perf_counter() - start
-    print(f"order, {index.size} indices: {first:.2f} s first ({first / index.size * 1e6:.1f} us an index)", end=", ")
-    print(f"{seconds(lambda: batches.window_indices(0, 0, steps)) * 1e3:.2f} ms again")
+    print(f"order, {count} indices: {first:.2f} s first ({first / count * 1e6:.1f} us an index)", end=", ")
+    print(f"{seconds(lambda: loader.window_indices(0, 0, steps)) * 1e3:.2f} ms again")
+    stream = np.asarray(corpus.train)
+    with tempfile.TemporaryDirectory() as directory:
+        one = _mapped(f"{directory}/one", stream)
+        parts = [_mapped(f"{directory}/{i}", part) for i, part in enumerate(np.array_split(stream, 64))]
+        for name, each in (("one file", one), ("64 parts", TokenParts(parts))):
+            same = tokens.Corpus(each, corpus.validation, 0, 0, corpus.directory, {})
+            source = Loader(same, loader.seq_len, loader.batch_size)
+            numbers = iter(range(10**6))
+            per_batch = seconds(lambda source=source, numbers=numbers: source.batch(0, next(numbers) % 1900), 500)
+            rate = _BATCH.value * _SEQ_LEN.value / per_batch / 1e6
+            print(f"batch from {name}: {per_batch * 1e6:.0f} us, {rate:.0f} M tokens/s", flush=True)
+    ahead = loader.batches(0, 0)
+    per_batch = seconds(lambda: [next(ahead) for _ in range(100)]) / 100
+    rate = _BATCH.value * _SEQ_LEN.value / per_batch / 1e6
+    print(f"batch with read-ahead: {per_batch * 1e6:.0f} us, {rate:.0f} M tokens/s")
 
-    numbers = iter(range(10**6))
-    per_batch = seconds(lambda: [batches.batch(0, next(numbers)) for _ in range(100)]) / 100
-    batch_tokens = _BATCH.value * _SEQ_LEN.value
-    print(f"host batch: {per_batch * 1e6:.0f} us, {batch_tokens / per_batch / 1e6:.0f} M tokens/s")
-    stream = batches.batches(0, 0)
-    per_batch = seconds(lambda: [next(stream) for _ in range(100)]) / 100
-    print(f"host stream with read-ahead: {per_batch * 1e6:.0f} us, {batch_tokens / per_batch / 1e6:.0f} M tokens/s")
 
-    windows = seconds(lambda: batches.windows(index[:100]), repeats=50) / 100
-    print(f"windows by number, 100 batches at a time: {windows * 1e6:.0f} us a batch")
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+def _mapped(path: str, stream: np.ndarray) -> np.memmap:
+    stream.tofile(path)
+    return np.memmap(path, stream.dtype, mode="r")
 
 
 if __name__ == "__main__":

@@ -47,12 +47,24 @@ SPACES = [AddedToken(" " * n, normalized=True, special=False) for n in range(2, 
 NEOX = trained(normalizers.NFC(), SPACES)
 
 
+# Added tokens of which some begin as others do.
+MIXED = trained(added=["  ", "    ", "the", "then", "|||", "|||X|||", "x" * 3, "x" * 4])
+
+
 def library(tokenizer, text: str) -> list[int]:
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
-@pytest.mark.parametrize("tokenizer", [PLAIN, NEOX], ids=["plain", "neox"])
-@pytest.mark.parametrize("text", [*TEXTS, "spells <|endoftext|> itself", "x" + " " * 60 + "y \n" + " " * 3])
+@pytest.mark.parametrize("tokenizer", [PLAIN, NEOX, MIXED], ids=["plain", "neox", "mixed"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS,
+        "spells <|endoftext|> itself",
+        "x" + " " * 60 + "y \n" + " " * 3,
+        "the then thenth |||X|||X||| |||| xx xxx xxxxx xxxxxxxx  a   b    c     d",
+    ],
+)
 def test_a_text_has_the_librarys_ids(tokenizer, text):
     ids = byte_level.of(tokenizer).encode(text.encode())
     assert ids.dtype == np.uint32

@@ -23,9 +23,7 @@ class WordTokenizer:
 
     def __init__(self, tokenizer, added: Iterable[str], nfc: bool):
         self._tokenizer, self._nfc = tokenizer, nfc
-        # Longest first: the library takes the leftmost added token and of several there the longest.
-        names = sorted(added, key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self._added = re.compile(f"({alternatives})") if (alternatives := _longest_of(set(added))) else None
         self._words = _Words(tokenizer)
 
     def encode(self, document: bytes) -> np.ndarray:
@@ -38,12 +36,16 @@ class WordTokenizer:
             text = unicodedata.normalize("NFC", text)
         if len(self._words) > _WORDS_KEPT:
             self._words.clear()
-        ids = self._words.__getitem__
         if self._added is None:
-            return np.frombuffer(b"".join(map(ids, split.findall(text))), np.uint32)
-        pieces = self._added.split(text)  # text and added tokens in turn; a word does not reach across one
-        words = (ids(word) for i, piece in enumerate(pieces) for word in ([piece] if i % 2 else split.findall(piece)))
-        return np.frombuffer(b"".join(words), np.uint32)
+            words = split.findall(text)
+        else:
+            words = []  # a word does not reach across an added token
+            for i, piece in enumerate(self._added.split(text)):
+                if i % 2:
+                    words.append(piece)
+                else:
+                    words += split.findall(piece)
+        return np.frombuffer(b"".join(map(self._words.__getitem__, words)), np.uint32)
 
 
 def of(tokenizer) -> WordTokenizer | None:
@@ -61,6 +63,19 @@ def of(tokenizer) -> WordTokenizer | None:
         if not unicodedata.is_normalized("NFC", token["content"]):
             return None
     return WordTokenizer(tokenizer, (token["content"] for token in added), bool(normalizer))
+
+
+def _longest_of(names: set[str]) -> str:
+    """The library takes the leftmost added token, and of several there the longest: so does this pattern."""
+    patterns = []
+    for first in sorted({name[0] for name in names}):
+        alike = sorted((name for name in names if name[0] == first), key=len, reverse=True)
+        if alike == [first * n for n in range(len(alike[0]), len(alike[-1]) - 1, -1)]:
+            # GPT-NeoX's runs of spaces: one attempt at a space, not one for each length.
+            patterns.append(f"{re.escape(first)}{{{len(alike[-1])},{len(alike[0])}}}")
+        else:
+            patterns += map(re.escape, alike)
+    return "|".join(patterns)
 
 
 class _Words(dict):

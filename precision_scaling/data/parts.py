@@ -29,7 +29,8 @@ class TokenParts:
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.dtype, self.itemsize = parts[0].dtype, parts[0].itemsize
-        self._parts = tuple(parts)
+        self._files = tuple(parts)
+        self._parts = tuple(np.asarray(part) for part in parts)  # a slice of a memmap costs ten times that of an array
         self._ends = np.cumsum([len(part) for part in parts])
         self._starts = self._ends - [len(part) for part in parts]
 
@@ -41,27 +42,18 @@ class TokenParts:
 
     def windows(self, index: np.ndarray, seq_len: int) -> np.ndarray:
         """Tokens i*S to i*S + S inclusive for every i in `index`: index.shape + (S + 1,)."""
-        first = index.astype(np.int64).reshape(-1) * seq_len
-        windows = np.empty((first.size, seq_len + 1), self.dtype)
-        home = np.searchsorted(self._ends, first, side="right")
-        for i in np.unique(home):
-            part, rows = self._parts[i], np.flatnonzero(home == i)
-            local = first[rows] - self._starts[i]
-            inside = local + seq_len < len(part)
-            if inside.any():
-                windows[rows[inside]] = np.lib.stride_tricks.sliding_window_view(part, seq_len + 1)[local[inside]]
-            for row in rows[~inside]:
-                windows[row] = self._span(int(first[row]), seq_len + 1)
-            forget_pages(part)
+        starts = index.astype(np.int64).reshape(-1) * seq_len
+        windows = np.empty((starts.size, seq_len + 1), self.dtype)
+        homes = np.searchsorted(self._ends, starts, side="right")
+        for window, home, start in zip(windows, homes.tolist(), (starts - self._starts[homes]).tolist(), strict=True):
+            filled = 0
+            while filled <= seq_len:  # once, but for a window that reaches into the next part
+                piece = self._parts[home][start : start + seq_len + 1 - filled]
+                window[filled : filled + len(piece)] = piece
+                filled, home, start = filled + len(piece), home + 1, 0
+        for home in set(homes.tolist()):
+            forget_pages(self._files[home])
         return windows.reshape(*index.shape, seq_len + 1)
-
-    def _span(self, start: int, count: int) -> np.ndarray:
-        pieces, stop = [], start + count
-        i = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            pieces.append(self._parts[i][start - self._starts[i] : stop - self._starts[i]])
-            start, i = int(self._ends[i]), i + 1
-        return np.concatenate(pieces)
 
 
 def forget_pages(tokens: np.ndarray) -> None:
