@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from precision_scaling import compilation, formats, model, optimizer, sharding, sizes
+from precision_scaling import compilation, formats, model, optimizer, schedule, sharding, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
@@ -78,8 +78,7 @@ def _compare(corpus: Corpus) -> None:
     )
     static = Static(shape, program, optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
     table = {name: jax.tree.map(lambda x: np.asarray(x)[None], formats.parse("int4").grid()) for name in "wakv"}
-    one = lambda value, kind: np.full(1, value, kind)
-    inputs = RunInputs(table, one(1e-3, np.float32), one(10_000, np.int32), one(10, np.int32))
+    inputs = RunInputs(table, jax.tree.map(lambda x: x[None], schedule.of("cosine", 1e-3, 10_000, 10, 0)))
     layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     loader = Loader(corpus, _SEQUENCE.value, _BATCH.value)
     feed = Feed(loader, layout, lanes=1, microbatches=1, max_steps=_STEPS.value)

@@ -61,9 +61,7 @@ def _compile(text: str):
     (run,) = group.runs
     precision.check_device(run.precision)
     static = step_lib.Static(group.shape.model, group.program, resolved.optimizer)
-    inputs = step_lib.RunInputs(
-        table_of(run, group.program), np.float32(1e-3), np.int32(run.steps), np.int32(run.warmup_steps), np.int32(0)
-    )
+    inputs = step_lib.RunInputs(table_of(run, group.program), run.schedule, np.int32(0))
     tokens = np.random.default_rng(0).integers(0, 256, (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value + 1)).astype(np.int32)
     state = compilation.jit(functools.partial(step_lib.init_state, static), level=1)(0)
     started = time.perf_counter()

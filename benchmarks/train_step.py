@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from precision_scaling import compilation, formats, model, optimizer, quantize, sizes
+from precision_scaling import compilation, formats, model, optimizer, quantize, schedule, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.quantize import Operand, Program
 
@@ -67,9 +67,7 @@ class Measured:
         stacked = lambda tree: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], lanes, axis=0), tree)
         self.inputs = step_lib.RunInputs(
             table=stacked(table),
-            peak_rate=jnp.full(lanes, 1e-3, jnp.float32),
-            total_steps=jnp.full(lanes, 1000, jnp.int32),
-            warmup_steps=jnp.full(lanes, 10, jnp.int32),
+            schedule=stacked(schedule.of("cosine", 1e-3, 1000, 10, 0)),
         )
         initialize = compilation.jit(functools.partial(step_lib.init_state, static), level=1)
         self.state = stacked(initialize(0))

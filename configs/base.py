@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
     c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as OLMo 2 has it
     c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as OLMo has it
-    # Norm of queries and keys before they are rotated: "none", "projection" (over all heads, OLMo 2) or "head" (Qwen 3).
+    # Norm of queries and keys before they are rotated: "none", "projection" (all heads, OLMo 2) or "head" (Qwen 3).
     c.model.qk_norm = "none"
     c.model.norm_epsilon = 1e-5  # added to the mean square in every norm
     c.model.tie_embeddings = False  # the head multiplies by the embedding's table; N counts neither

@@ -10,15 +10,15 @@ Expected on two CPU cores: about five minutes, and losses that rise as bits fall
 from configs import base
 
 FORMATS = ("int8", "int6", "int4", "int3", "e4m3fn", "e5m2", "e3m2", "e2m1", "mxfp8", "mxfp4", "nvfp4")
-SIZE = "100k"
+SIZE = "1M"
 STEPS = 300
 
 
 def get_config():
     """The study's config."""
     c = base.get_config()
-    c.model.heads = 2  # blocks of 32 must divide the head dimension and the MLP's width, as they do at size 300k
-    c.model.hidden = 192
+    # The size named 1M has a width of 144: blocks of 32 must divide the width, the head dimension and the MLP's width.
+    c.model.width, c.model.depth, c.model.heads, c.model.hidden = 128, 5, 4, 352
     c.ptq.methods = ()
     tokens = (STEPS * c.train.batch_size * c.model.sequence_length,)
     tied = tuple(f"w{name}_a{name}_kv{name}" for name in FORMATS)

@@ -139,7 +139,11 @@ def evaluator(bench: Bench, shape: experiment.Shape, program: Program) -> Callab
 
 @functools.lru_cache(maxsize=8)
 def _validation_loss(static: Static, layout: Layout):
-    return compilation.jit(functools.partial(step_lib.validation_loss, static), out_shardings=layout.place())
+    def loss(params, table, tokens_NxBxS1):
+        with sharding.splitting(layout, ("run", *BATCH)):
+            return step_lib.validation_loss(static, params, table, tokens_NxBxS1)
+
+    return compilation.jit(loss, out_shardings=layout.place())
 
 
 def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.experiment import Cohort, Run
 from precision_scaling.feed import Chunk, Feed
 from precision_scaling.optimizer import OptimizerConfig
-from precision_scaling.sharding import Layout
+from precision_scaling.sharding import Layout, splitting
 from precision_scaling.step import RunInputs, Static, TrainState
 from precision_scaling.stopping import Stop, Stopped
 
@@ -81,7 +81,8 @@ def _programs(static: Static, layout: Layout, lanes: int) -> _Programs:
             tokens = jax.lax.dynamic_index_in_dim(tokens_TxRxMxBxS1, t, 0, keepdims=False)
             return tokens.astype(jnp.int32)
 
-        return step_lib.train_chunk(static, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
+        with splitting(layout):
+            return step_lib.train_chunk(static, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
 
     take = lambda tree, lane: jax.tree.map(lambda x: x[lane], tree)
     put = lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one)
@@ -236,11 +237,11 @@ class _Trainer:
         """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
         runs = [lane.run if lane else self.cohort.runs[0] for lane in self.lanes]
         tables = [table_of(run, self.cohort.program) for run in runs]
+        idle = lambda schedule: schedule._replace(peak_rate=np.float32(0))
+        schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, self.lanes, strict=True)]
         return RunInputs(
             table=jax.tree.map(lambda *grids: np.stack(grids), *tables),
-            peak_rate=np.array([lane.run.peak_rate if lane else 0.0 for lane in self.lanes], np.float32),
-            total_steps=np.array([run.steps for run in runs], np.int32),
-            warmup_steps=np.array([run.warmup_steps for run in runs], np.int32),
+            schedule=jax.tree.map(lambda *lanes: np.stack(lanes), *schedules),
             seed=np.array([run.seed for run in runs], np.int32),
         )
 

@@ -9,18 +9,19 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
-from precision_scaling import model, optimizer, precision, quantize, sizes
+from precision_scaling import model, optimizer, precision, quantize, schedule, sizes
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.formats import Format
 from precision_scaling.precision import Spec
 from precision_scaling.ptq import setting as ptq_setting
+from precision_scaling.schedule import Schedule
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,7 +42,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run. steps: length of the schedule. imported: the model it is, where it was trained elsewhere."""
+    """One training run.
+
+    steps: length of the schedule. schedule_name: of `schedule.NAMES`. decay_steps: the last ones, of a WSD schedule.
+    imported: the model it is, where it was trained elsewhere.
+    """
 
     shape: Shape
     precision: Spec
@@ -51,6 +56,13 @@ class Run:
     seed: int
     ptq: bool
     imported: str = ""
+    schedule_name: str = "cosine"
+    decay_steps: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate, step by step."""
+        return schedule.of(self.schedule_name, self.peak_rate, self.steps, self.warmup_steps, self.decay_steps)
 
     @property
     def tokens(self) -> int:
@@ -60,7 +72,8 @@ class Run:
     @functools.cached_property
     def id(self) -> str:
         """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
-        readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}-s{self.seed}"
+        named = "" if self.schedule_name == "cosine" else f"-{self.schedule_name}"
+        readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}{named}-s{self.seed}"
         return f"{readable}-{digest(dataclasses.replace(self, ptq=False))}"
 
     @property
@@ -120,8 +133,8 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
         missing = " ".join(str(error).split())
         raise UserError(f"the config has no option {missing}; allowed is one made from configs/base.py") from None
     runs: dict[str, Run] = {}
-    for size, tokens, spec, seed, ptq in points:
-        run = _run(config, size, vocab_size, tokens, spec, seed, ptq)
+    for point in points:
+        run = _run(config, vocab_size, point)
         if run.id in runs:
             run = dataclasses.replace(run, ptq=run.ptq or runs[run.id].ptq)
         runs[run.id] = run
@@ -138,24 +151,38 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def _points(config):
-    """(size, tokens, precision, seed, ptq) of every run the grid asks for."""
+class _Point(NamedTuple):
+    """What the grid says of one run."""
+
+    size: str
+    tokens: float
+    precision: Spec
+    seed: int
+    ptq: bool
+    schedule: str
+
+
+def _points(config) -> Iterator[_Point]:
     if not config.study.grid:
-        spec = precision.from_options(config.precision)
-        yield config.model.size, config.train.tokens, spec, config.train.seed, bool(config.ptq.methods)
+        spec, ptq = precision.from_options(config.precision), bool(config.ptq.methods)
+        yield _Point(config.model.size, config.train.tokens, spec, config.train.seed, ptq, config.optimizer.schedule)
         return
+    lists = ("sizes", "tokens", "precisions", "seeds")
     for name, part in config.study.grid.items():
-        for key in ("sizes", "tokens", "precisions", "seeds"):
+        for key in lists:
             if not isinstance(part.get(key), tuple | list) or not part[key]:
                 raise ConfigError(f"study.grid.{name}.{key}", part.get(key), "a tuple that is not empty")
-        unknown = set(part) - {"sizes", "tokens", "precisions", "seeds", "ptq"}
+        unknown = set(part) - {*lists, "ptq", "schedules"}
         if unknown:
-            raise ConfigError(f"study.grid.{name}", sorted(unknown), "sizes, tokens, precisions, seeds, ptq")
-        for size, tokens, text, seed in itertools.product(part.sizes, part.tokens, part.precisions, part.seeds):
-            yield size, tokens, precision.parse(text, config.precision), seed, part.ptq
+            raise ConfigError(f"study.grid.{name}", sorted(unknown), f"{', '.join(lists)}, schedules, ptq")
+        schedules = part.get("schedules") or (config.optimizer.schedule,)
+        for values in itertools.product(part.sizes, part.tokens, part.precisions, part.seeds, schedules):
+            size, tokens, text, seed, schedule_name = values
+            yield _Point(size, tokens, precision.parse(text, config.precision), seed, bool(part.ptq), schedule_name)
 
 
-def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
+def _run(config, vocab_size: int, point: _Point) -> Run:
+    c, size, tokens, seed = config.optimizer, point.size, point.tokens, point.seed
     decoder = _model_config(config, vocab_size, size)
     label = size or sizes.label(model.count_parameters(decoder)[0])
     shape = Shape(label, decoder, config.train.batch_size, config.train.microbatches)
@@ -163,21 +190,32 @@ def _run(config, size, vocab_size, tokens, spec: Spec, seed, ptq) -> Run:
         raise ConfigError("train.tokens", tokens, "a number of tokens")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ConfigError("train.seed or study.grid.*.seeds", seed, "whole numbers from 0, below 2^31")
+    if point.schedule not in schedule.NAMES:
+        raise ConfigError(
+            "optimizer.schedule or study.grid.*.schedules", point.schedule, f"one of {', '.join(schedule.NAMES)}"
+        )
     steps = int(tokens) // shape.tokens_per_step
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
-    precision.check_shape(spec, shape.model, shape.tokens_per_step // shape.microbatches)
-    for setting in ptq_setting.of_config(config.ptq) if ptq else ():
+    warmup_steps = c.warmup_steps or max(1, round(c.warmup_fraction * steps))
+    decay_steps = max(1, round(c.decay_fraction * steps)) if point.schedule == "wsd" else 0
+    if warmup_steps + decay_steps > steps:
+        key, value = ("warmup_steps", warmup_steps) if c.warmup_steps else ("decay_fraction", c.decay_fraction)
+        raise ConfigError(f"optimizer.{key}", value, f"warm-up and decay within the run's {steps} steps")
+    precision.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
+    for setting in ptq_setting.of_config(config.ptq) if point.ptq else ():
         setting.check_model(shape.model)
     return Run(
         shape=shape,
-        precision=spec,
+        precision=point.precision,
         steps=steps,
-        warmup_steps=max(1, round(config.optimizer.warmup_fraction * steps)),
-        peak_rate=float(config.optimizer.peak_rate),
+        warmup_steps=warmup_steps,
+        peak_rate=float(c.peak_rate),
         seed=seed,
-        ptq=bool(ptq),
+        ptq=point.ptq,
         imported=config.model.imported,
+        schedule_name=point.schedule,
+        decay_steps=decay_steps,
     )
 
 
@@ -224,7 +262,8 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelCo
 
 def _optimizer(config) -> optimizer.OptimizerConfig:
     c = config.optimizer
-    return optimizer.OptimizerConfig(c.beta1, c.beta2, c.epsilon, c.weight_decay, c.clip_norm, c.final_fraction)
+    names = [field.name for field in dataclasses.fields(optimizer.OptimizerConfig)]
+    return optimizer.OptimizerConfig(**{name: c[name] for name in names})
 
 
 def _cohorts(runs) -> tuple[Cohort, ...]:
@@ -275,14 +314,18 @@ def _check_options(config) -> None:
                 raise ConfigError(f"{section}.{name}", config[section][name], "a number above 0")
     for section, names in {
         "model": ("width", "depth", "heads", "hidden", "kv_heads", "head_width", "vocab_size"),
-        "optimizer": ("weight_decay", "clip_norm"),
+        "optimizer": ("weight_decay", "clip_norm", "warmup_steps", "z_loss"),
     }.items():
         for name in names:
             if config[section][name] < 0:
                 raise ConfigError(f"{section}.{name}", config[section][name], "0 or more")
-    for section, name in (("optimizer", "warmup_fraction"), ("optimizer", "final_fraction")):
-        if not 0 <= config[section][name] <= 1:
-            raise ConfigError(f"{section}.{name}", config[section][name], "a fraction from 0 to 1")
+    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+        if not 0 <= config.optimizer[name] <= 1:
+            raise ConfigError(f"optimizer.{name}", config.optimizer[name], "a fraction from 0 to 1")
+    try:
+        re.compile(config.optimizer.decayed)
+    except (re.error, TypeError) as error:
+        raise ConfigError("optimizer.decayed", config.optimizer.decayed, f"a regular expression ({error})") from None
     for section, name in (("optimizer", "beta1"), ("optimizer", "beta2")):
         if not 0 <= config[section][name] < 1:
             raise ConfigError(f"{section}.{name}", config[section][name], "from 0 up to, but not, 1")

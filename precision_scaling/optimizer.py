@@ -1,16 +1,10 @@
-"""AdamW, the learning-rate schedule and depth-µP, with everything that may differ between runs traced.
-
-Used by `step`; the schedule is a function of traced (step, total steps, warm-up steps, peak rate), so that runs of
-different length share one compiled program.
-"""
+"""AdamW and depth-µP. Used by `step`, at the rate that the run's `schedule` gives."""
 
 import dataclasses
-import math
 import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from precision_scaling.model import ModelConfig
@@ -18,13 +12,15 @@ from precision_scaling.model import ModelConfig
 # Depth-µP for Adam (Yang et al. 2023, arXiv 2310.02244, table 1): (regex on the parameter's path, power of width / base
 # width, power of depth / base depth) of the learning rate. The first match counts; no match means no scaling.
 RATE_POWERS = ((r"layers/.*kernel", -1.0, -0.5),)
-# Parameters that weight decay acts on: the matrices, not the norms' gains.
-DECAYED = r"kernel|embedding"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Options of AdamW that are the same for every run of a study."""
+    """Options of AdamW that are the same for every run of a study.
+
+    decayed: regex on the paths of the parameters that weight decay acts on. z_loss: weight of mean(log² Z) in the
+    training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer.
+    """
 
     beta1: float
     beta2: float
@@ -32,6 +28,8 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     final_fraction: float
+    decayed: str = "kernel|embedding"
+    z_loss: float = 0.0
 
 
 def _path(key_path) -> str:
@@ -48,20 +46,6 @@ def rate_multipliers(params: Any, model: ModelConfig) -> Any:
         return 1.0
 
     return jax.tree_util.tree_map_with_path(multiplier, params)
-
-
-def learning_rate(step, total_steps, warmup_steps, peak_rate, final_fraction: float):
-    """Linear warm-up to the peak over `warmup_steps`, then a cosine to final_fraction of it at `total_steps`.
-
-    step counts updates done, from 0; every argument but the last may be traced.
-    """
-    step = jnp.asarray(step, jnp.float32)
-    warmup = peak_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
-    cosine = peak_rate * (
-        final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0, 1)))
-    )
-    return jnp.where(step < warmup_steps, warmup, cosine)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -84,7 +68,7 @@ def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, 
     direction, state = _adam(config).update(grads, state, params)
 
     def apply(key_path, param, delta, multiplier):
-        if re.search(DECAYED, _path(key_path)):
+        if re.search(config.decayed, _path(key_path)):
             delta = delta + config.weight_decay * param
         return param - rate * multiplier * delta
 

@@ -17,7 +17,7 @@ from precision_scaling.errors import UserError
 COLUMNS = (
     *("run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"),
     *("status", "method", "fallback_layers", "seed", "size", "epochs", "training_flops"),
-    *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction"),
+    *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction", "schedule"),
     *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
     *("w_granularity", "a_granularity", "attention_granularity", "precision"),
     *("ptq_granularity", "ptq_options", "post_parts", "stored_bits"),

@@ -17,6 +17,7 @@ from precision_scaling import optimizer as optimizer_lib
 from precision_scaling import quantize
 from precision_scaling.model import Decoder, ModelConfig
 from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.schedule import Schedule, learning_rate
 
 
 class TrainState(NamedTuple):
@@ -34,9 +35,7 @@ class RunInputs(NamedTuple):
     """
 
     table: Any
-    peak_rate: jax.Array
-    total_steps: jax.Array
-    warmup_steps: jax.Array
+    schedule: Schedule
     seed: jax.Array | None = None
 
 
@@ -74,13 +73,25 @@ def rounding_key(static: Static, seed, step) -> jax.Array | None:
 
 def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1, key: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy in nats per token of predicting tokens[:, 1:] from tokens[:, :-1]."""
+    return _objective(params, static, table, tokens_BxS1, key)[1]
+
+
+def _objective(params: Any, static: Static, table: Any, tokens_BxS1, key):
+    """(what is minimized, the mean cross-entropy in it)."""
     logits = Decoder(static.model, static.program).apply({"params": params}, tokens_BxS1[:, :-1], table, key)
-    return jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
+    loss = jnp.mean(model_lib.cross_entropy(logits, tokens_BxS1[:, 1:]))
+    if not static.optimizer.z_loss:
+        return loss, loss
+    return loss + static.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))), loss
 
 
 def _loss_and_grads(static: Static, params: Any, table: Any, tokens, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
-    grad_fn = jax.value_and_grad(loss_fn)
+
+    def grad_fn(*args):
+        (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args)
+        return loss, grads
+
     tokens_MxBxS1 = tokens.reshape(static.microbatches, -1, tokens.shape[-1])
     if static.microbatches == 1:
         return grad_fn(params, static, table, tokens_MxBxS1[0], key)
@@ -99,9 +110,7 @@ def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens) -> 
     """One update of one run. tokens: the batch, (B, S+1), or cut into its microbatches, (M, B/M, S+1)."""
     key = rounding_key(static, inputs.seed, state.step)
     loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens, key)
-    rate = optimizer_lib.learning_rate(
-        state.step, inputs.total_steps, inputs.warmup_steps, inputs.peak_rate, static.optimizer.final_fraction
-    )
+    rate = learning_rate(state.step, inputs.schedule, static.optimizer.final_fraction)
     params, optimizer = optimizer_lib.update(static.optimizer, static.model, grads, state.optimizer, state.params, rate)
     grad_norm = optimizer_lib.global_norm(grads)
     return TrainState(state.step + 1, params, optimizer), StepMetrics(loss, grad_norm, rate)
@@ -114,7 +123,7 @@ def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, ste
     Returns the state and StepMetrics of shape (R, max_steps), NaN past `steps`.
     """
     runs = state.step.shape[0]
-    vmapped_step = jax.vmap(functools.partial(train_step, static))
+    vmapped_step = jax.vmap(functools.partial(train_step, static), spmd_axis_name="run")
     empty = StepMetrics(*(jnp.full((runs, max_steps), jnp.nan) for _ in StepMetrics._fields))
 
     def body(t, carry):

@@ -1,6 +1,5 @@
-"""AdamW, its schedule and depth-µP against formulas written out in NumPy."""
+"""AdamW and depth-µP against formulas written out in NumPy."""
 
-import functools
 import math
 
 import jax
@@ -87,32 +86,3 @@ def test_rates_scale_with_width_and_depth_in_the_blocks_kernels_alone():
         name: float(value) for name, value in named(optimizer_lib.rate_multipliers(tree(np.random), MODEL)).items()
     }
     assert found == {name: multiplier for name, (_, multiplier) in LEAVES.items()}
-
-
-def test_schedule_values_worked_by_hand():
-    rate = jax.jit(optimizer_lib.learning_rate, static_argnames="final_fraction")
-    # 100 steps, 10 of them warm-up, peak 2, final 0.2: a tenth of the peak after the first step, half-way at step 55.
-    for step, value in ((0, 0.2), (4, 1.0), (9, 2.0), (10, 2.0), (55, 1.1), (100, 0.2), (120, 0.2)):
-        assert rate(step, 100, 10, 2.0, final_fraction=0.1) == pytest.approx(value, rel=1e-5)
-    cosine = 0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 89 / 90))
-    assert rate(99, 100, 10, 2.0, final_fraction=0.1) == pytest.approx(cosine, rel=1e-5)
-    assert rate(0, 1, 1, 2.0, final_fraction=0.1) == pytest.approx(2.0)  # a run of one step
-    assert rate(3, 4, 4, 2.0, final_fraction=0.1) == pytest.approx(2.0)  # a run that is all warm-up
-    assert rate._cache_size() <= 2  # lengths and rates are data
-
-
-def test_schedules_of_different_length_share_a_program():
-    total, warmup, peak = np.array([10, 40]), np.array([1, 4]), np.array([1.0, 3.0], np.float32)
-    steps = np.arange(40)
-    schedule = jax.jit(
-        jax.vmap(
-            jax.vmap(functools.partial(optimizer_lib.learning_rate, final_fraction=0.1), in_axes=(0, None, None, None)),
-            in_axes=(None, 0, 0, 0),
-        )
-    )
-    rates = np.asarray(schedule(steps, total, warmup, peak))
-    for i in range(2):
-        progress = np.clip((steps - warmup[i]) / (total[i] - warmup[i]), 0, 1)
-        cosine = peak[i] * (0.1 + 0.45 * (1 + np.cos(np.pi * progress)))
-        expected = np.where(steps < warmup[i], peak[i] * (steps + 1) / warmup[i], cosine)
-        np.testing.assert_allclose(rates[i], expected, rtol=1e-5)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from precision_scaling import model as model_lib
-from precision_scaling import numerics, quantize
+from precision_scaling import numerics, quantize, schedule
 from precision_scaling import optimizer as optimizer_lib
 from precision_scaling import step as step_lib
 from precision_scaling.formats import FormatError, parse
@@ -221,7 +221,7 @@ EVERYTHING = (*OPERANDS, "e", "head_w", "head_a", *(f"g_{name}" for name in OPER
 
 def inputs_of(program, seed, bits=4):
     table = table_of(**{name: bits for name, _ in program.operands})
-    return step_lib.RunInputs(table, np.float32(1e-3), np.int32(10), np.int32(1), np.int32(seed))
+    return step_lib.RunInputs(table, schedule.of("cosine", 1e-3, 10, 1, 0), np.int32(seed))
 
 
 def tokens_of(batch=2, length=7):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import quantize
+from precision_scaling import quantize, schedule
 from precision_scaling import step as step_lib
 from precision_scaling.model import ModelConfig
 from precision_scaling.optimizer import OptimizerConfig
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 )
 OPTIMIZER = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 WHOLE = Static(MODEL, quantize.UNQUANTIZED, OPTIMIZER)
-INPUTS = RunInputs(table={}, peak_rate=jnp.float32(1e-3), total_steps=jnp.int32(10), warmup_steps=jnp.int32(1))
+INPUTS = RunInputs(table={}, schedule=schedule.of("cosine", 1e-3, 10, 1, 0))
 
 initialize = jax.jit(step_lib.init_state, static_argnums=0)
 train_step = jax.jit(step_lib.train_step, static_argnums=0)
@@ -67,6 +67,7 @@ SHARDED = """
 import jax, numpy as np, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_disable_most_optimizations", True)
+from precision_scaling import schedule
 from precision_scaling import step as step_lib
 from precision_scaling.formats import parse
 from precision_scaling.model import ModelConfig
@@ -79,7 +80,7 @@ program = Program(tuple((n, Operand(kind, "channel" if n == "w" else "tensor")) 
 model = ModelConfig(31, 16, 2, 2, 24, 8, 16, 2)
 static = Static(model, program, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 table = {n: parse("int6").grid() for n in "wakv"}
-inputs = RunInputs(table, jnp.float32(1e-3), jnp.int32(10), jnp.int32(1))
+inputs = RunInputs(table, schedule.of("cosine", 1e-3, 10, 1, 0))
 train_step = jax.jit(step_lib.train_step, static_argnums=0)
 tokens = np.random.default_rng(0).integers(0, 31, (5, 8, 9)).astype(np.int32)
 batch = NamedSharding(Mesh(np.array(jax.devices()), "d"), PartitionSpec("d"))
