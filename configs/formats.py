@@ -3,8 +3,8 @@
     python -m precision_scaling.study --config=configs/formats.py --workdir=runs/formats
     python -m precision_scaling.study --config=configs/formats.py --workdir=runs/formats --dry_run
 
-19 runs of 300 steps in four cohorts: formats of one family share a program. docs/precision.md has the table it gives.
-Expected on two CPU cores: about five minutes, and losses that rise as bits fall, most where activations lose them.
+19 runs of 300 steps in three cohorts: formats of one family share a program. docs/precision.md has the table it gives.
+Expected on two CPU cores: about half an hour, and losses that rise as bits fall, most where activations lose them.
 """
 
 from configs import base

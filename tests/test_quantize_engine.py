@@ -277,8 +277,9 @@ def test_a_step_rounds_by_seed_and_step_alone_whatever_the_lane():
 def test_evaluation_rounds_to_nearest():
     nearest = Program(tuple((name, Operand(INT)) for name in ("w", "a")))
     params = step_lib.init_state(step_lib.Static(TINY, nearest, OPTIMIZER), 0).params
+    tokens_NxBxS1 = tokens_of(4).reshape(2, 2, -1)
     losses = [
-        step_lib.validation_loss(step_lib.Static(TINY, program, OPTIMIZER), params, table_of(w=3, a=4), tokens_of(4), 2)
+        step_lib.validation_loss(step_lib.Static(TINY, program, OPTIMIZER), params, table_of(w=3, a=4), tokens_NxBxS1)
         for program in (nearest, stochastic("w", "a", "g_a", exact=("w",)))
     ]
     assert losses[0] == losses[1]
