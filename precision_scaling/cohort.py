@@ -2,12 +2,16 @@
 
 Takes runs from `experiment`, batches from `data`, steps from `step`; hands each finished run's parameters to the caller
 (`study`) and keeps metrics and checkpoints on the way. What is in the other lanes never changes a run.
+
+Runs that differ in their length alone, and whose rate is constant until they decay, are trained once up to there: the
+longest is the trunk, and the others start from its state at their branch step.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
-from precision_scaling import compilation, experiment, hosts, results
+from precision_scaling import checkpoint, compilation, experiment, hosts, results
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader
+from precision_scaling.errors import UserError
 from precision_scaling.experiment import Cohort, Run
 from precision_scaling.feed import Chunk, Feed
 from precision_scaling.optimizer import OptimizerConfig
@@ -128,6 +134,7 @@ def train_cohort(
         while trainer.fill():
             for finished in trainer.advance():
                 on_finished(finished)
+            trainer.branch()
             # After the rows: a run that has left its lane is in no later checkpoint. One decision for all processes.
             asked = hosts.largest(_STOP if stop.asked() else _SAVE if trainer.save_is_due() else _GO_ON)
             if asked != _GO_ON:
@@ -148,6 +155,16 @@ class _Lane:
 
     run: Run
     step: int
+
+
+def _leads_to(lane: _Lane | None, run: Run) -> bool:
+    """Whether the run in a lane has the branch step of another before it, on the way they share."""
+    return (
+        lane is not None
+        and 0 < run.branch_step <= lane.run.branch_step
+        and lane.step <= run.branch_step
+        and lane.run.trunk == run.trunk
+    )
 
 
 class _Trainer:
@@ -187,12 +204,39 @@ class _Trainer:
     def fill(self) -> bool:
         """Starts waiting runs in free lanes; False when there is nothing left to do."""
         for i, lane in enumerate(self.lanes):
-            if lane is None and self.waiting:
-                run = self.waiting.pop(0)
-                self.state = self.programs.put(self.state, i, self.programs.initialize(run.seed))
-                self.lanes[i] = _Lane(run, 0)
-                truncate_metrics(self._metrics_path(run), 0)
+            if lane is None and (run := self._next(self.lanes, self.waiting)) is not None:
+                self.waiting.remove(run)
+                step, state = self._start(run)
+                self.state = self.programs.put(self.state, i, state)
+                self.lanes[i] = _Lane(run, step)
+                truncate_metrics(self._metrics_path(run), step)
         return any(lane is not None for lane in self.lanes)
+
+    def _next(self, lanes: "list[_Lane | None]", waiting: list[Run]) -> Run | None:
+        """The first waiting run whose branch step is there already, or that no lane under way will bring to it."""
+        awaited = lambda run: any(_leads_to(lane, run) for lane in lanes) and not self._branch_path(run).exists()
+        return next((run for run in waiting if not awaited(run)), None)
+
+    def _start(self, run: Run) -> tuple[int, TrainState]:
+        """(step, state) a run starts with: that of its branch step where a trunk has left it."""
+        path = self._branch_path(run)
+        if path.exists():
+            try:
+                state = checkpoint.restore(path, self.layout.abstract(self.programs.one))
+                self.progress.total -= run.branch_step * self.cohort.shape.tokens_per_step
+                return run.branch_step, state
+            except UserError as error:
+                logging.warning("%s; training %s from its first step", error, run.id)
+        return 0, self.programs.initialize(run.seed)
+
+    def branch(self) -> None:
+        """Keeps the states that waiting runs start from, on disk, as the trunks under way pass them."""
+        for i, lane in enumerate(self.lanes):
+            for run in self.waiting if lane else ():
+                if _leads_to(lane, run) and lane.step == run.branch_step and not self._branch_path(run).exists():
+                    checkpoint.save(self._branch_path(run), self.programs.pick(self.state, i))
+                    if hosts.primary():
+                        shutil.copyfile(self._metrics_path(lane.run), self._metrics_path(run))
 
     def advance(self) -> list[Finished]:
         """Trains all lanes until the next one ends, or as far as one dispatch goes; returns the runs that ended."""
@@ -217,6 +261,8 @@ class _Trainer:
             if diverged is not None or lane.step == lane.run.steps:
                 ended.append(Finished(lane.run, self.programs.parameters(self.state.params, i), diverged))
                 self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
+                if hosts.primary():
+                    shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
                 self.lanes[i] = None
         self.progress.set_postfix(loss=f"{np.mean(metrics.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
         self.progress.update(len(active) * steps * self.cohort.shape.tokens_per_step)
@@ -246,21 +292,28 @@ class _Trainer:
         )
 
     def _chunk(self, lanes: list[_Lane | None]) -> Chunk:
-        """What is trained on next: all lanes go on until the next one ends, or as far as one dispatch goes."""
-        steps = min((lane.run.steps - lane.step for lane in lanes if lane is not None), default=0)
+        """What is trained on next: all lanes go on until the next one ends or is branched from, or as far as one
+        dispatch goes."""
+        ends = [lane.run.steps - lane.step for lane in lanes if lane is not None]
+        branches = [run.branch_step - lane.step for lane in lanes for run in self.waiting if _leads_to(lane, run)]
+        steps = min([*ends, *(left for left in branches if left)], default=0)
         positions = tuple((lane.run.seed, lane.step) if lane else None for lane in lanes)
         return Chunk(positions, min(self.feed.max_steps, steps))
 
     def _expected(self, steps: int) -> list[_Lane | None]:
         """The lanes after these steps, unless a run diverges in them."""
-        waiting, after = iter(self.waiting), []
+        waiting, after = list(self.waiting), []
         for lane in self.lanes:
-            if lane is not None and lane.step + steps < lane.run.steps:
-                after.append(_Lane(lane.run, lane.step + steps))
-            else:
-                run = next(waiting, None)
-                after.append(_Lane(run, 0) if run else None)
+            goes_on = lane is not None and lane.step + steps < lane.run.steps
+            after.append(_Lane(lane.run, lane.step + steps) if goes_on else None)
+        for i, lane in enumerate(after):
+            if lane is None and (run := self._next(after, waiting)) is not None:
+                waiting.remove(run)
+                after[i] = _Lane(run, run.branch_step if self._branch_path(run).exists() else 0)
         return after
+
+    def _branch_path(self, run: Run) -> Path:
+        return run_directory(self.workdir, run) / "branch"
 
     def _metrics_path(self, run: Run) -> Path:
         return run_directory(self.workdir, run) / "metrics.jsonl"

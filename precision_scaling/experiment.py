@@ -64,6 +64,19 @@ class Run:
         """The learning rate, step by step."""
         return schedule.of(self.schedule_name, self.peak_rate, self.steps, self.warmup_steps, self.decay_steps)
 
+    @functools.cached_property
+    def branch_step(self) -> int:
+        """Steps that do not depend on the run's length, which it may share with a longer one; 0 for none."""
+        stable = self.schedule_name in ("constant", "wsd")
+        return min(int(self.schedule.decay_start), self.steps - 1) if stable else 0
+
+    @functools.cached_property
+    def trunk(self) -> "Run":
+        """What runs have in common whose first steps are the same; the run itself where no other can share them."""
+        if not self.branch_step:
+            return dataclasses.replace(self, ptq=False)
+        return dataclasses.replace(self, steps=0, schedule_name="", decay_steps=0, ptq=False)
+
     @property
     def tokens(self) -> int:
         """D, training tokens."""
@@ -142,8 +155,14 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
 
 
 def of_shard(runs: Iterable[Run], shard: tuple[int, int]) -> tuple[Run, ...]:
-    """Every n-th run from the i-th on, so that the shards of a cohort share its long and its short runs."""
-    return tuple(runs)[shard[0] :: shard[1]]
+    """Every n-th run from the i-th on, so that the shards of a cohort share its long and its short runs.
+
+    Runs that branch from one trunk stay together.
+    """
+    runs = tuple(runs)
+    trunks = list(dict.fromkeys(run.trunk for run in runs))
+    mine = set(trunks[shard[0] :: shard[1]])
+    return tuple(run for run in runs if run.trunk in mine)
 
 
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:

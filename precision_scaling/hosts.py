@@ -4,15 +4,22 @@ A run on many hosts is the same program in every process; they must take the sam
 can know (a clock, a signal, a file system's state) therefore goes through `largest`.
 """
 
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
 from precision_scaling.errors import UserError
+from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
 # A process that stops answering is given up after so many seconds, and all others end.
-HEARTBEAT_SECONDS = 60
+HEARTBEAT_SECONDS = 30
 
 
 def define_flags() -> None:
@@ -47,6 +54,37 @@ def start() -> None:
     except (RuntimeError, ValueError) as error:
         where = f"--coordinator_address={address}" if address else "--distributed"
         raise UserError(f"{where}: the processes did not find each other ({error})") from None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends this process at once where something fails in it: the others then see that it is gone and end, too.
+
+    Without, it would first wait for them at JAX's own end, and they for it in the middle of a step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, Stopped):  # all processes stop together
+            raise
+        lost = _another_is_gone(error)
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        if lost:
+            message = f"another process of the run is gone ({message}); start all of them again to go on"
+        elif not isinstance(error, UserError | OSError):
+            traceback.print_exc()
+        print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr, flush=True)
+        os._exit(EXIT_AGAIN if lost else 2 if isinstance(error, UserError | OSError) else 1)
+
+
+def _another_is_gone(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of a connection to another process."""
+    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection closed", "Connection reset", "heartbeat")
+    while error is not None:
+        if not isinstance(error, OSError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def primary() -> bool:

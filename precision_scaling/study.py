@@ -49,7 +49,9 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | No
                 raise ConfigError("model.imported", missing[0].imported, "empty for a model that is to be trained here")
             # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
             spread = bench.layout.sizes["run"]
-            lanes = min(config.study.lanes, -(-len(group.runs) // spread) * spread)
+            # Runs of one trunk follow each other.
+            trunks = len({run.trunk for run in group.runs})
+            lanes = min(config.study.lanes, -(-trunks // spread) * spread)
             todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
         else:  # of a process that was killed between the last row and this
             cohort.cohort_checkpoints(bench.workdir, group, worker).clear()
@@ -106,7 +108,8 @@ def quantize_share(bench: Bench, methods, bits, shard: tuple[int, int], stop: St
 @contextlib.contextmanager
 def at_work(workdir: Path, shard: tuple[int, int], minutes: float) -> Iterator[Stop]:
     """Holds a share of the workdir, and gives what says when to stop."""
-    with locks.hold(workdir, shard) if hosts.primary() else contextlib.nullcontext(), Stop(minutes) as stop:
+    own = locks.hold(workdir, shard) if hosts.primary() else contextlib.nullcontext()
+    with hosts.together(), own, Stop(minutes) as stop:
         yield stop
 
 

@@ -1,5 +1,6 @@
 """Runs trained together against the same runs alone, against a plain training loop, and beside a run that diverges."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from precision_scaling import checkpoint, formats
 from precision_scaling import cohort as cohort_lib
-from precision_scaling import formats
 from precision_scaling import model as model_lib
 from precision_scaling.cohort import Options
 from precision_scaling.model import Decoder
-from precision_scaling.stopping import Stop
+from precision_scaling.stopping import Stop, Stopped
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,8 +36,8 @@ def train(finished_study):
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
 
-    def train_together(runs, workdir, **options):
-        ended = {}
+    def train_together(runs, workdir, stop=None, ended=None, **options):
+        ended = {} if ended is None else ended
         cohort_lib.train_cohort(
             dataclasses.replace(group, runs=tuple(runs)),
             bench.experiment.optimizer,
@@ -47,7 +48,7 @@ def train(finished_study):
             dataclasses.replace(OPTIONS, **options),
             lambda finished: ended.update({finished.run: finished}),
             tqdm(disable=True, total=0),
-            Stop(),
+            stop or Stop(),
         )
         return ended
 
@@ -166,6 +167,80 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
             np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
     for run in bench.experiment.runs:
         assert losses_of(tmp_path / "2", run) == losses_of(workdir, run)
+
+
+def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train, tmp_path):
+    bench, workdir = finished_study
+    runs = [by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
+    # A limit that has passed: every call stops after its first dispatch, of four steps.
+    for steps in (4, 8):
+        with pytest.raises(Stopped, match="before the time limit"):
+            train(runs, tmp_path, stop=Stop(minutes=1e-6))
+        assert [len(losses_of(tmp_path, run)) for run in runs] == [steps, steps]
+    # In chunks of another number of steps, too, as larger batches have them.
+    ended = train(runs, tmp_path, steps_per_dispatch=3)
+    assert set(ended) == set(runs)
+    for run in runs:
+        assert losses_of(tmp_path, run) == losses_of(workdir, run)
+        kept = checkpoint.restore(bench.directory(run) / "checkpoint", ended[run].params)
+        jax.tree.map(np.testing.assert_array_equal, ended[run].params, kept)
+
+
+@pytest.fixture(scope="module")
+def sweep(finished_study):
+    """Four runs of one trunk, which differ in length and in how their rate ends, and one of its own."""
+    bench, _ = finished_study
+    w4 = dataclasses.replace(by_name(bench.experiment.runs, "wint4-s0"), warmup_steps=2)
+    wsd = [
+        dataclasses.replace(w4, schedule_name="wsd", steps=steps, decay_steps=decay)
+        for steps, decay in ((12, 3), (8, 2), (6, 2))
+    ]
+    constant = dataclasses.replace(w4, schedule_name="constant", steps=6)
+    return [*wsd, constant, by_name(bench.experiment.runs, "D448")]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(sweep, train, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    return workdir, {run: finished for alone in sweep for run, finished in train([alone], workdir).items()}
+
+
+def test_runs_that_share_their_first_steps_train_them_once(sweep, one_by_one, train, tmp_path, monkeypatch):
+    trained = []
+    take = cohort_lib.Feed.take
+
+    def count(feed, chunk):
+        trained.append(chunk.steps * sum(lane is not None for lane in chunk.lanes))
+        return take(feed, chunk)
+
+    monkeypatch.setattr(cohort_lib.Feed, "take", count)
+    ended = train(sweep, tmp_path)
+    # The trunk, two and two steps of decay, the last constant one, and the seven of the run that shares nothing.
+    assert sum(trained) == 12 + 2 + 2 + 1 + 7
+    workdir, alone = one_by_one
+    assert set(ended) == set(sweep)
+    for run in sweep:
+        assert losses_of(tmp_path, run) == losses_of(workdir, run)
+        jax.tree.map(np.testing.assert_array_equal, ended[run].params, alone[run].params)
+    assert not list(tmp_path.glob("runs/*/branch"))
+
+
+def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, one_by_one, train, tmp_path, caplog):
+    ended = {}
+    for call in range(20):
+        with contextlib.suppress(Stopped):
+            train([run for run in sweep if run not in ended], tmp_path, Stop(minutes=1e-6), ended)
+        if call == 1:  # the trunk has passed two branch steps, one free lane has taken none yet
+            kept = list(tmp_path.glob("runs/*/branch"))
+            assert kept
+            for file in kept[0].rglob("*"):
+                if file.is_file() and file.stat().st_size > 500:
+                    file.write_bytes(b"")
+        if set(ended) == set(sweep):
+            break
+    assert "from its first step" in caplog.text
+    for run in sweep:
+        assert losses_of(tmp_path, run) == losses_of(one_by_one[0], run)
 
 
 def test_metrics_are_cut_back_to_a_step_and_of_a_line_cut_short(tmp_path):
