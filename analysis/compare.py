@@ -57,6 +57,7 @@ class Row:
     starts_at_best: float
     condition: float
     seconds: float
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # reason -> rows of the table not used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,7 @@ def _judge(law: Law, table: tables.Table, options: Options, starts: int | None, 
         starts_at_best=best.share,
         condition=min(verdict.condition, 1e300),
         seconds=round(time.monotonic() - began, 3),
+        left_out=dict(setup.left_out),
     )
     return row, setup, held
 
@@ -279,7 +281,7 @@ def summary(comparison: Comparison) -> str:
             if row.difference is not None:
                 gap = "{:+.5f} [{:+.5f}, {:+.5f}]".format(*row.difference)
             lines.append(f"  {row.law:<19} {row.k:>3} {r2:>8} {row.aic:>9.1f} {row.bic:>9.1f} {held}  {gap}")
-        lines.append("")
+        lines += [f"  {tables.describe(rows[0].left_out)}", ""]
     test = comparison.multiplicativity
     if test is None:
         lines.append(f"multiplicativity not testable: {comparison.multiplicativity_skipped}")
@@ -289,7 +291,6 @@ def summary(comparison: Comparison) -> str:
         )
     lines += [f"skipped {name}: {why}" for name, why in comparison.skipped.items()]
     lines += [f"note: {note}" for note in comparison.notes]
-    lines.append(tables.describe(comparison.left_out))
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from analysis import derived, laws
 from analysis.law import Law, Parameter
 from analysis.optimize import Problem, huber, residuals
-from analysis.table import Table
+from analysis.table import Table, describe
 from precision_scaling.errors import UserError
 
 DELTA_RESIDUALS = ("log_delta", "log_loss")
@@ -184,7 +184,10 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
             f"law {law.name}: nothing is left to fit ({'; '.join(refused.values()) or 'everything is fixed'})"
         )
     if len(rows) <= len(free):
-        raise FitError(f"law {law.name} has {len(free)} free parameters and the table {len(rows)} usable rows: too few")
+        raise FitError(
+            f"law {law.name} has {len(free)} free parameters and the table {len(rows)} usable rows: too few"
+            f" ({describe(left_out)})"
+        )
 
     data: dict[str, Any] = {"constants": {k: np.float64(v) for k, v in constants.items()}}
     target, observed = [], []
@@ -268,9 +271,13 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
         if not len(delta_rows):
             raise FitError(
                 f"law {law.name} needs losses after PTQ (P_post) with those of the same run before it; none usable"
+                f" ({describe(left_out)})"
             )
     if loss_rows is not None and not len(loss_rows):
-        raise FitError(f"law {law.name} needs losses before PTQ (P_post empty); none usable in {table.source}")
+        raise FitError(
+            f"law {law.name} needs losses before PTQ (P_post empty); none usable in {table.source} "
+            f"({describe(left_out)})"
+        )
     return loss_rows, delta_rows, left_out
 
 

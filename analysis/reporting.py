@@ -55,8 +55,8 @@ def dropped_deltas(setup: Setup) -> tuple[str, ...]:
     if not dropped:
         return ()
     return (
-        f"{dropped} rows with delta <= 0 cannot enter a fit of log delta, which favours large delta: "
-        "--delta_residual=log_loss keeps them",
+        f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 cannot enter a fit of log delta, which favours "
+        "large delta: --delta_residual=log_loss keeps them",
     )
 
 

@@ -129,7 +129,7 @@ def test_the_command_writes_both_files_and_prints_what_was_skipped(tmp_path, cap
     for name, value in saved.items():
         compare.FLAGS[name].value = value
     printed = capsys.readouterr().out
-    assert "skipped qat: law qat needs column group_size" in printed and "no row left out" in printed
+    assert "skipped qat: law qat needs column group_size" in printed and "  no row left out" in printed
     with open(tmp_path / "out" / "compare.csv", newline="") as file:
         assert [row["law"] for row in csv.DictReader(file)] == ["precision", "chinchilla"]
     raw = json.loads((tmp_path / "out" / "compare.json").read_text())

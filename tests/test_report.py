@@ -17,7 +17,7 @@ from analysis import command, findings, fit, laws, report
 from analysis.compare import Comparison
 from analysis.evidence import Evidence
 from analysis.fit import Fit
-from analysis.multiplicativity import Multiplicativity, multiplicativity
+from analysis.multiplicativity import Multiplicativity
 from analysis.table import from_columns
 
 TRUTH = {**laws.PUBLISHED, "A": 7.2, "alpha": 0.2, "B": 48.0, "beta": 0.3, "E": 0.9, "C_T": 0.25,
@@ -51,10 +51,8 @@ def small_rows(truth=TRUTH, noise=0.003):
     return rows
 
 
-def joint_rows(truth=TRUTH, noise=0.001, twist=1.0):
-    """Marginal and joint runs side by side, with PTQ of the low-precision ones; `twist` multiplies log N_eff of joint
-    runs.
-    """
+def joint_rows(truth=TRUTH, noise=0.001):
+    """Marginal and joint runs side by side, with PTQ of the low-precision ones."""
     rng, rows = np.random.default_rng(1), []
     for n in (1e5, 2.5e5, 7e5):
         for d in (1e6, 4e6):
@@ -63,11 +61,7 @@ def joint_rows(truth=TRUTH, noise=0.001, twist=1.0):
                 for p in values:
                     rows += measure(rng, noise, truth, f"{n:g}-{d:g}-{part}{p}", n, d, (3,), **{part: p})
             for p in (4, 6):
-                made = measure(rng, noise, truth, f"{n:g}-{d:g}-all{p}", n, d, (3,), P_w=p, P_a=p, P_kv=p)
-                full = truth["B"] * d ** -truth["beta"] + truth["E"]
-                share = ((made[0]["loss"] - full) / truth["A"]) ** (-1 / truth["alpha"]) / n
-                made[0]["loss"] = full + truth["A"] * (n * share**twist) ** -truth["alpha"]
-                rows += made[:1]
+                rows += measure(rng, noise, truth, f"{n:g}-{d:g}-all{p}", n, d, P_w=p, P_a=p, P_kv=p)
     return rows
 
 
@@ -151,16 +145,6 @@ def test_f2_says_why_it_cannot_be_tested():
     finding = findings.effects_multiply(Evidence(table_of(small_rows()), comparison=nothing))
     assert finding.verdict == findings.NOT_TESTABLE
     assert finding.statistic == "No run was trained with two or more parts below 16 bits."
-
-
-@pytest.mark.slow
-def test_f2_tells_a_product_from_an_interaction():
-    for twist, verdict in ((1.0, findings.SUPPORTED), (1.8, findings.REFUTED)):
-        table = table_of(joint_rows(twist=twist))
-        result = Comparison((), {}, multiplicativity(table, starts=48, resamples=200), None, {}, ())
-        finding = findings.effects_multiply(Evidence(table, comparison=result))
-        assert finding.verdict == verdict, finding.statistic
-        assert finding.numbers["kappa"] == pytest.approx(twist, abs=0.15)
 
 
 def spread(fit_, scale):
