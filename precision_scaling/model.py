@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from precision_scaling import quantize
+from precision_scaling.sharding import split_batch
 
 NORM_PLACEMENTS = ("pre", "post")
 NORM_TYPES = ("rms", "layer")
@@ -261,7 +262,7 @@ class _ScannedBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD, table, key):
         block = nn.remat(Block) if self.config.remat else Block
-        return block(self.config, self.program, name="block")(x_BxLxD, table, key), None
+        return block(self.config, self.program, name="block")(split_batch(x_BxLxD), table, key), None
 
 
 class Decoder(nn.Module):
@@ -305,7 +306,7 @@ class Decoder(nn.Module):
             logits_BxLxV = quantize.linear(h_BxLxD, kernel_DxV, self.program, table, key, _HEAD)
         else:
             logits_BxLxV = self.head(h_BxLxD, table, key)
-        return (logits_BxLxV * self.config.logit_scale).astype(jnp.float32)
+        return split_batch(logits_BxLxV * self.config.logit_scale).astype(jnp.float32)
 
     def __call__(self, tokens_BxL, table=None, key=None):
         embed_key, head_key, layers_key = (quantize.fold_in(key, i) for i in range(3))

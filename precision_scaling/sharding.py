@@ -4,10 +4,12 @@
 made in their place, so that no device ever holds all of them.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +101,33 @@ class Layout:
             if re.search(pattern, name):
                 return fit((*lead, *spec), shape, self.sizes, own)
         raise KeyError(f"no rule in sharding.RULES for the parameter {name}")
+
+
+_batches: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextvars.ContextVar("batches", default=None)
+
+
+@contextlib.contextmanager
+def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
+    """While a program is traced in here, `split_batch` keeps its activations split over these axes."""
+    token = _batches.set((layout.mesh, axes) if layout.mesh.size > 1 else None)
+    try:
+        yield
+    finally:
+        _batches.reset(token)
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """x, split over the devices along its first axis, sequences; as it is outside of `splitting`.
+
+    Left to itself the partitioner follows the parameters, which fsdp splits over the same devices, and gives every
+    device the activations of the whole batch.
+    """
+    if (split := _batches.get()) is None:
+        return x
+    mesh, axes = split
+    (first,) = fit(P(axes), x.shape[:1], dict(mesh.shape))
+    spec = P(first, *(P.UNCONSTRAINED for _ in x.shape[1:]))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> Layout:
