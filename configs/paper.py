@@ -4,9 +4,9 @@
 
 Sizes 30M to 220M, 1.5B to 26B tokens, one part of the precision varied at a time and all three together, every bf16 run
 quantized after training. The paper names its sizes by N alone and publishes neither shapes nor tokenizer: ours are in
-precision_scaling/sizes.py, and its corpus, Dolma v1.7, stands in for with the embedded one until another is named
-(--config.data.name=c4 --config.data.tokenizer=file:gpt-neox/tokenizer.json). On one debugging GPU or a CPU, start with
---config.train.batch_size=2 --config.study.lanes=1.
+precision_scaling/sizes.py. Its corpus is Dolma v1.7 (--config.data.name=dolma, see docs/data.md, with
+--config.data.tokenizer=file:gpt-neox/tokenizer.json); until one is named, the embedded one stands in. On one debugging
+GPU or a CPU, start with --config.train.batch_size=2 --config.study.lanes=1.
 """
 
 from configs import base

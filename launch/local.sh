@@ -24,28 +24,28 @@ if [ -z "$extras" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/n
 fi
 # Small models keep one core busy each: on a CPU, two workers share the study. A GPU takes one.
 workers="${WORKERS:-$([ "$extras" = cuda ] || [ "$(getconf _NPROCESSORS_ONLN)" -lt 2 ] && echo 1 || echo 2)}"
-python() { .venv/bin/python "$@"; }
+study=(.venv/bin/python -m precision_scaling.study --config="$config" --workdir="$workdir")
+report=(.venv/bin/python -m analysis.report --runs="$workdir/runs.csv" --out="$workdir/report")
 if $dry_run; then
-  python() { echo ".venv/bin/python$(printf ' %q' "$@")"; }
+  show() { echo "$1$(printf ' %q' "${@:2}")"; }
   echo "bash launch/setup.sh${extras:+ $extras}"
-else
-  ensure_environment "$extras"
-  mkdir -p "$workdir"
+  for ((i = 1; i <= workers; i++)); do show "${study[@]}" --shard="$((i % workers))/$workers" "$@"; done
+  [ "$workers" -eq 1 ] || show "${study[@]}" "$@"
+  show "${report[@]}"
+  exit
 fi
-study() { python -m precision_scaling.study --config="$config" --workdir="$workdir" "$@"; }
+
+ensure_environment "$extras"
+mkdir -p "$workdir"
 
 pids=()
 trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
 for ((i = 1; i < workers; i++)); do
-  if $dry_run; then
-    study --shard="$i/$workers" "$@"
-  else
-    study --shard="$i/$workers" "$@" >"$workdir/worker$i.log" 2>&1 &
-    pids+=($!)
-  fi
+  "${study[@]}" --shard="$i/$workers" "$@" >"$workdir/worker$i.log" 2>&1 &
+  pids+=($!)
 done
-study --shard="0/$workers" "$@"
-for ((i = 1; i <= ${#pids[@]}; i++)); do
+"${study[@]}" --shard="0/$workers" "$@"
+for ((i = 1; i < workers; i++)); do
   echo "waiting for worker $i (its log: $workdir/worker$i.log)"
   if ! wait "${pids[i - 1]}"; then
     tail -n 3 "$workdir/worker$i.log" >&2
@@ -53,5 +53,5 @@ for ((i = 1; i <= ${#pids[@]}; i++)); do
   fi
 done
 pids=()
-[ "$workers" -eq 1 ] || study "$@" # nothing is left to do but to gather all rows
-python -m analysis.report --runs="$workdir/runs.csv" --out="$workdir/report"
+[ "$workers" -eq 1 ] || "${study[@]}" "$@" # nothing is left to do but to gather all rows
+"${report[@]}"

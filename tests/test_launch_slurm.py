@@ -11,15 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STUDY, RUN = ("launch/slurm_study.sbatch", "launch/slurm_run.sbatch")
-AWKWARD = ["--config=my study.py", "--workdir=w", "--config.data.root=it's $(a) \"dir\"", ""]
+AWKWARD = ["--config=my study.py", "--workdir=w", '--config.data.root=it\'s $(a) "dir"', ""]
 
 
 def bash(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PYTHON"))}
     command = ["bash", script, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env={**outside, **environment}, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(command, cwd=ROOT, env={**outside, **environment}, capture_output=True, text=True, timeout=60)
 
 
 def test_the_dry_run_of_a_study_prints_what_each_task_runs():
@@ -106,11 +104,17 @@ def test_asked_to_stop_a_task_saves_and_goes_back_into_the_queue(tmp_path):
     assert calls.read_text() == "requeue 7_1\n"
 
 
-def slurm_answers() -> bool:
+@pytest.fixture(scope="module")
+def slurm():
+    """Skips where no SLURM with a free node answers."""
     if not (shutil.which("sbatch") and shutil.which("sinfo")):
-        return False
-    nodes = subprocess.run(["sinfo", "-h", "-t", "idle,mixed"], capture_output=True, text=True, timeout=20)
-    return nodes.returncode == 0 and bool(nodes.stdout.strip())
+        pytest.skip("no SLURM here")
+    try:
+        nodes = subprocess.run(["sinfo", "-h", "-t", "idle,mixed"], capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        pytest.skip("SLURM does not answer")
+    if nodes.returncode or not nodes.stdout.strip():
+        pytest.skip("SLURM has no free node")
 
 
 def sbatch(tmp_path: Path, python: Path, *arguments: str) -> str:
@@ -129,7 +133,7 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not slurm_answers(), reason="no SLURM here")
+@pytest.mark.usefixtures("slurm")
 def test_under_slurm_the_tasks_of_an_array_share_the_study(tmp_path):
     python = executable(tmp_path / "python", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     sbatch(tmp_path, python, "--array=0-1", STUDY, *AWKWARD)
@@ -141,7 +145,7 @@ def test_under_slurm_the_tasks_of_an_array_share_the_study(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not slurm_answers(), reason="no SLURM here")
+@pytest.mark.usefixtures("slurm")
 def test_under_slurm_a_run_asked_to_stop_saves_and_is_queued_again(tmp_path):
     saved, started = tmp_path / "saved", tmp_path / "started"
     python = executable(tmp_path / "python", SAVES.format(saved=saved, started=started))

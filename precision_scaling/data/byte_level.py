@@ -24,7 +24,7 @@ class WordTokenizer:
     def __init__(self, tokenizer, added: Iterable[str], nfc: bool):
         self._tokenizer, self._nfc = tokenizer, nfc
         self._added = re.compile(f"({alternatives})") if (alternatives := _longest_of(set(added))) else None
-        self._words = _Words(tokenizer)
+        self._words: dict[str, bytes] = {}  # word -> its ids, uint32
 
     def encode(self, document: bytes) -> np.ndarray:
         """Ids of one UTF-8 document, uint32."""
@@ -45,7 +45,19 @@ class WordTokenizer:
                     words.append(piece)
                 else:
                     words += split.findall(piece)
-        return np.frombuffer(b"".join(map(self._words.__getitem__, words)), np.uint32)
+        try:
+            ids = b"".join(map(self._words.__getitem__, words))
+        except KeyError:
+            self._learn(list(set(words) - self._words.keys()))
+            ids = b"".join(map(self._words.__getitem__, words))
+        return np.frombuffer(ids, np.uint32)
+
+    def _learn(self, words: list[str]) -> None:
+        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        self._words.update(
+            (word, np.asarray(encoding.ids, np.uint32).tobytes())
+            for word, encoding in zip(words, encodings, strict=True)
+        )
 
 
 def of(tokenizer) -> WordTokenizer | None:
@@ -76,19 +88,6 @@ def _longest_of(names: set[str]) -> str:
         else:
             patterns += map(re.escape, alike)
     return "|".join(patterns)
-
-
-class _Words(dict):
-    """Word -> bytes of its ids (uint32), encoded by the library when it is first seen."""
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, word: str) -> bytes:
-        ids = self._tokenizer.encode(word, add_special_tokens=False).ids
-        self[word] = encoded = np.asarray(ids, np.uint32).tobytes()
-        return encoded
 
 
 def _rule(letters: str, numbers: str, spaces: str) -> re.Pattern:
