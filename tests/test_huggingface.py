@@ -344,6 +344,7 @@ def test_what_cannot_be_imported_or_exported_leaves_no_workdir(trained, tiny_con
     new = tmp_path / "new"
     for arguments, options, said in (
         ((5.0,), {}, "--tokens=5"),
+        ((float("inf"),), {}, "--tokens=inf"),
         ((1e6, 17), {}, "--sequence_length=17: allowed is up to max_position_embeddings, 16"),
         ((1e6,), {"precision__weights": "int4"}, "precision = "),
         ((1e6,), {"grid": {"one": {"sizes": ("25k",), "tokens": (1000,)}}}, "study.grid"),

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
     _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
     _CONFIG = config_flags.DEFINE_config_file(
-        "config", pretrained.__file__, "import: corpus and evaluation; the model section is the model's, but dtype and remat."
+        "config", pretrained.__file__, "import: corpus and evaluation; its model section gives dtype and remat."
     )
     _SEQUENCE_LENGTH = flags.DEFINE_integer(
         "sequence_length", 0, "import: of evaluation and calibration; 0: the model's, at most 1024.", lower_bound=0

@@ -60,7 +60,7 @@ def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_leng
     if longest and sequence_length > longest:
         raise UserError(f"--sequence_length={sequence_length}: allowed is up to max_position_embeddings, {longest}")
     sequence_length = sequence_length or min(longest or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH)
-    if not tokens >= sequence_length:
+    if not sequence_length <= tokens < math.inf:
         raise UserError(f"--tokens={tokens:g}: allowed is the training tokens of the model, {sequence_length} or more")
     config = config.copy_and_resolve_references()
     config.data.tokenizer = f"file:{tokenizer}"
