@@ -11,7 +11,7 @@ import pytest
 from precision_scaling import quantize
 from precision_scaling import step as step_lib
 from precision_scaling.formats import parse
-from precision_scaling.model import ModelConfig
+from precision_scaling.model import Block, ModelConfig
 from precision_scaling.optimizer import OptimizerConfig
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.codes import parameters
@@ -191,6 +191,25 @@ def test_gptq_of_unquantized_layers_would_have_other_inputs(params, tokens, quan
     h = inputs["down"].reshape(-1, 24)
     other = gptq.quantize_kernel(kernel_of(params, 1, "mlp", "down"), (h.T @ h).astype(np.float32), 3, damping=DAMPING)
     assert np.mean(np.isclose(kernel_of(found, 1, "mlp", "down"), other, atol=1e-4)) < 0.98
+
+
+@pytest.mark.slow
+def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(params, tokens, quantized):
+    x = np.asarray(params["embedding"]["embedding"])[tokens]
+    block = jax.tree.map(lambda leaf: leaf[0], params["layers"]["block"])
+
+    def added(block, kernel=None):
+        if kernel is not None:
+            kernel = kernel.reshape(block["attention"]["qkv"]["kernel"].shape)
+            block = {**block, "attention": {**block["attention"], "qkv": {"kernel": kernel}}}
+        apply_block = functools.partial(Block(MODEL, PROGRAM).apply, {"params": block})
+        o = apply_block(apply_block(x, method=Block.before_qkv), table_of(), method=Block.before_out)
+        return np.asarray(apply_block(x, o, table_of(), method=Block.before_gate_up)[0])
+
+    for bits in BITS:
+        awq, rtn = (kernel_of(at_bits(quantized(method), bits), 0, "attention", "qkv") for method in ("awq", "rtn"))
+        errors = [np.sum((added(block, kernel) - added(block)) ** 2) for kernel in (awq, rtn)]
+        assert errors[0] <= 1.001 * errors[1]
 
 
 def test_projections_are_all_there_are_and_come_in_the_order_of_the_data(params):

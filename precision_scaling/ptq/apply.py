@@ -154,8 +154,8 @@ def statistics(program: quantize.Program, table, x_CxBxSxI):
     return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
 
 
-def _solve(setting: Setting, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape):
-    """(codes of a kernel of that shape, whether it fell back, damping used)."""
+def _solve(setting: Setting, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape, objective):
+    """(codes of a kernel of that shape, whether it fell back, damping used). objective: see `awq.solve`."""
     group_size = setting.group_size or None
     if setting.method == "gptq":
         options = {"symmetric": setting.symmetric, "act_order": setting.act_order, "clip": setting.clip}
@@ -163,7 +163,7 @@ def _solve(setting: Setting, kernel_IxO, hessian_IxI, magnitude_I, bits, damping
         codes = encode(found.codes[0], found.scales[0], found.zeros[0], setting.symmetric, shape)
         return codes, found.fell_back, found.damping_used
     if setting.method == "awq":
-        options = {"group_size": group_size, "symmetric": setting.symmetric}
+        options = {"group_size": group_size, "symmetric": setting.symmetric, "objective": objective}
         found = awq.solve((kernel_IxO,), hessian_IxI, magnitude_I, bits[None], **options)
         arrays = (field[0][0] for field in (found.codes, found.scales, found.zeros))
         return encode(*arrays, setting.symmetric, shape, 1 / found.channel_scales[0]), found.fell_back, jnp.nan
@@ -189,6 +189,27 @@ def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_N
         """A method of the block with these parameters, calibration batch by calibration batch."""
         return jax.lax.map(lambda batch: module.apply({"params": block}, *batch, method=method), streams_CxB)
 
+    with_table = lambda method: lambda block, *args: method(block, *args, table)
+
+    def branch_error(block, linear, inputs_CxBxSxI):
+        """Of kernels that begin a branch (the whole attention or MLP), the squared error of what it adds."""
+        nothing_CxBxSxD = jnp.zeros((*inputs_CxBxSxI.shape[:3], static.model.width), static.model.dtype)
+
+        def added(block):
+            if linear == LINEARS[0]:
+                inputs = each(block, with_table(Block.before_out), inputs_CxBxSxI)
+                return each(block, with_table(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
+            inputs = each(block, with_table(Block.before_down), inputs_CxBxSxI)
+            return each(block, with_table(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
+
+        kernel, before = _kernel(block, linear), added(block)
+
+        def objective(kernels):
+            new = _with_kernel(block, linear, kernels[0].reshape(kernel.shape))
+            return jnp.sum(jnp.square(added(new) - before))
+
+        return objective
+
     def layer(x_CxBxSxD, block):
         codes, notes = {}, []
 
@@ -200,14 +221,16 @@ def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_N
             kernel = _kernel(block, linear)
             hessian_IxI, magnitude_I = statistics(static.program, table, inputs_CxBxSxI)
             arguments = _flat(kernel), hessian_IxI, magnitude_I, bits, damping, kernel.shape
-            codes[linear], fell_back, used = _solve(setting, *arguments)
+            objective = (
+                branch_error(block, linear, inputs_CxBxSxI) if setting.method == "awq" and linear in NORMS else None
+            )
+            codes[linear], fell_back, used = _solve(setting, *arguments, objective)
             new = dequantize(codes[linear])
             plain = rtn.quantize_kernel(_flat(kernel), bits, setting.group_size or None, setting.symmetric)
             errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
             notes.append(Report(fell_back | unusable, used, *errors))
             return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI
 
-        with_table = lambda method: lambda block, *args: method(block, *args, table)
         block, inputs = quantized(block, LINEARS[0], each(block, Block.before_qkv, x_CxBxSxD))
         inputs = each(block, with_table(Block.before_out), inputs)
         block, inputs = quantized(block, LINEARS[1], inputs)
