@@ -62,7 +62,8 @@ def pool(n: int) -> Iterator[Callable[[Callable, Iterable[tuple]], Iterator[Any]
         yield run
     finally:
         for worker in workers:
-            worker.stdin.close()  # ends it, as does the end of this process
+            with contextlib.suppress(OSError):  # it may have died
+                worker.stdin.close()  # ends it, as does the end of this process
             worker.stdout.close()
             worker.terminate()
             worker.wait()
