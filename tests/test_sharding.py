@@ -131,7 +131,7 @@ def on_meshes(tmp_path_factory):
 @pytest.mark.slow
 def test_every_mesh_gives_the_losses_of_one_device(on_meshes):
     one = on_meshes["1,1,1,1"]
-    assert len(one["losses"]) == 4 and one["losses"]["bf16"][0] > one["losses"]["bf16"][-1] + 0.5
+    assert len(one["losses"]) == 3 and one["losses"]["bf16"][0] > one["losses"]["bf16"][-1] + 0.5
     for mesh in MESHES[1:]:
         other = on_meshes[mesh]
         for run, losses in one["losses"].items():
@@ -140,10 +140,6 @@ def test_every_mesh_gives_the_losses_of_one_device(on_meshes):
             # go the other way: on one device, parameters changed by 1e-7 move the first loss by up to 1e-3, too.
             tolerance = 2e-2 if "_a" in run else 1e-5
             np.testing.assert_allclose(other["losses"][run], losses, rtol=tolerance, err_msg=f"{mesh} {run}")
-            assert other["validation"][run] == pytest.approx(one["validation"][run], rel=tolerance)
-    # Without a split of a product there is no other order in the first step.
-    for run, losses in one["losses"].items():
-        assert on_meshes["1,8,1,1"]["losses"][run][0] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -153,4 +149,4 @@ def test_every_device_holds_its_share_of_parameters_and_moments(on_meshes):
     counts = 4 * 4  # Adam's count, one for each lane, is nobody's share
     for mesh, parts in (("1,8,1,1", 1), ("1,1,8,1", 8), ("1,1,2,4", 8), ("1,2,2,2", 4)):
         assert on_meshes[mesh]["bytes"] == [(total - counts) // parts + counts]
-    assert on_meshes["2,2,2,1"]["bytes"] == [total // 4]
+    assert on_meshes["2,2,2,1"]["bytes"] == [(total - counts) // 4 + counts // 2]  # the lanes are split over run

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, results
+from precision_scaling import errors, locks, results
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import METHODS, layers, packed
@@ -55,7 +55,8 @@ def _main(argv) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     setting = _setting(_METHOD.value, bench.experiment.config.ptq, given)
     try:
-        warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value)
+        with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
+            warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value)
     finally:
         rows = results.gather(workdir)
     figures = [layers.draw(bench.directory(run), setting.name) for run in bench.experiment.runs]
