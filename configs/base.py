@@ -16,7 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
     c.data = ml_collections.ConfigDict()
-    c.data.name = "python_stdlib"  # corpus: the standard library found here, "dolma", or any TFDS name, e.g. "lm1b"
+    # Corpus: the standard library found here, that and all installed packages ("python_stdlib/packages"), "dolma", or
+    # any TFDS name, e.g. "lm1b".
+    c.data.name = "python_stdlib"
     # python_stdlib: a directory of Python sources instead of the standard library. dolma: a directory or pattern of its
     # json.gz shards, or a .txt file with a path or URL in each line.
     c.data.root = ""

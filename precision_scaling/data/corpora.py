@@ -21,6 +21,7 @@ from typing import Any
 from precision_scaling.data import DataError, shards
 
 PYTHON_STDLIB = "python_stdlib"
+PACKAGES = f"{PYTHON_STDLIB}/packages"
 DOLMA = "dolma"
 # Packages installed beside the library are not the library; caches hold no source.
 _SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -48,7 +49,8 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
     """Identifies the corpus `name`; a TFDS dataset that is not prepared yet is downloaded and prepared first.
 
     Args:
-      name: "python_stdlib", "dolma", or any TFDS name ("lm1b", "wiki40b/en:1.3.0").
+      name: "python_stdlib", "python_stdlib/packages" (the sources of everything installed), "dolma", or any TFDS name
+        ("lm1b", "wiki40b/en:1.3.0").
       root: for python_stdlib, a directory whose .py files stand in for this interpreter's library ("": the library);
         for dolma, a directory or pattern of json.gz shards, or a .txt file that lists them.
       cache_dir: where python_stdlib and notes are kept.
@@ -59,6 +61,8 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
     """
     if name == PYTHON_STDLIB:
         return _find_python_sources(root, cache_dir / "tfds")
+    if name == PACKAGES and not root:
+        return _find_installed_packages(cache_dir / "tfds")
     if name == DOLMA:
         return _find_dolma(root, tfds_dir or os.fspath(cache_dir / "tfds"))
     if root:
@@ -70,8 +74,24 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
 
 
 def source_files(root: Path | str) -> Iterator[tuple[str, bytes]]:
-    """Yields (path relative to root with "/", content) of every .py file below root, in sorted order."""
-    root = os.fspath(root)
+    """Yields (path relative to root with "/", content) of every .py file below root, in sorted order.
+
+    Of several roots, joined as in PATH, no content comes twice: packages bring copies of each other.
+    """
+    roots = os.fspath(root).split(os.pathsep)
+    if len(roots) == 1:
+        yield from _files_below(roots[0])
+        return
+    seen = set()
+    for i, each in enumerate(roots):
+        for path, content in _files_below(each):
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield f"{i}/{path}", content
+
+
+def _files_below(root: str) -> Iterator[tuple[str, bytes]]:
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
         prefix = directory[len(root) :].lstrip(os.sep).replace(os.sep, "/")
@@ -93,18 +113,24 @@ def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
 
 def _find_python_sources(root: str, tfds_dir: Path) -> Source:
     directory = Path(root or sysconfig.get_path("stdlib")).expanduser().resolve()
-    fingerprint, count = files_digest(source_files(directory))
-    if count == 0:
-        raise DataError(f"data.root={root!r}: no .py file below {directory}; name a directory of Python sources")
-    # The content stands in the config's name, so another interpreter or an edited file never meets a stale dataset.
-    kind = "tree" if root else f"stdlib-py{platform.python_version()}"
-    config = f"{kind}-{fingerprint[:12]}"
-    return Source(
-        f"{PYTHON_STDLIB}/{config}:1.0.0",
-        fingerprint,
-        os.path.join(tfds_dir, PYTHON_STDLIB, config, "1.0.0"),
-        os.fspath(directory),
+    return _python_source(
+        "tree" if root else f"stdlib-py{platform.python_version()}", os.fspath(directory), root, tfds_dir
     )
+
+
+def _find_installed_packages(tfds_dir: Path) -> Source:
+    directories = (Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib"))
+    return _python_source("packages", os.pathsep.join(dict.fromkeys(map(os.fspath, directories))), "", tfds_dir)
+
+
+def _python_source(kind: str, directories: str, root: str, tfds_dir: Path) -> Source:
+    fingerprint, count = files_digest(source_files(directories))
+    if count == 0:
+        raise DataError(f"data.root={root!r}: no .py file below {directories}; name a directory of Python sources")
+    # The content stands in the config's name, so another interpreter or an edited file never meets a stale dataset.
+    config = f"{kind}-{fingerprint[:12]}"
+    dataset_dir = os.path.join(tfds_dir, PYTHON_STDLIB, config, "1.0.0")
+    return Source(f"{PYTHON_STDLIB}/{config}:1.0.0", fingerprint, dataset_dir, directories)
 
 
 def _find_dolma(root: str, tfds_dir: str) -> Source:

@@ -13,7 +13,7 @@ from precision_scaling.data import DataError, corpora
 
 @dataclasses.dataclass(eq=False)
 class SourceTree(tfds.core.BuilderConfig):
-    """Which sources: those below `root`, whose `corpora.files_digest` is `fingerprint`."""
+    """Which sources: `corpora.source_files` of `root`, whose `corpora.files_digest` is `fingerprint`."""
 
     root: str = ""
     fingerprint: str = ""
@@ -27,7 +27,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Sources of the Python standard library found on this machine.",
+            description="Python sources found on this machine: the standard library, all packages, or a tree.",
             features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
             metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
