@@ -60,7 +60,7 @@ def draw(run_directory: Path, name: str) -> Path | None:
 def _figure(found: dict[str, Any], name: str):
     from matplotlib.figure import Figure  # a second to import: only where something is drawn
 
-    drawing = Figure(figsize=(3.2 * len(found["projections"]), 3.4), layout="constrained")
+    drawing = Figure(figsize=(3.2 * len(found["projections"]) + 1.5, 3.4), layout="constrained")
     panels = drawing.subplots(1, len(found["projections"]), sharey=True)
     for j, (panel, projection) in enumerate(zip(panels, found["projections"], strict=True)):
         for i, (bits, values) in enumerate(found["bits"].items()):
@@ -75,7 +75,7 @@ def _figure(found: dict[str, Any], name: str):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("‖X(W − Q)‖² / ‖XW‖²")
     panels[-1].plot([], [], "--", color="grey", linewidth=1, label="rounded to nearest")
-    panels[-1].legend(fontsize="small")
+    drawing.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     drawing.suptitle(f"Relative output error of each projection: {name}")
     return drawing
 
