@@ -113,7 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
     # After warm-up: "cosine", "linear", "constant", or "wsd" (stable, then a line down over the last decay_fraction).
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
-    c.optimizer.warmup_steps = 0  # 0: by warmup_fraction. Where it is set, wsd and constant runs share their first steps
+    c.optimizer.warmup_steps = 0  # 0: by warmup_fraction. With it, wsd and constant runs share their first steps
     c.optimizer.decay_fraction = 0.2  # share of the steps that a wsd schedule spends on its way down
     c.optimizer.final_fraction = 0.1  # schedules that fall end at this fraction of the peak
     c.optimizer.beta1 = 0.9

@@ -24,7 +24,9 @@ def installed(tmp_path, monkeypatch):
 
 
 def read(source):
-    return [bytes(document) for document in corpora.Documents(source, "train", "text")]
+    source = corpora.prepared(source, Path(source.dataset_dir).parents[2])
+    documents = corpora.Documents(source, "train", "text")
+    return list(documents.read(0, len(documents)))
 
 
 def test_packages_are_the_library_and_all_that_is_installed_each_content_once(installed):
