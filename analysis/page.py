@@ -42,6 +42,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; font-varia
 th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+td.name code { overflow-wrap: normal; white-space: nowrap; }
 code { background: var(--wash); padding: .05rem .3rem; border-radius: .2rem; font-size: .88em;
   overflow-wrap: anywhere; }
 ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
@@ -193,9 +194,10 @@ def _comparison(comparison: Comparison | None) -> str:
     parts = [
         '<p class="soft">Laws of one kind on the same rows, the one with the least error on held-out rows first. '
         "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, or the largest "
-        "fifth of the runs was left out of the fit. A dash: the law cannot predict such rows.</p>"
+        "fifth of the runs was left out of the fit; a dash means that the law cannot predict such rows. Last: mean "
+        "absolute error (%) above that of the best law, with its paired bootstrap interval.</p>"
     ]
-    head = ("k", "R²", "AIC", "BIC", "out N", "out D", "out P", "largest", "mean error above the best (%)")
+    head = ("k", "R²", "AIC", "BIC", "out N", "out D", "out P", "largest", "above the best")
     for kind, title in KINDS.items():
         rows = [row for row in comparison.rows if row.kind == kind]
         if not rows:
@@ -209,7 +211,7 @@ def _comparison(comparison: Comparison | None) -> str:
                 gap = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
             cells = [str(row.k), fixed(row.r2, 4), f"{row.aic:.1f}", f"{row.bic:.1f}", *held, gap]
             numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-            body.append(f"<tr><td><code>{_escape(row.law)}</code></td>{numbers}</tr>")
+            body.append(f'<tr><td class="name"><code>{_escape(row.law)}</code></td>{numbers}</tr>')
         names = "".join(f'<th class="number">{name}</th>' for name in head)
         parts.append(
             f"<h3>{_escape(title)}, {rows[0].n} rows</h3>"
