@@ -6,7 +6,7 @@
     python -m analysis.report --runs=runs/overnight/runs.csv --out=runs/overnight/report
 
 Each worker takes half of the runs of every size; the third call gathers the table. The design is that of `study_gpu`,
-on smaller models and fewer of them; the largest size has low precision in one part at a time alone, so that the laws can
+on smaller models and fewer of them; the largest size has low precision in one part at a time, so that the laws can
 be held to it.
 """
 
