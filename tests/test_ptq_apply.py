@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -200,7 +201,7 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
 
     def added(block, kernel=None):
         if kernel is not None:
-            kernel = kernel.reshape(block["attention"]["qkv"]["kernel"].shape)
+            kernel = jnp.asarray(kernel).reshape(block["attention"]["qkv"]["kernel"].shape)
             block = {**block, "attention": {**block["attention"], "qkv": {"kernel": kernel}}}
         apply_block = functools.partial(Block(MODEL, PROGRAM).apply, {"params": block})
         o = apply_block(apply_block(x, method=Block.before_qkv), table_of(), method=Block.before_out)
