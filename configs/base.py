@@ -130,6 +130,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.microbatches = 1  # parts a batch is computed in, one after the other; scales are per part
     c.train.seed = 0  # initialization and data order
     c.train.log_every = 50  # steps between lines of metrics.jsonl
+    c.train.sinks = ()  # where these lines go, too: "tensorboard", "wandb"
     c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed
     c.train.steps_per_dispatch = 100  # steps run on the device between two looks from the host, at most
 

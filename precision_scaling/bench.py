@@ -28,7 +28,7 @@ from precision_scaling.step import Static
 # Options that change no measured number: a workdir may be used again with others.
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
-    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch)"
+    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|sinks)"
     r"|data\.(cache_dir|tfds_dir|workers|beam_options)|compilation_cache|mesh\."
 )
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, compilation, experiment, hosts, results
+from precision_scaling import checkpoint, compilation, experiment, hosts, metrics, results, sinks
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader
@@ -31,6 +31,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.experiment import Cohort, Run
 from precision_scaling.feed import Chunk, Feed
 from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.profiling import Profile
 from precision_scaling.sharding import Layout, splitting
 from precision_scaling.step import RunInputs, Static, TrainState
 from precision_scaling.stopping import Stop, Stopped
@@ -42,12 +43,14 @@ class Options:
 
     lanes: runs that train at once. Another number of lanes is another compiled program, whose sums round differently,
     and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
+    sinks: of `sinks.PACKAGES`, for the metrics.
     """
 
     lanes: int
     log_every: int
     checkpoint_seconds: float
     steps_per_dispatch: int
+    sinks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,16 +122,19 @@ def train_cohort(
     on_finished: Callable[[Finished], None],
     progress: tqdm,
     stop: Stop,
+    profile: Profile | None = None,
 ) -> None:
     """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end.
 
     cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
-    spread. worker: names the checkpoints of this process among those that share a study.
+    spread. worker: names the checkpoints of this process among those that share a study. profile: is told of every
+    dispatch.
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there; the
     others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
     static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
-    trainer = _Trainer(static, cohort, loader, layout, workdir, worker, options, progress)
+    profile = profile or Profile(workdir, 0)
+    trainer = _Trainer(static, cohort, loader, layout, workdir, worker, options, progress, profile)
     try:
         trainer.restore()
         while trainer.fill():
@@ -144,6 +150,7 @@ def train_cohort(
         trainer.checkpoints.clear()
     finally:
         trainer.feed.close()
+        trainer.followers.close()
 
 
 _GO_ON, _SAVE, _STOP = range(3)
@@ -170,9 +177,11 @@ def _leads_to(lane: _Lane | None, run: Run) -> bool:
 class _Trainer:
     """The state of a cohort under way: what is in which lane, and what still waits."""
 
-    def __init__(self, static, cohort: Cohort, loader, layout: Layout, workdir, worker, options: Options, progress):
+    def __init__(self, static, cohort: Cohort, loader, layout: Layout, workdir, worker, options, progress, profile):
         self.static, self.cohort, self.layout = static, cohort, layout
-        self.workdir, self.options, self.progress = workdir, options, progress
+        self.workdir, self.options, self.progress, self.profile = workdir, options, progress, profile
+        self.followers = sinks.Followers(options.sinks if hosts.primary() else ())
+        self.compiled = False
         self.waiting: list[Run] = list(cohort.runs)
         self.lanes: list[_Lane | None] = [None] * options.lanes
         self.feed = Feed(loader, layout, options.lanes, static.microbatches, options.steps_per_dispatch)
@@ -244,27 +253,30 @@ class _Trainer:
         chunk = self._chunk(self.lanes)
         steps = chunk.steps
         started, waited = time.monotonic(), self.feed.wait_seconds
-        tokens = self.feed.take(chunk)
-        if (expected := self._chunk(self._expected(steps))).steps:
-            self.feed.read_ahead(expected)
-        self.state, metrics = self.programs.train(self.state, self._inputs(), tokens, steps)
-        metrics = jax.tree.map(lambda x: np.asarray(x)[:, :steps], metrics)
-        seconds = time.monotonic() - started
-        rate = len(active) * steps * self.cohort.shape.tokens_per_step / seconds
-        data_wait = (self.feed.wait_seconds - waited) / seconds
+        with self.profile.dispatch(compiles=not self.compiled):
+            tokens = self.feed.take(chunk)
+            if (expected := self._chunk(self._expected(steps))).steps:
+                self.feed.read_ahead(expected)
+            self.state, found = self.programs.train(self.state, self._inputs(), tokens, steps)
+            found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
+        seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
+        # The first dispatch compiles: its time says nothing.
+        speed = self._speed(len(active), steps, seconds, waited) if self.compiled else {}
+        self.compiled = True
         ended = []
         for i, lane in active:
-            finite = np.isfinite(metrics.loss[i])
+            finite = np.isfinite(found.loss[i])
             diverged = None if finite.all() else lane.step + int(np.argmin(finite))
-            self._log(lane, jax.tree.map(lambda x, i=i: x[i], metrics), rate / len(active), data_wait)
+            self._log(lane, jax.tree.map(lambda x, i=i: x[i], found), speed)
             lane.step += steps
             if diverged is not None or lane.step == lane.run.steps:
                 ended.append(Finished(lane.run, self.programs.parameters(self.state.params, i), diverged))
                 self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
                 if hosts.primary():
                     shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
+                self.followers.end(self._metrics_path(lane.run))
                 self.lanes[i] = None
-        self.progress.set_postfix(loss=f"{np.mean(metrics.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
+        self.progress.set_postfix(loss=f"{np.mean(found.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
         self.progress.update(len(active) * steps * self.cohort.shape.tokens_per_step)
         return ended
 
@@ -318,17 +330,28 @@ class _Trainer:
     def _metrics_path(self, run: Run) -> Path:
         return run_directory(self.workdir, run) / "metrics.jsonl"
 
-    def _log(self, lane: _Lane, metrics: step_lib.StepMetrics, tokens_per_second: float, data_wait: float) -> None:
-        """Appends a line for every log_every-th step (and the last) to the run's metrics.jsonl.
+    def _speed(self, active: int, steps: int, seconds: float, waited: float) -> dict[str, float]:
+        """How fast a dispatch went: tokens/s of each run, and of all runs together (as they share the devices) model
+        FLOP/s, their share of the devices' peak where that is known, and the share of time spent waiting for tokens."""
+        rate = steps * self.cohort.shape.tokens_per_step / seconds
+        flops = metrics.model_flops_per_second(self.cohort.shape.model, active * rate)
+        devices = self.layout.mesh.devices
+        mfu = metrics.mfu(flops, devices.flat[0].device_kind, self.cohort.shape.model.dtype, devices.size)
+        return {
+            "tokens_per_second": round(rate, 1),
+            "flops_per_second": float(f"{flops:.5g}"),
+            **({} if mfu is None else {"mfu": float(f"{mfu:.4g}")}),
+            "data_wait": round(waited / seconds, 4),
+        }
 
-        data_wait: the share of the time that was spent waiting for tokens.
-        """
+    def _log(self, lane: _Lane, found: step_lib.StepMetrics, speed: dict[str, float]) -> None:
+        """Appends a line for every log_every-th step (and the last) to the run's metrics.jsonl."""
         if not hosts.primary():
             return
         path = self._metrics_path(lane.run)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            for t, (loss, grad_norm, rate) in enumerate(zip(*metrics, strict=True)):
+            for t, (loss, grad_norm, rate) in enumerate(zip(*found, strict=True)):
                 step = lane.step + t + 1
                 if step % self.options.log_every == 0 or step == lane.run.steps:
                     line = {
@@ -337,10 +360,10 @@ class _Trainer:
                         "loss": float(loss) if math.isfinite(loss) else None,
                         "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,
                         "learning_rate": float(rate),
-                        "tokens_per_second": round(tokens_per_second, 1),
-                        "data_wait": round(data_wait, 4),
+                        **speed,
                     }
                     file.write(json.dumps(line) + "\n")
+        self.followers.follow(path)
 
 
 def run_directory(workdir: Path, run: Run) -> Path:

@@ -16,17 +16,33 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, cohort, errors, experiment, hosts, locks, model, precision, results, sharding
+from precision_scaling import (
+    checkpoint,
+    cohort,
+    errors,
+    experiment,
+    hosts,
+    locks,
+    model,
+    precision,
+    profiling,
+    results,
+    sharding,
+    sinks,
+)
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Cohort, Experiment, of_shard
+from precision_scaling.profiling import Profile
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.quantize import Program
 from precision_scaling.stopping import Stop
 
 
-def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | None = None) -> None:
+def train_missing(
+    bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | None = None, profile: Profile | None = None
+) -> None:
     """Trains this shard's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends.
 
     Raises Stopped, with everything on disk, soon after `stop` asks for it.
@@ -37,6 +53,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | No
         log_every=config.train.log_every,
         checkpoint_seconds=config.train.checkpoint_seconds,
         steps_per_dispatch=config.train.steps_per_dispatch,
+        sinks=tuple(config.train.sinks),
     )
     worker = f"{shard[0]}of{shard[1]}"
     todo: list[tuple[Cohort, cohort.Options]] = []
@@ -75,6 +92,7 @@ def train_missing(bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | No
                 lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
                 progress,
                 stop or Stop(),
+                profile,
             )
             if hosts.primary():
                 results.gather(bench.workdir)
@@ -151,16 +169,19 @@ def _main(argv) -> None:
     if _DRY_RUN.value:
         print(plan_text(experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))))
         return
+    sinks.check(config.train.sinks)
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
+    profile = Profile(workdir / "profile", _PROFILE.value)
     with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
         try:
-            train_missing(bench, shard, stop)
+            with contextlib.closing(profile):
+                train_missing(bench, shard, stop, profile)
             warnings = quantize_share(bench, config.ptq.methods, config.ptq.bits, shard, stop)
         finally:
             rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
-        print("\n".join([*warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
+        print("\n".join([*profile.report(), *warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
 if __name__ == "__main__":
@@ -173,6 +194,7 @@ if __name__ == "__main__":
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."
     )
     _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    _PROFILE = profiling.define_flag()
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     errors.run(_main)

@@ -3,14 +3,16 @@
 python -m precision_scaling.train --config=configs/base.py --workdir=DIR [--config.model.size=100k ...]
 """
 
+import contextlib
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, hosts, results, study
+from precision_scaling import errors, hosts, profiling, results, sinks, study
 from precision_scaling.errors import ConfigError
+from precision_scaling.profiling import Profile
 
 
 def _main(argv) -> None:
@@ -18,16 +20,19 @@ def _main(argv) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
+    sinks.check(config.train.sinks)
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
-    with study.at_work(workdir, (0, 1), _TIME_LIMIT.value) as stop:
-        study.train_missing(bench, stop=stop)
+    profile = Profile(workdir / "profile", _PROFILE.value)
+    with study.at_work(workdir, (0, 1), _TIME_LIMIT.value) as stop, contextlib.closing(profile):
+        study.train_missing(bench, stop=stop, profile=profile)
     if not hosts.primary():
         return
     results.gather(workdir)
     (run,) = bench.experiment.runs
     (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
     outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
+    print("".join(f"{line}\n" for line in profile.report()), end="")
     print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workdir / 'runs' / run.id}")
 
 
@@ -35,6 +40,7 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint, metrics and runs.csv.")
     _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    _PROFILE = profiling.define_flag()
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     errors.run(_main)
