@@ -37,13 +37,17 @@ def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
 def mixed_rows(setup: Setup) -> tuple[str, ...]:
     """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
     notes = []
+    names = [name for name in setup.rows.columns if name not in setup.law.columns and any(w in name for w in MIXING)]
+    if not names:
+        return ()
     # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
-    precisions = list(zip(*(setup.rows[name] for name in (*PRECISION_COLUMNS, "P_post")), strict=True))
-    for name, column in setup.rows.columns.items():
-        if name in setup.law.columns or not any(word in name for word in MIXING):
-            continue
+    bits = np.column_stack([np.nan_to_num(setup.rows[name]) for name in (*PRECISION_COLUMNS, "P_post")])
+    setting_n = np.unique(bits, axis=0, return_inverse=True)[1].ravel()
+    for name in names:
+        column = setup.rows[name]
         values = [v for v in dict.fromkeys(column) if v == v]
-        explained = len(set(zip(map(str, precisions), map(str, column), strict=True))) == len(set(map(str, precisions)))
+        word_n = np.unique(column.astype(str), return_inverse=True)[1].ravel()
+        explained = len(np.unique(np.stack([setting_n, word_n]), axis=1).T) == setting_n.max() + 1
         if 1 < len(values) <= 12 and not explained:
             shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
             notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from scipy import optimize as scipy_optimize
 
-from analysis import command, laws, synthetic
+from analysis import command, laws, reporting, synthetic
 from analysis import fit as fits
 from analysis import table as tables
 from analysis.fit import FitError, Options, fit
+from analysis.problem import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 QUEST = ROOT.parent / "shared" / "data" / "quest_runs.csv"
@@ -295,6 +296,16 @@ def test_a_table_whose_deltas_are_all_negative_is_refused_with_their_count():
     table = tables.from_columns({**rows, "loss": [3.0, 2.9, 3.1, 3.1]})
     with pytest.raises(FitError, match="2 rows left out: 2 delta is zero or negative"):
         fit("ptq", table)
+
+
+def test_only_mixtures_that_the_bits_do_not_explain_are_named():
+    table = synthetic.table("precision")
+    formats = np.where(table["P_w"] < 16, np.char.add("int", table["P_w"].astype(int).astype(str)), "bf16")
+    schedules = np.where(np.arange(len(table)) % 2, "cosine", "constant")
+    mixed = tables.from_columns({**table.columns, "w_format": formats, "schedule": schedules})
+    notes = reporting.mixed_rows(set_up("precision", mixed))
+    assert notes == ("the rows mix schedule: constant, cosine; --where=schedule=VALUE fits one of them",)
+    assert reporting.mixed_rows(set_up("precision", table)) == ()
 
 
 def test_one_row_is_refused():
