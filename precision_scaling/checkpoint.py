@@ -6,6 +6,8 @@ over hosts are written by all of them, and restored to whatever mesh there is th
 """
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from precision_scaling import hosts, results
+from precision_scaling import errors, hosts, results
 from precision_scaling.errors import UserError
 
 
@@ -25,12 +27,17 @@ def save(path: Path, tree: Any) -> None:
 
     UserError, one line, where it cannot be written.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)  # Orbax's threads would log their tracebacks; the error below says it all
     try:
         with _checkpointer(tree) as checkpointer:
             fingerprint = np.asarray(_fingerprint(tree))
             checkpointer.save(path.absolute(), {"arrays": tree, "fingerprint": fingerprint}, force=True)
     except Exception as error:  # Orbax raises errors of many kinds for a disk that is full
-        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
+        disk = re.search("|".join(map(os.strerror, errors.DISK_ERRORS)), str(error))
+        raise UserError(f"{path}: cannot be written ({disk[0] if disk else _reason(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def restore(path: Path, abstract: Any) -> Any:

@@ -8,7 +8,8 @@ from absl import app, flags, logging
 
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+# A disk that is full or cannot be written: nothing is wrong with the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
@@ -51,7 +52,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         except UserError as error:
             _fail(error)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno not in DISK_ERRORS:
                 raise
             _fail(
                 f"{error.filename or 'a file'}: {error.strerror}; what was measured is kept, run the same command again"

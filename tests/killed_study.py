@@ -1,12 +1,14 @@
-"""Runs the study command again and again in processes that kill themselves with SIGKILL, each at a moment of its own.
+"""Runs the study command again and again in processes that come to an end, each at a moment of its own.
 
 python tests/killed_study.py MOMENT,MOMENT,... ARGUMENTS OF THE STUDY COMMAND
 
-A moment is NAME:N, the N-th time that something happens in a process; "end" kills nothing. Prints the exit status of
-each process. One import serves all: they are forked before JAX has a backend.
+A moment is NAME:N, the N-th time that something happens in a process; "end" ends nothing. Most end by SIGKILL; some
+send SIGTERM or fill the disk. Prints the exit status of each process. One import serves all: they are forked before JAX
+has a backend.
 """
 
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -21,18 +23,27 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_call(owner, name: str, call: int, *, after: bool, counts=lambda *arguments: True) -> None:
-    """Kills this process before or after the call-th call that counts of a function."""
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_disk() -> None:
+    """From now on no file can grow beyond 2 KB, which is what a full disk looks like to a write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+
+
+def kill_at_call(owner, name: str, call: int, *, after: bool, counts=lambda *arguments: True, end=die) -> None:
+    """Ends this process before or after the call-th call that counts of a function."""
     original, seen = getattr(owner, name), []
 
     def killing(*arguments, **options):
         if counts(*arguments):
             seen.append(1)
             if len(seen) == call and not after:
-                die()
+                end()
         result = original(*arguments, **options)
         if len(seen) == call and after:
-            die()
+            end()
         return result
 
     setattr(owner, name, killing)
@@ -67,6 +78,10 @@ def prepare(moment: str, workdir: Path) -> None:
         kill_at_call(results, "write_rows", n, after=False)
     elif name == "after-row":
         kill_at_call(results, "write_rows", n, after=True)
+    elif name == "asked-to-stop":
+        kill_at_call(cohort._Trainer, "_log", n, after=True, end=ask_to_stop)
+    elif name == "full-disk":
+        kill_at_call(cohort._Trainer, "_log", n, after=True, end=fill_disk)
     elif name != "end":
         raise ValueError(moment)
 
@@ -79,8 +94,13 @@ def main() -> None:
         if child == 0:
             prepare(moment, workdir)
             sys.argv = ["study", *arguments]
-            runpy.run_module("precision_scaling.study", run_name="__main__", alter_sys=True)
-            os._exit(0)
+            status = 0
+            try:
+                runpy.run_module("precision_scaling.study", run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                status = end.code or 0
+            sys.stderr.flush()
+            os._exit(status)
         print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

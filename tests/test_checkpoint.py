@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,8 @@ MOMENTS = (
     "after-row:1",
 )
 
+NAMES = {*(moment.partition(":")[0] for moment in MOMENTS), "asked-to-stop", "full-disk", "end"}
+
 
 @pytest.fixture(scope="module")
 def killed(tiny_config, data_options, tmp_path_factory):
@@ -140,7 +143,7 @@ def killed(tiny_config, data_options, tmp_path_factory):
             text=True,
             timeout=600,
         )
-        lines = [line.split() for line in done.stdout.splitlines() if line.startswith((*MOMENTS, "end"))]
+        lines = [line.split() for line in done.stdout.splitlines() if re.split("[: ]", line)[0] in NAMES]
         assert [line[0] for line in lines] == list(moments), done.stderr[-3000:]
         return [int(line[1]) for line in lines], done.stderr
 
@@ -161,8 +164,9 @@ def assert_same_study(one: Path, other: Path) -> None:
         ]
         for all_ in lines:
             assert [line.pop("step") for line in all_] == list(range(1, 13 if "D768" in name else 8))
-            for line in all_:
-                del line["tokens_per_second"]
+            for line in all_:  # without how fast it went
+                for timing in ("tokens_per_second", "flops_per_second", "data_wait"):
+                    line.pop(timing, None)
         assert lines[0] == lines[1]
         parameters = [checkpoint_arrays(study / "runs" / name / "checkpoint") for study in (one, other)]
         assert len(parameters[0]) == len(parameters[1]) > 5
@@ -183,6 +187,17 @@ def test_a_study_killed_at_every_kind_of_moment_ends_with_the_same_bits(killed):
     assert statuses == [-9] * len(MOMENTS) + [0]
     assert_same_study(killed.directory / "whole", killed.directory / "often")
     assert not any((killed.directory / "often" / "cohorts").glob("*"))
+
+
+@pytest.mark.slow
+def test_sigterm_and_a_full_disk_end_the_process_with_a_line_and_cost_nothing(killed):
+    statuses, errors = killed("stopped", "asked-to-stop:3", "full-disk:2", "end")
+    assert statuses == [75, 2, 0]
+    assert "stopped: by SIGTERM; run the same command again to go on" in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "cannot be written (File too large)" in line and str(killed.directory / "stopped") in line
+    assert "Traceback" not in errors
+    assert_same_study(killed.directory / "whole", killed.directory / "stopped")
 
 
 @pytest.mark.slow
