@@ -77,6 +77,25 @@ def fake_quant_grid(
     return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
 
 
+def saturated(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> jax.Array:
+    """Where `fake_quant_grid`, rounding to nearest, takes an element for the last level although it lies beyond it.
+
+    Booleans of x's shape; float32's rounding of the scale does not count. With a scale from the abs-max there are none.
+    """
+    shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
+    if kind.family == "none" or x.size == 0:
+        return jnp.zeros(x.shape, bool)
+    x_f32 = x.astype(jnp.float32).reshape(shape)
+    beyond = jnp.abs(x_f32) > (1 + 2.0**-20) * grid.max_value * scale_of(x_f32, grid, kind, axes)
+    return (beyond & (grid.passthrough == 0)).reshape(x.shape)
+
+
 def round_to_grid(
     x: jax.Array, grid: Grid, kind: Kind | str, noise: jax.Array | None = None, *, saturate: bool = True
 ) -> jax.Array:

@@ -6,10 +6,12 @@ static `Program`; the formats themselves are a `Table` of traced grids, so that 
 precision. `precision` makes both from the options.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +107,22 @@ class Program:
 
 
 UNQUANTIZED = Program()
+
+_observer: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None], None]) -> Iterator[None]:
+    """Shows the operands of every product that is traced meanwhile: observe(name, x, x_q, saturated), left one first.
+
+    x as it comes; x_q as it is multiplied, rounded to nearest; saturated: where x lies beyond its grid, None where it
+    is not quantized. They are traced arrays: for programs traced to be looked at, never for a training step.
+    """
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def fake_quant(
@@ -285,6 +303,9 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, progr
     table: the grid of every operand of the program. key: a PRNG key that no other product of the step has, for programs
     that are `stochastic`.
     """
+    if _observer.get() is not None:
+        _show(lhs, lhs_name, dimension_numbers[0][0], program, table)
+        _show(rhs, rhs_name, dimension_numbers[0][1], program, table)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
     lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (program.get(name) for name in names)
     if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
@@ -324,6 +345,20 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, progr
             "ignore", message="Implicit conversion of an array to a dtype", category=DeprecationWarning
         )
         return config(lhs, rhs, dimension_numbers).astype(dtype)
+
+
+def _show(x, name: str, contracting: Sequence[int], program: Program, table) -> None:
+    operand = program.get(name)
+    if operand is None:
+        _observer.get()(name, x, x, None)
+        return
+    if any(name in pair and pair[0] in program.wide for pair in PRODUCTS):
+        x = x.astype(jnp.float32)
+    operand = dataclasses.replace(operand, rounding="nearest")
+    axes = _scale_axes(name, operand, x.ndim, contracting)
+    group = operand.kind.block_size or group_size(operand.granularity)
+    saturated = numerics.saturated(x, table[name], operand.kind, axes, group)
+    _observer.get()(name, x, _fake_quant(x, operand, axes, table[name], None), saturated)
 
 
 def _rotation_signs(width: int) -> jax.Array:

@@ -1,0 +1,235 @@
+"""What quantization does to each operand of each layer of a trained run: a table and a figure in the run's directory.
+
+python -m precision_scaling.layer_stats --workdir=DIR [--run=ID] [--precision=w4_a4_kv4]
+
+Reads a checkpoint that `train` or `study` has left and follows held-out text through its quantized layers. It touches
+nothing else. Shape letters: C batches, B sequences, S positions, L layers, O operands.
+"""
+
+import csv
+import functools
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from precision_scaling import bench as bench_lib
+from precision_scaling import checkpoint, compilation, errors, precision, quantize, results
+from precision_scaling import model as model_lib
+from precision_scaling.bench import Bench
+from precision_scaling.errors import UserError
+from precision_scaling.experiment import Run
+from precision_scaling.model import Block, Decoder, ModelConfig
+from precision_scaling.precision import Spec
+from precision_scaling.quantize import Program
+
+Place = tuple[str, str]  # a product of a block and one of its operands
+# The products of a block in the order in which data reaches them, with their operands.
+PRODUCTS = (
+    *(("attention/qkv", name) for name in "aw"),
+    *(("attention/scores", name) for name in "qk"),
+    *(("attention/values", name) for name in "pv"),
+    *((product, name) for product in ("attention/out", "mlp/gate_up", "mlp/down") for name in "aw"),
+)
+COLUMNS = ("layer", "product", "operand", "format", "granularity", "elements", "saturated", "zeroed", "snr_db")
+
+
+class Sums(NamedTuple):
+    """Of one operand's elements x and their values x_q on its grid."""
+
+    elements: jax.Array  # x that are not zero: half of the attention probabilities are, before the future
+    saturated: jax.Array  # x beyond the last level
+    zeroed: jax.Array  # x_q is zero and x is not
+    signal: jax.Array  # Σ x²
+    error: jax.Array  # Σ (x - x_q)²
+
+
+def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
+    """The sums over all elements of an operand."""
+    x, x_q = x.astype(jnp.float32), x_q.astype(jnp.float32)
+    counts = (jnp.sum(where, dtype=jnp.int32) for where in (x != 0, saturated, (x != 0) & (x_q == 0)))
+    return Sums(*counts, jnp.sum(jnp.square(x)), jnp.sum(jnp.square(x - x_q)))
+
+
+def measure(config: ModelConfig, program: Program, params: Any, table: Any, tokens_CxBxS) -> dict[Place, Sums]:
+    """By (product, operand) of `PRODUCTS`, for those the program quantizes: sums over all batches, arrays (L,).
+
+    Scales of activations are those of each batch, as in evaluation.
+    """
+    found = _compiled(config, program)(params, table, tokens_CxBxS)
+    total = lambda field: np.asarray(field, np.float64).sum(axis=0)
+    named = dict(zip(_quantized(program), found, strict=True))
+    return {name: Sums(*map(total, one)) for name, one in named.items()}
+
+
+def _quantized(program: Program) -> list[Place]:
+    return [(product, name) for product, name in PRODUCTS if program.get(name)]
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(config: ModelConfig, program: Program):
+    block = Block(config, program)
+
+    def layer(table, x_BxSxD, params):
+        seen: list[tuple[str, Sums]] = []
+
+        def observe(name, x, x_q, saturated):
+            if saturated is not None:
+                seen.append((name, sums(x, x_q, saturated)))
+
+        with quantize.observed(observe):
+            x_BxSxD = block.apply({"params": params}, x_BxSxD, table)
+        assert [name for name, _ in seen] == [name for _, name in _quantized(program)]
+        return x_BxSxD, tuple(found for _, found in seen)
+
+    def stats(params, table, tokens_CxBxS):
+        def of_batch(tokens_BxS):
+            x_BxSxD = Decoder(config, program).apply({"params": params}, tokens_BxS, table, method=Decoder.embed)
+            return jax.lax.scan(functools.partial(layer, table), x_BxSxD, params["layers"]["block"])[1]
+
+        return jax.lax.map(of_batch, tokens_CxBxS)
+
+    return compilation.jit(stats)
+
+
+def snr_db(signal: float, error: float) -> float | None:
+    """10 log10(Σ x² / Σ (x - x_q)²); None where nothing was lost, or nothing was there."""
+    return 10 * float(np.log10(signal / error)) if signal > 0 and error > 0 else None
+
+
+def rows(spec: Spec, found: dict[Place, Sums]) -> list[dict[str, Any]]:
+    """A row with `COLUMNS` for each layer and operand; shares are of the elements that are not zero."""
+    lines = []
+    for (product, name), one in found.items():
+        setting = spec.get(name)
+        for layer in range(len(one.signal)):
+            elements, saturated, zeroed, signal, error = (float(field[layer]) for field in one)
+            lines.append(
+                {
+                    "layer": layer,
+                    "product": product,
+                    "operand": name,
+                    "format": setting.format.name,
+                    "granularity": setting.granularity,
+                    "elements": int(elements),
+                    "saturated": saturated / elements if elements else None,
+                    "zeroed": zeroed / elements if elements else None,
+                    "snr_db": snr_db(signal, error),
+                }
+            )
+    return sorted(lines, key=lambda line: line["layer"])
+
+
+def of_run(bench: Bench, run: Run, spec: Spec, sequences: int) -> list[dict[str, Any]]:
+    """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
+    config, batch = run.shape.model, min(sequences, bench.experiment.config.evaluate.batch_size)
+    program = precision.program_of([spec], config.dtype).evaluation().simulated()
+    abstract = bench.layout.abstract(jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0))))
+    params = checkpoint.restore(bench.directory(run) / "checkpoint", abstract)
+    windows_NxS1 = bench.loader(run.shape).validation_windows(sequences // batch * batch)
+    tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
+    return rows(spec, measure(config, program, params, spec.table(program), tokens_CxBxS))
+
+
+def to_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """The table as text: six digits, empty where there is no number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in line.items()})
+    return text.getvalue()
+
+
+def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """A column for each operand: signal-to-noise ratio and the shares lost, by layer, a colour for each product."""
+    from matplotlib.figure import Figure  # a second to import: only where something is drawn
+
+    operands = list(dict.fromkeys(line["operand"] for line in lines))
+    drawing = Figure(figsize=(max(5.0, 2.6 * len(operands)), 4.8), layout="constrained")
+    panels = drawing.subplots(2, len(operands), sharex=True, sharey="row", squeeze=False)
+    for j, name in enumerate(operands):
+        mine = [line for line in lines if line["operand"] == name]
+        for i, product in enumerate(dict.fromkeys(line["product"] for line in mine)):
+            one = [line for line in mine if line["product"] == product]
+            layers = [line["layer"] for line in one]
+            value = lambda key, one=one: [np.nan if line[key] is None else line[key] for line in one]
+            panels[0, j].plot(layers, value("snr_db"), "o-", color=f"C{i}", markersize=4, label=product)
+            panels[1, j].plot(layers, value("zeroed"), "o-", color=f"C{i}", markersize=4)
+            panels[1, j].plot(layers, value("saturated"), "x--", color=f"C{i}", markersize=4)
+        panels[0, j].set_title(f"{name}: {mine[0]['format']}/{mine[0]['granularity']}", fontsize="medium")
+        panels[0, j].legend(fontsize="x-small")
+        panels[1, j].set_xlabel("layer")
+        panels[1, j].xaxis.get_major_locator().set_params(integer=True)
+        for panel in panels[:, j]:
+            panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("signal to noise / dB")
+    panels[1, 0].set_ylabel("rounded to zero (–), saturated (- -)")
+    drawing.suptitle(title, fontsize="medium")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    drawing.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def _trained(bench: Bench, wanted: str | None) -> list[Run]:
+    """The runs with a checkpoint, or the one of that name."""
+    trained = [run for run in bench.experiment.runs if (bench.directory(run) / "checkpoint").exists()]
+    chosen = [run for run in trained if wanted in (None, run.id)]
+    if not chosen:
+        names = ", ".join(run.id for run in trained) or "of which there is none"
+        raise UserError(f"--run={wanted}: allowed is a trained run, {names}")
+    return chosen
+
+
+def _weakest(lines: Sequence[dict[str, Any]]) -> str:
+    known = [line for line in lines if line["snr_db"] is not None]
+    if not known:
+        return ""
+    line = min(known, key=lambda line: line["snr_db"])
+    return f"; {line['snr_db']:.1f} dB at worst, {line['operand']} of {line['product']} in layer {line['layer']}"
+
+
+def _main(argv) -> None:
+    del argv
+    workdir = Path(_WORKDIR.value).expanduser()
+    bench = bench_lib.reopen_bench(workdir)
+    available = bench.experiment.config.evaluate.sequences
+    sequences = min(64, available) if _SEQUENCES.value is None else _SEQUENCES.value
+    if sequences > available:
+        raise UserError(f"--sequences={sequences}: allowed is 1 to {available}, config.evaluate.sequences")
+    jobs = []
+    for run in _trained(bench, _RUN.value):
+        spec = run.precision
+        if _PRECISION.value is not None:
+            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision)
+            precision.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
+        if any(spec.get(name) for name in quantize.OPERANDS):
+            jobs.append((run, spec))
+    if not jobs:
+        raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
+    for run, spec in jobs:
+        name = "layer-stats" + ("" if _PRECISION.value is None else f"-{_PRECISION.value.replace('/', '.')}")
+        path = bench.directory(run) / f"{name}.csv"
+        lines = of_run(bench, run, spec, sequences)
+        results.atomic_write(path, to_csv(lines))
+        draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {spec.short}", path.with_suffix(".png"))
+        print(f"{path}: {len(lines)} operands{_weakest(lines)}")
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
+    _RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.")
+    _PRECISION = flags.DEFINE_string(
+        "precision", None, "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given."
+    )
+    _SEQUENCES = flags.DEFINE_integer(
+        "sequences", None, "Held-out sequences that are followed, in whole batches; 64, if there are.", lower_bound=1
+    )
+    flags.mark_flags_as_required(["workdir"])
+    errors.run(_main)

@@ -1,0 +1,159 @@
+"""Signal-to-noise ratios against NumPy's, shares worked out by hand, and the command on a trained study."""
+
+import csv
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precision_scaling import formats, layer_stats, model, numerics, precision, quantize
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = model.ModelConfig(23, 16, 2, 2, 24, 8, 16, 2)
+
+
+def test_shares_and_ratio_of_an_operand_worked_out_by_hand():
+    # At 3 bits the levels are -3 to 3, with abs-max 6 two apart; ties go to even codes: 1/2 to 0.
+    x = jnp.array([6.0, -2.5, 0.9, 1.0, 0.0, -0.2])
+    x_q = quantize.fake_quant(x, "int3")
+    np.testing.assert_array_equal(x_q, [6.0, -2.0, 0.0, 0.0, 0.0, 0.0])
+    one = layer_stats.sums(x, x_q, jnp.zeros(6, bool))
+    assert [float(field) for field in one] == pytest.approx([5, 0, 3, 36 + 6.25 + 0.81 + 1 + 0.04, 0.25 + 1.81 + 0.04])
+    assert layer_stats.snr_db(float(one.signal), float(one.error)) == pytest.approx(10 * np.log10(44.1 / 2.1))
+    assert layer_stats.snr_db(44.1, 0.0) is None and layer_stats.snr_db(0.0, 0.0) is None
+
+
+def test_saturated_is_what_lies_beyond_the_last_level():
+    # Powers of two as scales: a block's largest 7.9 gets scale 1, and e2m1 ends at 6.
+    x = jnp.zeros((1, 32)).at[0, :4].set(jnp.array([7.9, -6.5, 6.0, 3.0]))
+    mxfp4 = formats.parse("mxfp4")
+    found = numerics.saturated(x, mxfp4.grid(), mxfp4.kind, 1)
+    np.testing.assert_array_equal(found[0, :5], [True, True, False, False, False])
+    # The mean magnitude as the scale: 4 of a mean of 2 is beyond ternary's 1.
+    ternary = formats.parse("ternary")
+    np.testing.assert_array_equal(
+        numerics.saturated(jnp.array([4.0, -1.0, 1.0, 2.0]), ternary.grid(), ternary.kind), [True, False, False, False]
+    )
+    rng = np.random.default_rng(0)
+    for name in ("int4", "e4m3", "bf16", "e8m7"):
+        fmt = formats.parse(name)
+        assert not numerics.saturated(jnp.asarray(rng.normal(size=100)), fmt.grid(), fmt.kind).any()
+
+
+def test_integers_of_gaussians_have_about_six_decibels_a_bit():
+    x = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    ratios = {}
+    for bits in (4, 6, 8):
+        scale = np.abs(x).max() / (2 ** (bits - 1) - 1)
+        x_q = np.round(x / scale) * scale
+        one = layer_stats.sums(jnp.asarray(x), quantize.fake_quant(jnp.asarray(x), bits), jnp.zeros(x.shape, bool))
+        ratios[bits] = layer_stats.snr_db(float(one.signal), float(one.error))
+        by_numpy = 10 * np.log10(np.sum(x.astype(np.float64) ** 2) / np.sum((x - x_q).astype(np.float64) ** 2))
+        assert ratios[bits] == pytest.approx(by_numpy, abs=0.01)
+    assert ratios[8] - ratios[6] == pytest.approx(12.04, abs=0.5)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """(parameters, three batches of tokens) of a small decoder."""
+    params = model.init(CONFIG, jax.random.key(1))
+    return params, np.random.default_rng(1).integers(0, 23, (3, 4, 8)).astype(np.int32)
+
+
+def measured(decoder, text, **options):
+    from configs import base
+
+    spec = precision.parse(text, base.get_config().precision)
+    config = dataclasses.replace(CONFIG, **options)
+    program = precision.program_of([spec], config.dtype).evaluation()
+    found = layer_stats.measure(config, program, decoder[0], spec.table(program), decoder[1])
+    return found, layer_stats.rows(spec, found)
+
+
+def test_weights_of_every_layer_against_numpy(decoder):
+    found, rows = measured(decoder, "w3")
+    assert list(found) == [(name, "w") for name in ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")]
+    block = decoder[0]["layers"]["block"]
+    for (product, _), _ in found.items():
+        module, name = product.split("/")
+        for layer, kernel in enumerate(np.asarray(block[module][name]["kernel"], np.float64)):
+            w = kernel.reshape(kernel.shape[0], -1)
+            scale = np.abs(w).max(axis=0) / 3
+            q = np.round(w / scale) * scale
+            (row,) = (row for row in rows if (row["layer"], row["product"]) == (layer, product))
+            assert row["snr_db"] == pytest.approx(10 * np.log10((w**2).sum() / ((w - q) ** 2).sum()), abs=1e-3)
+            assert row["zeroed"] == pytest.approx((q == 0).mean(), abs=1e-6)
+            assert (row["saturated"], row["format"], row["granularity"]) == (0, "int3", "channel")
+            assert row["elements"] == 3 * w.size  # once per batch
+
+
+def test_operands_of_attention_are_those_the_products_see(decoder):
+    found, _ = measured(decoder, "q6_k6_p6_v6")
+    params, tokens_CxBxS = decoder
+    block = jax.tree.map(lambda leaf: leaf[0], params["layers"]["block"])
+    signal = dict.fromkeys("qkpv", 0.0)
+    for tokens_BxS in tokens_CxBxS:
+        # The first layer by NumPy, up to its attention; norms start with gains of one.
+        x = np.asarray(params["embedding"]["embedding"], np.float64)[tokens_BxS]
+        h = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + CONFIG.norm_epsilon)
+        qkv = np.einsum("bld,dnk->blnk", h, np.asarray(block["attention"]["qkv"]["kernel"], np.float64))
+        q, k, v = qkv[:, :, :2], qkv[:, :, 2:4], qkv[:, :, 4:]
+        angle = np.arange(8)[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+        turn = np.exp(1j * angle)[:, None]
+        complex_ = lambda x, turn=turn: (x[..., :4] + 1j * x[..., 4:]) * turn
+        grid = lambda x: np.round(x / np.abs(x).max() * 31) * np.abs(x).max() / 31
+        real = lambda z: np.concatenate([z.real, z.imag], -1)
+        q, k = real(complex_(q)) / np.sqrt(8), real(complex_(k))
+        scores = np.einsum("blhk,bmhk->bhlm", grid(q), grid(k))
+        scores = np.where(np.tril(np.ones((8, 8), bool)), scores, -np.inf)
+        p = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+        for name, one in zip("qkpv", (q, k, p, v), strict=True):
+            signal[name] += (one**2).sum()
+    assert {name for _, name in found} == set("qkpv")
+    for (_, name), one in found.items():
+        assert one.signal[0] == pytest.approx(signal[name], rel=2e-3), name
+    # The future has no probability: the elements are those of the lower triangles.
+    assert found["attention/values", "p"].elements.tolist() == [12 * 2 * 36] * 2
+
+
+def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
+    x, kernel = jnp.ones((2, 8)), jnp.full((8, 3), 0.3)
+    seen = []
+    with quantize.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
+        looked_at = quantize.linear(x, kernel, quantize.UNQUANTIZED, None)
+    np.testing.assert_array_equal(looked_at, quantize.linear(x, kernel, quantize.UNQUANTIZED, None))
+    assert seen == [("a", (2, 8), None), ("w", (8, 3), None)]
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tmp_path):
+    import shutil
+
+    bench, trained = finished_study
+    workdir = tmp_path / "study"
+    shutil.copytree(trained, workdir)
+    done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", "--sequences=8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    tables = {path.parent.name: path for path in workdir.glob("runs/*/layer-stats.csv")}
+    assert set(tables) == {run.id for run in bench.experiment.runs if run.precision.settings}
+    (path,) = (path for name, path in tables.items() if "kint4" in name)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["operand"], row["format"]) for row in rows} == {
+        ("w", "int3"),
+        ("a", "int4"),
+        ("k", "int4"),
+        ("v", "int4"),
+    }
+    assert len(rows) == 2 * (4 + 4 + 2) and all(0 < float(row["snr_db"]) < 40 for row in rows)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # Nothing but these files is new, and the runs in bf16 need a precision to be looked at.
+    bf16 = next(run.id for run in bench.experiment.runs if not run.precision.settings)
+    done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", f"--run={bf16}")
+    assert done.returncode == 2 and "--precision" in done.stderr and len(done.stderr.splitlines()) == 1
+    arguments = (f"--run={bf16}", "--precision=wmxfp4", "--sequences=8")
+    done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 2 and "a group that divides" in done.stderr
