@@ -32,9 +32,7 @@ def chinchilla_table() -> tables.Table:
     """245 runs: 7 sizes by 35 token counts, 0.5 % noise, five of them 5 % outliers."""
     rng = np.random.default_rng(0)
     n, d = np.repeat(np.geomspace(3e7, 1e9, 7), 35), np.tile(np.geomspace(1.5e9, 2.6e10, 35), 7)
-    loss = laws.predict("chinchilla", laws.published("chinchilla"), N=n, D=d) * np.exp(
-        0.005 * rng.standard_normal(245)
-    )
+    loss = laws.predict("chinchilla", laws.published("chinchilla"), N=n, D=d) * np.exp(0.005 * rng.standard_normal(245))
     loss[rng.choice(245, 5, replace=False)] *= 1.05
     return tables.from_columns({"N": n, "D": d, "loss": loss})
 
