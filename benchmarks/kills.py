@@ -1,0 +1,157 @@
+"""Kills a small study with SIGKILL at random moments, again and again, and compares its end with one left alone.
+
+    python -m benchmarks.kills [--kills=50] [--seed=0] [--directory=DIR]
+
+Every process is the study command, forked from this one, which has the imports. Each is killed at a moment drawn
+uniformly from its start to a little after its first steps, so that some die while they compile, some in a step, in a
+checkpoint or a row. In the end runs.csv must be equal byte by byte, all parameters bit by bit, and every step must
+stand in the metrics once, with the same loss. Exits with 1 where they are not.
+"""
+
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+
+_KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "Where the studies are kept; default: deleted afterwards.")
+
+CONFIG = """
+from configs import base
+
+def get_config():
+    c = base.get_config()
+    c.compilation_cache = {cache!r}
+    c.model.width, c.model.depth, c.model.heads, c.model.hidden, c.model.sequence_length = 16, 2, 2, 24, 16
+    c.train.batch_size, c.train.log_every, c.train.checkpoint_seconds = 4, 1, 0.2
+    c.train.steps_per_dispatch, c.study.lanes, c.ptq.methods, c.ptq.bits = 10, 2, ("rtn",), (3, 4)
+    c.evaluate.sequences, c.evaluate.batch_size = 8, 4
+    c.study.grid.all = base.grid(("25k",), (64 * {steps}, 64 * {steps} // 2), ("bf16", "w3_a4_kv4"), ptq=True)
+    return c
+"""
+STEPS = 6000
+
+
+def start(config: Path, workdir: Path) -> int:
+    """The study command in a process of its own; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(workdir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["study", f"--config={config}", f"--workdir={workdir}"]
+    flags.FLAGS.unparse_flags()
+    status = 0
+    try:
+        runpy.run_module("precision_scaling.study", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+    os._exit(status if isinstance(status, int) else 1)
+
+
+def finish(config: Path, workdir: Path) -> float:
+    """Runs the study to its end; returns the seconds it took."""
+    started = time.monotonic()
+    status = os.waitstatus_to_exitcode(os.waitpid(start(config, workdir), 0)[1])
+    if status:
+        sys.exit(f"the study ended with {status}: see {workdir.with_suffix('.log')}")
+    return time.monotonic() - started
+
+
+def seconds_to_first_step(config: Path, workdir: Path) -> float:
+    """How long a process takes from its start to its first steps, with programs that were compiled before."""
+    started = time.monotonic()
+    child = start(config, workdir)
+    while not any(workdir.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.01)
+    seconds = time.monotonic() - started
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return seconds
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What is not the same in two studies that have ended."""
+    found = []
+    if (one / "runs.csv").read_bytes() != (other / "runs.csv").read_bytes():
+        found.append("runs.csv")
+    names = sorted(path.name for path in (one / "runs").iterdir())
+    if names != sorted(path.name for path in (other / "runs").iterdir()):
+        return [*found, "the runs"]
+    for name in names:
+        curves = []
+        for study in (one, other):
+            lines = (study / "runs" / name / "metrics.jsonl").read_text().splitlines()
+            curves.append([(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)])
+        if curves[0] != curves[1]:
+            found.append(f"metrics of {name}")
+        if parameters(one / "runs" / name) != parameters(other / "runs" / name):
+            found.append(f"parameters of {name}")
+    return found
+
+
+def parameters(run: Path) -> list[bytes]:
+    """All parameters of a finished run."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore((run / "checkpoint").absolute())["arrays"]
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)]
+
+
+def _main(argv) -> None:
+    del argv
+    from precision_scaling import study  # noqa: F401  imported once, for all processes
+
+    logging.set_verbosity(logging.WARNING)
+    kills, moments = _KILLS.value, random.Random(_SEED.value)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(_DIRECTORY.value or temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = directory / "study.py"
+        config.write_text(CONFIG.format(cache=str(directory / "xla"), steps=STEPS))
+        finish(config, directory / "first")  # compiles
+        whole = finish(config, directory / "whole")
+        startup = seconds_to_first_step(config, directory / "startup")
+        # Moments go so far past the start that about half of the work is done when the last one falls.
+        latest = startup + 3 * max(whole - startup, 1.0) / kills
+        print(
+            f"left alone: {whole:.1f} s, {startup:.1f} s to the first step; kills from 0 to {latest:.1f} s", flush=True
+        )
+        killed, working = 0, 0
+        while killed < kills:
+            child = start(config, directory / "killed")
+            time.sleep(moments.uniform(0, latest))
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended and status:
+                sys.exit(f"a process ended by itself, with an error: see {directory / 'killed.log'}")
+            if ended:
+                print(f"the study was complete after {killed} kills", flush=True)
+                break
+            working += any((directory / "killed").glob("cohorts/*/*/lanes.json"))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed += 1
+        last = finish(config, directory / "killed")
+        found = [*differences(directory / "first", directory / "whole")]
+        found += differences(directory / "whole", directory / "killed")
+        print(
+            f"{killed} kills, {working} of them with a checkpoint to go on from; the last process took {last:.1f} s: "
+            + (f"DIFFERENT: {', '.join(found)}" if found else "same table, parameters and metrics, bit for bit")
+        )
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    app.run(_main)
