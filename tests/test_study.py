@@ -2,6 +2,7 @@
 
 import csv
 import math
+import types
 
 import numpy as np
 import pytest
@@ -181,8 +182,10 @@ def test_shares_are_parsed_and_cover_every_run_once():
     for text in ("1/1", "3/2", "-1/2", "1", "a/b", "0/0", "1/2/3", ""):
         with pytest.raises(UserError, match="0 <= i < n"):
             study.parse_shard(text)
-    runs = tuple(range(7))
-    assert sorted(run for i in range(3) for run in experiment.of_shard(runs, (i, 3))) == list(runs)
+    runs = [types.SimpleNamespace(trunk=number // 2) for number in range(9)]  # branches of five trunks
+    shares = [experiment.of_shard(runs, (i, 3)) for i in range(3)]
+    assert sorted(map(id, sum(shares, ()))) == sorted(map(id, runs))
+    assert not {run.trunk for run in shares[0]} & {run.trunk for run in shares[1]}
 
 
 def test_the_plan_counts_runs_tokens_and_flops(study_config):
