@@ -64,6 +64,7 @@ def test_a_documented_override_is_parsed(document, key, value, monkeypatch):
     config = values["config"].value
     for part in key.split("."):
         config = config[part]
+    config = ",".join(map(str, config)) if isinstance(config, tuple) else config
     texts = {str(value).strip("'\""), str(value).replace("_", "")}
     assert str(config) in texts or str(config) == str(float(value.replace("_", "")))
 
