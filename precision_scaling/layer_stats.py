@@ -170,7 +170,7 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         for panel in panels[:, j]:
             panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("signal to noise / dB")
-    panels[1, 0].set_ylabel("rounded to zero (–), saturated (- -)")
+    panels[1, 0].set_ylabel("zeroed (–), saturated (- -)")
     drawing.suptitle(title, fontsize="medium")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     drawing.savefig(temporary, format="png", dpi=110)
@@ -218,7 +218,7 @@ def _main(argv) -> None:
         path = bench.directory(run) / f"{name}.csv"
         lines = of_run(bench, run, spec, sequences)
         results.atomic_write(path, to_csv(lines))
-        draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {spec.short}", path.with_suffix(".png"))
+        draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))
         print(f"{path}: {len(lines)} operands{_weakest(lines)}")
 
 

@@ -16,6 +16,7 @@ SMALL = {
     "train.batch_size": 4,
     "train.tokens": 64 * 10,
     "train.log_every": 4,
+    "train.steps_per_dispatch": 4,
     "evaluate.sequences": 8,
     "evaluate.batch_size": 4,
     "ptq.calibration_sequences": 8,
@@ -28,10 +29,17 @@ OPTIONS = [f"--config.{key}={value}" for key, value in SMALL.items()]
 def workdir(run_command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("train") / "run"
     done = run_command(
-        "precision_scaling.train", "--config=configs/base.py", f"--workdir={workdir}", *OPTIONS, data=True
+        "precision_scaling.train",
+        "--config=configs/base.py",
+        f"--workdir={workdir}",
+        "--profile=1",
+        *OPTIONS,
+        data=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "validation loss" in done.stdout and str(workdir / "runs.csv") in done.stdout
+    assert f"trace of 1 dispatches in {workdir / 'profile'}" in done.stdout
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     return workdir
 
 
