@@ -162,7 +162,11 @@ def test_shorthand_that_says_nothing_is_refused(text):
         ({"activations": "mxfp4", "size": "1M"}, "precision.activations", ("group:32", "model.width, 144")),
         ({"k": "int4/group:24"}, "precision.k", ("the head dimension, 32",)),
         ({"v": "int4/group:24"}, "precision.v", ("model.sequence_length, 64",)),
-        ({"backward__activations_gradient": "int8/group:64"}, "activations_gradient", ("queries, keys and values, 288",)),
+        (
+            {"backward__activations_gradient": "int8/group:64"},
+            "activations_gradient",
+            ("queries, keys and values, 288",),
+        ),
         ({"backward__weights_saved": "int8/group:100"}, "weights_saved", ("tokens of a microbatch, 512",)),
         ({"embedding": "int8/group:5"}, "precision.embedding", ("model.width, 96",)),
     ),
