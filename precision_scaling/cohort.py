@@ -252,14 +252,14 @@ class _Trainer:
         active = [(i, lane) for i, lane in enumerate(self.lanes) if lane is not None]
         chunk = self._chunk(self.lanes)
         steps = chunk.steps
-        started, waited = time.monotonic(), self.feed.wait_seconds
         with self.profile.dispatch(compiles=not self.compiled):
+            started, waited = time.monotonic(), self.feed.wait_seconds
             tokens = self.feed.take(chunk)
             if (expected := self._chunk(self._expected(steps))).steps:
                 self.feed.read_ahead(expected)
             self.state, found = self.programs.train(self.state, self._inputs(), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
-        seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
+            seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
         # The first dispatch compiles: its time says nothing.
         speed = self._speed(len(active), steps, seconds, waited) if self.compiled else {}
         self.compiled = True
