@@ -60,6 +60,7 @@ def test_finds_the_scales_of_the_search_by_hand(group_size):
             assert np.mean(np.abs(ours[b] - theirs) > 1e-4) < 2e-3  # ties
 
 
+@pytest.mark.slow
 def test_lowers_the_error_where_inputs_differ_in_size_and_clip_lowers_it_further():
     x, kernels = problem()
     clipped, unclipped = solve(x, kernels), solve(x, kernels, clip=False)
@@ -73,6 +74,7 @@ def test_lowers_the_error_where_inputs_differ_in_size_and_clip_lowers_it_further
         assert not solution.fell_back
 
 
+@pytest.mark.slow
 def test_codes_scales_and_channel_scales_give_back_the_kernel():
     x, kernels = problem()
     solution = solve(x, kernels, group_size=16, symmetric=False)
@@ -84,6 +86,7 @@ def test_codes_scales_and_channel_scales_give_back_the_kernel():
         np.testing.assert_allclose(scaled / solution.channel_scales[:, :, None], dequantized, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_objective_decides():
     x, kernels = problem()
     # The second input, however small, is all that counts: no exponent above 0 helps it, and a clip might not either.

@@ -169,6 +169,7 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
         assert losses_of(tmp_path / "2", run) == losses_of(workdir, run)
 
 
+@pytest.mark.slow
 def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train, tmp_path):
     bench, workdir = finished_study
     runs = [by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
@@ -225,6 +226,7 @@ def test_runs_that_share_their_first_steps_train_them_once(sweep, one_by_one, tr
     assert not list(tmp_path.glob("runs/*/branch"))
 
 
+@pytest.mark.slow
 def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, one_by_one, train, tmp_path, caplog):
     ended = {}
     for call in range(20):

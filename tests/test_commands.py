@@ -19,6 +19,7 @@ def said(done, workdir) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_misspelt_option(run_command, tmp_path):
     workdir = tmp_path / "w"
     arguments = ("precision_scaling.train", "--config=configs/base.py", f"--workdir={workdir}")

@@ -75,6 +75,7 @@ def test_the_compute_scheme_holds_out_the_largest_fifth_of_the_runs():
     assert cost[out].min() >= cost[~out].max()
 
 
+@pytest.mark.slow
 def test_a_table_where_precision_never_varies_compares_chinchilla_alone():
     n, d = np.repeat(np.geomspace(1e5, 3e6, 4), 5), np.tile(np.geomspace(1e6, 6e7, 5), 4)
     loss = laws.predict("chinchilla", {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}, N=n, D=d)
@@ -113,6 +114,7 @@ def test_multiplicativity_needs_each_part_varied_alone():
         multiplicativity(full.select(alone))
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_files_and_prints_what_was_skipped(tmp_path, capsys):
     table = weights_only()
     names = ("run", "N", "D", "P_w", "P_a", "P_kv", "loss")

@@ -50,6 +50,7 @@ def test_defaults_are_those_of_the_golden_file():
     assert experiment.describe(base.get_config()) == json.loads(GOLDEN.read_text())
 
 
+@pytest.mark.slow
 def test_every_size_is_about_the_parameters_in_its_name():
     for name, size in sizes.SIZES.items():
         shape = model.ModelConfig(257, size.width, size.depth, size.heads, size.hidden, 64, 32, 2)

@@ -85,6 +85,7 @@ def small_bpe(small_tree, tmp_path_factory) -> tokens.Corpus:
     return prepare(tmp_path_factory.mktemp("cache"), small_tree, tokenizer="bpe:300")
 
 
+@pytest.mark.slow
 def test_the_standard_library_becomes_two_disjoint_sets_that_hold_every_distinct_source_once(tmp_path):
     corpus = prepare(tmp_path, validation_fraction=0.05)
     expected, undecodable, empty = [], 0, 0

@@ -87,6 +87,7 @@ def test_the_gallery_names_every_figure_once():
     assert all(entry.caption and entry.title for entry in GALLERY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [entry.name for entry in GALLERY if entry.name != "schedules"])
 def test_a_rich_table_gives_the_figure(evidence, name):
     with style.house_style():

@@ -37,6 +37,7 @@ def assert_recovered(result, truth, tolerance=1e-3):
         assert result.params[name] == pytest.approx(value, rel=tolerance, abs=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chinchilla", "ptq", "qid"])
 def test_noiseless_tables_give_the_constants_back(name):
     assert_recovered(fit(name, synthetic.table(name), profile=False), synthetic.constants(name))
@@ -54,6 +55,7 @@ def test_noiseless_tables_give_the_constants_back_for_larger_laws(name):
     assert_recovered(fit(name, some, starts=starts, profile=False), synthetic.constants(name))
 
 
+@pytest.mark.slow
 def test_the_objective_is_the_huber_sum_and_no_worse_than_scipys_best():
     table = chinchilla_table(noise=0.01)
     result = fit("chinchilla", table, profile=False)
@@ -96,6 +98,7 @@ def test_huber_shrugs_off_an_outlier_that_moves_least_squares():
     assert abs(robust.params["alpha"] - 0.3) < 0.01 < abs(squares.params["alpha"] - 0.3)
 
 
+@pytest.mark.slow
 def test_fixed_and_tied_parameters_stay_so():
     result = fit(
         "chinchilla", chinchilla_table(noise=0.01), Options(fixed={"E": 0.9}, tied={"beta": "alpha"}), profile=False
@@ -147,6 +150,7 @@ def test_the_same_arguments_give_the_same_fit():
     assert one.params == two.params and one.ci == two.ci and one.samples == two.samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "refused"),
     [((16,), {"gamma_w", "n_w"}), ((16, 4), {"n_w"}), ((16, 8, 4, 3), set())],
@@ -186,6 +190,7 @@ def test_a_well_measured_table_has_no_weak_parameter_and_profiles_agree_with_the
         assert (high - low) == pytest.approx(result.ci[name][1] - result.ci[name][0], rel=0.4)
 
 
+@pytest.mark.slow
 def test_zero_and_negative_deltas_are_counted_or_kept_by_the_other_residual():
     table = synthetic.table("ptq", noise=0.01)
     after = np.flatnonzero(table.quantized & (table["P_post"] == 6))

@@ -77,6 +77,7 @@ def output_error(kernel, quantized, hessian):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("symmetric", "group_size", "act_order"),
     [
@@ -172,6 +173,7 @@ def test_loss_without_clipping_is_within_the_bound_of_half_a_step_per_input():
         assert np.all(loss <= 0.5 * (solution.scales[b][0] / 2) ** 2 * np.sum(1 / d**2))
 
 
+@pytest.mark.slow
 def test_halves_the_layer_error_of_1024_correlated_inputs_at_4_bits():
     x = correlated_inputs(8 * 1024, 1024, decay=1.0)
     kernel = np.random.default_rng(1).normal(size=(1024, 256)).astype(np.float32)

@@ -14,6 +14,7 @@ def matrix_of(width, key=0, block=None):
     return np.asarray(hadamard.rotate(jnp.eye(width), signs, axis=0, block=block)), np.asarray(signs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 32, 96, 100, 256])
 def test_the_rotation_is_orthonormal(width):
     rotation, _ = matrix_of(width)

@@ -230,6 +230,7 @@ def written(tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_comes_back_as_it_was_written(name, written):
     directory, params = written(name)

@@ -99,6 +99,7 @@ def test_on_demand_slices_are_not_spot_and_are_given_back_when_asked(cloud):
     assert not (cloud.home / "slice").exists()
 
 
+@pytest.mark.slow
 def test_a_preempted_slice_is_replaced_and_the_command_goes_on_from_the_results_kept(cloud):
     command = cloud.command("preempted_once", "--workdir=w x", *AWKWARD)
     done = cloud.pod("run", "--results=gs://bucket/w", *command)

@@ -26,6 +26,7 @@ def test_shares_and_ratio_of_an_operand_worked_out_by_hand():
     assert layer_stats.snr_db(44.1, 0.0) is None and layer_stats.snr_db(0.0, 0.0) is None
 
 
+@pytest.mark.slow
 def test_saturated_is_what_lies_beyond_the_last_level():
     # Powers of two as scales: a block's largest 7.9 gets scale 1, and e2m1 ends at 6.
     x = jnp.zeros((1, 32)).at[0, :4].set(jnp.array([7.9, -6.5, 6.0, 3.0]))
@@ -73,6 +74,7 @@ def measured(decoder, text, **options):
     return found, layer_stats.rows(spec, found)
 
 
+@pytest.mark.slow
 def test_weights_of_every_layer_against_numpy(decoder):
     found, rows = measured(decoder, "w3")
     assert list(found) == [(name, "w") for name in ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")]
@@ -90,6 +92,7 @@ def test_weights_of_every_layer_against_numpy(decoder):
             assert row["elements"] == 3 * w.size  # once per batch
 
 
+@pytest.mark.slow
 def test_operands_of_attention_are_those_the_products_see(decoder):
     found, _ = measured(decoder, "q6_k6_p6_v6")
     params, tokens_CxBxS = decoder

@@ -134,11 +134,13 @@ def numpy_decoder(params, tokens, c):
     return np.array(logits)
 
 
+@pytest.mark.slow
 def test_logits_equal_an_independent_numpy_decoder(params, tokens, logits_of):
     expected = numpy_decoder(params, tokens, CONFIG)
     np.testing.assert_allclose(logits_of(params, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_equal_the_numpy_decoder(name, tokens, logits_of):
     config = variant(name)
@@ -147,6 +149,7 @@ def test_variants_equal_the_numpy_decoder(name, tokens, logits_of):
     np.testing.assert_allclose(logits_of(params, tokens, config=config), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one_key_head", "layer_norm"])
 def test_a_block_cut_at_its_projections_is_the_block(name):
     config = variant(name)
@@ -237,6 +240,7 @@ def test_cross_entropy_of_a_case_worked_by_hand():
     np.testing.assert_allclose(losses, [[math.log(2), math.log(8 / 3), 1000.0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_high_precision_member_of_a_quantized_program_has_the_unquantized_logits(params, tokens, logits_of):
     for dtype in ("float32", "bfloat16"):
         config = dataclasses.replace(CONFIG, dtype=dtype)
@@ -309,6 +313,7 @@ def test_layer_norm_of_a_case_worked_by_hand():
     np.testing.assert_allclose(y, [[-1, 1], [-1, 1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_shared_keys_and_values_are_quantized_once(tokens, logits_of):
     """Two key heads, each written twice, are four: rounding must give each copy what it gives the one."""
     config = variant("grouped_queries")
@@ -328,6 +333,7 @@ def test_shared_keys_and_values_are_quantized_once(tokens, logits_of):
     assert np.max(np.abs(shared - plain)) > 0.05
 
 
+@pytest.mark.slow
 def test_a_tied_head_starts_with_logits_of_order_one(tokens, logits_of):
     config = dataclasses.replace(variant("grouped_queries"), base_width=16)
     assert 0.5 < np.std(logits_of(initial(config), tokens, config=config)) < 2

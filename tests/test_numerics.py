@@ -176,6 +176,7 @@ def test_a_quantized_tensor_gets_its_scale_back_whatever_its_mantissa(name):
         assert_same_bits(scale_of_each(scale * grid.max_value), scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rounding"),
     [*((name, "nearest") for name in ("int2", "e4m3", "ternary", "e8m7", "mxfp4")),
@@ -217,6 +218,7 @@ def test_empty_and_scalar_arrays(name):
 # Axes and groups.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "e3m2"])
 def test_scales_per_slice_equal_slices_done_one_by_one(name):
     x = random_tensor(3, (4, 6, 10))
@@ -231,6 +233,7 @@ def test_scales_per_slice_equal_slices_done_one_by_one(name):
             assert_same_bits(fq(x, axis=1, group_size=2)[row, members, 0], fq(x[row, members, 0]))
 
 
+@pytest.mark.slow
 def test_groups_and_blocks_without_an_axis_lie_along_the_last():
     x = random_tensor(4)
     fq = fake_quant
@@ -305,6 +308,7 @@ COHORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cohort", "rounding"), [*((cohort, "nearest") for cohort in COHORTS), ("float", "stochastic")]
 )
@@ -334,6 +338,7 @@ def test_formats_that_pass_through_change_nothing():
 # Stochastic rounding.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*INTEGERS, *PAPER_FLOATS, *CASTS, "ternary", "binary", *BLOCKS])
 def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour(name):
     fmt, draws = parse(name), 100_000
@@ -371,6 +376,7 @@ def test_rounding_noise_is_uniform_and_uncorrelated():
 # Gradients, transforms and dtypes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int3", "e4m3", "nvfp4", "bf16"])
 def test_the_gradient_passes_straight_through_under_jit_and_vmap(name):
     x, cotangent = random_tensor(5), random_tensor(6)

@@ -318,6 +318,7 @@ def run(*options):
     )
 
 
+@pytest.mark.slow
 def test_command_prints_the_plan_and_writes_it(tmp_path):
     out = tmp_path / "new" / "plan.json"
     done = run("--fit=paper", "--flops=1e21", "--serve-bits=4", f"--out={out}")

@@ -266,6 +266,7 @@ def _is_native(preset):
         return False
 
 
+@pytest.mark.slow
 def test_commands_take_presets_and_leaves_and_show_the_split(run_command, tmp_path):
     path = tmp_path / "study.py"
     path.write_text(

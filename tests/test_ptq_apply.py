@@ -65,6 +65,7 @@ def at_bits(result, bits):
     return jax.tree.map(np.asarray, parameters(models[BITS.index(bits)]))
 
 
+@pytest.mark.slow
 def test_rounding_to_nearest_is_that_of_every_kernel_alone(params, quantized):
     result = quantized("rtn")
     for bits in BITS:
@@ -103,6 +104,7 @@ def test_norms_embedding_and_head_stay_and_every_kernel_changes(params, quantize
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params, tokens, dtype):
     static = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))

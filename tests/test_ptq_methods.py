@@ -89,6 +89,7 @@ def test_inputs_that_are_never_on_or_have_no_weight_keep_their_scale():
         assert unusable
 
 
+@pytest.mark.slow
 def test_norms_take_what_kernels_give_and_the_function_stays(params, smoothed, loss_of):
     """At 8 bits and smoothed the model is nearly what it was, though gains and kernels are far from it."""
     models, report = smoothed

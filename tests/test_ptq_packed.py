@@ -69,6 +69,7 @@ def test_every_integer_comes_back_from_the_fewest_bytes(bits, dtype):
     np.testing.assert_array_equal(found, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_kernels_are_the_same_bit_for_bit_after_reading(name, quantized, tmp_path):
     model = quantized(name)[3]

@@ -67,6 +67,7 @@ def test_other_options_make_other_rows_and_leave_those_that_were_there(one_run):
     assert quantize_missing(bench, ("rtn",), (3,), options=options) == [] and times(bench.directory(run)) == again
 
 
+@pytest.mark.slow
 def test_packed_model_has_the_loss_of_its_row(one_run):
     bench, run = one_run
     (group,) = bench.experiment.cohorts

@@ -96,6 +96,7 @@ def test_forward_multiplies_the_quantized_operands_and_gradients_are_straight_th
         close(d_rhs, np.einsum(f"{out},{first}->{second}", g, lhs_q))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_high_precision_is_bit_for_bit_the_plain_product(product):
     g = cotangent_of(product, *operands(product))

@@ -72,6 +72,7 @@ def contracted_in_gradients(subscripts):
     return [letter for letter in right if letter not in left], [letter for letter in left if letter not in right], out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ("tensor", "vector"))
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_backward_products_multiply_the_gradient_and_the_saved_operand_in_their_own_formats(product, granularity):
@@ -93,6 +94,7 @@ def test_backward_products_multiply_the_gradient_and_the_saved_operand_in_their_
     close(d_rhs, np.einsum(f"{out},{lhs_letters}->{rhs_letters}", g_7, saved_2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_for(product):
     left, right, _, _, subscripts = PRODUCTS[product]
@@ -194,6 +196,7 @@ def stochastic(*names, **fields):
     return Program(tuple((name, Operand(INT, rounding="stochastic")) for name in names), **fields)
 
 
+@pytest.mark.slow
 def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
     x, kernel, g = arrays("linear")
     program = stochastic("w", "g_a", exact=("a",))
@@ -274,6 +277,7 @@ def test_a_step_rounds_by_seed_and_step_alone_whatever_the_lane():
     assert later.loss != metrics.loss[0]
 
 
+@pytest.mark.slow
 def test_evaluation_rounds_to_nearest():
     nearest = Program(tuple((name, Operand(INT)) for name in ("w", "a")))
     params = step_lib.init_state(step_lib.Static(TINY, nearest, OPTIMIZER), 0).params
@@ -288,6 +292,7 @@ def test_evaluation_rounds_to_nearest():
 # Embedding, head, rotation
 
 
+@pytest.mark.slow
 def test_embedding_and_head_are_quantized_on_request():
     program = Program((("e", Operand(INT, "token")), ("head_w", Operand(INT, "channel")), ("head_a", Operand(INT))))
     params = model_lib.init(TINY, jax.random.key(0))
@@ -302,6 +307,7 @@ def test_embedding_and_head_are_quantized_on_request():
     close(logits, model_lib.Decoder(TINY).apply({"params": by_hand}, tokens), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(20, 64)).astype(np.float32), rng.normal(size=(64, 16)).astype(np.float32)
@@ -344,6 +350,7 @@ NATIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NATIVE)
 def test_native_int8_products_equal_the_simulated_ones(case):
     rng = np.random.default_rng(0)

@@ -282,6 +282,7 @@ def test_a_fit_of_the_report_can_be_planned_with(written, capsys):
     assert "Warning" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_table_of_sizes_and_tokens_alone_is_reported(tmp_path):
     grid = [(n, d) for n in (1e6, 4e6, 16e6) for d in (1e8, 4e8, 16e8)]
     n, d = map(np.array, zip(*grid, strict=True))

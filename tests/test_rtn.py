@@ -35,6 +35,7 @@ def test_asymmetric_grid_of_one_sign_starts_at_zero():
     np.testing.assert_allclose(rtn.quantize_kernel(-kernel, 2, symmetric=False), -kernel, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_is_the_rounding_of_training_bit_for_bit(group_size):
     kernel = kernel_of()
@@ -43,6 +44,7 @@ def test_is_the_rounding_of_training_bit_for_bit(group_size):
         np.testing.assert_array_equal(rtn.quantize_kernel(kernel, bits, group_size=group_size), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_twice_changes_nothing_and_errors_are_half_a_step_at_most(symmetric):
     kernel = kernel_of()
@@ -57,6 +59,7 @@ def test_rounding_twice_changes_nothing_and_errors_are_half_a_step_at_most(symme
         assert max(len(np.unique(column)) for column in np.asarray(once[:16]).T) <= 2**bits - symmetric
 
 
+@pytest.mark.slow
 def test_clip_finds_the_best_of_its_ratios():
     kernel = kernel_of()
     for bits in (2, 3, 4):
@@ -68,6 +71,7 @@ def test_clip_finds_the_best_of_its_ratios():
             np.testing.assert_allclose(np.sum((w - q) ** 2), np.sum((w - tried) ** 2, axis=1).min(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clip_never_raises_the_rounding_error_and_lowers_it_much_at_two_bits(symmetric):
     kernel = kernel_of(rows=1024)
