@@ -30,11 +30,6 @@ Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU
 TEXT
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
 say() { echo "$(date +%H:%M:%S) $name: $*" >&2; }
 
 quoted() { # its arguments as words of a shell, on one line
@@ -54,36 +49,23 @@ call() {
   fi
 }
 
-action="${1:-}"
-case "$action" in
-  create | run | status | logs | fetch | delete) shift ;;
-  -h | --help) usage && exit ;;
-  "") die "an action is missing: create, run, status, logs, fetch or delete (--help)" ;;
-  *) die "$action: allowed is create, run, status, logs, fetch or delete (--help)" ;;
-esac
-
+# shellcheck source=launch/tpu_arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_arguments.sh"
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-v5litepod-8}"
 runtime="${TPU_RUNTIME:-v2-alpha-tpuv5-lite}" results="${TPU_RESULTS:-}" workdir=""
 spot=true retries=3 poll=30 delete_when_done=false dry_run=false
-arguments=()
-while [ $# -gt 0 ]; do
-  case "$1" in
+read_arguments "$@"
+for option in ${options[@]+"${options[@]}"}; do
+  case "$option" in
     --name=* | --project=* | --zone=* | --type=* | --runtime=* | --results=* | --workdir=* | --retries=* | --poll=*)
-      option="${1%%=*}"
-      printf -v "${option#--}" %s "${1#*=}"
+      key="${option%%=*}"
+      printf -v "${key#--}" %s "${option#*=}"
       ;;
     --on_demand) spot=false ;;
     --delete_when_done) delete_when_done=true ;;
     --dry_run) dry_run=true ;;
-    -h | --help) usage && exit ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    *) die "$1: no such option; those of the command come after -- (--help)" ;;
+    *) die "$option: no such option; those of the command come after -- (--help)" ;;
   esac
-  shift
 done
 for option in name project zone; do
   [ -n "${!option}" ] || die "--$option is missing (or set TPU_$(tr '[:lower:]' '[:upper:]' <<<"$option"))"

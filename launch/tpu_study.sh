@@ -14,33 +14,17 @@ slices that are preempted, and waits for all. With --results=gs://BUCKET/PATH al
 TEXT
 }
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-action="${1:-}"
-case "$action" in
-  create | run | status | logs | fetch | delete) shift ;;
-  -h | --help) usage && exit ;;
-  "") die "an action is missing: create, run, status, logs, fetch or delete (--help)" ;;
-  *) die "$action: allowed is create, run, status, logs, fetch or delete (--help)" ;;
-esac
-
-slices="" name="${TPU_NAME:-}" options=() arguments=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --slices=*) slices="${1#*=}" ;;
-    --name=*) name="${1#*=}" ;;
-    -h | --help) usage && exit ;;
-    --)
-      shift
-      arguments=("$@")
-      break
-      ;;
-    *) options+=("$1") ;;
+# shellcheck source=launch/tpu_arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_arguments.sh"
+slices="" name="${TPU_NAME:-}" for_pod=() dry_run=false
+read_arguments "$@"
+for option in ${options[@]+"${options[@]}"}; do
+  case "$option" in
+    --slices=*) slices="${option#*=}" ;;
+    --name=*) name="${option#*=}" ;;
+    *) for_pod+=("$option") ;;
   esac
-  shift
+  [ "$option" != --dry_run ] || dry_run=true
 done
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: allowed is a whole number from 1 up"
 [ -n "$name" ] || die "--name is missing (or set TPU_NAME)"
@@ -57,16 +41,11 @@ slice() { # slice I
   if [ "$action" = run ]; then
     command=(-- -m precision_scaling.study "${arguments[@]}" --shard="$1/$slices")
   fi
-  bash "$pod" "$action" --name="$name-$1" ${options[@]+"${options[@]}"} ${command[@]+"${command[@]}"}
+  bash "$pod" "$action" --name="$name-$1" ${for_pod[@]+"${for_pod[@]}"} ${command[@]+"${command[@]}"}
 }
 
-for option in ${options[@]+"${options[@]}"}; do
-  if [ "$option" = --dry_run ]; then
-    for ((i = 0; i < slices; i++)); do slice "$i"; done
-    exit
-  fi
-done
-if [ "$action" = fetch ]; then # one after the other: all write to one directory
+# Fetching, all write to one directory: one after the other.
+if $dry_run || [ "$action" = fetch ]; then
   for ((i = 0; i < slices; i++)); do slice "$i"; done
   exit
 fi

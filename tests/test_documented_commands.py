@@ -36,7 +36,12 @@ def test_a_documented_dry_run_prints_what_the_document_shows(command, output):
 
 
 def test_every_launch_script_has_a_dry_run_in_the_documents_and_help():
-    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {"setup.sh", "test.sh", "tpu_worker.sh"}
+    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {
+        "setup.sh",
+        "test.sh",
+        "tpu_arguments.sh",
+        "tpu_worker.sh",
+    }
     shown = {name for command, _ in sessions(LAUNCH) for name in scripts if f"launch/{name} " in command}
     assert shown == scripts
     for name in scripts:
