@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from precision_scaling import compilation, experiment, hosts, model, precision, results, sharding
+from precision_scaling import checkpoint, compilation, experiment, hosts, model, precision, results, sharding
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
 from precision_scaling.data.loader import Loader
@@ -28,7 +28,7 @@ from precision_scaling.step import Static
 # Options that change no measured number: a workdir may be used again with others.
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
-    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|sinks)"
+    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|sinks)"
     r"|data\.(cache_dir|tfds_dir|workers|beam_options)|compilation_cache|mesh\."
 )
 
@@ -49,6 +49,11 @@ class Bench:
     def directory(self, run: Run) -> Path:
         """Where everything about a run is kept."""
         return run_directory(self.workdir, run)
+
+    def parameters(self, run: Run) -> Any:
+        """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
+        abstract = jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0)))
+        return checkpoint.restore(self.directory(run) / "checkpoint", self.layout.abstract(abstract))
 
 
 def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:

@@ -9,7 +9,6 @@ nothing else. Shape letters: C batches, B sequences, S positions, L layers, O op
 import csv
 import functools
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ import numpy as np
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, compilation, errors, precision, quantize, results
-from precision_scaling import model as model_lib
+from precision_scaling import compilation, errors, precision, quantize, results
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -130,8 +128,7 @@ def of_run(bench: Bench, run: Run, spec: Spec, sequences: int) -> list[dict[str,
     """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
     config, batch = run.shape.model, min(sequences, bench.experiment.config.evaluate.batch_size)
     program = precision.program_of([spec], config.dtype).evaluation().simulated()
-    abstract = bench.layout.abstract(jax.eval_shape(lambda: model_lib.init(config, jax.random.key(0))))
-    params = checkpoint.restore(bench.directory(run) / "checkpoint", abstract)
+    params = bench.parameters(run)
     windows_NxS1 = bench.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
     return rows(spec, measure(config, program, params, spec.table(program), tokens_CxBxS))
@@ -172,9 +169,8 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     panels[0, 0].set_ylabel("signal to noise / dB")
     panels[1, 0].set_ylabel("zeroed (–), saturated (- -)")
     drawing.suptitle(title, fontsize="medium")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    drawing.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with results.replacing(path) as temporary:
+        drawing.savefig(temporary, format="png", dpi=110)
 
 
 def _trained(bench: Bench, wanted: str | None) -> list[Run]:

@@ -3,11 +3,12 @@
 Workers on many machines write different files and never share one; `gather` can be repeated at any time.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from precision_scaling.errors import UserError
 # The contract's columns first; readers ignore those they don't know.
 COLUMNS = (
     *("run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"),
-    *("status", "method", "fallback_layers", "seed", "size", "epochs", "training_flops"),
+    *(
+        "status",
+        "diverged_step",
+        "batches_left_out",
+        "method",
+        "fallback_layers",
+        "seed",
+        "size",
+        "epochs",
+        "training_flops",
+    ),
     *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction", "schedule"),
     *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
     *("w_granularity", "a_granularity", "attention_granularity", "precision"),
@@ -26,15 +37,22 @@ COLUMNS = (
 ROW_FILES = "rows-*.json"
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place when the block ends well: a reader sees all of it or what
+    was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    yield temporary
+    os.replace(temporary, path)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -7,8 +7,15 @@ import math
 import signal
 import time
 
+from absl import flags
+
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on where this one stopped
 _STARTED = time.monotonic()  # of the process, nearly: imports come first
+
+
+def define_flag() -> flags.FlagHolder[float]:
+    """The option --time_limit."""
+    return flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
 
 
 class Stopped(Exception):

@@ -29,6 +29,7 @@ from precision_scaling import (
     results,
     sharding,
     sinks,
+    stopping,
 )
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import Finished, table_of
@@ -53,6 +54,7 @@ def train_missing(
         log_every=config.train.log_every,
         checkpoint_seconds=config.train.checkpoint_seconds,
         steps_per_dispatch=config.train.steps_per_dispatch,
+        rewinds=config.train.rewinds,
         sinks=tuple(config.train.sinks),
     )
     worker = f"{shard[0]}of{shard[1]}"
@@ -100,14 +102,14 @@ def train_missing(
 
 def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> None:
     """Evaluates a run that has ended and writes what it leaves: the checkpoint first, the row that says so last."""
-    run = finished.run
+    run, left_out = finished.run, {"batches_left_out": finished.left_out}
     if finished.diverged_step is not None:
-        row = bench_lib.row(bench, run, None, status="diverged", diverged_step=finished.diverged_step)
+        row = bench_lib.row(bench, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
     else:
         loss = evaluate(finished.params, table_of(run, program))
         checkpoint.save(bench.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
-        row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged")
+        row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)
     if hosts.primary():
         results.write_rows(bench.directory(run), "trained", [row])
 
@@ -193,7 +195,7 @@ if __name__ == "__main__":
     _DRY_RUN = flags.DEFINE_bool(
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."
     )
-    _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    _TIME_LIMIT = stopping.define_flag()
     _PROFILE = profiling.define_flag()
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, hosts, profiling, results, sinks, study
+from precision_scaling import errors, hosts, profiling, results, sinks, stopping, study
 from precision_scaling.errors import ConfigError
 from precision_scaling.profiling import Profile
 
@@ -30,16 +30,16 @@ def _main(argv) -> None:
         return
     results.gather(workdir)
     (run,) = bench.experiment.runs
-    (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
+    (row,) = results.read_rows(bench.directory(run), "trained")
     outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
     print("".join(f"{line}\n" for line in profile.report()), end="")
-    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workdir / 'runs' / run.id}")
+    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {bench.directory(run)}")
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint, metrics and runs.csv.")
-    _TIME_LIMIT = flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    _TIME_LIMIT = stopping.define_flag()
     _PROFILE = profiling.define_flag()
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])

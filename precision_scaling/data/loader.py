@@ -8,13 +8,12 @@ number of hosts and what each of them reads cannot change it, and resuming needs
 import dataclasses
 import functools
 import hashlib
-import mmap
 from collections.abc import Iterator
 
 import numpy as np
 
 from precision_scaling.data import DataError
-from precision_scaling.data.parts import TokenParts
+from precision_scaling.data.parts import TokenParts, forget_pages
 from precision_scaling.data.tokens import Corpus
 
 _BLOCK = 4096  # positions of the stream ordered at a time
@@ -109,9 +108,7 @@ def _windows(tokens: np.ndarray | TokenParts, index: np.ndarray, seq_len: int) -
         return tokens.windows(index, seq_len)
     shape, strides = (_count(tokens, seq_len), seq_len + 1), (seq_len * tokens.itemsize, tokens.itemsize)
     windows = np.lib.stride_tricks.as_strided(tokens, shape, strides, writeable=False)[index]
-    if isinstance(tokens, np.memmap):
-        # Pages that were read would stay in this process's memory until it holds the whole file.
-        tokens._mmap.madvise(mmap.MADV_DONTNEED)
+    forget_pages(tokens)
     return windows
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from precision_scaling import results
 from precision_scaling.errors import UserError
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -58,11 +59,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         place += tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with results.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             np.ascontiguousarray(tensor).tofile(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)

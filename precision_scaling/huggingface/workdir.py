@@ -13,7 +13,7 @@ import jax
 from tokenizers import Tokenizer
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, model, results, sharding
+from precision_scaling import checkpoint, results, sharding
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -91,8 +91,7 @@ def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
         raise UserError(f"--run={run_id}: allowed is {allowed}")
     run = trained[run_id] if run_id else next(iter(trained.values()))
     decoder = run.shape.model
-    abstract = jax.eval_shape(lambda: model.init(decoder, jax.random.key(0)))
-    params = checkpoint.restore(bench.directory(run) / "checkpoint", abstract)
+    params = bench.parameters(run)
     write_pretrained(out, decoder, params, bos_token_id=None, eos_token_id=bench.corpus.end_of_text, pad_token_id=None)
     tokenizer = bench.corpus.directory / "tokenizer.json"
     if tokenizer.exists():  # bytes need none

@@ -62,10 +62,20 @@ def parameters(model: QuantizedModel) -> Any:
     return {**model.rest, "layers": {**model.rest["layers"], "block": block}}
 
 
+def each(kernels: Any) -> list[Codes]:
+    """The codes in a tree of them."""
+    return jax.tree.leaves(kernels, is_leaf=is_codes)
+
+
+def is_codes(x: Any) -> bool:
+    """Whether a node of a tree is a kernel's codes, of which `jax.tree` would make its arrays."""
+    return isinstance(x, Codes)
+
+
 def stored_bits(model: QuantizedModel, bits: int) -> float:
     """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
     total = weights = 0
-    for codes in jax.tree.leaves(model.kernels, is_leaf=lambda x: isinstance(x, Codes)):
+    for codes in each(model.kernels):
         weights += codes.codes.size
         integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)
         scales = codes.scales.size + (0 if codes.row_scales is None else codes.row_scales.size)

@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,8 @@ def draw(run_directory: Path, name: str) -> Path | None:
     if figure.exists() and figure.stat().st_mtime >= path.stat().st_mtime:
         return figure
     drawing = _figure(_read(path), name)
-    temporary = figure.with_name(f".{figure.name}.{os.getpid()}.tmp")
-    drawing.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, figure)
+    with results.replacing(figure) as temporary:
+        drawing.savefig(temporary, format="png", dpi=120)
     return figure
 
 

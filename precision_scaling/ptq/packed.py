@@ -15,7 +15,7 @@ import numpy as np
 
 from precision_scaling import checkpoint, results
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.codes import Codes, QuantizedModel
+from precision_scaling.ptq.codes import Codes, QuantizedModel, each, is_codes
 
 DESCRIPTION = "quantized.json"
 VERSION = 1
@@ -56,7 +56,7 @@ def packed_bytes(model: QuantizedModel, bits: int) -> int:
     ceil(groups · out · bits / 8); norms, embedding and head as they are, in float32.
     """
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.rest))
-    for codes in _each(model.kernels):
+    for codes in each(model.kernels):
         layers = codes.codes.shape[0]
         for integers in (codes.codes, codes.zeros):
             if integers is not None:
@@ -78,7 +78,7 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
     method: the name of its setting. bits: 2 to 8. operands: see `Loaded`.
     """
     shutil.rmtree(path, ignore_errors=True)
-    arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=_is_codes)}
+    arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=is_codes)}
     arrays["rest"] = jax.tree.map(np.asarray, model.rest)
     checkpoint.save(path / "arrays", arrays)
     description = {
@@ -86,7 +86,7 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
         "method": method,
         "bits": bits,
         "operands": operands,
-        "shapes": jax.tree.map(lambda codes: list(codes.codes.shape), model.kernels, is_leaf=_is_codes),
+        "shapes": jax.tree.map(lambda codes: list(codes.codes.shape), model.kernels, is_leaf=is_codes),
         "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays),
     }
     # Last: without it the directory does not count.
@@ -113,14 +113,6 @@ def load(path: Path) -> Loaded:
         for module, names in shapes.items()
     }
     return Loaded(QuantizedModel(kernels, arrays["rest"]), method, bits, operands)
-
-
-def _is_codes(x: Any) -> bool:
-    return isinstance(x, Codes)
-
-
-def _each(kernels) -> list[Codes]:
-    return jax.tree.leaves(kernels, is_leaf=_is_codes)
 
 
 def _pack_codes(codes: Codes, bits: int) -> dict[str, np.ndarray]:

@@ -9,13 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, results
-from precision_scaling import step as step_lib
+from precision_scaling import results
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
@@ -103,8 +101,7 @@ def _quantize_run(bench: Bench, job: _Job, save: bool) -> list[str]:
     directory = bench.directory(run)
     program = setting.program(job.group.program)
     static = Static(job.group.shape.model, program, bench.experiment.optimizer)
-    abstract = bench.layout.abstract(jax.eval_shape(lambda: step_lib.init_state(static, 0).params))
-    params = checkpoint.restore(directory / "checkpoint", abstract)
+    params = bench.parameters(run)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     table = table_of(run, program, w=parse("bf16"))
     warnings, report, models = [], None, ()
