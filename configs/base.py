@@ -52,7 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.qk_norm = "none"
     c.model.norm_epsilon = 1e-5  # added to the mean square in every norm
     c.model.tie_embeddings = False  # the head multiplies by the embedding's table; N counts neither
-    c.model.remat = False  # recompute each block in the backward pass: less memory, a third more time
+    # What the backward pass recomputes, for less memory: "none", "dots" (all but the projections' products), or "full"
+    # (each block from its input, a third more time).
+    c.model.remat = "none"
     # depth-µP equals the standard parametrization at this size's width and depth. Empty: at the model's own.
     c.model.base_size = "25k"
     c.model.imported = ""  # set by `precision_scaling.huggingface import`: which model, trained elsewhere, this is
@@ -132,6 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.log_every = 50  # steps between lines of metrics.jsonl
     c.train.sinks = ()  # where these lines go, too: "tensorboard", "wandb"
     c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed
+    # Times that a run whose loss or gradient is not finite goes back to its last checkpoint and on without that batch;
+    # 0: it ends there.
+    c.train.rewinds = 0
     c.train.steps_per_dispatch = 100  # steps run on the device between two looks from the host, at most
 
     c.evaluate = ml_collections.ConfigDict()

@@ -24,7 +24,7 @@ def get_config():
     c.model.base_size = "30M"
     c.model.sequence_length = 1024
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "full"
     c.optimizer.peak_rate = 6e-4
     c.train.batch_size = 256
     c.train.microbatches = 16

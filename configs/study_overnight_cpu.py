@@ -43,7 +43,7 @@ def get_config():
     c.study.grid.seeds = base.grid(SIZES, (500_000, 2_000_000), seeds=(1,), ptq=True)
     c.study.grid.parts = base.grid(SIZES, (MIDDLE,), tuple(f"{part}{bits}" for part in PARTS for bits in (3, 4, 6)))
     # What F1's precision law and F4 need: weights of few bits at short and long D, and quantized after training.
-    c.study.grid.weights = base.grid(SIZES[:3], (250_000, 4_000_000), ("w3", "w4"), ptq=True)
+    c.study.grid.weights = base.grid(SIZES[:3], (250_000, MIDDLE, 4_000_000), ("w2", "w3", "w4"), ptq=True)
     c.study.grid.tied = base.grid(SIZES[:3], (MIDDLE,), tied(("4", "6", "8")), ptq=True)
     c.study.grid.held_out = base.grid(SIZES[:3], (MIDDLE,), combinations((3, 4, 5, 6, 8), 6, seed=0))
     c.study.grid.floats = base.grid(SIZES[1:3], (MIDDLE,), tied(("e2m1", "e3m2", "e4m3fn")))

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, compilation, experiment, hosts, metrics, results, sinks
+from precision_scaling import checkpoint, compilation, experiment, hosts, metrics, results, rewind, sinks
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader
@@ -43,23 +43,29 @@ class Options:
 
     lanes: runs that train at once. Another number of lanes is another compiled program, whose sums round differently,
     and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
-    sinks: of `sinks.PACKAGES`, for the metrics.
+    rewinds: how often a run whose loss or gradient is not finite goes back to its last checkpoint, and on without that
+    batch. sinks: of `sinks.PACKAGES`, for the metrics.
     """
 
     lanes: int
     log_every: int
     checkpoint_seconds: float
     steps_per_dispatch: int
+    rewinds: int = 0
     sinks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A run that has come to its end. diverged_step: the first step with a loss that is not finite, or None."""
+    """A run that has come to its end. diverged_step: the first step with a loss that is not finite, or None.
+
+    left_out: how many batches it has gone back to leave out.
+    """
 
     run: Run
     params: Any
     diverged_step: int | None
+    left_out: int = 0
 
 
 def table_of(run: Run, program, **replaced) -> dict[str, Any]:
@@ -129,8 +135,8 @@ def train_cohort(
     cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
     spread. worker: names the checkpoints of this process among those that share a study. profile: is told of every
     dispatch.
-    A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there; the
-    others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
+    A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there, when
+    it has no rewinds left; the others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
     static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
     profile = profile or Profile(workdir, 0)
@@ -158,10 +164,16 @@ _GO_ON, _SAVE, _STOP = range(3)
 
 @dataclasses.dataclass
 class _Lane:
-    """A run under way and how many of its steps are done."""
+    """A run under way, how many of its steps are done, and the batches of its stream that it leaves out."""
 
     run: Run
     step: int
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(seed, number of the next batch), which name its tokens."""
+        return self.run.seed, rewind.batch_of(self.step, self.left_out)
 
 
 def _leads_to(lane: _Lane | None, run: Run) -> bool:
@@ -205,7 +217,7 @@ class _Trainer:
             if run is None or (lane := next(free, None)) is None:
                 continue
             self.state = self.programs.put(self.state, lane, self.programs.pick(state, i))
-            self.lanes[lane] = _Lane(run, entry["step"])
+            self.lanes[lane] = _Lane(run, entry["step"], rewind.left_out(run_directory(self.workdir, run)))
             self.waiting.remove(run)
             truncate_metrics(self._metrics_path(run), entry["step"])
             self.progress.update(entry["step"] * self.cohort.shape.tokens_per_step)
@@ -215,10 +227,8 @@ class _Trainer:
         for i, lane in enumerate(self.lanes):
             if lane is None and (run := self._next(self.lanes, self.waiting)) is not None:
                 self.waiting.remove(run)
-                step, state = self._start(run)
-                self.state = self.programs.put(self.state, i, state)
-                self.lanes[i] = _Lane(run, step)
-                truncate_metrics(self._metrics_path(run), step)
+                step = self._begin(i, run)
+                self.progress.total -= step * self.cohort.shape.tokens_per_step
         return any(lane is not None for lane in self.lanes)
 
     def _next(self, lanes: "list[_Lane | None]", waiting: list[Run]) -> Run | None:
@@ -226,14 +236,20 @@ class _Trainer:
         awaited = lambda run: any(_leads_to(lane, run) for lane in lanes) and not self._branch_path(run).exists()
         return next((run for run in waiting if not awaited(run)), None)
 
+    def _begin(self, i: int, run: Run, back: tuple[int, TrainState] | None = None) -> int:
+        """Puts a run in a lane, at its start or where it goes back to; returns the step."""
+        step, state = back or self._start(run)
+        self.state = self.programs.put(self.state, i, state)
+        self.lanes[i] = _Lane(run, step, rewind.left_out(run_directory(self.workdir, run)))
+        truncate_metrics(self._metrics_path(run), step)
+        return step
+
     def _start(self, run: Run) -> tuple[int, TrainState]:
         """(step, state) a run starts with: that of its branch step where a trunk has left it."""
         path = self._branch_path(run)
         if path.exists():
             try:
-                state = checkpoint.restore(path, self.layout.abstract(self.programs.one))
-                self.progress.total -= run.branch_step * self.cohort.shape.tokens_per_step
-                return run.branch_step, state
+                return run.branch_step, checkpoint.restore(path, self.layout.abstract(self.programs.one))
             except UserError as error:
                 logging.warning("%s; training %s from its first step", error, run.id)
         return 0, self.programs.initialize(run.seed)
@@ -243,9 +259,10 @@ class _Trainer:
         for i, lane in enumerate(self.lanes):
             for run in self.waiting if lane else ():
                 if _leads_to(lane, run) and lane.step == run.branch_step and not self._branch_path(run).exists():
-                    checkpoint.save(self._branch_path(run), self.programs.pick(self.state, i))
                     if hosts.primary():
-                        shutil.copyfile(self._metrics_path(lane.run), self._metrics_path(run))
+                        self._copy_history(lane.run, run)
+                    # Last: with it, the run has what it starts from.
+                    checkpoint.save(self._branch_path(run), self.programs.pick(self.state, i))
 
     def advance(self) -> list[Finished]:
         """Trains all lanes until the next one ends, or as far as one dispatch goes; returns the runs that ended."""
@@ -263,22 +280,54 @@ class _Trainer:
         # The first dispatch compiles: its time says nothing.
         speed = self._speed(len(active), steps, seconds, waited) if self.compiled else {}
         self.compiled = True
-        ended = []
+        ended, trained = [], 0
         for i, lane in active:
+            if len(lane.left_out) < self.options.rewinds:
+                finite = np.isfinite(found.loss[i]) & np.isfinite(found.grad_norm[i])
+                if not finite.all():
+                    self._rewind(i, lane.step + int(np.argmin(finite)))
+                    continue
             finite = np.isfinite(found.loss[i])
             diverged = None if finite.all() else lane.step + int(np.argmin(finite))
             self._log(lane, jax.tree.map(lambda x, i=i: x[i], found), speed)
             lane.step += steps
+            trained += steps
             if diverged is not None or lane.step == lane.run.steps:
-                ended.append(Finished(lane.run, self.programs.parameters(self.state.params, i), diverged))
+                params = self.programs.parameters(self.state.params, i)
+                ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
                 self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
                 if hosts.primary():
                     shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
                 self.followers.end(self._metrics_path(lane.run))
                 self.lanes[i] = None
         self.progress.set_postfix(loss=f"{np.mean(found.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
-        self.progress.update(len(active) * steps * self.cohort.shape.tokens_per_step)
+        self.progress.update(trained * self.cohort.shape.tokens_per_step)
         return ended
+
+    def _rewind(self, i: int, step: int) -> None:
+        """Takes the run in a lane back to its newest checkpoint, or its start, to do this step without its batch."""
+        lane, directory = self.lanes[i], run_directory(self.workdir, self.lanes[i].run)
+        batch = rewind.batch_of(step, lane.left_out)
+        if hosts.primary():
+            rewind.leave_out(directory, step)
+        hosts.wait_for_all("left out a batch")
+        # Those before the step are good: they were made by finite gradients.
+        back = self._saved(lane.run, step)
+        self.followers.end(self._metrics_path(lane.run))
+        begun = self._begin(i, lane.run, back)
+        self.progress.update((begun - lane.step) * self.cohort.shape.tokens_per_step)
+        logging.warning(
+            "%s: loss or gradient is not finite at step %d; back to step %d, and on without batch %d (rewind %d of %d)",
+            *(lane.run.id, step + 1, begun, batch, len(lane.left_out) + 1, self.options.rewinds),
+        )
+
+    def _saved(self, run: Run, step: int) -> tuple[int, TrainState] | None:
+        """(step, state) of a run in the newest checkpoint, where it is there and not after `step`."""
+        found = self.checkpoints.restore(lambda n: self.layout.abstract(_stacked(self.programs.one, n), lanes=True))
+        for i, entry in enumerate(found[0] if found else ()):
+            if entry["run"] == run.id and entry["step"] <= step:
+                return entry["step"], self.programs.pick(found[1], i)
+        return None
 
     def save_is_due(self) -> bool:
         """Whether the last checkpoint is old enough."""
@@ -308,21 +357,29 @@ class _Trainer:
         dispatch goes."""
         ends = [lane.run.steps - lane.step for lane in lanes if lane is not None]
         branches = [run.branch_step - lane.step for lane in lanes for run in self.waiting if _leads_to(lane, run)]
-        steps = min([*ends, *(left for left in branches if left)], default=0)
-        positions = tuple((lane.run.seed, lane.step) if lane else None for lane in lanes)
-        return Chunk(positions, min(self.feed.max_steps, steps))
+        in_a_row = [rewind.steps_in_a_row(lane.step, lane.left_out) for lane in lanes if lane is not None]
+        steps = min([*ends, *in_a_row, *(left for left in branches if left)], default=0)
+        return Chunk(tuple(lane and lane.position for lane in lanes), min(self.feed.max_steps, steps))
 
     def _expected(self, steps: int) -> list[_Lane | None]:
         """The lanes after these steps, unless a run diverges in them."""
         waiting, after = list(self.waiting), []
         for lane in self.lanes:
             goes_on = lane is not None and lane.step + steps < lane.run.steps
-            after.append(_Lane(lane.run, lane.step + steps) if goes_on else None)
+            after.append(dataclasses.replace(lane, step=lane.step + steps) if goes_on else None)
         for i, lane in enumerate(after):
             if lane is None and (run := self._next(after, waiting)) is not None:
                 waiting.remove(run)
                 after[i] = _Lane(run, run.branch_step if self._branch_path(run).exists() else 0)
         return after
+
+    def _copy_history(self, trunk: Run, run: Run) -> None:
+        """What is known of the steps that a run shares with its trunk."""
+        there = run_directory(self.workdir, run)
+        there.mkdir(parents=True, exist_ok=True)
+        for path in (self._metrics_path(trunk), run_directory(self.workdir, trunk) / rewind.FILE):
+            if path.exists():
+                shutil.copyfile(path, there / path.name)
 
     def _branch_path(self, run: Run) -> Path:
         return run_directory(self.workdir, run) / "branch"

@@ -312,6 +312,7 @@ def _check_options(config) -> None:
         "norm_placement": model.NORM_PLACEMENTS,
         "norm_type": model.NORM_TYPES,
         "qk_norm": model.QK_NORMS,
+        "remat": tuple(model.REMATS),
     }.items():
         if config.model[name] not in allowed:
             raise ConfigError(f"model.{name}", config.model[name], f"one of {', '.join(allowed)}")
@@ -334,6 +335,7 @@ def _check_options(config) -> None:
     for section, names in {
         "model": ("width", "depth", "heads", "hidden", "kv_heads", "head_width", "vocab_size"),
         "optimizer": ("weight_decay", "clip_norm", "warmup_steps", "z_loss"),
+        "train": ("rewinds",),
     }.items():
         for name in names:
             if config[section][name] < 0:

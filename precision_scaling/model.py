@@ -20,6 +20,12 @@ from precision_scaling.sharding import split_batch
 NORM_PLACEMENTS = ("pre", "post")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "projection", "head")
+# What the backward pass keeps of a block instead of recomputing it; "none": everything.
+REMATS = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 _HEAD = ("head_a", "head_w")  # operands of the last product in a program
 
 
@@ -35,6 +41,9 @@ class ModelConfig:
     adds (OLMo 2, arXiv 2501.00656). norm_type: "rms" with gains, or "layer" without any parameters (OLMo, arXiv
     2402.00838). qk_norm: of queries and keys before they are rotated, over the "projection" (OLMo 2) or each "head".
     tie_embeddings: the head multiplies by the embedding's table.
+
+    remat: of REMATS. "full" recomputes each block from its input in the backward pass; "dots" keeps the results of the
+    projections, and recomputes attention, norms and quantization.
     """
 
     vocab_size: int
@@ -48,7 +57,7 @@ class ModelConfig:
     dtype: str = "float32"
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
-    remat: bool = False
+    remat: str = "none"
     kv_heads: int = 0
     head_width: int = 0
     norm_placement: str = "pre"
@@ -261,7 +270,10 @@ class _ScannedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD, table, key):
-        block = nn.remat(Block) if self.config.remat else Block
+        policy, block = REMATS[self.config.remat], Block
+        if policy is not None:
+            # The scan over layers keeps the recomputation from being merged with the forward pass, without barriers.
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
         return block(self.config, self.program, name="block")(split_batch(x_BxLxD), table, key), None
 
 

@@ -15,6 +15,7 @@ from precision_scaling import checkpoint, formats
 from precision_scaling import cohort as cohort_lib
 from precision_scaling import model as model_lib
 from precision_scaling.cohort import Options
+from precision_scaling.data.loader import Loader
 from precision_scaling.model import Decoder
 from precision_scaling.stopping import Stop, Stopped
 
@@ -36,12 +37,12 @@ def train(finished_study):
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
 
-    def train_together(runs, workdir, stop=None, ended=None, **options):
+    def train_together(runs, workdir, stop=None, ended=None, loader=None, **options):
         ended = {} if ended is None else ended
         cohort_lib.train_cohort(
             dataclasses.replace(group, runs=tuple(runs)),
             bench.experiment.optimizer,
-            bench.loader(group.shape),
+            loader or bench.loader(group.shape),
             bench.layout,
             workdir,
             "0of1",
@@ -145,6 +146,55 @@ def test_a_run_that_diverges_ends_alone(finished_study, train, tmp_path):
     assert losses_of(tmp_path, bf16) == losses_of(workdir, bf16)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ended[late].params))
     assert losses_of(tmp_path, bad)[ended[bad].diverged_step] is None  # a JSON null
+
+
+@dataclasses.dataclass(frozen=True)
+class Without(Loader):
+    """A stream of batches in which one of a seed's was never."""
+
+    seed: int
+    batch_left_out: int
+
+    def window_indices(self, seed, first_step, n_steps):
+        steps = np.arange(first_step, first_step + n_steps)
+        steps += (seed == self.seed) & (steps >= self.batch_left_out)
+        return np.concatenate([super(Without, self).window_indices(seed, int(step), 1) for step in steps])
+
+
+@pytest.mark.parametrize("stops", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_study, train, tmp_path, stops, caplog):
+    bench, _ = finished_study
+    w4 = by_name(bench.experiment.runs, "D768-wint4-s0")
+    other = dataclasses.replace(by_name(bench.experiment.runs, "D768-bf16"), seed=1)
+    good = bench.loader(w4.shape)
+    # A token that is none of the vocabulary's: its embedding is NaN.
+    tokens = np.array(good.corpus.train)
+    tokens[good.window_indices(w4.seed, 5, 1)[0, 0] * good.seq_len + 3] = 60_000
+    bad = dataclasses.replace(good, corpus=dataclasses.replace(good.corpus, train=tokens))
+    ended = {}
+    while set(ended) != {w4, other}:
+        with contextlib.suppress(Stopped):
+            left = [run for run in (w4, other) if run not in ended]
+            train(left, tmp_path / "bad", Stop(minutes=1e-6 if stops else 0), ended, bad, rewinds=1)
+    assert (
+        f"not finite at step 6; back to step {4 if stops else 0}, and on without batch 5 (rewind 1 of 1)" in caplog.text
+    )
+    wanted = train(
+        [w4, other], tmp_path / "good", loader=Without(good.corpus, good.seq_len, good.batch_size, w4.seed, 5)
+    )
+    for run in (w4, other):
+        assert ended[run].diverged_step is None and ended[run].left_out == (run == w4)
+        assert losses_of(tmp_path / "bad", run) == losses_of(tmp_path / "good", run)
+        jax.tree.map(np.testing.assert_array_equal, ended[run].params, wanted[run].params)
+
+
+def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
+    bench, _ = finished_study
+    bad = dataclasses.replace(by_name(bench.experiment.runs, "D768-wint4-s0"), peak_rate=1e38)
+    (found,) = train([bad], tmp_path, rewinds=2).values()
+    assert found.left_out == 2 and 1 <= found.diverged_step < 12
+    rewinds = json.loads((cohort_lib.run_directory(tmp_path, bad) / "rewinds.json").read_text())
+    assert len({one["batch"] for one in rewinds}) == len(rewinds) == 2
 
 
 @pytest.mark.slow

@@ -347,7 +347,26 @@ def test_recomputing_blocks_changes_no_gradient(params, tokens):
         return jnp.mean(model_lib.cross_entropy(logits, tokens[:, 1:]))
 
     grads = jax.jit(jax.grad(loss), static_argnums=1)
-    for kept, recomputed in zip(
-        jax.tree.leaves(grads(params, False)), jax.tree.leaves(grads(params, True)), strict=True
-    ):
-        np.testing.assert_allclose(kept, recomputed, rtol=1e-5, atol=1e-7)
+    kept = grads(params, "none")
+    for remat in ("dots", "full"):
+        for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(grads(params, remat)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_recomputing_more_keeps_less_in_memory():
+    tokens_BxS1 = jax.ShapeDtypeStruct((4, 129), jnp.int32)
+
+    def temporary_bytes(remat):
+        config = dataclasses.replace(CONFIG, width=64, hidden=192, depth=8, sequence_length=128, remat=remat)
+        params = jax.eval_shape(lambda: initial(config))
+
+        def loss(params, tokens):
+            logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], table_of(w=4, a=6, k=4, v=4))
+            return jnp.mean(model_lib.cross_entropy(logits, tokens[:, 1:]))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens_BxS1).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    everything, dots, blocks = (temporary_bytes(remat) for remat in ("none", "dots", "full"))
+    assert everything > 2 * dots > 2.5 * blocks
