@@ -31,12 +31,21 @@ from analysis.reporting import r_squared
 from analysis.search import search
 from precision_scaling.results import atomic_write
 
+UNBIASED = "_unbiased"  # ends the name of a law whose biases n are 0
+LARGEST_N = "largest_N"  # of the held-out errors by N, those of the largest size
+HELD_OUT = {
+    "N": "out N",
+    "D": "out D",
+    "P": "out P",
+    "compute": "largest runs",
+    LARGEST_N: "largest N",
+}
 KINDS = {"loss": "loss before PTQ", "delta": "delta of PTQ", "both": "loss before and after PTQ"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One law on the rows of its kind. Errors are root mean squares of log residuals, `held_out` by scheme;
+    """One law on the rows of its kind. Errors are root mean squares of log residuals, `held_out` by HELD_OUT;
     `difference` is the mean absolute held-out error minus that of the best law of the kind, with its interval (None
     for the best).
     """
@@ -82,16 +91,20 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Fit and judge every law of `names` (None: all) that the table allows. Raises FitError where it allows none."""
+    """Fit and judge every law of `names` that the table allows; None: all, with and without biases.
+
+    A law's name with UNBIASED after it is that law without biases. Raises FitError where the table allows none.
+    """
     options = Options() if options is None else options
     table = table.one_schedule()
     low = not table.before_ptq().high_precision.all()
     fitted: list[tuple[Row, Setup, dict[str, crossval.HeldOut]]] = []
     skipped = {}
-    for name in names or tuple(laws.LAWS):
-        law = laws.get(name)
+    for name in names or all_names():
+        law, biased = named(name)
+        form = dataclasses.replace(_options_for(law, options), biased=biased and options.biased)
         try:
-            fitted.append(_judge(_on_all_rows(law, low), table, _options_for(law, options), starts, seed))
+            fitted.append(_judge(_on_all_rows(law, low), table, form, starts, seed, name))
         except (FitError, LawError) as err:
             skipped[name] = str(err)
     if not fitted:
@@ -117,6 +130,19 @@ def compare(
     return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), tuple(notes))
 
 
+def all_names() -> tuple[str, ...]:
+    """Every law, and after it the same without its biases."""
+    return tuple(n for name, law in laws.LAWS.items() for n in (name, *([name + UNBIASED] if law.biases else [])))
+
+
+def named(name: str) -> tuple[Law, bool]:
+    """The law that a comparison calls so, and whether with its biases. Raises LawError for an unknown name."""
+    law = laws.get(name.removesuffix(UNBIASED))
+    if name.endswith(UNBIASED) and not law.biases:
+        raise LawError(f"{name}: {law.name} has no biases to leave out")
+    return law, not name.endswith(UNBIASED)
+
+
 def _options_for(law: Law, options: Options) -> Options:
     """The options that this law knows: constants and ties that it does not have are left out."""
     known = set(law.names)
@@ -139,12 +165,16 @@ def _kind(law: Law) -> str:
     return "loss" if law.log_delta is None else "both"
 
 
-def _judge(law: Law, table: tables.Table, options: Options, starts: int | None, seed: int):
+def _judge(law: Law, table: tables.Table, options: Options, starts: int | None, seed: int, name: str):
     began = time.monotonic()
     setup = set_up(law, table, options)
     effects = [p.name for p in law.params[5:]] if law.log_delta is None and len(law.params) > 5 else []
     if effects and law.expand is None and all(name in setup.refused or name in setup.constants for name in effects):
         raise FitError("no parameter beyond those of chinchilla is informed: on this table it is chinchilla")
+    if name.endswith(UNBIASED):
+        with_biases = set_up(law, table, dataclasses.replace(options, biased=True))
+        if set(law.biases) <= set(with_biases.refused):
+            raise FitError("no bias is informed: on this table the form with biases has none either")
     best = search(setup, starts, seed)
     verdict = identify(setup, best.theta_F, profile=False)
     held = crossval.held_out(setup, best.theta_F, seed=seed)
@@ -155,8 +185,11 @@ def _judge(law: Law, table: tables.Table, options: Options, starts: int | None, 
     else:
         minus_two_log_likelihood = n * (1 + math.log(2 * math.pi * max(float(np.mean(error_n**2)), 1e-300)))
     predicted = setup.predicted(best.theta_F)
+    errors = {scheme: found.error_n for scheme, found in held.items()}
+    if "N" in errors:
+        errors[LARGEST_N] = np.where(setup.rows["N"] == setup.rows["N"].max(), errors["N"], np.nan)
     row = Row(
-        law=law.name,
+        law=name,
         kind=_kind(law),
         n=n,
         k=k,
@@ -166,7 +199,7 @@ def _judge(law: Law, table: tables.Table, options: Options, starts: int | None, 
         objective=best.objective,
         aic=minus_two_log_likelihood + 2 * (k + 1),
         bic=minus_two_log_likelihood + math.log(n) * (k + 1),
-        held_out={scheme: _rms(held[scheme].error_n) if scheme in held else None for scheme in crossval.SCHEMES},
+        held_out={scheme: _rms(errors[scheme]) if scheme in errors else None for scheme in HELD_OUT},
         r2_held_out=_r2_held_out(setup, held),
         difference=None,
         starts_at_best=best.share,
@@ -231,7 +264,7 @@ def _by_run(setup: Setup, held: Mapping[str, crossval.HeldOut]) -> dict[tuple, f
 
 COLUMNS = (
     *("kind", "law", "n", "k", "r2", "mse", "objective", "aic", "bic"),
-    *(f"held_out_{scheme}" for scheme in crossval.SCHEMES),
+    *(f"held_out_{scheme}" for scheme in HELD_OUT),
     *(
         "r2_held_out",
         "difference",
@@ -272,10 +305,10 @@ def summary(comparison: Comparison) -> str:
             continue
         lines += [f"{title}: {rows[0].n} rows; held-out columns are rms log errors, n/a where a law cannot predict"]
         header = f"  {'law':<19} {'k':>3} {'R2':>8} {'AIC':>9} {'BIC':>9}"
-        header += "".join(f" {name:>8}" for name in ("out N", "out D", "out P", "largest"))
+        header += "".join(f" {name:>12}" for name in HELD_OUT.values())
         lines.append(header + "  mean |error| - best")
         for row in rows:
-            held = " ".join(f"{'n/a' if v is None else f'{v:.4f}':>8}" for v in row.held_out.values())
+            held = " ".join(f"{'n/a' if v is None else f'{v:.4f}':>12}" for v in row.held_out.values())
             r2 = "n/a" if row.r2 is None else f"{row.r2:.4f}"
             gap = "best" if row is rows[0] else "n/a"
             if row.difference is not None:
@@ -298,7 +331,9 @@ FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _text("runs", None, "Table of measured losses (runs.csv).")
 _text("out", None, "Directory for compare.csv and compare.json.")
-flags.DEFINE_list("laws", [], "Laws to compare (all that the table allows).", flag_values=FLAGS)
+flags.DEFINE_list(
+    "laws", [], f"Laws to compare (all that the table allows); NAME{UNBIASED}: without biases.", flag_values=FLAGS
+)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
@@ -316,7 +351,7 @@ def main() -> None:
             raise FitError(f"--{name} is required")
     stay_off_accelerators()
     for name in FLAGS.laws:
-        laws.get(name)
+        named(name)
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     options = Options(tied=pairs("tied", FLAGS.tied))
     result = compare(table, tuple(FLAGS.laws) or None, options, FLAGS.starts, seed=FLAGS.seed)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from analysis import laws
-from analysis.compare import KINDS, Comparison
+from analysis.compare import HELD_OUT, KINDS, Comparison
 from analysis.evidence import Evidence
 from analysis.figures.gallery import Drawn
 from analysis.findings import NOT_TESTABLE, REFUTED, SUPPORTED, Finding
@@ -193,11 +193,11 @@ def _comparison(comparison: Comparison | None) -> str:
         return "<p>No law can be fitted to this table.</p>"
     parts = [
         '<p class="soft">Laws of one kind on the same rows, the one with the least error on held-out rows first. '
-        "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, or the largest "
-        "fifth of the runs was left out of the fit; a dash means that the law cannot predict such rows. Last: mean "
-        "absolute error (%) above that of the best law, with its paired bootstrap interval.</p>"
+        "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, the largest "
+        "fifth of the runs, or the largest size was left out of the fit; a dash means that the law cannot predict "
+        "such rows. Last: mean absolute error (%) above that of the best law, with its paired bootstrap interval.</p>"
     ]
-    head = ("k", "R²", "AIC", "BIC", "out N", "out D", "out P", "largest", "above the best")
+    head = ("k", "R²", "AIC", "BIC", *HELD_OUT.values(), "above the best")
     for kind, title in KINDS.items():
         rows = [row for row in comparison.rows if row.kind == kind]
         if not rows:

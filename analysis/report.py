@@ -37,7 +37,7 @@ from precision_scaling.results import atomic_write
 
 LAWS = ("chinchilla", "ptq", "precision", "unified")
 # on held-out rows: the paper's laws against its alternatives (Table 1), a free capacity, and another law of δ
-COMPARED = ("chinchilla", "precision", "d_eff", "power_laws", "capacity", "ptq", "qid")
+COMPARED = ("chinchilla", "precision", "precision_unbiased", "d_eff", "power_laws", "capacity", "ptq", "qid")
 PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
 
 

@@ -30,6 +30,7 @@ from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.quantize import UNQUANTIZED
+from precision_scaling.sharding import local_layout
 from precision_scaling.step import Static
 
 FLAGS = flags.FLAGS
@@ -99,9 +100,8 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     batch = next(b for b in (4, 2, 1) if sequences % b == 0)
 
     def whole():
-        models, _ = apply.quantize_model(
-            static, params, {}, tokens_NxS, (4,), 0.01, setting=Setting("gptq"), batch_size=batch
-        )
+        options = {"setting": Setting("gptq"), "batch_size": batch, "layout": local_layout()}
+        models, _ = apply.quantize_model(static, params, {}, tokens_NxS, (4,), 0.01, **options)
         return models
 
     start = time.perf_counter()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from configs import base
 from precision_scaling import checkpoint, compilation, experiment, hosts, model, precision, results, sharding
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
@@ -108,13 +109,20 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         claim = json.loads(path.read_text(encoding="utf-8"))
-        return {"config": dict(claim["config"]), "corpus": claim["corpus"]}
+        defaults = experiment.describe(base.get_config())
+        return {"config": _filled(dict(claim["config"]), defaults), "corpus": claim["corpus"]}
     except FileNotFoundError:
         raise UserError(
             f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a config; allowed is a new --workdir or one of train or study") from None
+
+
+def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A workdir's config with the options that are newer than it, at their defaults."""
+    nested = {key: _filled(config[key], value) for key, value in defaults.items() if isinstance(config.get(key), dict)}
+    return {**defaults, **config, **nested}
 
 
 def reopen_bench(workdir: Path) -> Bench:

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
 # A disk that is full or cannot be written: nothing is wrong with the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class UserError(ValueError):

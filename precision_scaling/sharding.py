@@ -23,6 +23,7 @@ from precision_scaling.errors import ConfigError
 # used. tensor: the heads and the hidden units of a layer.
 AXES = ("run", "data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+HESSIAN = P(("fsdp", "tensor"))  # (inputs, inputs) of a projection: rows, over the devices that share its kernel
 
 # (regex on the parameter's path, axes of its dimensions), the first match counts; the axes of lanes and of stacked
 # layers come before these. An axis that does not divide its dimension moves to the next that it divides, see `fit`.
@@ -128,6 +129,14 @@ def split_batch(x: jax.Array) -> jax.Array:
     (first,) = fit(P(axes), x.shape[:1], dict(mesh.shape))
     spec = P(first, *(P.UNCONSTRAINED for _ in x.shape[1:]))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def split_hessian(h_IxI: jax.Array) -> jax.Array:
+    """h, split over the devices by the rule `HESSIAN`; as it is outside of `splitting`."""
+    if (split := _batches.get()) is None:
+        return h_IxI
+    mesh, _ = split
+    return jax.lax.with_sharding_constraint(h_IxI, NamedSharding(mesh, fit(HESSIAN, h_IxI.shape, dict(mesh.shape))))
 
 
 def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> Layout:

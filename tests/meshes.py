@@ -1,8 +1,11 @@
-"""Trains one small cohort on meshes of eight forced host devices and prints what came of each as a line of JSON.
+"""Trains a small cohort on meshes of eight forced host devices, quantizes a model there, and prints what came of it.
+
+A line of JSON for each mesh.
 
 python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,9 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import base
-from precision_scaling import cohort, compilation, experiment, sharding
+from precision_scaling import cohort, compilation, experiment, sharding, step
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
+from precision_scaling.ptq import apply
+from precision_scaling.ptq.setting import Setting
+from precision_scaling.quantize import UNQUANTIZED
 from precision_scaling.step import Static
 from precision_scaling.stopping import Stop
 
@@ -76,7 +82,29 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     for run in group.runs:
         lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
         losses[run.precision.short] = [json.loads(line)["loss"] for line in lines]
-    return {"losses": losses, "bytes": sorted(set(held.values())), "total": total}
+    return {"losses": losses, "bytes": sorted(set(held.values())), "total": total, **quantize(static, layout, loader)}
+
+
+def quantize(static: Static, layout: sharding.Layout, loader: Loader) -> dict:
+    """GPTQ's relative output errors on this mesh, and the parts of a Hessian's rows that a device holds."""
+    setting = Setting("gptq")
+    static = dataclasses.replace(static, program=setting.program(UNQUANTIZED))
+    initialize = lambda: step.init_state(static, 0).params
+    params = jax.jit(initialize, out_shardings=layout.of_tree(jax.eval_shape(initialize)))()
+    tokens_NxS = loader.calibration_windows(32, seed=0)[:, :-1]
+    options = {"setting": setting, "batch_size": 16, "layout": layout}
+    _, report = apply.quantize_model(static, params, {}, tokens_NxS, (3,), 0.01, **options)
+
+    @jax.jit
+    def hessian(x_CxBxSxI):
+        with sharding.splitting(layout):
+            return apply.statistics(static.program, {}, x_CxBxSxI)[0]
+
+    x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)
+    h_IxI = hessian(x_CxBxSxI)
+    np.testing.assert_allclose(h_IxI, np.einsum("cbsi,cbsj->ij", x_CxBxSxI, x_CxBxSxI), rtol=1e-4, atol=1e-4)
+    parts = len(h_IxI) // np.array([shard.data.shape[0] for shard in h_IxI.addressable_shards])
+    return {"gptq": report.error.ravel().tolist(), "hessian_parts": sorted(set(parts.tolist()))}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from analysis import command, compare, crossval, laws, synthetic
 from analysis import table as tables
+from analysis.law import LawError
 from analysis.multiplicativity import multiplicativity
 from analysis.problem import FitError, set_up
 from analysis.search import search
@@ -22,7 +23,8 @@ def weights_only(noise=0.003, sizes=(30e6, 110e6, 220e6)):
 
 @pytest.fixture(scope="module")
 def compared():
-    return compare.compare(weights_only(), ("chinchilla", "precision", "d_eff", "capacity", "ptq"), starts=48)
+    names = ("chinchilla", "precision", "precision_unbiased", "d_eff", "capacity", "ptq")
+    return compare.compare(weights_only(), names, starts=48)
 
 
 @pytest.mark.slow
@@ -38,7 +40,7 @@ def test_the_law_that_made_the_table_predicts_held_out_rows_best(compared):
 def test_laws_are_judged_on_the_same_rows_and_count_their_free_parameters(compared):
     rows = {row.law: row for row in compared.rows}
     assert len({row.n for row in compared.rows}) == 1
-    assert rows["chinchilla"].k == 5 and rows["precision"].k == 7
+    assert rows["chinchilla"].k == 5 and rows["precision"].k == 7 and rows["precision_unbiased"].k == 6
     assert set(rows["precision"].refused) == WEIGHTS_ONLY
     assert rows["capacity"].k == 5 + 6
     assert "needs losses after PTQ" in compared.skipped["ptq"]
@@ -64,6 +66,14 @@ def test_held_out_error_is_that_of_a_fit_without_the_fold():
     expected = np.log(laws.predict("precision", without.values(theta_without), **out.columns) / out["loss"])
     np.testing.assert_allclose(held.error_n[setup.rows["N"] == 220e6], expected, atol=2e-5)
     assert held.folds == 3 and held.impossible == 0
+    (row,) = compare.compare(table, ("precision",), starts=32).rows
+    assert row.held_out["largest_N"] == pytest.approx(np.sqrt(np.mean(expected**2)), rel=2e-3)
+
+
+def test_a_law_without_biases_is_named_so_and_must_have_some():
+    assert "precision_unbiased" in compare.all_names() and "chinchilla_unbiased" not in compare.all_names()
+    with pytest.raises(LawError, match="chinchilla has no biases"):
+        compare.named("chinchilla_unbiased")
 
 
 def test_the_compute_scheme_holds_out_the_largest_fifth_of_the_runs():

@@ -16,6 +16,7 @@ from precision_scaling.ptq import apply, codes
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.quantize import UNQUANTIZED
+from precision_scaling.sharding import local_layout
 from precision_scaling.step import Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -62,7 +63,7 @@ def loss_of(tokens):
 
 def quantized(params, tokens, setting):
     arguments = static_of(setting), params, {}, tokens[:, :-1], BITS, 0.01
-    return apply.quantize_model(*arguments, setting=setting, batch_size=6)
+    return apply.quantize_model(*arguments, setting=setting, batch_size=6, layout=local_layout())
 
 
 @pytest.fixture(scope="module")

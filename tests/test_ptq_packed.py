@@ -16,6 +16,7 @@ from precision_scaling.optimizer import OptimizerConfig
 from precision_scaling.ptq import apply, codes, packed
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.quantize import Operand, Program
+from precision_scaling.sharding import local_layout
 from precision_scaling.step import Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -42,9 +43,8 @@ def quantized():
         params = jax.jit(lambda: init_model(MODEL, jax.random.key(0)))()
         tokens = np.random.default_rng(0).integers(0, 31, (6, 8)).astype(np.int32)
         table = {"a": parse(16).grid()}
-        models, _ = apply.quantize_model(
-            STATIC, params, table, tokens, (3, 4), 0.01, setting=SETTINGS[name], batch_size=6
-        )
+        options = {"setting": SETTINGS[name], "batch_size": 6, "layout": local_layout()}
+        models, _ = apply.quantize_model(STATIC, params, table, tokens, (3, 4), 0.01, **options)
         return dict(zip((3, 4), models, strict=True))
 
     return at

@@ -150,3 +150,12 @@ def test_every_device_holds_its_share_of_parameters_and_moments(on_meshes):
     for mesh, parts in (("1,8,1,1", 1), ("1,1,8,1", 8), ("1,1,2,4", 8), ("1,2,2,2", 4)):
         assert on_meshes[mesh]["bytes"] == [(total - counts) // parts + counts]
     assert on_meshes["2,2,2,1"]["bytes"] == [(total - counts) // 4 + counts // 2]  # the lanes are split over run
+
+
+@pytest.mark.slow
+def test_calibration_on_every_mesh_is_that_of_one_device_and_hessians_are_split_by_rule(on_meshes):
+    one = on_meshes["1,1,1,1"]
+    assert one["hessian_parts"] == [1] and 0 < min(one["gptq"]) <= max(one["gptq"]) < 0.1
+    for mesh, parts in (("1,8,1,1", 1), ("1,1,8,1", 8), ("1,1,2,4", 8), ("1,2,2,2", 4), ("2,2,2,1", 2)):
+        assert on_meshes[mesh]["hessian_parts"] == [parts]
+        np.testing.assert_allclose(on_meshes[mesh]["gptq"], one["gptq"], rtol=1e-3, err_msg=mesh)

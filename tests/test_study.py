@@ -1,6 +1,7 @@
 """A study's table: its runs, rows and columns; what is done again and what is not; shares of it; other configs."""
 
 import csv
+import json
 import math
 import types
 
@@ -159,6 +160,20 @@ def test_options_that_change_no_number_may_change(finished_study, study_config):
     bench_lib.open_bench(other, workdir)
     assert bench_lib.reopen_bench(workdir).experiment.config.train.log_every == 7
     bench_lib.open_bench(study_config, workdir)
+
+
+def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_config, tmp_path):
+    bench_lib.open_bench(study_config, tmp_path)
+    path = tmp_path / "config.json"
+    claim = json.loads(path.read_text())
+    del claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
+    path.write_text(json.dumps(claim))
+    assert bench_lib.reopen_bench(tmp_path).experiment.config.train.rewinds == 0
+    path.write_text(json.dumps(claim))
+    other = study_config.copy_and_resolve_references()
+    other.optimizer.z_loss = 1e-4
+    with pytest.raises(UserError, match=r"optimizer.z_loss was 0.0 and is 0.0001 now"):
+        bench_lib.open_bench(other, tmp_path)
 
 
 def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_config, tmp_path, quick_compile):

@@ -10,7 +10,13 @@ from analysis.compare import KINDS, Row
 from analysis.evidence import Evidence
 from analysis.figures.style import CATEGORIES, INK, Skipped, marker, panels
 
-SCHEMES = {"N": "a size N out", "D": "a budget D out", "P": "a precision out", "compute": "the largest runs out"}
+SCHEMES = {
+    "N": "a size N out",
+    "D": "a budget D out",
+    "P": "a precision out",
+    "compute": "the largest runs out",
+    "largest_N": "the largest size out",
+}
 NARROWEST = 4.0  # ratio of the ends of an error axis, at least
 
 
@@ -52,7 +58,7 @@ def _held_out(axis, rows: list[Row]) -> None:
     for series, (scheme, label) in enumerate(SCHEMES.items()):
         error = np.array([np.nan if row.held_out[scheme] is None else 100 * row.held_out[scheme] for row in rows])
         if np.isfinite(error).any():
-            shift = 0.14 * (series - 1.5)  # of a row; keeps marks of equal error apart
+            shift = 0.13 * (series - (len(SCHEMES) - 1) / 2)  # of a row; keeps marks of equal error apart
             axis.plot(error, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label)
             drawn.append(error[np.isfinite(error)])
     axis.set_xscale("log")
@@ -69,8 +75,8 @@ def _criteria(axis, rows: list[Row]) -> None:
     y = _names(axis, rows, labels=False)
     for series, name in enumerate(("aic", "bic")):
         values = np.array([getattr(row, name) for row in rows])
-        axis.plot(values - values.min(), y + 0.14 * (series - 0.5), marker(series), color=CATEGORIES[5 + series],
-                  mec=INK, label=name.upper())  # fmt: skip
+        above, mark = values - values.min(), len(SCHEMES) + series
+        axis.plot(above, y + 0.14 * (series - 0.5), marker(mark), color=CATEGORIES[mark], mec=INK, label=name.upper())
     axis.set_xscale("symlog", linthresh=10)
     axis.set_xlim(-1.5, None)
     axis.xaxis.set_major_locator(ticker.FixedLocator([0, 5, 10, 30, 100, 300, 1000, 3000, 10000, 30000]))

@@ -19,6 +19,7 @@ from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encod
 from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.ptq.smoothquant import smoothing_scales
+from precision_scaling.sharding import Layout, split_batch, split_hessian, splitting
 from precision_scaling.step import Static
 
 # The projections of a block in the order in which data reaches them.
@@ -50,15 +51,17 @@ def quantize_model(
     *,
     setting: Setting,
     batch_size: int,
+    layout: Layout,
 ) -> tuple[tuple[QuantizedModel, ...], Report]:
     """The decoder with the kernels of all blocks on the grids of each of the bit-widths (2 to 8).
 
     static: its program is `setting.program`'s. table: grids of the run's activations and attention, weights passing
     through; operands that the setting quantizes need none. tokens_NxS: calibration text, N a multiple of batch_size.
+    layout: calibration batches and Hessians are split over its devices; a factorization gathers one Hessian.
     Every bit-width has its own stream of activations, made by what is quantized already.
     """
     bits_K = jnp.asarray(bits, jnp.float32)
-    blocks, report = _compiled(static, setting, batch_size)(params, table, tokens_NxS, bits_K, damping)
+    blocks, report = _compiled(static, setting, batch_size, layout)(params, table, tokens_NxS, bits_K, damping)
     models = []
     for k in range(len(bits)):
         kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
@@ -67,7 +70,7 @@ def quantize_model(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(static: Static, setting: Setting, batch_size: int):
+def _compiled(static: Static, setting: Setting, batch_size: int, layout: Layout):
     def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
         layers = _as_multiplied(params["layers"]["block"], static.model.dtype)
         params = {**params, "layers": {"block": layers}}
@@ -80,7 +83,8 @@ def _compiled(static: Static, setting: Setting, batch_size: int):
             return _calibrated_layers(static, setting, *stream, bits, damping, batch_size)
 
         # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
-        return jax.lax.map(at, bits_K)
+        with splitting(layout):
+            return jax.lax.map(at, bits_K)
 
     return compilation.jit(quantize_at_all)
 
@@ -147,10 +151,12 @@ def statistics(program: quantize.Program, table, x_CxBxSxI):
 
     def add(total, x_BxSxI):
         x = quantize.on_grid(x_BxSxI, "a", program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
-        return (total[0] + jnp.matmul(x.T, x, precision="highest"), total[1] + jnp.sum(jnp.abs(x), axis=0)), None
+        hessian_IxI = split_hessian(total[0] + jnp.matmul(x.T, x, precision="highest"))
+        return (hessian_IxI, total[1] + jnp.sum(jnp.abs(x), axis=0)), None
 
     size = x_CxBxSxI.shape[-1]
-    (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, (jnp.zeros((size, size)), jnp.zeros(size)), x_CxBxSxI)
+    nothing = split_hessian(jnp.zeros((size, size))), jnp.zeros(size)
+    (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, nothing, x_CxBxSxI)
     return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
 
 
@@ -187,7 +193,8 @@ def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_N
 
     def each(block, method, *streams_CxB):
         """A method of the block with these parameters, calibration batch by calibration batch."""
-        return jax.lax.map(lambda batch: module.apply({"params": block}, *batch, method=method), streams_CxB)
+        apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=method)
+        return jax.lax.map(apply, streams_CxB)
 
     with_table = lambda method: lambda block, *args: method(block, *args, table)
 

@@ -108,7 +108,7 @@ def _quantize_run(bench: Bench, job: _Job, save: bool) -> list[str]:
     if setting.kernels:
         batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
         calibration = bench.loader(job.group.shape).calibration_windows(config.ptq.calibration_sequences, seed=run.seed)
-        options = {"setting": setting, "batch_size": batch}
+        options = {"setting": setting, "batch_size": batch, "layout": bench.layout}
         models, report = apply.quantize_model(
             static, params, table, calibration[:, :-1], job.bits, config.ptq.damping, **options
         )
