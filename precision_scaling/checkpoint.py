@@ -30,6 +30,8 @@ def save(path: Path, tree: Any) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax's threads would log their tracebacks; the error below says it all
     try:
+        if hosts.primary():
+            _make_a_directory_beside(path)
         with _checkpointer(tree) as checkpointer:
             fingerprint = np.asarray(_fingerprint(tree))
             checkpointer.save(path.absolute(), {"arrays": tree, "fingerprint": fingerprint}, force=True)
@@ -38,6 +40,14 @@ def save(path: Path, tree: Any) -> None:
         raise UserError(f"{path}: cannot be written ({disk[0] if disk else _reason(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _make_a_directory_beside(path: Path) -> None:
+    """OSError where Orbax could not make its own; its threads would wait minutes for that one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f".{path.name}.{os.getpid()}.trial")
+    trial.mkdir(exist_ok=True)
+    trial.rmdir()
 
 
 def restore(path: Path, abstract: Any) -> Any:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -209,3 +210,12 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(killed
     assert statuses == [0]
     assert str(newest) in errors and "going back to the checkpoint before it" in errors
     assert_same_study(killed.directory / "whole", killed.directory / "damaged")
+
+
+def test_a_directory_that_cannot_be_made_is_one_line_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"cohorts: cannot be written \(FileExistsError") as error:
+        checkpoint.save(tmp_path / "file" / "cohorts", {"x": np.zeros(3)})
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 5
