@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from analysis.law import HIGH_PRECISION_BITS, LawError
+from analysis.table import FORMAT_COLUMNS
 from precision_scaling.errors import UserError
 from precision_scaling.gaussian import gaussian_mse
 
-FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
 WIDE_FLOATS = {"bf16": (8, 7), "fp16": (5, 10), "fp32": (8, 23)}
 
 

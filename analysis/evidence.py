@@ -62,10 +62,10 @@ class Evidence:
 
 
 def main_rows(table: Table) -> tuple[Table, str | None]:
-    """The rows that one law can hold: of one learning-rate schedule, before PTQ and after the main method of PTQ of
-    weights; and the name of that method. The others are counted as left out.
+    """The rows that one law can hold: of one learning-rate schedule and one kind of formats, before PTQ and after the
+    main method of PTQ of weights; and the name of that method. The others are counted as left out.
     """
-    table = table.one_schedule()
+    table = table.one_schedule().integer_formats()
     return table.one_method(), table.main_method
 
 

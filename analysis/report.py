@@ -1,7 +1,7 @@
 """Everything a table of losses says: `python -m analysis.report --runs=runs.csv --out=DIR`.
 
-Fits the laws (fit_LAW.json), draws the figures (figures/*.png, *.svg), puts the paper's findings to the table
-(findings.json) and writes one self-contained index.html.
+Fits the laws (fit_LAW.json), compares them on held-out rows (compare.csv), draws the figures (figures/*.png, *.svg),
+puts the paper's findings to the table (findings.json) and writes one self-contained index.html.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from absl import flags
 from analysis import command
 from analysis import fit as fits
 from analysis import table as tables
-from analysis.compare import compare
+from analysis.compare import compare, to_csv
 from analysis.evidence import Evidence, main_rows
 from analysis.figures.gallery import draw_all
 from analysis.findings import Finding, all_findings, growth_sentence
@@ -92,6 +92,10 @@ def write(
             fitted[name].save(path)
         else:
             path.unlink(missing_ok=True)  # of an earlier table
+    if comparison is None:
+        (out / "compare.csv").unlink(missing_ok=True)
+    else:
+        atomic_write(out / "compare.csv", to_csv(comparison))
     findings = all_findings(evidence)
     sentence = growth_sentence(evidence)
     drawn = draw_all(evidence, out / "figures")

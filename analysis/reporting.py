@@ -88,7 +88,8 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         how = "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
         how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
         intervals = (
-            f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(runs/(runs - parameters))"
+            f"{level:.0%} percentiles of {resamples} bootstrap draws, {how}, spread by sqrt(1 + q parameters/(runs - "
+            "parameters)), q the share of residuals within Huber's delta"
         )
     return {
         "formula": law.formula,

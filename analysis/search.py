@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from analysis.identify import score_and_curvature
-from analysis.optimize import Problem, solve
+from analysis.optimize import Problem, residuals, solve
 from analysis.problem import Setup, to_theta
 
 DEFAULT_STARTS = 512
@@ -126,10 +126,9 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
     """(resamples, F) constants of tables made of the same number of runs drawn with replacement (all rows of a run
     together).
 
-    Draws are spread around theta by sqrt(runs / (runs - F)): residuals of a fit are that much smaller than the
-    errors. Where runs are fewer than ten per parameter, runs get exponential weights instead (Rubin's Bayesian
-    bootstrap), since drawing few runs with replacement leaves out whole sizes. Tables of more than LARGE_TABLE rows
-    take one Newton step per draw.
+    Draws are spread around theta by `spread`. Where runs are fewer than ten per parameter, runs get exponential
+    weights instead (Rubin's Bayesian bootstrap), since drawing few runs with replacement leaves out whole sizes. Tables
+    of more than LARGE_TABLE rows take one Newton step per draw.
     """
     rng = np.random.default_rng(seed)
     runs = int(setup.run_n.max()) + 1
@@ -154,9 +153,19 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
                 tolerance=1e-9,
                 progress=label,
             ).theta_SxF
-    spread = math.sqrt(runs / max(runs - len(setup.free), 1))
-    widened = theta_F + spread * (draws_RxF - theta_F)
+    widened = theta_F + spread(setup, theta_F) * (draws_RxF - theta_F)
     return np.clip(widened, setup.problem.lower_F, setup.problem.upper_F)
+
+
+def spread(setup: Setup, theta_F: np.ndarray) -> float:
+    """sqrt(1 + q F / (runs - F)), q the share of residuals within Huber's delta.
+
+    Residuals of least squares (q = 1) are smaller than the errors by sqrt(1 - F / runs). Of absolute values (q = 0) the
+    resampled optima, like resampled medians, lie that much too far apart already: see docs/analysis.md for both.
+    """
+    runs, free = int(setup.run_n.max()) + 1, len(setup.free)
+    quadratic = np.mean(np.abs(residuals(setup.problem, theta_F)) <= setup.problem.huber_delta)
+    return math.sqrt(1 + quadratic * free / max(runs - free, 1))
 
 
 def few_runs(setup: Setup) -> bool:

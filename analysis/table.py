@@ -27,6 +27,7 @@ SETTINGS = (
     "seed",
     "group_size",
 )  # with every text column: what makes two rows repeats
+FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
 METHOD_COLUMNS = ("method", "ptq_method")
 BEYOND_WEIGHTS = ("smoothquant", "kv_cache")  # PTQ methods that quantize activations or the KV cache
 HIGH_PRECISION_BITS = 16.0
@@ -140,6 +141,21 @@ class Table:
         used = Counter(names)
         main = next((name for name in used if name.lower().startswith("cos")), used.most_common(1)[0][0])
         return self.select(names == main, f"trained under another schedule than {main or '(unnamed)'}")
+
+    def integer_formats(self) -> "Table":
+        """The rows trained in integers or 16 bits and more, where integers are there; else all.
+
+        A floating-point format of as many bits rounds in another way, and costs something else.
+        """
+        floating, integer = np.zeros(len(self), bool), np.zeros(len(self), bool)
+        for part, names in FORMAT_COLUMNS.items():
+            for name in names:
+                if name in self:
+                    formats, low = self[name].astype(str), self[f"P_{part}"] < HIGH_PRECISION_BITS
+                    is_integer = np.char.startswith(formats, "int")
+                    floating |= low & ~is_integer & (formats != "")
+                    integer |= low & is_integer
+        return self.select(~floating, "trained in floating point below 16 bits") if integer.any() else self
 
     def before_ptq(self) -> "Table":
         """The rows measured before PTQ (P_post empty)."""

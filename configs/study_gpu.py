@@ -30,6 +30,7 @@ def tokens(size: str, *ratios: int) -> tuple[int, ...]:
 def get_config():
     """The study's config."""
     c = base.get_config()
+    c.optimizer.peak_rate = 1.6e-2  # as in study_overnight_cpu, whose base size this has
     c.data.name = "python_stdlib/packages"
     c.model.sequence_length = 128
     c.train.batch_size = 64

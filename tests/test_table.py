@@ -148,3 +148,19 @@ def test_a_million_rows_load_in_seconds(tmp_path):
     began = time.monotonic()
     assert len(tables.load(path)) == 10**6
     assert time.monotonic() - began < 60
+
+
+def test_of_integers_and_floating_point_of_as_many_bits_the_integers_are_one_kind():
+    columns = {
+        **{"run": list("abcde"), "N": [1e6] * 5, "D": [1e8] * 5, "loss": [2.0, 2.1, 2.2, 2.3, 2.4]},
+        **{"P_w": [16, 4, 4, 4, 8], "P_a": [16, 16, 16, 4, 16]},
+        **{"w_format": ["bf16", "int4", "e2m1", "int4", "int8"], "a_format": ["bf16", "bf16", "bf16", "e2m1", "bf16"]},
+    }
+    table = tables.from_columns(columns)
+    kept = table.integer_formats()
+    assert list(kept["run"]) == ["a", "b", "e"]
+    assert kept.left_out == {"trained in floating point below 16 bits": 2}
+    floats = table.select(table["w_format"] == "e2m1")
+    assert len(floats.integer_formats()) == 1
+    unnamed = tables.from_columns({name: columns[name] for name in ("run", "N", "D", "loss", "P_w", "P_a")})
+    assert len(unnamed.integer_formats()) == 5

@@ -11,11 +11,11 @@ from analysis.evidence import Evidence
 from analysis.figures.style import CATEGORIES, INK, Skipped, marker, panels
 
 SCHEMES = {
-    "N": "a size N out",
-    "D": "a budget D out",
-    "P": "a precision out",
-    "compute": "the largest runs out",
-    "largest_N": "the largest size out",
+    "N": "N out",
+    "D": "D out",
+    "P": "P out",
+    "compute": "largest runs out",
+    "largest_N": "largest N out",
 }
 NARROWEST = 4.0  # ratio of the ends of an error axis, at least
 
