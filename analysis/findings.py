@@ -266,7 +266,7 @@ def low_precision_robust(evidence: Evidence) -> Finding:
     """F4 by pairs: δ of a model trained in low precision over δ of the 16-bit model of equal N, D and P_post."""
     claim = "One law predicts training and serving precision; models trained in low precision lose less under PTQ."
     deltas = evidence.deltas
-    low = ~deltas.high_precision & (deltas["P_w"] > deltas["P_post"])  # at P_w <= P_post δ is zero by construction
+    low = ~deltas.high_precision & (deltas["P_w"] > deltas["P_post"])  # from P_w on the law says that δ is 0
     if not low.any():
         return Finding(
             "F4", claim, NOT_TESTABLE, "No model trained below 16 bits was quantized to fewer bits than its weights."
