@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def save(path: Path, tree: Any) -> None:
 
     UserError, one line, where it cannot be written.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax's threads would log their tracebacks; the error below says it all
+    verbosity, hook = logging.get_verbosity(), threading.excepthook
+    # Orbax's threads would log and print their tracebacks; the error below says it all.
+    logging.set_verbosity(logging.FATAL)
+    threading.excepthook = lambda arguments: None
     try:
         if hosts.primary():
             _make_a_directory_beside(path)
@@ -40,6 +43,7 @@ def save(path: Path, tree: Any) -> None:
         raise UserError(f"{path}: cannot be written ({disk[0] if disk else _reason(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+        threading.excepthook = hook
 
 
 def _make_a_directory_beside(path: Path) -> None:
