@@ -5,10 +5,12 @@ arrays stands beside them: a bit that flipped on disk would otherwise be read as
 over hosts are written by all of them, and restored to whatever mesh there is then.
 """
 
+import functools
 import json
 import os
 import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ def save(path: Path, tree: Any) -> None:
 
     UserError, one line, where it cannot be written.
     """
+    _pass_over_closed_loops()
     verbosity, hook = logging.get_verbosity(), threading.excepthook
     # Orbax's threads would log and print their tracebacks; the error below says it all.
     logging.set_verbosity(logging.FATAL)
@@ -44,6 +47,18 @@ def save(path: Path, tree: Any) -> None:
     finally:
         logging.set_verbosity(verbosity)
         threading.excepthook = hook
+
+
+@functools.cache
+def _pass_over_closed_loops() -> None:
+    """From now on prints nothing of callbacks into an event loop that a failed write has closed.
+
+    TensorStore's threads make them for a while; the error itself has been raised.
+    """
+    closed = lambda error: isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    uncaught, unraisable = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if closed(error) else uncaught(kind, error, trace)
+    sys.unraisablehook = lambda found: None if closed(found.exc_value) else unraisable(found)
 
 
 def _make_a_directory_beside(path: Path) -> None:
