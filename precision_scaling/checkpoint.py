@@ -7,11 +7,14 @@ over hosts are written by all of them, and restored to whatever mesh there is th
 
 import functools
 import json
+import logging as standard_logging
 import os
 import re
 import shutil
 import sys
 import threading
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,7 @@ def save(path: Path, tree: Any) -> None:
 
     UserError, one line, where it cannot be written.
     """
-    _pass_over_closed_loops()
-    verbosity, hook = logging.get_verbosity(), threading.excepthook
-    # Orbax's threads would log and print their tracebacks; the error below says it all.
-    logging.set_verbosity(logging.FATAL)
-    threading.excepthook = lambda arguments: None
+    _quieten_orbax()
     try:
         if hosts.primary():
             _make_a_directory_beside(path)
@@ -44,21 +43,31 @@ def save(path: Path, tree: Any) -> None:
     except Exception as error:  # Orbax raises errors of many kinds for a disk that is full
         disk = re.search("|".join(map(os.strerror, errors.DISK_ERRORS)), str(error))
         raise UserError(f"{path}: cannot be written ({disk[0] if disk else _reason(error)})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        threading.excepthook = hook
 
 
 @functools.cache
-def _pass_over_closed_loops() -> None:
-    """From now on prints nothing of callbacks into an event loop that a failed write has closed.
+def _quieten_orbax() -> None:
+    """From now on, what Orbax raises is told once, by the error that `save` and `restore` make of it.
 
-    TensorStore's threads make them for a while; the error itself has been raised.
+    Where a write fails, its threads and those of TensorStore also log it, print tracebacks, drop coroutines and call
+    back into closed event loops, some of it long after the error has been raised: so this is never undone.
     """
-    closed = lambda error: isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    uncaught, unraisable = sys.excepthook, sys.unraisablehook
-    sys.excepthook = lambda kind, error, trace: None if closed(error) else uncaught(kind, error, trace)
-    sys.unraisablehook = lambda found: None if closed(found.exc_value) else unraisable(found)
+    orbax = os.path.dirname(ocp.__file__)
+    logging.get_absl_logger().addFilter(lambda record: not record.pathname.startswith(orbax))
+    standard_logging.getLogger("asyncio").disabled = True
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def closed_loop(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    def of_orbax(error: BaseException | None) -> bool:
+        frames = traceback.extract_tb(error.__traceback__) if error else []
+        return closed_loop(error) or any(frame.filename.startswith(orbax) for frame in frames)
+
+    uncaught, unraisable, of_threads = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = lambda kind, error, trace: None if closed_loop(error) else uncaught(kind, error, trace)
+    sys.unraisablehook = lambda found: None if of_orbax(found.exc_value) else unraisable(found)
+    threading.excepthook = lambda found: None if of_orbax(found.exc_value) else of_threads(found)
 
 
 def _make_a_directory_beside(path: Path) -> None:

@@ -1,10 +1,7 @@
 """Errors that a user can mend: one line that names the key, the value and what is allowed."""
 
 import errno
-import logging as logging_
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -70,16 +67,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _hush_threads() -> None:
-    """Of a process that is about to end with one line: no tracebacks of the threads that the error leaves behind."""
-    threading.excepthook = lambda arguments: None
-    sys.unraisablehook = lambda unraisable: None
-    warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that are never awaited
-    logging_.getLogger("asyncio").disabled = True
-
-
 def _fail(error: object) -> None:
-    _hush_threads()
     message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
     print("error:", message, file=sys.stderr)
     sys.exit(2)
