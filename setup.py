@@ -41,6 +41,6 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],  # config.train.sinks; it needs no TensorFlow
         "wandb": ["wandb>=0.20"],
         "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboardX>=2.6"],
     },
 )

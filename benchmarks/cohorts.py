@@ -21,7 +21,8 @@ from absl import app, flags
 
 from configs import base
 from precision_scaling import bench as bench_lib
-from precision_scaling import cohort, model, results, study
+from precision_scaling import model, results, study
+from precision_scaling.programs import programs_of
 
 _SIZE = flags.DEFINE_string("size", "25k", "Size of the models.")
 _TOKENS = flags.DEFINE_list("tokens", ["100000", "200000"], "Token budgets.")
@@ -50,7 +51,7 @@ def measure(studies: list, clear: bool) -> tuple[float, dict[str, float]]:
         for i, one in enumerate(studies):
             if clear:
                 jax.clear_caches()
-                cohort._programs.cache_clear()
+                programs_of.cache_clear()
                 bench_lib._validation_loss.cache_clear()
             start = time.perf_counter()
             bench = bench_lib.open_bench(one, Path(directory) / str(i))

@@ -159,7 +159,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.ptq.granularity = "tensor"  # what shares a scale in activations, keys and values: "tensor" or "token"
 
     c.study = ml_collections.ConfigDict()
-    c.study.lanes = 4  # runs of one shape that train at once (vmap); memory grows with it, results do not change
+    # Runs of one shape that train at once (vmap), fewer where the devices' memory holds fewer; results do not change.
+    c.study.lanes = 4
     # Named parts of the grid; each is the product of its lists. Empty: the one run that the options above describe.
     c.study.grid = ml_collections.ConfigDict()
 

@@ -5,6 +5,7 @@ arrays stands beside them: a bit that flipped on disk would otherwise be read as
 over hosts are written by all of them, and restored to whatever mesh there is then.
 """
 
+import contextlib
 import functools
 import json
 import logging as standard_logging
@@ -15,6 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,38 @@ def save(path: Path, tree: Any) -> None:
 
     UserError, one line, where it cannot be written.
     """
+    begin_save(path, tree)()
+
+
+def begin_save(path: Path, tree: Any) -> Callable[[], None]:
+    """Starts what `save` does, and returns what ends it: until that has been called, nothing is known to be on disk.
+
+    In between threads write; the arrays may go. Both raise as `save` does.
+    """
     _quieten_orbax()
-    try:
+    with _one_line(path):
         if hosts.primary():
             _make_a_directory_beside(path)
-        with _checkpointer(tree) as checkpointer:
-            fingerprint = np.asarray(_fingerprint(tree))
+        fingerprint = np.asarray(_fingerprint(tree))
+        checkpointer = _checkpointer(tree)
+        with contextlib.ExitStack() as stack:
+            stack.callback(checkpointer.close)
             checkpointer.save(path.absolute(), {"arrays": tree, "fingerprint": fingerprint}, force=True)
-    except Exception as error:  # Orbax raises errors of many kinds for a disk that is full
+            stack.pop_all()
+
+    def end() -> None:
+        with _one_line(path), contextlib.closing(checkpointer):
+            checkpointer.wait_until_finished()
+
+    return end
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Of whatever is raised in it, a UserError: Orbax has errors of many kinds for a disk that is full."""
+    try:
+        yield
+    except Exception as error:
         disk = re.search("|".join(map(os.strerror, errors.DISK_ERRORS)), str(error))
         raise UserError(f"{path}: cannot be written ({disk[0] if disk else _reason(error)})") from error
 

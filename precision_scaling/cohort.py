@@ -8,22 +8,18 @@ longest is the trunk, and the others start from its state at their branch step.
 """
 
 import dataclasses
-import functools
-import json
-import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, compilation, experiment, hosts, metrics, results, rewind, sinks
+from precision_scaling import checkpoint, experiment, hosts, metrics, metrics_log, rewind, sinks
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader
@@ -32,7 +28,8 @@ from precision_scaling.experiment import Cohort, Run
 from precision_scaling.feed import Chunk, Feed
 from precision_scaling.optimizer import OptimizerConfig
 from precision_scaling.profiling import Profile
-from precision_scaling.sharding import Layout, splitting
+from precision_scaling.programs import lanes_that_fit, programs_of, stacked
+from precision_scaling.sharding import Layout
 from precision_scaling.step import RunInputs, Static, TrainState
 from precision_scaling.stopping import Stop, Stopped
 
@@ -73,50 +70,6 @@ def table_of(run: Run, program, **replaced) -> dict[str, Any]:
     return run.precision.table(program, **replaced)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    """Compiled for a shape, a layout and a number of lanes; every result is made in its place on the mesh."""
-
-    one: Any  # abstract state of a run
-    initialize: Callable  # seed -> state of one run
-    spread: Callable  # state of one run -> that state in all lanes
-    train: Callable  # (state, inputs, tokens, steps) -> (state, metrics)
-    parameters: Callable  # (parameters of all lanes, lane) -> those of one
-    pick: Callable  # (state of any number of lanes, lane) -> that of one
-    put: Callable  # (state, lane, state of one run) -> state
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(static: Static, layout: Layout, lanes: int) -> _Programs:
-    one = jax.eval_shape(functools.partial(step_lib.init_state, static), 0)
-    single, stacked = layout.of_tree(one), layout.of_tree(_stacked(one, lanes), lanes=True)
-
-    def train(state, inputs, tokens_TxRxMxBxS1, steps):
-        def fetch(t):
-            tokens = jax.lax.dynamic_index_in_dim(tokens_TxRxMxBxS1, t, 0, keepdims=False)
-            return tokens.astype(jnp.int32)
-
-        with splitting(layout):
-            return step_lib.train_chunk(static, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
-
-    take = lambda tree, lane: jax.tree.map(lambda x: x[lane], tree)
-    put = lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one)
-    spread = lambda one: jax.tree.map(lambda x: jnp.repeat(x[None], lanes, axis=0), one)
-    return _Programs(
-        one,
-        initialize=compilation.jit(functools.partial(step_lib.init_state, static), level=1, out_shardings=single),
-        spread=jax.jit(spread, out_shardings=stacked),
-        train=compilation.jit(train, donate_argnums=0, out_shardings=(stacked, layout.place())),
-        parameters=jax.jit(take, out_shardings=single.params),
-        pick=jax.jit(take, out_shardings=single),
-        put=jax.jit(put, donate_argnums=0, out_shardings=stacked),
-    )
-
-
-def _stacked(one: Any, lanes: int) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype), one)
-
-
 def train_cohort(
     cohort: Cohort,
     optimizer: OptimizerConfig,
@@ -125,12 +78,13 @@ def train_cohort(
     workdir: Path,
     worker: str,
     options: Options,
-    on_finished: Callable[[Finished], None],
+    on_finished: Callable[[Finished], Callable[[], None] | None],
     progress: tqdm,
     stop: Stop,
     profile: Profile | None = None,
 ) -> None:
-    """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end.
+    """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end; what that
+    returns is called when the next steps are done, and whatever comes, so that files can be written beside training.
 
     cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
     spread. worker: names the checkpoints of this process among those that share a study. profile: is told of every
@@ -140,23 +94,38 @@ def train_cohort(
     """
     static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
     profile = profile or Profile(workdir, 0)
-    trainer = _Trainer(static, cohort, loader, layout, workdir, worker, options, progress, profile)
+    feed = lambda lanes: Feed(loader, layout, lanes, static.microbatches, options.steps_per_dispatch)
+    lanes = lanes_that_fit(static, layout, options.lanes, lambda n: (_inputs(cohort, [None] * n), feed(n).abstract))
+    if lanes < options.lanes:
+        size, asked = cohort.shape.size, options.lanes
+        logging.warning("%s: %d runs at a time; the devices have too little memory for %d", size, lanes, asked)
+    trainer = _Trainer(static, cohort, feed(lanes), layout, workdir, worker, options, progress, profile)
+    to_end: list[Callable[[], None]] = []
     try:
         trainer.restore()
         while trainer.fill():
-            for finished in trainer.advance():
-                on_finished(finished)
+            ended = trainer.advance()
+            _call_all(to_end)
+            to_end += filter(None, map(on_finished, ended))
             trainer.branch()
-            # After the rows: a run that has left its lane is in no later checkpoint. One decision for all processes.
             asked = hosts.largest(_STOP if stop.asked() else _SAVE if trainer.save_is_due() else _GO_ON)
-            if asked != _GO_ON:
+            if asked != _GO_ON:  # one decision for all processes
+                _call_all(to_end)  # first: a run that has left its lane is in no later checkpoint
                 trainer.save()
             if asked == _STOP:
                 raise Stopped(stop.reason)
+        _call_all(to_end)
         trainer.checkpoints.clear()
     finally:
         trainer.feed.close()
         trainer.followers.close()
+        _call_all(to_end)
+
+
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    """Calls each once, and takes it from the list."""
+    while calls:
+        calls.pop(0)()
 
 
 _GO_ON, _SAVE, _STOP = range(3)
@@ -176,6 +145,19 @@ class _Lane:
         return self.run.seed, rewind.batch_of(self.step, self.left_out)
 
 
+def _inputs(cohort: Cohort, lanes: "Sequence[_Lane | None]") -> RunInputs:
+    """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
+    runs = [lane.run if lane else cohort.runs[0] for lane in lanes]
+    tables = [table_of(run, cohort.program) for run in runs]
+    idle = lambda schedule: schedule._replace(peak_rate=np.float32(0))
+    schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, lanes, strict=True)]
+    return RunInputs(
+        table=jax.tree.map(lambda *grids: np.stack(grids), *tables),
+        schedule=jax.tree.map(lambda *lanes: np.stack(lanes), *schedules),
+        seed=np.array([run.seed for run in runs], np.int32),
+    )
+
+
 def _leads_to(lane: _Lane | None, run: Run) -> bool:
     """Whether the run in a lane has the branch step of another before it, on the way they share."""
     return (
@@ -189,15 +171,15 @@ def _leads_to(lane: _Lane | None, run: Run) -> bool:
 class _Trainer:
     """The state of a cohort under way: what is in which lane, and what still waits."""
 
-    def __init__(self, static, cohort: Cohort, loader, layout: Layout, workdir, worker, options, progress, profile):
+    def __init__(self, static, cohort: Cohort, feed: Feed, layout: Layout, workdir, worker, options, progress, profile):
         self.static, self.cohort, self.layout = static, cohort, layout
         self.workdir, self.options, self.progress, self.profile = workdir, options, progress, profile
         self.followers = sinks.Followers(options.sinks if hosts.primary() else ())
-        self.compiled = False
+        self._step_tokens = cohort.shape.tokens_per_step
         self.waiting: list[Run] = list(cohort.runs)
-        self.lanes: list[_Lane | None] = [None] * options.lanes
-        self.feed = Feed(loader, layout, options.lanes, static.microbatches, options.steps_per_dispatch)
-        self.programs = _programs(static, layout, options.lanes)
+        self.lanes: list[_Lane | None] = [None] * feed.lanes
+        self.feed = feed
+        self.programs = programs_of(static, layout, feed.lanes)
         # One lane's state, repeated; `fill` replaces it.
         self.state: TrainState = self.programs.spread(self.programs.initialize(0))
         self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
@@ -206,7 +188,7 @@ class _Trainer:
     def restore(self) -> None:
         """Puts the runs of the newest checkpoint back into lanes."""
         one = self.programs.one
-        found = self.checkpoints.restore(lambda n: self.layout.abstract(_stacked(one, n), lanes=True))
+        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(one, n), lanes=True))
         if found is None:
             return
         saved, state = found
@@ -219,8 +201,8 @@ class _Trainer:
             self.state = self.programs.put(self.state, lane, self.programs.pick(state, i))
             self.lanes[lane] = _Lane(run, entry["step"], rewind.left_out(run_directory(self.workdir, run)))
             self.waiting.remove(run)
-            truncate_metrics(self._metrics_path(run), entry["step"])
-            self.progress.update(entry["step"] * self.cohort.shape.tokens_per_step)
+            self._truncate_metrics(run, entry["step"])
+            self.progress.update(entry["step"] * self._step_tokens)
 
     def fill(self) -> bool:
         """Starts waiting runs in free lanes; False when there is nothing left to do."""
@@ -228,7 +210,7 @@ class _Trainer:
             if lane is None and (run := self._next(self.lanes, self.waiting)) is not None:
                 self.waiting.remove(run)
                 step = self._begin(i, run)
-                self.progress.total -= step * self.cohort.shape.tokens_per_step
+                self.progress.total -= step * self._step_tokens
         return any(lane is not None for lane in self.lanes)
 
     def _next(self, lanes: "list[_Lane | None]", waiting: list[Run]) -> Run | None:
@@ -241,7 +223,7 @@ class _Trainer:
         step, state = back or self._start(run)
         self.state = self.programs.put(self.state, i, state)
         self.lanes[i] = _Lane(run, step, rewind.left_out(run_directory(self.workdir, run)))
-        truncate_metrics(self._metrics_path(run), step)
+        self._truncate_metrics(run, step)
         return step
 
     def _start(self, run: Run) -> tuple[int, TrainState]:
@@ -269,17 +251,15 @@ class _Trainer:
         active = [(i, lane) for i, lane in enumerate(self.lanes) if lane is not None]
         chunk = self._chunk(self.lanes)
         steps = chunk.steps
-        with self.profile.dispatch(compiles=not self.compiled):
+        with self.profile.dispatch():
             started, waited = time.monotonic(), self.feed.wait_seconds
             tokens = self.feed.take(chunk)
             if (expected := self._chunk(self._expected(steps))).steps:
                 self.feed.read_ahead(expected)
-            self.state, found = self.programs.train(self.state, self._inputs(), tokens, steps)
+            self.state, found = self.programs.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
             seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
-        # The first dispatch compiles: its time says nothing.
-        speed = self._speed(len(active), steps, seconds, waited) if self.compiled else {}
-        self.compiled = True
+        speed = self._speed(len(active), steps, seconds, waited)
         ended, trained = [], 0
         for i, lane in active:
             if len(lane.left_out) < self.options.rewinds:
@@ -295,13 +275,13 @@ class _Trainer:
             if diverged is not None or lane.step == lane.run.steps:
                 params = self.programs.parameters(self.state.params, i)
                 ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
-                self.progress.total -= (lane.run.steps - lane.step) * self.cohort.shape.tokens_per_step
+                self.progress.total -= (lane.run.steps - lane.step) * self._step_tokens
                 if hosts.primary():
                     shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
                 self.followers.end(self._metrics_path(lane.run))
                 self.lanes[i] = None
         self.progress.set_postfix(loss=f"{np.mean(found.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
-        self.progress.update(trained * self.cohort.shape.tokens_per_step)
+        self.progress.update(trained * self._step_tokens)
         return ended
 
     def _rewind(self, i: int, step: int) -> None:
@@ -315,7 +295,7 @@ class _Trainer:
         back = self._saved(lane.run, step)
         self.followers.end(self._metrics_path(lane.run))
         begun = self._begin(i, lane.run, back)
-        self.progress.update((begun - lane.step) * self.cohort.shape.tokens_per_step)
+        self.progress.update((begun - lane.step) * self._step_tokens)
         logging.warning(
             "%s: loss or gradient is not finite at step %d; back to step %d, and on without batch %d (rewind %d of %d)",
             *(lane.run.id, step + 1, begun, batch, len(lane.left_out) + 1, self.options.rewinds),
@@ -323,7 +303,7 @@ class _Trainer:
 
     def _saved(self, run: Run, step: int) -> tuple[int, TrainState] | None:
         """(step, state) of a run in the newest checkpoint, where it is there and not after `step`."""
-        found = self.checkpoints.restore(lambda n: self.layout.abstract(_stacked(self.programs.one, n), lanes=True))
+        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.programs.one, n), lanes=True))
         for i, entry in enumerate(found[0] if found else ()):
             if entry["run"] == run.id and entry["step"] <= step:
                 return entry["step"], self.programs.pick(found[1], i)
@@ -339,18 +319,6 @@ class _Trainer:
             lanes = [{"run": x.run.id, "step": x.step} if x else {"run": None, "step": 0} for x in self.lanes]
             self.checkpoints.save(lanes, self.state)
         self.saved_at = time.monotonic()
-
-    def _inputs(self) -> RunInputs:
-        """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
-        runs = [lane.run if lane else self.cohort.runs[0] for lane in self.lanes]
-        tables = [table_of(run, self.cohort.program) for run in runs]
-        idle = lambda schedule: schedule._replace(peak_rate=np.float32(0))
-        schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, self.lanes, strict=True)]
-        return RunInputs(
-            table=jax.tree.map(lambda *grids: np.stack(grids), *tables),
-            schedule=jax.tree.map(lambda *lanes: np.stack(lanes), *schedules),
-            seed=np.array([run.seed for run in runs], np.int32),
-        )
 
     def _chunk(self, lanes: list[_Lane | None]) -> Chunk:
         """What is trained on next: all lanes go on until the next one ends or is branched from, or as far as one
@@ -385,42 +353,22 @@ class _Trainer:
         return run_directory(self.workdir, run) / "branch"
 
     def _metrics_path(self, run: Run) -> Path:
-        return run_directory(self.workdir, run) / "metrics.jsonl"
+        return run_directory(self.workdir, run) / metrics_log.FILE
 
     def _speed(self, active: int, steps: int, seconds: float, waited: float) -> dict[str, float]:
-        """How fast a dispatch went: tokens/s of each run, and of all runs together (as they share the devices) model
-        FLOP/s, their share of the devices' peak where that is known, and the share of time spent waiting for tokens."""
-        rate = steps * self.cohort.shape.tokens_per_step / seconds
-        flops = metrics.model_flops_per_second(self.cohort.shape.model, active * rate)
-        devices = self.layout.mesh.devices
-        mfu = metrics.mfu(flops, devices.flat[0].device_kind, self.cohort.shape.model.dtype, devices.size)
-        return {
-            "tokens_per_second": round(rate, 1),
-            "flops_per_second": float(f"{flops:.5g}"),
-            **({} if mfu is None else {"mfu": float(f"{mfu:.4g}")}),
-            "data_wait": round(waited / seconds, 4),
-        }
+        model, devices = self.cohort.shape.model, self.layout.mesh.devices
+        return metrics.speed(model, devices, active, steps * self._step_tokens, seconds, waited)
+
+    def _truncate_metrics(self, run: Run, step: int) -> None:
+        if hosts.primary():
+            metrics_log.truncate(self._metrics_path(run), step)
 
     def _log(self, lane: _Lane, found: step_lib.StepMetrics, speed: dict[str, float]) -> None:
-        """Appends a line for every log_every-th step (and the last) to the run's metrics.jsonl."""
-        if not hosts.primary():
-            return
-        path = self._metrics_path(lane.run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            for t, (loss, grad_norm, rate) in enumerate(zip(*found, strict=True)):
-                step = lane.step + t + 1
-                if step % self.options.log_every == 0 or step == lane.run.steps:
-                    line = {
-                        "step": step,
-                        "tokens": step * self.cohort.shape.tokens_per_step,
-                        "loss": float(loss) if math.isfinite(loss) else None,
-                        "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,
-                        "learning_rate": float(rate),
-                        **speed,
-                    }
-                    file.write(json.dumps(line) + "\n")
-        self.followers.follow(path)
+        """Writes the steps that a run has done to its metrics.jsonl, and passes them on."""
+        if hosts.primary():
+            path, every, tokens = self._metrics_path(lane.run), self.options.log_every, self._step_tokens
+            metrics_log.append(path, found, lane.step + 1, lane.run.steps, every, tokens, speed)
+            self.followers.follow(path)
 
 
 def run_directory(workdir: Path, run: Run) -> Path:
@@ -436,18 +384,3 @@ def cohort_checkpoints(workdir: Path, cohort: Cohort, worker: str) -> CohortChec
 def cohort_name(cohort: Cohort) -> str:
     """Name of a cohort's checkpoints: the same for the same shape and program, whichever of its runs are left."""
     return f"{cohort.shape.size}-{experiment.digest((cohort.shape, cohort.program))}"
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which will be written again, and a line cut short by a kill."""
-    if not hosts.primary() or not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line + "\n")
-    results.atomic_write(path, "".join(kept))

@@ -35,9 +35,11 @@ class Feed:
         sequences = loader.batch_size // microbatches
         tail = (lanes, microbatches, sequences, loader.seq_len + 1)
         step_bytes = int(np.prod(tail)) * loader.corpus.train.itemsize // jax.process_count()
+        self.lanes = lanes
         self.max_steps = min(max_steps, max(1, CHUNK_BYTES // step_bytes))
         self.shape = (self.max_steps, *tail)
         self.sharding = layout.of_shape(self.shape, None, "run", None, BATCH)
+        self.abstract = jax.ShapeDtypeStruct(self.shape, loader.corpus.train.dtype, sharding=self.sharding)
         self.wait_seconds = 0.0  # that `take` has waited for tokens, in all
         self._loader = loader
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "feed")

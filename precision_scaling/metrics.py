@@ -6,6 +6,8 @@
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from precision_scaling import model
 from precision_scaling.model import ModelConfig
 
@@ -56,3 +58,22 @@ def mfu(flops_per_second: float, device_kind: str, dtype: str, devices: int) -> 
     """
     peak = peak_flops_per_second(device_kind, dtype)
     return None if peak is None else flops_per_second / (peak * devices)
+
+
+def speed(
+    config: ModelConfig, devices: np.ndarray, runs: int, run_tokens: int, seconds: float, waited: float
+) -> dict[str, float]:
+    """How fast so many tokens of each of so many runs went, as metrics.jsonl has it.
+
+    tokens/s of each run, and of all runs together (as they share the devices) model FLOP/s, their share of the devices'
+    peak where that is known, and the share of time spent waiting for tokens.
+    """
+    rate = run_tokens / seconds
+    flops = model_flops_per_second(config, runs * rate)
+    share = mfu(flops, devices.flat[0].device_kind, config.dtype, devices.size)
+    return {
+        "tokens_per_second": round(rate, 1),
+        "flops_per_second": float(f"{flops:.5g}"),
+        **({} if share is None else {"mfu": float(f"{share:.4g}")}),
+        "data_wait": round(waited / seconds, 4),
+    }

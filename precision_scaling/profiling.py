@@ -1,4 +1,4 @@
-"""A trace of a few dispatches for `--profile`: what the devices do when, after everything is compiled.
+"""A trace of a few dispatches for `--profile`: what the devices do when.
 
 `train` and `study` make one, `cohort` tells it of every dispatch.
 """
@@ -15,13 +15,11 @@ from precision_scaling import hosts
 
 def define_flag() -> flags.FlagHolder[int]:
     """The option --profile."""
-    return flags.DEFINE_integer(
-        "profile", 0, "Trace so many dispatches, after those that compile, into WORKDIR/profile.", lower_bound=0
-    )
+    return flags.DEFINE_integer("profile", 0, "Trace the first so many dispatches into WORKDIR/profile.", lower_bound=0)
 
 
 class Profile:
-    """Traces the first `dispatches` that compile nothing; of several processes, the first one's."""
+    """Traces the first `dispatches`; of several processes, the first one's."""
 
     def __init__(self, directory: Path, dispatches: int):
         self.directory = directory
@@ -29,9 +27,9 @@ class Profile:
         self._running = False
 
     @contextlib.contextmanager
-    def dispatch(self, compiles: bool) -> Iterator[None]:
-        """Around one dispatch, up to its results on the host. compiles: whether it is the first of its program."""
-        if compiles or not self._left:
+    def dispatch(self) -> Iterator[None]:
+        """Around one dispatch, up to its results on the host. Its program is compiled before."""
+        if not self._left:
             yield
             return
         if not self._running:
@@ -54,8 +52,5 @@ class Profile:
         if not self._asked:
             return []
         if not traced:
-            return [
-                "nothing was profiled: no dispatch came after one that compiles; "
-                "allowed is a smaller config.train.steps_per_dispatch"
-            ]
+            return ["nothing was profiled: nothing was left to train"]
         return [f"trace of {traced} dispatches in {self.directory}"]

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -100,18 +100,24 @@ def train_missing(
                 results.gather(bench.workdir)
 
 
-def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> None:
-    """Evaluates a run that has ended and writes what it leaves: the checkpoint first, the row that says so last."""
+def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> Callable[[], None]:
+    """Evaluates a run that has ended and begins to write its checkpoint; returns what ends that and writes the row."""
     run, left_out = finished.run, {"batches_left_out": finished.left_out}
     if finished.diverged_step is not None:
         row = bench_lib.row(bench, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
+        end_save = lambda: None
     else:
         loss = evaluate(finished.params, table_of(run, program))
-        checkpoint.save(bench.directory(run) / "checkpoint", finished.params)
+        end_save = checkpoint.begin_save(bench.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
         row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)
-    if hosts.primary():
-        results.write_rows(bench.directory(run), "trained", [row])
+
+    def end() -> None:
+        end_save()
+        if hosts.primary():
+            results.write_rows(bench.directory(run), "trained", [row])
+
+    return end
 
 
 def quantize_share(bench: Bench, methods, bits, shard: tuple[int, int], stop: Stop) -> list[str]:

@@ -22,6 +22,7 @@ from configs import base
 from precision_scaling import cohort, compilation, experiment, sharding, step
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
+from precision_scaling.programs import programs_of
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.quantize import UNQUANTIZED
@@ -59,7 +60,7 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     sharding.check(layout, c, [group.shape.model])
     loader = Loader(corpus(), c.model.sequence_length, c.train.batch_size)
     static = Static(group.shape.model, group.program, resolved.optimizer, c.train.microbatches)
-    programs = cohort._programs(static, layout, c.study.lanes)
+    programs = programs_of(static, layout, c.study.lanes)
     state = programs.spread(programs.initialize(0))
     held = sharding.bytes_per_device((state.params, state.optimizer))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))

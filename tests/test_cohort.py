@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, formats
+from precision_scaling import checkpoint, formats, metrics_log
 from precision_scaling import cohort as cohort_lib
 from precision_scaling import model as model_lib
 from precision_scaling.cohort import Options
 from precision_scaling.data.loader import Loader
 from precision_scaling.model import Decoder
+from precision_scaling.programs import programs_of
 from precision_scaling.stopping import Stop, Stopped
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -37,7 +38,7 @@ def train(finished_study):
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
 
-    def train_together(runs, workdir, stop=None, ended=None, loader=None, **options):
+    def train_together(runs, workdir, stop=None, ended=None, loader=None, then=lambda finished: None, **options):
         ended = {} if ended is None else ended
         cohort_lib.train_cohort(
             dataclasses.replace(group, runs=tuple(runs)),
@@ -47,7 +48,7 @@ def train(finished_study):
             workdir,
             "0of1",
             dataclasses.replace(OPTIONS, **options),
-            lambda finished: ended.update({finished.run: finished}),
+            lambda finished: ended.update({finished.run: finished}) or then(finished),
             tqdm(disable=True, total=0),
             stop or Stop(),
         )
@@ -119,7 +120,7 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
     static = cohort_lib.Static(group.shape.model, group.program, bench.experiment.optimizer, 1)
-    programs = cohort_lib._programs(static, bench.layout, OPTIONS.lanes)
+    programs = programs_of(static, bench.layout, OPTIONS.lanes)
     compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
     before = [program._cache_size() for program in compiled]
     # Other lengths, rates, seeds and formats than those it was compiled for.
@@ -295,17 +296,48 @@ def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, 
         assert losses_of(tmp_path, run) == losses_of(one_by_one[0], run)
 
 
+def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(finished_study, train, tmp_path):
+    bench, _ = finished_study
+    long, short = (by_name(bench.experiment.runs, f"{name}-bf16") for name in ("D768", "D448"))
+    steps_then = {}
+
+    def then(finished):
+        return lambda: steps_then.update({finished.run: len(losses_of(tmp_path, long))})
+
+    train([short, long], tmp_path, then=then)
+    assert steps_then == {short: short.steps + OPTIONS.steps_per_dispatch, long: long.steps}
+    steps_then.clear()
+
+    def fails(finished):
+        if finished.run is long:
+            raise OSError("the disk is full")
+        return then(finished)
+
+    with pytest.raises(OSError, match="disk"):
+        train([short, long], tmp_path / "other", then=fails)
+    assert list(steps_then) == [short]
+
+
+def test_too_little_memory_means_fewer_lanes_and_the_same_runs(finished_study, train, tmp_path, monkeypatch, caplog):
+    bench, _ = finished_study
+    runs = bench.experiment.runs[:2]
+    monkeypatch.setattr(cohort_lib, "lanes_that_fit", lambda static, layout, lanes, arguments: 1)
+    ended = train(runs, tmp_path)
+    assert "1 runs at a time; the devices have too little memory for 2" in caplog.text
+    assert set(ended) == set(runs)
+
+
 def test_metrics_are_cut_back_to_a_step_and_of_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "lo')
-    cohort_lib.truncate_metrics(path, 8)
+    metrics_log.truncate(path, 8)
     assert path.read_text() == "".join(lines)
-    cohort_lib.truncate_metrics(path, 5)
+    metrics_log.truncate(path, 5)
     assert path.read_text() == "".join(lines[:2])
-    cohort_lib.truncate_metrics(path, 0)
+    metrics_log.truncate(path, 0)
     assert path.read_text() == ""
-    cohort_lib.truncate_metrics(tmp_path / "none", 0)
+    metrics_log.truncate(tmp_path / "none", 0)
     assert not (tmp_path / "none").exists()
 
 
