@@ -1,6 +1,7 @@
 """What several tests share: a small corpus of Python sources, a tiny config on it, and a way to run the commands."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -26,23 +27,41 @@ def _source(rng: np.random.Generator) -> str:
 
 
 @pytest.fixture(scope="session")
-def data_options(tmp_path_factory) -> dict[str, object]:
-    """Options of config.data: a corpus of 60 small modules, cached for this session alone."""
-    root = tmp_path_factory.mktemp("sources")
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        (root / f"module_{i:02d}.py").write_text(_source(rng))
-    return {
-        "root": str(root),
-        "cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "validation_fraction": 0.2,
-    }
+def session_directory(tmp_path_factory) -> Path:
+    """A directory that all test processes of this session share."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "session"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@contextlib.contextmanager
+def _first(directory: Path):
+    """Whether this process is the first to make what belongs into a directory; others wait until it is there."""
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = Path(f"{directory}.done")
+        yield not done.exists()
+        done.touch()
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> str:
+def data_options(session_directory) -> dict[str, object]:
+    """Options of config.data: a corpus of 60 small modules, cached for this session alone."""
+    root = session_directory / "sources"
+    with _first(root) as first:
+        if first:
+            root.mkdir()
+            rng = np.random.default_rng(0)
+            for i in range(60):
+                (root / f"module_{i:02d}.py").write_text(_source(rng))
+    return {"root": str(root), "cache_dir": str(session_directory / "cache"), "validation_fraction": 0.2}
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(session_directory) -> str:
     """Compiled programs of this session, shared with the processes it starts."""
-    return str(tmp_path_factory.mktemp("xla"))
+    return str(session_directory / "xla")
 
 
 @pytest.fixture(scope="session")
@@ -101,18 +120,19 @@ def study_config(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def finished_study(study_config, tmp_path_factory):
+def finished_study(study_config, session_directory):
     """(bench, workdir) of that study, trained, quantized by rounding to nearest and gathered. Leave it as it is."""
     from precision_scaling import bench as bench_lib
     from precision_scaling import results, study
     from precision_scaling.ptq.runs import quantize_missing
 
-    workdir = tmp_path_factory.mktemp("study")
-    with _few_optimizations():
+    workdir = session_directory / "study"
+    with _first(workdir) as first, _few_optimizations():
         bench = bench_lib.open_bench(study_config, workdir)
-        study.train_missing(bench)
-        quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
-        results.gather(workdir)
+        if first:
+            study.train_missing(bench)
+            quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
+            results.gather(workdir)
     return bench, workdir
 
 

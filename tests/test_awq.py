@@ -7,6 +7,8 @@ import pytest
 
 from precision_scaling.ptq import awq, grid, rtn
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BITS = (2, 3, 4, 8)
 
 

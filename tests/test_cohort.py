@@ -122,9 +122,10 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     static = cohort_lib.Static(group.shape.model, group.program, bench.experiment.optimizer, 1)
     programs = programs_of(static, bench.layout, OPTIONS.lanes)
     compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
+    w4 = by_name(group.runs, "wint4-s0")
+    train([dataclasses.replace(w4, steps=2)], tmp_path)
     before = [program._cache_size() for program in compiled]
     # Other lengths, rates, seeds and formats than those it was compiled for.
-    w4 = by_name(group.runs, "wint4-s0")
     runs = [
         dataclasses.replace(w4, steps=3, peak_rate=1e-4, seed=7),
         dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
@@ -321,9 +322,9 @@ def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(
 def test_too_little_memory_means_fewer_lanes_and_the_same_runs(finished_study, train, tmp_path, monkeypatch, caplog):
     bench, _ = finished_study
     runs = bench.experiment.runs[:2]
-    monkeypatch.setattr(cohort_lib, "lanes_that_fit", lambda static, layout, lanes, arguments: 1)
-    ended = train(runs, tmp_path)
-    assert "1 runs at a time; the devices have too little memory for 2" in caplog.text
+    monkeypatch.setattr(cohort_lib, "lanes_that_fit", lambda static, layout, lanes, arguments: 2)
+    ended = train(runs, tmp_path, lanes=3)
+    assert "2 runs at a time; the devices have too little memory for 3" in caplog.text
     assert set(ended) == set(runs)
 
 

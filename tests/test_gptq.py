@@ -12,6 +12,8 @@ from precision_scaling import numerics
 from precision_scaling.ptq import gptq, grid, rtn
 from precision_scaling.ptq.error import relative_output_error
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Shapes and bit-widths are shared between the tests on purpose: what takes time here is to compile.
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
