@@ -6,17 +6,10 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from analysis.compare import KINDS, Row
+from analysis.compare import HELD_OUT, KINDS, Row
 from analysis.evidence import Evidence
 from analysis.figures.style import CATEGORIES, INK, Skipped, marker, panels
 
-SCHEMES = {
-    "N": "N out",
-    "D": "D out",
-    "P": "P out",
-    "compute": "largest runs out",
-    "largest_N": "largest N out",
-}
 NARROWEST = 4.0  # ratio of the ends of an error axis, at least
 
 
@@ -55,10 +48,10 @@ def _names(axis, rows: list[Row], labels: bool) -> np.ndarray:
 
 def _held_out(axis, rows: list[Row]) -> None:
     y, drawn = _names(axis, rows, labels=True), []
-    for series, (scheme, label) in enumerate(SCHEMES.items()):
+    for series, (scheme, label) in enumerate(HELD_OUT.items()):
         error = np.array([np.nan if row.held_out[scheme] is None else 100 * row.held_out[scheme] for row in rows])
         if np.isfinite(error).any():
-            shift = 0.13 * (series - (len(SCHEMES) - 1) / 2)  # of a row; keeps marks of equal error apart
+            shift = 0.13 * (series - (len(HELD_OUT) - 1) / 2)  # of a row; keeps marks of equal error apart
             axis.plot(error, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label)
             drawn.append(error[np.isfinite(error)])
     axis.set_xscale("log")
@@ -75,7 +68,7 @@ def _criteria(axis, rows: list[Row]) -> None:
     y = _names(axis, rows, labels=False)
     for series, name in enumerate(("aic", "bic")):
         values = np.array([getattr(row, name) for row in rows])
-        above, mark = values - values.min(), len(SCHEMES) + series
+        above, mark = values - values.min(), len(HELD_OUT) + series
         axis.plot(above, y + 0.14 * (series - 0.5), marker(mark), color=CATEGORIES[mark], mec=INK, label=name.upper())
     axis.set_xscale("symlog", linthresh=10)
     axis.set_xlim(-1.5, None)
