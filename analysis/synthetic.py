@@ -21,8 +21,11 @@ PRECISIONS = (
     *((bits, bits, bits) for bits in (4, 6, 8, 12)),
     *((4, 8, 16), (8, 4, 16)),
 )
-FORMATS = ((2, 1), (3, 0), (3, 2), (4, 2), (5, 2), (4, 3), (5, 6))  # exponent and mantissa bits
 GROUP_SIZES = (32, 128, 512)
+# Of the law of floating-point formats, whose last term is below the noise at the paper's sizes and formats: sizes and
+# token budgets as in its source, arXiv 2501.02423, and exponent and mantissa bits from 3 bits up.
+FLOAT_SIZES, FLOAT_TOKENS = (41e6, 85e6, 154e6, 679e6), (10e9, 20e9, 50e9, 100e9)
+FORMATS = ((1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1), (2, 3), (4, 3))
 # stand-ins where nothing is published; the rest of a law's constants are its source's, or the paper's Chinchilla
 # constants
 UNPUBLISHED = {
@@ -61,8 +64,9 @@ def constants(law: str) -> dict[str, float]:
 
 def grid(law: str) -> dict[str, np.ndarray]:
     """Columns of the runs before PTQ at which the paper, or the law's own source, would measure."""
-    law = laws.get(law)
+    law, sizes, tokens = laws.get(law), SIZES, TOKENS
     if "exponent_bits" in law.columns:
+        sizes, tokens = FLOAT_SIZES, FLOAT_TOKENS
         settings = [(e, m, g) for (e, m), g in itertools.product(FORMATS, GROUP_SIZES)]
         names = ("exponent_bits", "mantissa_bits", "group_size")
     elif "P_grad" in law.columns:
@@ -74,7 +78,7 @@ def grid(law: str) -> dict[str, np.ndarray]:
     else:
         settings = PRECISIONS[:1] if law.high_precision_only else PRECISIONS
         names = ("P_w", "P_a", "P_kv")
-    rows = np.array([(n, d, *s) for n, d, s in itertools.product(SIZES, TOKENS, settings)], dtype=np.float64)
+    rows = np.array([(n, d, *s) for n, d, s in itertools.product(sizes, tokens, settings)], dtype=np.float64)
     return dict(zip(("N", "D", *names), rows.T, strict=True))
 
 
