@@ -89,13 +89,13 @@ def test_the_compute_scheme_holds_out_the_largest_fifth_of_the_runs():
 def test_a_table_where_precision_never_varies_compares_chinchilla_alone():
     n, d = np.repeat(np.geomspace(1e5, 3e6, 4), 5), np.tile(np.geomspace(1e6, 6e7, 5), 4)
     loss = laws.predict("chinchilla", {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}, N=n, D=d)
-    table = tables.from_columns(
-        {"N": n, "D": d, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(20))}
-    )
+    loss *= np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
+    table = tables.from_columns({"N": n, "D": d, "loss": loss, "corpus": np.tile(["pile", "dolma"], 10)})
     result = compare.compare(table, ("chinchilla", "precision", "capacity"), starts=32)
     assert [row.law for row in result.rows] == ["chinchilla"]
     assert "it is chinchilla" in result.skipped["precision"]
     assert "no run was trained" in result.multiplicativity_skipped
+    assert "the rows mix corpus: pile, dolma; --where=corpus=VALUE fits one of them" in result.notes
     with pytest.raises(FitError, match="no law can be fitted"):
         compare.compare(table.select(np.arange(20) < 2), ("chinchilla",))
 
