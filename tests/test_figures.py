@@ -176,7 +176,7 @@ def test_laws_of_a_kind_are_compared_and_a_law_that_cannot_predict_has_no_mark(e
         "capacity, k = 5",
     ]
     points = {line.get_label(): line.get_xdata() for line in held.lines}
-    np.testing.assert_allclose(points["P out"], [4.0, 4.0, np.nan])
+    np.testing.assert_allclose(points["out P"], [4.0, 4.0, np.nan])
     np.testing.assert_allclose({line.get_label(): line.get_xdata() for line in criteria.lines}["AIC"], [0, 10, 100])
     with pytest.raises(style.Skipped, match="not compared"):
         drawings()["law_comparison"](dataclasses.replace(evidence, comparison=None))

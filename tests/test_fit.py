@@ -50,7 +50,8 @@ LARGER = [name for name in laws.LAWS if name not in ("chinchilla", "ptq", "qid")
 @pytest.mark.parametrize("name", LARGER)
 def test_noiseless_tables_give_the_constants_back_for_larger_laws(name):
     full = synthetic.table(name)
-    some = full.select(np.isin(full["N"], [30e6, 110e6, 220e6]) & np.isin(full["D"], [1.5e9, 6e9, 26e9]))
+    sizes, tokens = np.unique(full["N"])[[0, 2, 3]], np.unique(full["D"])[[0, 2, -1]]
+    some = full.select(np.isin(full["N"], sizes) & np.isin(full["D"], tokens))
     starts = 24 if name == "unified" else 12
     assert_recovered(fit(name, some, starts=starts, profile=False), synthetic.constants(name))
 

@@ -308,7 +308,7 @@ def trained(tiny_config, tmp_path_factory):
     params = jax.jit(lambda: model.init(run.shape.model, jax.random.key(0)))()
     program = group.program.evaluation()
     evaluate = bench_lib.evaluator(bench, group.shape, program)
-    study._record(bench, Finished(run, params, None), evaluate, program)
+    study._record(bench, Finished(run, params, None), evaluate, program)()
     (row,) = results.read_rows(bench.directory(run), "trained")
     return workdir, run, row
 
