@@ -38,7 +38,7 @@ from precision_scaling.stopping import Stop, Stopped
 class Options:
     """How a cohort is run; of these, only the lanes touch its results, and only by rounding.
 
-    lanes: runs that train at once. Another number of lanes is another compiled program, whose sums round differently,
+    lanes: runs that train at once, at most. Another number is another compiled program, whose sums round differently,
     and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
     rewinds: how often a run whose loss or gradient is not finite goes back to its last checkpoint, and on without that
     batch. sinks: of `sinks.PACKAGES`, for the metrics.

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import programs, sharding, step
+from precision_scaling import cohort, programs, sharding, step
 from precision_scaling.errors import ConfigError
 from precision_scaling.feed import Feed
 
@@ -47,10 +47,7 @@ def test_bytes_are_those_of_the_state_and_more(finished_study, quick_compile):
     bench, _ = finished_study
     (group,) = bench.experiment.cohorts
     static = step.Static(group.shape.model, group.program, bench.experiment.optimizer)
-    runs = group.runs[:2]
-    tables = [run.precision.table(group.program) for run in runs]
-    stack = lambda *trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-    inputs = step.RunInputs(stack(*tables), stack(*(run.schedule for run in runs)), np.zeros(2, np.int32))
+    inputs = cohort._inputs(group, [None, None])
     feed = Feed(bench.loader(group.shape), bench.layout, 2, 1, bench.experiment.config.train.steps_per_dispatch)
     state = programs.stacked(programs.programs_of(static, bench.layout, 2).one, 2)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
