@@ -154,15 +154,30 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
     return Experiment(config, _optimizer(config), tuple(runs.values()), _cohorts(runs.values()))
 
 
-def of_shard(runs: Iterable[Run], shard: tuple[int, int]) -> tuple[Run, ...]:
-    """Every n-th run from the i-th on, so that the shards of a cohort share its long and its short runs.
+class Share(NamedTuple):
+    """A part of a study: the index-th of `count` shards, and of that the runs whose id the regex `only` finds."""
 
-    Runs that branch from one trunk stay together.
-    """
-    runs = tuple(runs)
-    trunks = list(dict.fromkeys(run.trunk for run in runs))
-    mine = set(trunks[shard[0] :: shard[1]])
-    return tuple(run for run in runs if run.trunk in mine)
+    index: int = 0
+    count: int = 1
+    only: str = ""
+
+    def of(self, runs: Iterable[Run]) -> tuple[Run, ...]:
+        """Every count-th run from the index-th on, so that the shards of a cohort share its long and its short runs.
+
+        Runs that branch from one trunk stay together.
+        """
+        runs = tuple(runs)
+        trunks = list(dict.fromkeys(run.trunk for run in runs))
+        mine = set(trunks[self.index :: self.count])
+        return tuple(run for run in runs if run.trunk in mine and re.search(self.only, run.id))
+
+    @property
+    def name(self) -> str:
+        """Names the files of the worker that has this share."""
+        return f"{self.index}of{self.count}" + (f"-{digest(self.only)}" if self.only else "")
+
+
+WHOLE = Share()
 
 
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:

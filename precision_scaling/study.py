@@ -34,17 +34,15 @@ from precision_scaling import (
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.experiment import Cohort, Experiment, of_shard
+from precision_scaling.experiment import WHOLE, Cohort, Experiment, Share
 from precision_scaling.profiling import Profile
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.quantize import Program
 from precision_scaling.stopping import Stop
 
 
-def train_missing(
-    bench: Bench, shard: tuple[int, int] = (0, 1), stop: Stop | None = None, profile: Profile | None = None
-) -> None:
-    """Trains this shard's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends.
+def train_missing(bench: Bench, share: Share = WHOLE, stop: Stop | None = None, profile: Profile | None = None) -> None:
+    """Trains this share's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends.
 
     Raises Stopped, with everything on disk, soon after `stop` asks for it.
     """
@@ -57,23 +55,20 @@ def train_missing(
         rewinds=config.train.rewinds,
         sinks=tuple(config.train.sinks),
     )
-    worker = f"{shard[0]}of{shard[1]}"
     todo: list[tuple[Cohort, cohort.Options]] = []
     for group in bench.experiment.cohorts:
-        missing = tuple(
-            run for run in of_shard(group.runs, shard) if not results.read_rows(bench.directory(run), "trained")
-        )
+        missing = tuple(run for run in share.of(group.runs) if not results.read_rows(bench.directory(run), "trained"))
         if missing:
             if missing[0].imported:
                 raise ConfigError("model.imported", missing[0].imported, "empty for a model that is to be trained here")
-            # By the whole cohort's runs, whichever are left or in this shard: the lanes must not depend on that.
+            # By the whole cohort's runs, whichever are left or in this share: the lanes must not depend on that.
             spread = bench.layout.sizes["run"]
             # Runs of one trunk follow each other.
             trunks = len({run.trunk for run in group.runs})
             lanes = min(config.study.lanes, -(-trunks // spread) * spread)
             todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
         else:  # of a process that was killed between the last row and this
-            cohort.cohort_checkpoints(bench.workdir, group, worker).clear()
+            cohort.cohort_checkpoints(bench.workdir, group, share.name).clear()
     total = sum(run.tokens for group, _ in todo for run in group.runs)
     if not todo:
         return
@@ -89,7 +84,7 @@ def train_missing(
                 bench.loader(group.shape),
                 bench.layout,
                 bench.workdir,
-                worker,
+                share.name,
                 group_options,
                 lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
                 progress,
@@ -120,52 +115,58 @@ def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> Cal
     return end
 
 
-def quantize_share(bench: Bench, methods, bits, shard: tuple[int, int], stop: Stop) -> list[str]:
-    """`quantize_missing` for this shard. Of several processes, each takes every so many runs, on its own devices."""
+def quantize_share(bench: Bench, methods, bits, share: Share, stop: Stop) -> list[str]:
+    """`quantize_missing` for this share. Of several processes, each takes every so many runs, on its own devices."""
     hosts.wait_for_all("trained")
     if bench.layout.spans_hosts:
         bench = dataclasses.replace(bench, layout=sharding.local_layout())
-        shard = (shard[0] + shard[1] * jax.process_index(), shard[1] * jax.process_count())
-    warnings = quantize_missing(bench, methods, bits, shard, stop=stop)
+        index = share.index + share.count * jax.process_index()
+        share = share._replace(index=index, count=share.count * jax.process_count())
+    warnings = quantize_missing(bench, methods, bits, share, stop=stop)
     hosts.wait_for_all("quantized")
     return warnings
 
 
 @contextlib.contextmanager
-def at_work(workdir: Path, shard: tuple[int, int], minutes: float) -> Iterator[Stop]:
+def at_work(workdir: Path, share: Share, minutes: float) -> Iterator[Stop]:
     """Holds a share of the workdir, and gives what says when to stop."""
-    own = locks.hold(workdir, shard) if hosts.primary() else contextlib.nullcontext()
+    own = locks.hold(workdir, (share.index, share.count)) if hosts.primary() else contextlib.nullcontext()
     with hosts.together(), own, Stop(minutes) as stop:
         yield stop
 
 
-def plan_text(resolved: Experiment) -> str:
-    """What a study would do: cohorts with their runs, parameters, tokens and FLOPs."""
+def plan_text(resolved: Experiment, share: Share = WHOLE) -> str:
+    """What a study, or a share of it, would do: cohorts with their runs, parameters, tokens and FLOPs."""
     lines = [f"{'cohort':>8} {'runs':>5} {'N':>14} {'all params':>14} {'tokens':>18} {'FLOPs':>10}  quantized operands"]
+    cohorts = [(group, runs) for group in resolved.cohorts if (runs := share.of(group.runs))]
     flops_total = 0
-    for group in resolved.cohorts:
+    for group, runs in cohorts:
         non_embedding, parameters = model.count_parameters(group.shape.model)
-        tokens = sum(run.tokens for run in group.runs)
+        tokens = sum(run.tokens for run in runs)
         flops = tokens * model.training_flops_per_token(group.shape.model)
         flops_total += flops
         lines.append(
-            f"{group.shape.size:>8} {len(group.runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "
+            f"{group.shape.size:>8} {len(runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "
             f"{flops:>10.2e}  {precision.describe_program(group.program)}"
         )
-    tokens = sum(run.tokens for run in resolved.runs)
+    chosen = [run for _, runs in cohorts for run in runs]
     lines.append(
-        f"{len(resolved.runs)} runs in {len(resolved.cohorts)} cohorts, {tokens:,} tokens, {flops_total:.2e} FLOPs; "
-        f"{sum(run.ptq for run in resolved.runs)} runs are quantized after training"
+        f"{len(chosen)} runs in {len(cohorts)} cohorts, {sum(run.tokens for run in chosen):,} tokens, "
+        f"{flops_total:.2e} FLOPs; {sum(run.ptq for run in chosen)} runs are quantized after training"
     )
     return "\n".join(lines)
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n". UserError for anything else."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+def parse_share(shard: str, only: str = "") -> Share:
+    """The share that `--shard` ("i/n") and `--only` (a regex) describe. UserError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard={text}: allowed is i/n with 0 <= i < n")
-    return int(match[1]), int(match[2])
+        raise UserError(f"--shard={shard}: allowed is i/n with 0 <= i < n")
+    try:
+        re.compile(only)
+    except re.error as error:
+        raise UserError(f"--only={only}: allowed is a regular expression ({error})") from None
+    return Share(int(match[1]), int(match[2]), only)
 
 
 def _main(argv) -> None:
@@ -173,19 +174,22 @@ def _main(argv) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
-    shard = parse_shard(_SHARD.value)
+    share = parse_share(_SHARD.value, _ONLY.value)
+    resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+    if not Share(only=share.only).of(resolved.runs):
+        raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
     if _DRY_RUN.value:
-        print(plan_text(experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))))
+        print(plan_text(resolved, share))
         return
     sinks.check(config.train.sinks)
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
-    with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
+    with at_work(workdir, share, _TIME_LIMIT.value) as stop:
         try:
             with contextlib.closing(profile):
-                train_missing(bench, shard, stop, profile)
-            warnings = quantize_share(bench, config.ptq.methods, config.ptq.bits, shard, stop)
+                train_missing(bench, share, stop, profile)
+            warnings = quantize_share(bench, config.ptq.methods, config.ptq.bits, share, stop)
         finally:
             rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
@@ -197,6 +201,9 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study: checkpoints, metrics and runs.csv.")
     _SHARD = flags.DEFINE_string(
         "shard", "0/1", "i/n: do the i-th of n shares of the study, so that n workers can share it."
+    )
+    _ONLY = flags.DEFINE_string(
+        "only", "", "Do the runs whose id this regular expression finds, e.g. '^100k-' or 'D3014656-'; empty: all."
     )
     _DRY_RUN = flags.DEFINE_bool(
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."

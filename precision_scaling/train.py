@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from precision_scaling import bench as bench_lib
 from precision_scaling import errors, hosts, profiling, results, sinks, stopping, study
 from precision_scaling.errors import ConfigError
+from precision_scaling.experiment import WHOLE
 from precision_scaling.profiling import Profile
 
 
@@ -24,7 +25,7 @@ def _main(argv) -> None:
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
-    with study.at_work(workdir, (0, 1), _TIME_LIMIT.value) as stop, contextlib.closing(profile):
+    with study.at_work(workdir, WHOLE, _TIME_LIMIT.value) as stop, contextlib.closing(profile):
         study.train_missing(bench, stop=stop, profile=profile)
     if not hosts.primary():
         return

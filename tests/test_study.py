@@ -11,6 +11,7 @@ import pytest
 from precision_scaling import bench as bench_lib
 from precision_scaling import experiment, results, study
 from precision_scaling.errors import UserError
+from precision_scaling.experiment import Share
 from precision_scaling.ptq.runs import quantize_missing
 
 CONTRACT = ["run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"]
@@ -99,13 +100,13 @@ def workdir_of_two(study_config, tmp_path_factory, quick_compile):
     """The same study by two workers, and what the first of them left before the second began."""
     workdir = tmp_path_factory.mktemp("shards")
     bench = bench_lib.open_bench(study_config, workdir)
-    study.train_missing(bench, (0, 2))
-    quantize_missing(bench, ("rtn",), (3, 4), (0, 2))
+    study.train_missing(bench, Share(0, 2))
+    quantize_missing(bench, ("rtn",), (3, 4), Share(0, 2))
     results.gather(workdir)
     first = table(workdir)
     kept = files(workdir / "runs")
-    study.train_missing(bench, (1, 2))
-    quantize_missing(bench, ("rtn",), (3, 4), (1, 2))
+    study.train_missing(bench, Share(1, 2))
+    quantize_missing(bench, ("rtn",), (3, 4), Share(1, 2))
     results.gather(workdir)
     return workdir, first, kept
 
@@ -193,14 +194,22 @@ def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_confi
 
 
 def test_shares_are_parsed_and_cover_every_run_once():
-    assert study.parse_shard("0/1") == (0, 1) and study.parse_shard("2/3") == (2, 3)
+    assert study.parse_share("0/1") == Share() and study.parse_share("2/3", "^1M-") == Share(2, 3, "^1M-")
     for text in ("1/1", "3/2", "-1/2", "1", "a/b", "0/0", "1/2/3", ""):
         with pytest.raises(UserError, match="0 <= i < n"):
-            study.parse_shard(text)
-    runs = [types.SimpleNamespace(trunk=number // 2) for number in range(9)]  # branches of five trunks
-    shares = [experiment.of_shard(runs, (i, 3)) for i in range(3)]
+            study.parse_share(text)
+    with pytest.raises(UserError, match=r"--only=\(: allowed is a regular expression"):
+        study.parse_share("0/1", "(")
+    # branches of five trunks
+    runs = [types.SimpleNamespace(trunk=number // 2, id=f"run-{number}") for number in range(9)]
+    shares = [Share(i, 3).of(runs) for i in range(3)]
     assert sorted(map(id, sum(shares, ()))) == sorted(map(id, runs))
     assert not {run.trunk for run in shares[0]} & {run.trunk for run in shares[1]}
+    # The shards are of all runs, whichever of them are wanted: another pattern moves no run to another worker.
+    some = [Share(i, 3, "[1-4]$").of(runs) for i in range(3)]
+    assert all(all(run in many for run in few) for few, many in zip(some, shares, strict=True))
+    assert sorted(run.id for run in sum(some, ())) == ["run-1", "run-2", "run-3", "run-4"]
+    assert len({Share(0, 3).name, Share(0, 3, "a").name, Share(0, 3, "b").name}) == 3
 
 
 def test_the_plan_counts_runs_tokens_and_flops(study_config):

@@ -17,7 +17,7 @@ from precision_scaling import results
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
-from precision_scaling.experiment import Cohort, Run, of_shard
+from precision_scaling.experiment import WHOLE, Cohort, Run, Share
 from precision_scaling.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
 from precision_scaling.ptq.setting import Setting, of_method
@@ -44,7 +44,7 @@ def quantize_missing(
     bench: Bench,
     methods: Iterable[str],
     bits: Iterable[int],
-    shard=(0, 1),
+    share: Share = WHOLE,
     everything: bool = False,
     options: Mapping[str, Any] | None = None,
     save: bool = False,
@@ -64,7 +64,7 @@ def quantize_missing(
         if not setting.kernels:
             raise UserError(f"--save with {setting.method}: allowed are methods that quantize weights")
     for group in bench.experiment.cohorts:
-        for run in of_shard(group.runs, shard):
+        for run in share.of(group.runs):
             trained = results.read_rows(bench.directory(run), "trained")
             if not trained or trained[0]["status"] != "ok" or not (run.ptq or everything):
                 continue
