@@ -34,6 +34,9 @@ from precision_scaling.step import RunInputs, Static, TrainState
 from precision_scaling.stopping import Stop, Stopped
 
 
+DISPATCH_SECONDS = 10.0  # that a dispatch should take at most: stops, saves and the progress bar wait for its end
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a cohort is run; of these, only the lanes touch its results, and only by rounding.
@@ -184,6 +187,7 @@ class _Trainer:
         self.state: TrainState = self.programs.spread(self.programs.initialize(0))
         self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
         self.saved_at = time.monotonic()
+        self.most_steps = 1  # of a dispatch; the first one shows how long a step takes
 
     def restore(self) -> None:
         """Puts the runs of the newest checkpoint back into lanes."""
@@ -259,6 +263,7 @@ class _Trainer:
             self.state, found = self.programs.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
             seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
+        self._set_most_steps(seconds / steps)
         speed = self._speed(len(active), steps, seconds, waited)
         ended, trained = [], 0
         for i, lane in active:
@@ -327,7 +332,12 @@ class _Trainer:
         branches = [run.branch_step - lane.step for lane in lanes for run in self.waiting if _leads_to(lane, run)]
         in_a_row = [rewind.steps_in_a_row(lane.step, lane.left_out) for lane in lanes if lane is not None]
         steps = min([*ends, *in_a_row, *(left for left in branches if left)], default=0)
-        return Chunk(tuple(lane and lane.position for lane in lanes), min(self.feed.max_steps, steps))
+        return Chunk(tuple(lane and lane.position for lane in lanes), min(self.most_steps, steps))
+
+    def _set_most_steps(self, seconds: float) -> None:
+        """So many that a dispatch keeps to DISPATCH_SECONDS at these seconds per step; the same for all processes."""
+        slowest = hosts.largest(round(min(seconds, DISPATCH_SECONDS) * 1e6))  # in whole microseconds
+        self.most_steps = max(1, min(self.feed.max_steps, int(DISPATCH_SECONDS * 1e6 / max(slowest, 1))))
 
     def _expected(self, steps: int) -> list[_Lane | None]:
         """The lanes after these steps, unless a run diverges in them."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 
@@ -179,7 +180,7 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
             left = [run for run in (w4, other) if run not in ended]
             train(left, tmp_path / "bad", Stop(minutes=1e-6 if stops else 0), ended, bad, rewinds=1)
     assert (
-        f"not finite at step 6; back to step {4 if stops else 0}, and on without batch 5 (rewind 1 of 1)" in caplog.text
+        f"not finite at step 6; back to step {5 if stops else 0}, and on without batch 5 (rewind 1 of 1)" in caplog.text
     )
     wanted = train(
         [w4, other], tmp_path / "good", loader=Without(good.corpus, good.seq_len, good.batch_size, w4.seed, 5)
@@ -225,8 +226,8 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
 def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train, tmp_path):
     bench, workdir = finished_study
     runs = [by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
-    # A limit that has passed: every call stops after its first dispatch, of four steps.
-    for steps in (4, 8):
+    # A limit that has passed: every call stops after its first dispatch, of one step.
+    for steps in (1, 2):
         with pytest.raises(Stopped, match="before the time limit"):
             train(runs, tmp_path, stop=Stop(minutes=1e-6))
         assert [len(losses_of(tmp_path, run)) for run in runs] == [steps, steps]
@@ -237,6 +238,23 @@ def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train
         assert losses_of(tmp_path, run) == losses_of(workdir, run)
         kept = checkpoint.restore(bench.directory(run) / "checkpoint", ended[run].params)
         jax.tree.map(np.testing.assert_array_equal, ended[run].params, kept)
+
+
+def test_a_dispatch_is_as_long_as_its_steps_allow(finished_study, train, tmp_path, monkeypatch):
+    bench, workdir = finished_study
+    run = by_name(bench.experiment.runs, "D768-bf16")
+
+    def lengths(name, seconds):
+        monkeypatch.setattr(cohort_lib, "DISPATCH_SECONDS", seconds)
+        train([run], tmp_path / name)
+        # Lines of one dispatch have one speed.
+        lines = (tmp_path / name / "runs" / run.id / "metrics.jsonl").read_text().splitlines()
+        speeds = [json.loads(line)["tokens_per_second"] for line in lines]
+        assert losses_of(tmp_path / name, run) == losses_of(workdir, run)
+        return [len(list(group)) for _, group in itertools.groupby(speeds)]
+
+    assert lengths("slow", 1e-6) == [1] * 12
+    assert lengths("fast", 1e6) == [1, 4, 4, 3]
 
 
 @pytest.fixture(scope="module")
@@ -280,13 +298,11 @@ def test_runs_that_share_their_first_steps_train_them_once(sweep, one_by_one, tr
 
 @pytest.mark.slow
 def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, one_by_one, train, tmp_path, caplog):
-    ended = {}
-    for call in range(20):
+    ended, kept = {}, []
+    for _ in range(60):
         with contextlib.suppress(Stopped):
             train([run for run in sweep if run not in ended], tmp_path, Stop(minutes=1e-6), ended)
-        if call == 1:  # the trunk has passed two branch steps, one free lane has taken none yet
-            kept = list(tmp_path.glob("runs/*/branch"))
-            assert kept
+        if not kept and (kept := list(tmp_path.glob("runs/*/branch"))):  # no lane has taken it yet
             for file in kept[0].rglob("*"):
                 if file.is_file() and file.stat().st_size > 500:
                     file.write_bytes(b"")
