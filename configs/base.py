@@ -137,7 +137,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Times that a run whose loss or gradient is not finite goes back to its last checkpoint and on without that batch;
     # 0: it ends there.
     c.train.rewinds = 0
-    c.train.steps_per_dispatch = 100  # steps run on the device between two looks from the host, at most
+    c.train.steps_per_dispatch = 100  # steps on the device between two looks from the host, at most (or ten seconds)
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.sequences = 512  # fixed validation sequences, spread over the held-out documents

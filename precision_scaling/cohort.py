@@ -337,7 +337,9 @@ class _Trainer:
     def _set_most_steps(self, seconds: float) -> None:
         """So many that a dispatch keeps to DISPATCH_SECONDS at these seconds per step; the same for all processes."""
         slowest = hosts.largest(round(min(seconds, DISPATCH_SECONDS) * 1e6))  # in whole microseconds
-        self.most_steps = max(1, min(self.feed.max_steps, int(DISPATCH_SECONDS * 1e6 / max(slowest, 1))))
+        steps = max(1, int(DISPATCH_SECONDS * 1e6 / max(slowest, 1)))
+        # A power of two, which small changes of speed leave as it is: other batches would have to be read.
+        self.most_steps = min(self.feed.max_steps, 2 ** (steps.bit_length() - 1))
 
     def _expected(self, steps: int) -> list[_Lane | None]:
         """The lanes after these steps, unless a run diverges in them."""
