@@ -63,6 +63,7 @@ def by_name(runs, part):
     return run
 
 
+@pytest.mark.slow
 def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study):
     bench, workdir = finished_study
     run = by_name(bench.experiment.runs, "D768-bf16")

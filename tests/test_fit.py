@@ -329,6 +329,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_contract_and_prints_what_was_left_out(tmp_path):
     table = chinchilla_table(noise=0.005)
     rows = [f"{n:.0f},{d:.0f},{loss}" for n, d, loss in zip(table["N"], table["D"], table["loss"], strict=True)]

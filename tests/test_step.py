@@ -40,6 +40,7 @@ def test_the_seed_alone_makes_the_state():
     assert first.step == 0 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first.params))
 
 
+@pytest.mark.slow
 def test_microbatches_make_the_update_of_the_full_batch():
     tokens = random_tokens(4, 9)
     parts = Static(MODEL, quantize.UNQUANTIZED, OPTIMIZER, microbatches=4)
