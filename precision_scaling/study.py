@@ -203,7 +203,7 @@ if __name__ == "__main__":
         "shard", "0/1", "i/n: do the i-th of n shares of the study, so that n workers can share it."
     )
     _ONLY = flags.DEFINE_string(
-        "only", "", "Do the runs whose id this regular expression finds, e.g. '^100k-' or 'D3014656-'; empty: all."
+        "only", "", "Do the runs whose id this regular expression finds, e.g. '^100k-' or '-s1-'; empty: all."
     )
     _DRY_RUN = flags.DEFINE_bool(
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."

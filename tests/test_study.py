@@ -193,6 +193,21 @@ def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_confi
     assert files(tmp_path / "runs") == before
 
 
+def test_a_pattern_chooses_runs_and_the_rest_can_follow(finished_study, study_config, tmp_path, quick_compile):
+    whole = {(row["run"], row["P_post"]): row["loss"] for row in table(finished_study[1])}
+    bench = bench_lib.open_bench(study_config, tmp_path)
+    some = Share(only="-bf16-")
+    study.train_missing(bench, some)
+    assert quantize_missing(bench, ("rtn",), (3, 4), some) == []
+    results.gather(tmp_path)
+    chosen = {(row["run"], row["P_post"]): row["loss"] for row in table(tmp_path)}
+    assert chosen == {key: loss for key, loss in whole.items() if "-bf16-" in key[0]} and len(chosen) == 6
+    study.train_missing(bench)
+    assert quantize_missing(bench, ("rtn",), (3, 4)) == []
+    results.gather(tmp_path)
+    assert {(row["run"], row["P_post"]): row["loss"] for row in table(tmp_path)} == whole
+
+
 def test_shares_are_parsed_and_cover_every_run_once():
     assert study.parse_share("0/1") == Share() and study.parse_share("2/3", "^1M-") == Share(2, 3, "^1M-")
     for text in ("1/1", "3/2", "-1/2", "1", "a/b", "0/0", "1/2/3", ""):
