@@ -33,7 +33,6 @@ from precision_scaling.sharding import Layout
 from precision_scaling.step import RunInputs, Static, TrainState
 from precision_scaling.stopping import Stop, Stopped
 
-
 DISPATCH_SECONDS = 10.0  # that a dispatch should take at most: stops, saves and the progress bar wait for its end
 
 
