@@ -95,6 +95,12 @@ class Law:
     def names(self) -> tuple[str, ...]:
         return tuple(p.name for p in self.params)
 
+    @property
+    def fractions(self) -> tuple[tuple[str, str], ...]:
+        """The names (gamma_x, n_x) of every f_x in the law."""
+        pairs = ((name, name.replace("gamma_", "n_", 1)) for name in self.names if name.startswith("gamma_"))
+        return tuple(pair for pair in pairs if pair[1] in self.names)
+
     def parameter(self, name: str) -> Parameter:
         for p in self.params:
             if p.name == name:

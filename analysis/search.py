@@ -11,7 +11,8 @@ import numpy as np
 from scipy.stats import qmc
 
 from analysis.identify import score_and_curvature
-from analysis.optimize import Problem, residuals, solve
+from analysis.law import HIGH_PRECISION_BITS, MIN_FRACTION, fraction
+from analysis.optimize import Problem, Solution, residuals, solve
 from analysis.problem import Setup, to_theta
 
 DEFAULT_STARTS = 512
@@ -80,8 +81,25 @@ def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool
         least = found.objective_S.min()
         at_best = found.objective_S <= least * (1 + SAME_OPTIMUM) + 1e-13 * weight_n.sum()
         share = min(share, float(members[at_best].sum() / len(starts_SxF)))
-        theta_F = found.theta_SxF[np.argmin(found.objective_S)]
+        theta_F = plainest(setup, found, at_best)
     return Best(theta_F, setup.objective(theta_F), len(starts_SxF), share, SEARCH_ROWS if sampled else None)
+
+
+def plainest(setup: Setup, found: Solution, at_best: np.ndarray) -> np.ndarray:
+    """theta_F of the best optimum: of the ends there the lowest with the fewest parts of which 16 bits leave nothing.
+
+    A part without effect has f_x = 1 at every precision, or f_x at its floor and A or B a power of that away: the
+    predictions are the same, and the first is what the constants mean.
+    """
+
+    def at_floor(theta_F: np.ndarray) -> int:
+        values = setup.values(theta_F)
+        left = [fraction(HIGH_PRECISION_BITS, values[gamma], values[n]) for gamma, n in setup.law.fractions]
+        return int(np.sum(np.array(left) <= MIN_FRACTION))
+
+    ends = np.flatnonzero(at_best)
+    lowest_first = found.theta_SxF[ends[np.argsort(found.objective_S[ends], kind="stable")]]
+    return min(lowest_first, key=at_floor)
 
 
 def _neutral(setup: Setup, fallback_F: np.ndarray) -> np.ndarray:

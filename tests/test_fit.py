@@ -15,7 +15,10 @@ from analysis import command, laws, reporting, synthetic
 from analysis import fit as fits
 from analysis import table as tables
 from analysis.fit import FitError, Options, fit
+from analysis.law import MIN_FRACTION
+from analysis.optimize import Solution
 from analysis.problem import set_up
+from analysis.search import SAME_OPTIMUM, plainest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUEST = ROOT.parent / "shared" / "data" / "quest_runs.csv"
@@ -164,6 +167,20 @@ def test_precisions_that_the_table_lacks_are_refused_with_the_reason(bits, refus
     assert all(result.params[name] is None for name in result.refused)
     assert "only P_a = 16; 2 different values" in result.refused["gamma_a"]
     assert np.isfinite(result.predict(N=1e8, D=1e10, P_w=bits[-1]))
+
+
+def test_of_equal_optima_the_one_without_a_part_at_its_floor_is_told():
+    plain = {**synthetic.constants("precision"), "gamma_kv": 0.05, "n_kv": 0.0}
+    floor = {**plain, "gamma_kv": 50.0, "n_kv": 10.0, "A": plain["A"] * MIN_FRACTION ** plain["alpha"]}
+    setup = set_up("precision", synthetic.table("precision", 0.005, params=plain))
+    theta_SxF = np.stack([setup.theta(floor), setup.theta(plain), setup.theta({**plain, "E": 9.0})])
+    objective_S = np.array([setup.objective(theta_F) for theta_F in theta_SxF])
+    assert objective_S[0] == pytest.approx(objective_S[1], rel=1e-9) and objective_S[2] > 2 * objective_S[0]
+    found = Solution(theta_SxF, objective_S - [1e-12, 0, 0], np.ones(3, bool))
+    at_best = objective_S < objective_S[0] * (1 + SAME_OPTIMUM)
+    np.testing.assert_array_equal(plainest(setup, found, at_best), theta_SxF[1])
+    assert laws.get("n_and_d_eff_untied").fractions[3:] == tuple((f"gamma_{x}_D", f"n_{x}_D") for x in ("w", "a", "kv"))
+    assert laws.get("unified").fractions == laws.get("precision").fractions and not laws.get("qat").fractions
 
 
 def test_one_size_informs_neither_a_nor_alpha():
