@@ -8,6 +8,7 @@ longest is the trunk, and the others start from its state at their branch step.
 """
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -335,10 +336,9 @@ class _Trainer:
 
     def _set_most_steps(self, seconds: float) -> None:
         """So many that a dispatch keeps to DISPATCH_SECONDS at these seconds per step; the same for all processes."""
-        slowest = hosts.largest(round(min(seconds, DISPATCH_SECONDS) * 1e6))  # in whole microseconds
-        steps = max(1, int(DISPATCH_SECONDS * 1e6 / max(slowest, 1)))
         # A power of two, which small changes of speed leave as it is: other batches would have to be read.
-        self.most_steps = min(self.feed.max_steps, 2 ** (steps.bit_length() - 1))
+        steps = 2 ** int(math.log2(max(1.0, DISPATCH_SECONDS / seconds)))
+        self.most_steps = -hosts.largest(-min(self.feed.max_steps, steps))
 
     def _expected(self, steps: int) -> list[_Lane | None]:
         """The lanes after these steps, unless a run diverges in them."""

@@ -175,12 +175,13 @@ def _main(argv) -> None:
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     share = parse_share(_SHARD.value, _ONLY.value)
-    resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
-    if not Share(only=share.only).of(resolved.runs):
-        raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
-    if _DRY_RUN.value:
-        print(plan_text(resolved, share))
-        return
+    if _DRY_RUN.value or share.only:  # else the bench resolves the config, with the corpus at hand
+        resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+        if not Share(only=share.only).of(resolved.runs):
+            raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
+        if _DRY_RUN.value:
+            print(plan_text(resolved, share))
+            return
     sinks.check(config.train.sinks)
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
