@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.tokenizer = "bytes"  # "bytes", "bpe:VOCAB" (trained on the corpus) or "file:PATH" of a tokenizer.json
     c.data.validation_fraction = 0.05  # share of documents held out, chosen by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents
+    c.data.hash = ""  # hash that the corpus must have (the column `corpus` of the table); empty: any
     c.data.cache_dir = ""  # token files and datasets; empty: ~/.cache/precision_scaling
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
     c.data.beam_options = ""  # flags of Apache Beam, which prepares dolma, e.g. "--runner=DataflowRunner --project=..."

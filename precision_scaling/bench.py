@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus, prepare
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Experiment, Run
+from precision_scaling.ptq.setting import of_config
 from precision_scaling.quantize import Program
 from precision_scaling.sharding import BATCH, Layout
 from precision_scaling.step import Static
 
-# Options that change no measured number: a workdir may be used again with others.
+# Options that change no measured number: a workdir may be used again with others. Whether two roots hold the same
+# corpus, its hash says.
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
     r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|sinks)"
-    r"|data\.(cache_dir|tfds_dir|workers|beam_options)|compilation_cache|mesh\."
+    r"|data\.(cache_dir|tfds_dir|workers|beam_options|hash|root)|compilation_cache|mesh\."
 )
 
 
@@ -161,7 +163,21 @@ def _validation_loss(static: Static, layout: Layout):
 
 def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, Any]:
     """One line of runs.csv: a run's columns with a measured loss; `more` adds or replaces columns."""
-    config, shape = bench.experiment.config, run.shape
+    shape = run.shape
+    return {
+        **setting_columns(bench.experiment.config, run),
+        "loss": loss,
+        "epochs": None if run.imported else round(bench.loader(shape).epochs(run.tokens), 4),
+        "corpus": bench.corpus.meta["hash"],
+        "device": jax.devices()[0].device_kind,
+        "jax_version": jax.__version__,
+        **more,
+    }
+
+
+def setting_columns(config, run: Run) -> dict[str, Any]:
+    """The columns of a run's rows that are known before it is trained."""
+    shape = run.shape
     non_embedding, _ = model.count_parameters(shape.model)
     return {
         "run": run.id,
@@ -171,12 +187,10 @@ def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, An
         "P_a": run.bits("a"),
         "P_kv": run.bits("k", "v"),
         "P_post": None,
-        "loss": loss,
         "status": "ok",
         "method": "",
         "seed": run.seed,
         "size": shape.size,
-        "epochs": round(bench.loader(shape).epochs(run.tokens), 4),
         "training_flops": model.training_flops_per_token(shape.model) * run.tokens,
         "width": shape.model.width,
         "depth": shape.model.depth,
@@ -193,11 +207,16 @@ def row(bench: Bench, run: Run, loss: float | None, **more: Any) -> dict[str, An
         "precision": run.precision.describe(),
         "validation_tokens": config.evaluate.sequences * shape.model.sequence_length,
         "vocab_size": shape.model.vocab_size,
-        "corpus": bench.corpus.meta["hash"],
-        "device": jax.devices()[0].device_kind,
-        "jax_version": jax.__version__,
         "imported": run.imported,
         # How a model was trained elsewhere is not known here.
-        **(dict.fromkeys(("epochs", "batch_size", "peak_rate", "warmup_fraction", "schedule")) if run.imported else {}),
-        **more,
+        **(dict.fromkeys(("batch_size", "peak_rate", "warmup_fraction", "schedule")) if run.imported else {}),
     }
+
+
+def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
+    """The rows that a run will have, without what only a measurement can tell."""
+    columns = setting_columns(config, run) | {"status": "planned"}
+    yield columns
+    for setting in of_config(config.ptq) if run.ptq else ():
+        for bits in config.ptq.bits:
+            yield {**columns, **setting.columns, "P_post": bits}

@@ -85,13 +85,14 @@ def train_cohort(
     progress: tqdm,
     stop: Stop,
     profile: Profile | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end; what that
     returns is called when the next steps are done, and whatever comes, so that files can be written beside training.
 
     cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
     spread. worker: names the checkpoints of this process among those that share a study. profile: is told of every
-    dispatch.
+    dispatch. between: is called between two dispatches, and after the last.
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there, when
     it has no rewinds left; the others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
@@ -117,8 +118,10 @@ def train_cohort(
                 trainer.save()
             if asked == _STOP:
                 raise Stopped(stop.reason)
+            between()
         _call_all(to_end)
         trainer.checkpoints.clear()
+        between()
     finally:
         trainer.feed.close()
         trainer.followers.close()

@@ -71,14 +71,18 @@ def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
 def gather(workdir: Path) -> int:
     """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number."""
     rows = [row for path in sorted(workdir.glob(f"runs/*/{ROW_FILES}")) for row in _load(path)]
-    rows.sort(key=lambda row: (row["N"], row["D"], row["run"], row["method"], -(row["P_post"] or 99)))
+    write_table(workdir / "runs.csv", rows)
+    return len(rows)
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as a table, in an order that does not depend on theirs."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in COLUMNS})
-    atomic_write(workdir / "runs.csv", text.getvalue())
-    return len(rows)
+    for row in sorted(rows, key=lambda row: (row["N"], row["D"], row["run"], row["method"], -(row["P_post"] or 99))):
+        writer.writerow({name: cell(row.get(name)) for name in COLUMNS})
+    atomic_write(path, text.getvalue())
 
 
 def _load(path: Path) -> list[dict[str, Any]]:
@@ -88,8 +92,9 @@ def _load(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not a file of rows; delete it and run the study again to measure it anew") from None
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> str:
+    """A value as the table has it."""
     if value is None:
         return ""
     # 16.0 bits is 16; losses keep every digit that tells two runs apart.
-    return f"{value:.10g}" if isinstance(value, float) else value
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

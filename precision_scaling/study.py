@@ -5,8 +5,10 @@ The command of the data flow's middle: config in, workdir/runs.csv out. Safe to 
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from precision_scaling import (
     experiment,
     hosts,
     locks,
+    measured,
     model,
     precision,
     profiling,
@@ -34,19 +37,31 @@ from precision_scaling import (
 from precision_scaling.bench import Bench
 from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.experiment import WHOLE, Cohort, Experiment, Share
+from precision_scaling.experiment import WHOLE, Cohort, Experiment, Run, Share
 from precision_scaling.profiling import Profile
 from precision_scaling.ptq.runs import quantize_missing
-from precision_scaling.quantize import Program
 from precision_scaling.stopping import Stop
 
 
-def train_missing(bench: Bench, share: Share = WHOLE, stop: Stop | None = None, profile: Profile | None = None) -> None:
+def train_missing(
+    bench: Bench,
+    share: Share = WHOLE,
+    stop: Stop | None = None,
+    profile: Profile | None = None,
+    on_row: Callable[[Run], None] | None = None,
+) -> None:
     """Trains this share's runs that have no row yet; evaluates each and writes its checkpoint and row as it ends.
 
-    Raises Stopped, with everything on disk, soon after `stop` asks for it.
+    on_row: is called with each run, between two steps of the others, once its checkpoint and row are on disk; not
+    after `stop` has asked. Raises Stopped, with everything on disk, soon after `stop` asks for it.
     """
-    config = bench.experiment.config
+    config, stop = bench.experiment.config, stop or Stop()
+    written: list[Run] = []
+
+    def between() -> None:
+        while on_row and written and not stop.asked():
+            on_row(written.pop(0))
+
     options = cohort.Options(
         lanes=config.study.lanes,
         log_every=config.train.log_every,
@@ -76,8 +91,7 @@ def train_missing(bench: Bench, share: Share = WHOLE, stop: Stop | None = None, 
     with tqdm(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
-            program = group.program.evaluation()
-            evaluate = bench_lib.evaluator(bench, group.shape, program)
+            record = functools.partial(_record, bench, group, written)
             cohort.train_cohort(
                 group,
                 bench.experiment.optimizer,
@@ -86,23 +100,28 @@ def train_missing(bench: Bench, share: Share = WHOLE, stop: Stop | None = None, 
                 bench.workdir,
                 share.name,
                 group_options,
-                lambda finished, evaluate=evaluate, program=program: _record(bench, finished, evaluate, program),
+                record,
                 progress,
-                stop or Stop(),
+                stop,
                 profile,
+                between,
             )
             if hosts.primary():
                 results.gather(bench.workdir)
 
 
-def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> Callable[[], None]:
-    """Evaluates a run that has ended and begins to write its checkpoint; returns what ends that and writes the row."""
+def _record(bench: Bench, group: Cohort, written: list[Run], finished: Finished) -> Callable[[], None]:
+    """Evaluates a run that has ended and begins to write its checkpoint.
+
+    Returns what ends that, writes the row and adds the run to `written`.
+    """
     run, left_out = finished.run, {"batches_left_out": finished.left_out}
+    program = group.program.evaluation()
     if finished.diverged_step is not None:
         row = bench_lib.row(bench, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
         end_save = lambda: None
     else:
-        loss = evaluate(finished.params, table_of(run, program))
+        loss = bench_lib.evaluator(bench, group.shape, program)(finished.params, table_of(run, program))
         end_save = checkpoint.begin_save(bench.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
         row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)
@@ -111,8 +130,15 @@ def _record(bench: Bench, finished: Finished, evaluate, program: Program) -> Cal
         end_save()
         if hosts.primary():
             results.write_rows(bench.directory(run), "trained", [row])
+        written.append(run)
 
     return end
+
+
+def quantize_run(bench: Bench, run: Run) -> list[str]:
+    """`quantize_missing` for one run, as the config has it."""
+    ptq = bench.experiment.config.ptq
+    return quantize_missing(bench, ptq.methods, ptq.bits, Share(only=f"^{re.escape(run.id)}$"), progress=False)
 
 
 def quantize_share(bench: Bench, methods, bits, share: Share, stop: Stop) -> list[str]:
@@ -181,16 +207,28 @@ def _main(argv) -> None:
             raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
         if _DRY_RUN.value:
             print(plan_text(resolved, share))
+            if _SETTINGS.value:
+                rows = [row for run in share.of(resolved.runs) for row in bench_lib.planned_rows(config, run)]
+                results.write_table(Path(_SETTINGS.value).expanduser(), rows)
+                print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
     sinks.check(config.train.sinks)
     hosts.start()
     bench = bench_lib.open_bench(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
+    warnings: list[str] = []
     with at_work(workdir, share, _TIME_LIMIT.value) as stop:
+        if _ROWS.value and hosts.primary():
+            taken = measured.take_over(Path(_ROWS.value).expanduser(), bench)
+            print(f"{taken} of {len(bench.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
+        hosts.wait_for_all("took over rows")
         try:
+            # Each run is quantized as soon as it is trained: what is lost with a machine is then one run, not a study.
+            # Processes that train a run together share the quantizing out, after the last one.
+            quantize = None if bench.layout.spans_hosts else lambda run: warnings.extend(quantize_run(bench, run))
             with contextlib.closing(profile):
-                train_missing(bench, share, stop, profile)
-            warnings = quantize_share(bench, config.ptq.methods, config.ptq.bits, share, stop)
+                train_missing(bench, share, stop, profile, quantize)
+            warnings += quantize_share(bench, config.ptq.methods, config.ptq.bits, share, stop)
         finally:
             rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
@@ -208,6 +246,12 @@ if __name__ == "__main__":
     )
     _DRY_RUN = flags.DEFINE_bool(
         "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."
+    )
+    _SETTINGS = flags.DEFINE_string(
+        "settings", "", "With --dry_run: a table of every loss that would be measured, for analysis.predict."
+    )
+    _ROWS = flags.DEFINE_string(
+        "rows", "", "A runs.csv or .csv.gz of this study: runs that are complete there are not done again."
     )
     _TIME_LIMIT = stopping.define_flag()
     _PROFILE = profiling.define_flag()

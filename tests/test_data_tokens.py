@@ -24,6 +24,7 @@ OPTIONS = {
     "tokenizer": "bytes",
     "validation_fraction": 0.25,
     "split_seed": 0,
+    "hash": "",
     "cache_dir": "",
     "tfds_dir": "",
     "workers": 0,
@@ -303,3 +304,12 @@ def test_a_mistake_is_one_line_that_names_the_option_and_leaves_no_tokens(tmp_pa
     for part in named:
         assert part in str(error.value)
     assert not list(tmp_path.glob("tokens/*/"))
+
+
+def test_a_corpus_of_another_hash_is_refused(tmp_path, small_tree):
+    found = prepare(tmp_path, small_tree).meta["hash"]
+    assert prepare(tmp_path, small_tree, hash=found).meta["hash"] == found
+    with pytest.raises(DataError, match=f"data.hash='0123': .* has the hash '{found}'"):
+        prepare(tmp_path, small_tree, hash="0123")
+    with pytest.raises(DataError, match="has the hash"):  # the same documents, split otherwise
+        prepare(tmp_path, small_tree, hash=found, split_seed=3)

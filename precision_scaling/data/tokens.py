@@ -62,6 +62,7 @@ def prepare(
     tokenizer: str,
     validation_fraction: float,
     split_seed: int,
+    hash: str,
     cache_dir: str,
     tfds_dir: str,
     workers: int,
@@ -73,6 +74,8 @@ def prepare(
     Exact duplicates and empty documents are dropped. A document is held out for validation by a hash of its content
     and `split_seed`: the choice depends on nothing else. With `validation_split` named, its documents are the
     validation set, and training documents equal to one of them are dropped. Near-duplicates are not looked for.
+
+    `hash`, where it is not empty, is the one that the corpus must have: content, split and tokenizer.
 
     `workers` processes share the work (0: one per core); the tokens do not depend on their number. What a process that
     was killed had finished is kept and not done again. `cache_dir` may be a URL that fsspec knows (gs://, s3://): token
@@ -98,6 +101,8 @@ def prepare(
         held_out = [validation_split] if validation_split else [validation_fraction, split_seed]
         identity = json.dumps([_LAYOUT, source.fingerprint, split, feature, held_out, tokenizer_id])
         key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+        if hash not in ("", key):
+            raise DataError(f"data.hash={hash!r}: {source.name}, split and tokenized as asked, has the hash {key!r}")
         label = f"{name}-{tokenizer_id}"[:48].translate(str.maketrans("/:", "__"))
         directory = cache / "tokens" / f"{label}-{key}"
         far = far and f"{far.rstrip('/')}/tokens/{directory.name}"

@@ -49,11 +49,13 @@ def quantize_missing(
     options: Mapping[str, Any] | None = None,
     save: bool = False,
     stop: Stop | None = None,
+    progress: bool = True,
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
     options: in place of those of `config.ptq`; rows of other options are other rows, see `Setting.name`.
     save: keeps every quantized model as a packed checkpoint, too. stop: is asked between two runs; then Stopped.
+    progress: shows a bar.
 
     Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a setting that does not fit
     a model before anything is quantized, and UserError for checkpoints that cannot be read after the runs that can.
@@ -74,7 +76,7 @@ def quantize_missing(
                 if missing:
                     todo.append(_Job(group, run, setting, missing))
     warnings, unreadable = [], []
-    for job in tqdm(todo, desc="quantizing", unit="run") if todo else ():
+    for job in tqdm(todo, desc="quantizing", unit="run", disable=not progress) if todo else ():
         if stop is not None and stop.asked():
             raise Stopped(stop.reason)
         try:
@@ -125,12 +127,9 @@ def _quantize_run(bench: Bench, job: _Job, save: bool) -> list[str]:
             f"{run.id} at {b} bits: {name} was rounded to nearest, its calibration is unusable" for name in names
         ]
         post_training = {
-            "method": setting.name,
+            **setting.columns,
             "P_post": b,
             "fallback_layers": len(fallen),
-            "ptq_granularity": setting.weight_granularity or setting.granularity,
-            "ptq_options": " ".join(setting.options),
-            "post_parts": setting.parts,
             "stored_bits": round(codes.stored_bits(models[k], b), 4) if models else None,
         }
         rows.append(bench_lib.row(bench, run, loss, **post_training))

@@ -87,6 +87,16 @@ class Setting:
             return ""
         return f"group:{self.group_size}" if self.group_size else "channel"
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """What the table says of it."""
+        return {
+            "method": self.name,
+            "ptq_granularity": self.weight_granularity or self.granularity,
+            "ptq_options": " ".join(self.options),
+            "post_parts": self.parts,
+        }
+
     def program(self, program: Program) -> Program:
         """The forward pass of the quantized model: simulated, with these operands as integers on their own grids.
 

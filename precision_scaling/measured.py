@@ -1,0 +1,89 @@
+"""Runs of a study that are measured already, on another machine: taken over from its table, not done again.
+
+`study` calls it before it trains: a study moves to a new machine with its config and its rows, without checkpoints.
+"""
+
+import csv
+import gzip
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from precision_scaling import bench as bench_lib
+from precision_scaling import results
+from precision_scaling.bench import Bench
+from precision_scaling.errors import UserError
+from precision_scaling.experiment import Run
+from precision_scaling.ptq.setting import of_config
+
+TRAINED = "trained"
+_TEXTS = ("run", "status", "method")
+# They say how a run came out or on what it was made, not what it is.
+_FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
+
+
+def take_over(table: Path, bench: Bench) -> int:
+    """Writes the rows of the table's complete runs, as if they had been measured here; returns how many runs it holds.
+
+    A run is complete if it has its loss, and where it is to be quantized one at every method and bit-width, or if it
+    diverged. Rows that are here already stay. Raises UserError for a table that cannot be read, or whose row disagrees
+    with the config or the corpus.
+    """
+    found = _read(table)
+    complete = 0
+    for run in bench.experiment.runs:
+        rows = found.get(run.id, {})
+        if not _is_complete(rows, run, bench):
+            continue
+        complete += 1
+        _check(table, rows[TRAINED][0], run, bench)
+        for measurement, measured in rows.items():
+            if not results.read_rows(bench.directory(run), measurement):
+                results.write_rows(bench.directory(run), measurement, measured)
+    return complete
+
+
+def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """{run: {measurement: rows}}."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    try:
+        with (gzip.open if table.suffix == ".gz" else open)(table, "rt", encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
+                raise ValueError
+            for row in reader:
+                row = {name: _value(name, text) for name, text in row.items()}
+                found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, []).append(row)
+    except OSError as error:
+        raise UserError(f"--rows={table}: {error.strerror or error}") from None
+    except (ValueError, csv.Error, EOFError, TypeError):
+        raise UserError(f"--rows={table}: not a table; allowed is the runs.csv or runs.csv.gz of this study") from None
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    if not text:
+        return "" if name in _TEXTS else None
+    for kind in () if name in _TEXTS else (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_complete(rows: Mapping[str, list[dict[str, Any]]], run: Run, bench: Bench) -> bool:
+    if TRAINED not in rows:
+        return False
+    ptq = bench.experiment.config.ptq
+    if rows[TRAINED][0]["status"] != "ok" or not run.ptq:
+        return True
+    return all(set(ptq.bits) <= {row["P_post"] for row in rows.get(setting.name, ())} for setting in of_config(ptq))
+
+
+def _check(table: Path, row: Mapping[str, Any], run: Run, bench: Bench) -> None:
+    """Raises UserError where a row is of another corpus or setting than the run of that name is here."""
+    for name, value in bench_lib.row(bench, run, None).items():
+        there, here = results.cell(row.get(name)), results.cell(value)
+        if name not in _FREE and there != here:
+            raise UserError(f"--rows={table}: run {run.id} has {name} = {there!r} there and {here!r} here")

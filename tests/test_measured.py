@@ -1,0 +1,112 @@
+"""A study that moves to another machine with its rows alone; its plan as a table; runs quantized as they end."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from precision_scaling import bench as bench_lib
+from precision_scaling import measured, results, study
+from precision_scaling.errors import UserError
+from precision_scaling.ptq.runs import quantize_missing
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def packed(table, path, change=lambda text: text):
+    path.write_bytes(gzip.compress(change(table.read_text()).encode()))
+    return path
+
+
+def test_a_study_goes_on_elsewhere_from_its_rows_alone(finished_study, tmp_path, quick_compile):
+    bench, there = finished_study
+    table = packed(there / "runs.csv", tmp_path / "runs.csv.gz")
+    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    assert measured.take_over(table, here) == 4
+    study.train_missing(here)
+    assert quantize_missing(here, ("rtn",), (3, 4)) == []
+    results.gather(here.workdir)
+    assert (here.workdir / "runs.csv").read_bytes() == (there / "runs.csv").read_bytes()
+    assert not list(here.workdir.glob("runs/*/checkpoint"))  # nothing was trained
+    kept = {path: path.stat().st_mtime_ns for path in here.workdir.glob("runs/*/rows-*.json")}
+    assert measured.take_over(table, here) == 4
+    assert {path: path.stat().st_mtime_ns for path in here.workdir.glob("runs/*/rows-*.json")} == kept
+
+
+def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
+    bench, there = finished_study
+    lost = next(run for run in bench.experiment.runs if "D448" in run.id)
+    rows = [row for row in rows_of(there / "runs.csv") if not (row["run"] == lost.id and row["P_post"] == "4")]
+    table = tmp_path / "runs.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, results.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    assert measured.take_over(table, here) == 3
+    assert results.read_rows(here.directory(lost), "trained") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.replace("rtn", "gptq"), None),  # other methods than asked for: those runs are not complete
+        (lambda text: text.replace(",768,", ",769,"), "has D = '769' there and '768' here"),
+        (lambda text: text.replace(",25k,", ",26k,"), "has size = '26k' there and '25k' here"),
+        (lambda text: "no table\x00", "not a table"),
+        (lambda text: "N,D,loss\n1,2,3\n", "not a table"),
+    ],
+)
+def test_a_table_of_another_study_is_refused(finished_study, tmp_path, change, words):
+    bench, there = finished_study
+    table = packed(there / "runs.csv", tmp_path / "runs.csv.gz", change)
+    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    if words is None:
+        assert measured.take_over(table, here) == 1  # the one run that asks for no PTQ
+        return
+    with pytest.raises(UserError, match=words) as error:
+        measured.take_over(table, here)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n")])
+def test_a_table_that_cannot_be_read_is_one_line(finished_study, tmp_path, content):
+    bench, _ = finished_study
+    table = tmp_path / "runs.csv.gz"
+    if content is not None:
+        table.write_bytes(content)
+    with pytest.raises(UserError, match="--rows=") as error:
+        measured.take_over(table, bench)
+    assert "\n" not in str(error.value)
+
+
+def test_the_plan_is_a_table_of_every_loss_to_come(finished_study, tmp_path):
+    bench, there = finished_study
+    config = bench.experiment.config
+    planned = [row for run in bench.experiment.runs for row in bench_lib.planned_rows(config, run)]
+    results.write_table(tmp_path / "planned.csv", planned)
+    unknown = {"loss", "status", "epochs", "corpus", "device", "jax_version"}
+    unknown |= {"batches_left_out", "fallback_layers", "stored_bits"}
+    known = lambda path: [{k: v for k, v in row.items() if k not in unknown} for row in rows_of(path)]
+    assert known(tmp_path / "planned.csv") == known(there / "runs.csv")
+    assert {row["status"] for row in rows_of(tmp_path / "planned.csv")} == {"planned"}
+
+
+def test_each_run_is_handed_on_once_its_row_and_checkpoint_are_there(study_config, tmp_path, quick_compile):
+    bench = bench_lib.open_bench(study_config, tmp_path)
+    seen = []
+
+    def on_row(run):
+        (row,) = results.read_rows(bench.directory(run), "trained")
+        seen.append((run.id, row["status"]))
+        study.quantize_run(bench, run)
+
+    study.train_missing(bench, on_row=on_row)
+    assert sorted(seen) == sorted((run.id, "ok") for run in bench.experiment.runs)
+    for run in bench.experiment.runs:
+        rows = json.loads(path.read_text()) if (path := bench.directory(run) / "rows-rtn.json").exists() else []
+        assert [row["P_post"] for row in rows] == ([3, 4] if run.ptq else [])
