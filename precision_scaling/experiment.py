@@ -302,9 +302,11 @@ def _optimizer(config) -> optimizer.OptimizerConfig:
 
 def _cohorts(runs) -> tuple[Cohort, ...]:
     """Cohorts by shape and by what is static about the precision, longest runs first: the lanes then end at nearly the
-    same time. A precision joins the first cohort of its shape whose program can serve it, too."""
+    same time. A precision joins the first cohort of its shape whose program can serve it, too. Small models come first:
+    most rows of a study are then there early."""
     cohorts = []
-    for shape in dict.fromkeys(run.shape for run in runs):
+    by_parameters = lambda shape: model.count_parameters(shape.model)[0]
+    for shape in sorted(dict.fromkeys(run.shape for run in runs), key=by_parameters):
         members = sorted((run for run in runs if run.shape == shape), key=lambda run: (-run.steps, run.id))
         groups: list[list[Spec]] = []
         # In an order that does not depend on the grid's: a study that is repeated with more runs keeps its programs.
