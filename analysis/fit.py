@@ -252,6 +252,7 @@ flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 _many("fixed", [], "Parameters held at a value: name=value,...")
+_many("free", [], "Parameters fitted that otherwise keep their default (g, nu, ...).")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
 _choice("loss", "huber", LOSSES, "What is minimized, of log residuals.")
@@ -296,6 +297,7 @@ def main() -> None:
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
+        freed=tuple(FLAGS.free),
         tied=pairs("tied", FLAGS.tied),
         biased=FLAGS.biased,
         loss=FLAGS.loss,

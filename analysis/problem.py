@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis import derived, laws
-from analysis.law import Law, Parameter
+from analysis.law import AFTER_PTQ, Law, Need, Parameter
 from analysis.optimize import Problem, huber, residuals
 from analysis.table import Table, describe
 from precision_scaling.errors import UserError
@@ -31,6 +31,8 @@ class FitError(UserError):
 class Options:
     """How to fit. `fixed` gives constants, `tied` {follower: leader}; `biased` False sets the law's biases to 0.
 
+    `freed` names parameters to fit that otherwise stay at their default (an outer exponent, say).
+
     `loss` is Huber (with `huber_delta`) or least squares, of log residuals. `delta_residual` says what a row after
     PTQ compares: log δ, or the log of the run's own loss before PTQ plus δ, which keeps zero and negative δ (None:
     log δ for laws of δ alone, log loss for a law of both). `stages`: all parameters at once, or in the law's stages
@@ -38,6 +40,7 @@ class Options:
     """
 
     fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    freed: tuple[str, ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: bool = True
     loss: str = "huber"
@@ -253,7 +256,7 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
     if law.log_loss is not None and law.log_delta is None:
         table = table.select(~table.quantized, f"after PTQ, of which law {law.name} says nothing")
     for name in law.columns:
-        if name != "P_post":
+        if name not in AFTER_PTQ:
             if table[name].dtype == object:
                 raise FitError(f"law {law.name} needs numbers in column {name}; it holds {table[name][0]!r}")
             table = table.select(np.isfinite(table[name]), f"{name} is empty")
@@ -292,7 +295,11 @@ def _join(loss_rows: Table | None, delta_rows: Table | None) -> Table:
 
 def _constants(law: Law, options: Options) -> tuple[dict[str, float], dict[str, str]]:
     """Parameters given by the options: fixed values, biases of the unbiased form, redundant ones; and the ties."""
-    constants = {p.name: p.default for p in law.params if not p.fit}
+    for name in options.freed:
+        law.parameter(name)
+        if name in options.fixed or name in options.tied:
+            raise FitError(f"freed {name}: it is fixed or tied, too")
+    constants = {p.name: p.default for p in law.params if not p.fit and p.name not in options.freed}
     if not options.biased:
         constants.update(dict.fromkeys(law.biases, 0.0))
     for name, value in options.fixed.items():
@@ -318,14 +325,11 @@ def _uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delt
     """
     open_: dict[str, str] = {}
     for need in law.needs:
-        tables = [
-            t
-            for t, kind in ((loss_rows, "loss"), (delta_rows, "delta"))
-            if t is not None and need.rows in (kind, "any")
-        ]
-        values = np.unique(np.concatenate([t[need.column] for t in tables])) if tables else np.array([])
+        values = _distinct(need, loss_rows, delta_rows)
         if len(values) < need.levels:
-            seen = f"only {need.column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {need.column}"
+            column = " or ".join(need.columns)
+            seen = f"only {column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {column}"
+            seen += " in training below 16 bits" * (need.rows == "low")
             for name in need.params:
                 open_.setdefault(
                     name, f"the rows hold {seen}; {need.levels} different values are needed to tell {name}"
@@ -336,6 +340,17 @@ def _uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delt
             for name in group:
                 open_.pop(name, None)
     return open_
+
+
+def _distinct(need: Need, loss_rows: Table | None, delta_rows: Table | None) -> np.ndarray:
+    """The different values of the need's column on its rows; of several columns those of the richest."""
+    tables = []
+    if loss_rows is not None and need.rows in ("loss", "low", "any"):
+        tables.append(loss_rows.select(~loss_rows.high_precision) if need.rows == "low" else loss_rows)
+    if delta_rows is not None and need.rows in ("delta", "any"):
+        tables.append(delta_rows)
+    found = [np.unique(np.concatenate([t[name] for t in tables])) if tables else np.array([]) for name in need.columns]
+    return max(found, key=len)
 
 
 def _stages(law: Law, options: Options, free: tuple[str, ...], rows: Table, before: int) -> tuple[Stage, ...]:
