@@ -1,5 +1,5 @@
-"""Columns that a table need not hold because its number formats determine them: errors on Gaussian data, relative steps,
-exponent and mantissa bits, and 16 bits for the backward pass where nothing else is said.
+"""Columns that a table need not hold because its number formats determine them: errors on Gaussian data, relative
+steps, exponent and mantissa bits, and 16 bits for the backward pass where nothing else is said.
 """
 
 import functools

@@ -31,6 +31,9 @@ class FitError(UserError):
 class Options:
     """How to fit. `fixed` gives constants, `tied` {follower: leader}; `biased` False sets the law's biases to 0.
 
+    `serve_bits` gives a law of the loss before PTQ the losses after PTQ to that many bits instead, as of a law that is
+    refitted for each precision.
+
     `freed` names parameters to fit that otherwise stay at their default (an outer exponent, say).
 
     `loss` is Huber (with `huber_delta`) or least squares, of log residuals. `delta_residual` says what a row after
@@ -41,6 +44,7 @@ class Options:
 
     fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
     freed: tuple[str, ...] = ()
+    serve_bits: float | None = None
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: bool = True
     loss: str = "huber"
@@ -114,6 +118,11 @@ class Setup:
     run_n: np.ndarray  # index of the run of each row
     left_out: Mapping[str, int]
 
+    @property
+    def delta_rows(self) -> int:
+        """How many rows, the last ones, compare δ or the loss with δ added."""
+        return len(next(iter(self.problem.data["delta"].values()))) if "delta" in self.problem.data else 0
+
     def values(self, theta_F: np.ndarray) -> dict[str, float]:
         """All constants of the law at theta."""
         out = dict(self.constants)
@@ -163,7 +172,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     """Raises FitError, in one line, where the table or the options do not allow this law to be fitted."""
     options = Options() if options is None else options
     law = laws.get(law)
-    table = _with_derived(law, table)
+    table = with_derived(law, table)
     loss_rows, delta_rows, left_out = _rows(law, table, options)
     rows = _join(loss_rows, delta_rows)
     law = laws.resolve(law, columns=laws.complete_columns(law, rows.columns))
@@ -234,7 +243,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     )
 
 
-def _with_derived(law: Law, table: Table) -> Table:
+def with_derived(law: Law, table: Table) -> Table:
     """The table with the columns that the law reads and the table's formats determine. Raises FitError for others
     missing.
     """
@@ -253,7 +262,9 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
     """The rows before and after PTQ that the law speaks of, and the counts of all rows left out."""
     if law.high_precision_only:
         table = table.select(table.high_precision, f"trained below 16 bits, of which law {law.name} says nothing")
-    if law.log_loss is not None and law.log_delta is None:
+    if options.serve_bits is not None:
+        table = _served(law, table, options.serve_bits)
+    elif law.log_loss is not None and law.log_delta is None:
         table = table.select(~table.quantized, f"after PTQ, of which law {law.name} says nothing")
     for name in law.columns:
         if name not in AFTER_PTQ:
@@ -262,7 +273,9 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
             table = table.select(np.isfinite(table[name]), f"{name} is empty")
     if law.log_delta is not None:
         table = table.one_method()
-    loss_rows = table.before_ptq() if law.log_loss is not None else None
+    loss_rows = None
+    if law.log_loss is not None:
+        loss_rows = table if options.serve_bits is not None else table.before_ptq()
     delta_rows = table.deltas() if law.log_delta is not None else None
     left_out = dict(table.left_out if delta_rows is None else delta_rows.left_out)
     if delta_rows is not None:
@@ -278,10 +291,22 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
             )
     if loss_rows is not None and not len(loss_rows):
         raise FitError(
-            f"law {law.name} needs losses before PTQ (P_post empty); none usable in {table.source} "
-            f"({describe(left_out)})"
+            f"law {law.name} needs losses {_which(options)}; none usable in {table.source} ({describe(left_out)})"
         )
     return loss_rows, delta_rows, left_out
+
+
+def _which(options: Options) -> str:
+    bits = options.serve_bits
+    return "before PTQ (P_post empty)" if bits is None else f"after PTQ to {bits:g} bits (P_post)"
+
+
+def _served(law: Law, table: Table, bits: float) -> Table:
+    """The rows after PTQ to that many bits by the main method. Raises FitError for a law that knows PTQ itself."""
+    if law.log_delta is not None:
+        raise FitError(f"serve_bits = {bits:g}: law {law.name} has P_post in it; allowed for laws of the loss alone")
+    served = table.one_method()
+    return served.select(served["P_post"] == bits, f"not after PTQ to {bits:g} bits")
 
 
 def _join(loss_rows: Table | None, delta_rows: Table | None) -> Table:
