@@ -79,7 +79,9 @@ def _series(method: str, n: float, p_post: float, here: Table, delta: Noise | No
     tokens, at = np.unique(here["D"], return_inverse=True)
     seeds = np.bincount(at)
     deltas, losses = (np.bincount(at, here[name]) / seeds for name in ("delta", "loss"))
-    limit = lambda noise, i, j: 0.0 if noise is None else float(noise.limit((seeds[i], seeds[j]), N=n, D=tokens[[i, j]]).max())
+    limit = lambda noise, i, j: (
+        0.0 if noise is None else float(noise.limit((seeds[i], seeds[j]), N=n, D=tokens[[i, j]]).max())
+    )
     last, low = len(tokens) - 1, int(np.argmin(losses))
     change, least = deltas[last] - deltas[0], limit(delta, 0, last)
     course = RISES if change > least else FALLS if change < -least else FLAT
@@ -90,7 +92,9 @@ def _series(method: str, n: float, p_post: float, here: Table, delta: Noise | No
     return Series(method, n, p_post, tokens, deltas, losses, seeds, course, served, bool(np.all(deltas > floor)))
 
 
-def common_exponent(evidence: Evidence, method: str, series: Sequence[Series]) -> tuple[float, tuple[float, float]] | None:
+def common_exponent(
+    evidence: Evidence, method: str, series: Sequence[Series]
+) -> tuple[float, tuple[float, float]] | None:
     """One exponent of D for the series whose δ lie above the noise at every D, each with its own level, and its 95 %
     interval over runs. None where there are none.
     """
@@ -265,8 +269,9 @@ def more_data_hurts(evidence: Evidence) -> Finding:
     fit = _by_fit(evidence, [s for s in series if s.method == main])
     said = (
         f"The loss as served is least at some D and higher, beyond the noise between seeds, at the most D in {len(worse)} "
-        f"of {len(series)} series ({_by_bits(worse)}); " if worse else
-        f"In none of {len(series)} series is the loss as served higher at the most D than at its least, beyond the noise "
+        f"of {len(series)} series ({_by_bits(worse)}); "
+        if worse
+        else f"In none of {len(series)} series is the loss as served higher at the most D than at its least, beyond the noise "
         "between seeds; "
     )
     said += (
@@ -274,7 +279,11 @@ def more_data_hurts(evidence: Evidence) -> Finding:
         + "; ".join(_turn_words(s) for s in turned)
         if turned
         else "it nowhere first fell beyond the noise, so that no D_crit is measured"
-        + (", only that it lies below the second D of those series" if worse and all(s.lowest == 0 for s in worse) else "")
+        + (
+            ", only that it lies below the second D of those series"
+            if worse and all(s.lowest == 0 for s in worse)
+            else ""
+        )
     )
     numbers = {
         "series": len(series),
@@ -338,8 +347,9 @@ def _by_fit(evidence: Evidence, series: Sequence[Series]) -> ByFit:
     if ptq is None or base is None or {"gamma_D", "C_T", "gamma_post"} & set(ptq.refused) or "beta" in base.refused:
         return ByFit()
     constants = {**base.values, **ptq.values}
-    predict = lambda s: laws.predict(base.law, base.values, N=s.n, D=s.tokens) + laws.predict(
-        "ptq", ptq.values, N=s.n, D=s.tokens, P_post=s.p_post
+    predict = lambda s: (
+        laws.predict(base.law, base.values, N=s.n, D=s.tokens)
+        + laws.predict("ptq", ptq.values, N=s.n, D=s.tokens, P_post=s.p_post)
     )
     at = min(series, key=lambda s: (s.p_post, s.n))
     turn = float(closed_forms.critical_tokens(constants, at.n, at.p_post))
