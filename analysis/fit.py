@@ -21,7 +21,7 @@ from analysis import command, laws, reporting
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
-from analysis.optimize import stay_off_accelerators
+from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, search
 from precision_scaling.results import atomic_write
@@ -29,6 +29,7 @@ from precision_scaling.results import atomic_write
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
 
 AT_BOUND = 1e-9
+MOST_RESIDUALS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Fit:
     samples: Mapping[str, tuple[float, ...]] = dataclasses.field(
         default_factory=dict
     )  # bootstrap draws of all constants
+    # log measurement - log prediction of rows "before" and "after" PTQ, spread by sqrt(n / (n - parameters))
+    residuals: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    serve_bits: float | None = None  # the loss is that after PTQ to so many bits
 
     def predict(self, **columns) -> np.ndarray:
         """Loss (or δ) of the fitted law at the given columns."""
@@ -87,7 +91,7 @@ class Fit:
         fields = {**empty, **{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}}
         for name in ("columns", "notes"):
             fields[name] = tuple(fields.get(name, ()))
-        for name in ("ci", "samples"):
+        for name in ("ci", "samples", "residuals"):
             fields[name] = {key: tuple(value) for key, value in fields.get(name, {}).items()}
         fields["values"] = fields.get("values") or {k: v for k, v in fields["params"].items() if v is not None}
         return cls(**fields)
@@ -175,7 +179,25 @@ def fit(
         identifiability=_identifiability(verdict),
         reporting=reporting.record(setup, best, table, bootstrap_resamples, level, seed),
         samples=samples,
+        residuals=_residuals(setup, best.theta_F),
+        serve_bits=setup.options.serve_bits,
     )
+
+
+def _residuals(setup: Setup, theta_F: np.ndarray) -> dict[str, tuple[float, ...]]:
+    """What prediction intervals need of the noise: residuals by kind of row, sorted; quantiles where there are many."""
+    residual_n = -residuals(setup.problem, theta_F)
+    rows, free = len(residual_n), len(setup.free)
+    residual_n = residual_n * math.sqrt(rows / (rows - free))
+    is_delta = np.arange(rows) >= rows - setup.delta_rows
+    out = {}
+    for kind, mask in (("before", ~is_delta), ("after", is_delta)):
+        values = np.sort(residual_n[mask])
+        if len(values) > MOST_RESIDUALS:
+            values = np.quantile(values, (np.arange(MOST_RESIDUALS) + 0.5) / MOST_RESIDUALS)
+        if len(values):
+            out[kind] = tuple(float(f"{v:.6g}") for v in values)
+    return out
 
 
 def _interval(setup: Setup, name: str, draws: tuple[float, ...], level: float) -> tuple[float | None, float | None]:
@@ -252,6 +274,8 @@ flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 _many("fixed", [], "Parameters held at a value: name=value,...")
+_many("free", [], "Parameters fitted that otherwise keep their default (g, nu, ...).")
+_number("serve_bits", None, "Fit the losses after PTQ to this many bits, by a law of the loss alone.")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
 _choice("loss", "huber", LOSSES, "What is minimized, of log residuals.")
@@ -296,6 +320,8 @@ def main() -> None:
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
+        freed=tuple(FLAGS.free),
+        serve_bits=FLAGS.serve_bits,
         tied=pairs("tied", FLAGS.tied),
         biased=FLAGS.biased,
         loss=FLAGS.loss,

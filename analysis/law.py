@@ -17,6 +17,7 @@ LogFunction = Callable[[Values, Values, Any], Any]
 
 HIGH_PRECISION_BITS = 16.0
 PRECISION_COLUMNS = ("P_w", "P_a", "P_kv")
+AFTER_PTQ = ("P_post", "s_post")  # columns that are empty (NaN) before PTQ
 MIN_FRACTION = 1e-3  # f_x is clipped here: below its zero the paper's runs diverge, and log f must stay finite
 
 
@@ -30,8 +31,8 @@ class Parameter:
 
     `log` parameters are positive and fitted as their logarithm. `grid` holds the values that starts are drawn from.
     `default` is the value where a set of constants leaves the parameter out; `held` the value that switches its
-    effect off (used where no row informs it). `fit` is False for a parameter that is redundant with another: it stays
-    at its default.
+    effect off (used where no row informs it). `fit` is False for a parameter that stays at its default unless a fit
+    asks for it (`Options.freed`): redundant with another, or one more than most tables can tell.
     """
 
     name: str
@@ -48,12 +49,19 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """`params` can be told from the rest of the law only if `column` takes at least `levels` values on these rows."""
+    """`params` can be told from the rest of the law only if `column` takes at least `levels` values on these rows.
 
-    column: str
+    Of several columns one that does is enough.
+    """
+
+    column: str | tuple[str, ...]
     levels: int
     params: tuple[str, ...]
-    rows: str = "any"  # "loss" (before PTQ), "delta" (after PTQ) or "any"
+    rows: str = "any"  # "loss" (before PTQ), "low" (of those, trained below 16 bits), "delta" (after PTQ) or "any"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,) if isinstance(self.column, str) else self.column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +140,11 @@ class Law:
         loss = xp.exp(self.log_loss(params, columns, xp))
         if self.log_delta is None:
             return loss
-        p_post = xp.asarray(columns["P_post"])
-        quantized = ~xp.isnan(p_post)
-        safe = {**columns, "P_post": xp.where(quantized, p_post, HIGH_PRECISION_BITS)}
+        after = next(name for name in AFTER_PTQ if name in columns)
+        quantized = ~xp.isnan(xp.asarray(columns[after]))
+        stand_in = {"P_post": HIGH_PRECISION_BITS, "s_post": 0.0}
+        safe = {name: xp.where(quantized, columns[name], stand_in[name]) for name in AFTER_PTQ if name in columns}
+        safe = {**columns, **safe}
         return loss + xp.where(quantized, xp.exp(self.log_delta(params, safe, xp)), 0.0)
 
 
@@ -157,9 +167,11 @@ def log_sum(xp, *log_terms):
 
 
 def log_chinchilla(p: Values, n, d, xp=np):
-    """log(A n^-alpha + B d^-beta + E) (2203.15556, eq. 10)."""
+    """log(E + (A n^-alpha + B d^-beta)^g) (2203.15556, eq. 10; g = 1 there and where the law has no g)."""
     size, data = log_power_law(p["A"], p["alpha"], n, xp), log_power_law(p["B"], p["beta"], d, xp)
-    return log_sum(xp, size, data, xp.log(p["E"]))
+    if "g" not in p:
+        return log_sum(xp, size, data, xp.log(p["E"]))
+    return log_sum(xp, p["g"] * log_sum(xp, size, data), xp.log(p["E"]))
 
 
 def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:
@@ -175,6 +187,11 @@ def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ..
         Parameter("beta", 0.0, 3.0, exponents, published=get("beta"), held=0.5),
         Parameter("E", 1e-3, 30.0, floors, log=True, unit="nats per token", published=get("E"), held=1e-3),
     )
+
+
+def outer_exponent() -> Parameter:
+    """g of E + (A N^-alpha + B D^-beta)^g."""
+    return Parameter("g", 0.05, 5.0, (0.3, 0.6, 1.0), True, held=1.0)
 
 
 CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))

@@ -6,7 +6,7 @@ pure function of (params, columns, xp), list its parameters, and put the Law int
 
 import numpy as np
 
-from analysis import capacity, derived, neighbours
+from analysis import capacity, derived, neighbours, noise
 from analysis.law import (
     CHINCHILLA_NEEDS,
     HIGH_PRECISION_BITS,
@@ -246,6 +246,7 @@ LAWS: dict[str, Law] = {
         *(D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS),
         *neighbours.LAWS,
         *capacity.LAWS,
+        *noise.LAWS,
     )
 }
 
@@ -288,7 +289,7 @@ def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
     for name in law.columns:
         value = columns.get(name, defaults.get(name))
         if value is None:
-            value = derived.column(name, columns)
+            value = derived.column(name, {**defaults, **columns})
         if value is None:
             raise LawError(f"law {law.name} needs column {name}; given: {', '.join(columns) or 'none'}")
         try:

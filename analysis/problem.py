@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis import derived, laws
-from analysis.law import Law, Parameter
+from analysis.law import AFTER_PTQ, Law, Need, Parameter
 from analysis.optimize import Problem, huber, residuals
 from analysis.table import Table, describe
 from precision_scaling.errors import UserError
@@ -31,6 +31,11 @@ class FitError(UserError):
 class Options:
     """How to fit. `fixed` gives constants, `tied` {follower: leader}; `biased` False sets the law's biases to 0.
 
+    `serve_bits` gives a law of the loss before PTQ the losses after PTQ to that many bits instead, as of a law that is
+    refitted for each precision.
+
+    `freed` names parameters to fit that otherwise stay at their default (an outer exponent, say).
+
     `loss` is Huber (with `huber_delta`) or least squares, of log residuals. `delta_residual` says what a row after
     PTQ compares: log δ, or the log of the run's own loss before PTQ plus δ, which keeps zero and negative δ (None:
     log δ for laws of δ alone, log loss for a law of both). `stages`: all parameters at once, or in the law's stages
@@ -38,6 +43,8 @@ class Options:
     """
 
     fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    freed: tuple[str, ...] = ()
+    serve_bits: float | None = None
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biased: bool = True
     loss: str = "huber"
@@ -111,6 +118,11 @@ class Setup:
     run_n: np.ndarray  # index of the run of each row
     left_out: Mapping[str, int]
 
+    @property
+    def delta_rows(self) -> int:
+        """How many rows, the last ones, compare δ or the loss with δ added."""
+        return len(next(iter(self.problem.data["delta"].values()))) if "delta" in self.problem.data else 0
+
     def values(self, theta_F: np.ndarray) -> dict[str, float]:
         """All constants of the law at theta."""
         out = dict(self.constants)
@@ -160,7 +172,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     """Raises FitError, in one line, where the table or the options do not allow this law to be fitted."""
     options = Options() if options is None else options
     law = laws.get(law)
-    table = _with_derived(law, table)
+    table = with_derived(law, table)
     loss_rows, delta_rows, left_out = _rows(law, table, options)
     rows = _join(loss_rows, delta_rows)
     law = laws.resolve(law, columns=laws.complete_columns(law, rows.columns))
@@ -231,7 +243,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     )
 
 
-def _with_derived(law: Law, table: Table) -> Table:
+def with_derived(law: Law, table: Table) -> Table:
     """The table with the columns that the law reads and the table's formats determine. Raises FitError for others
     missing.
     """
@@ -250,16 +262,20 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
     """The rows before and after PTQ that the law speaks of, and the counts of all rows left out."""
     if law.high_precision_only:
         table = table.select(table.high_precision, f"trained below 16 bits, of which law {law.name} says nothing")
-    if law.log_loss is not None and law.log_delta is None:
+    if options.serve_bits is not None:
+        table = _served(law, table, options.serve_bits)
+    elif law.log_loss is not None and law.log_delta is None:
         table = table.select(~table.quantized, f"after PTQ, of which law {law.name} says nothing")
     for name in law.columns:
-        if name != "P_post":
+        if name not in AFTER_PTQ:
             if table[name].dtype == object:
                 raise FitError(f"law {law.name} needs numbers in column {name}; it holds {table[name][0]!r}")
             table = table.select(np.isfinite(table[name]), f"{name} is empty")
     if law.log_delta is not None:
         table = table.one_method()
-    loss_rows = table.before_ptq() if law.log_loss is not None else None
+    loss_rows = None
+    if law.log_loss is not None:
+        loss_rows = table if options.serve_bits is not None else table.before_ptq()
     delta_rows = table.deltas() if law.log_delta is not None else None
     left_out = dict(table.left_out if delta_rows is None else delta_rows.left_out)
     if delta_rows is not None:
@@ -275,10 +291,22 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
             )
     if loss_rows is not None and not len(loss_rows):
         raise FitError(
-            f"law {law.name} needs losses before PTQ (P_post empty); none usable in {table.source} "
-            f"({describe(left_out)})"
+            f"law {law.name} needs losses {_which(options)}; none usable in {table.source} ({describe(left_out)})"
         )
     return loss_rows, delta_rows, left_out
+
+
+def _which(options: Options) -> str:
+    bits = options.serve_bits
+    return "before PTQ (P_post empty)" if bits is None else f"after PTQ to {bits:g} bits (P_post)"
+
+
+def _served(law: Law, table: Table, bits: float) -> Table:
+    """The rows after PTQ to that many bits by the main method. Raises FitError for a law that knows PTQ itself."""
+    if law.log_delta is not None:
+        raise FitError(f"serve_bits = {bits:g}: law {law.name} has P_post in it; allowed for laws of the loss alone")
+    served = table.one_method()
+    return served.select(served["P_post"] == bits, f"not after PTQ to {bits:g} bits")
 
 
 def _join(loss_rows: Table | None, delta_rows: Table | None) -> Table:
@@ -292,7 +320,11 @@ def _join(loss_rows: Table | None, delta_rows: Table | None) -> Table:
 
 def _constants(law: Law, options: Options) -> tuple[dict[str, float], dict[str, str]]:
     """Parameters given by the options: fixed values, biases of the unbiased form, redundant ones; and the ties."""
-    constants = {p.name: p.default for p in law.params if not p.fit}
+    for name in options.freed:
+        law.parameter(name)
+        if name in options.fixed or name in options.tied:
+            raise FitError(f"freed {name}: it is fixed or tied, too")
+    constants = {p.name: p.default for p in law.params if not p.fit and p.name not in options.freed}
     if not options.biased:
         constants.update(dict.fromkeys(law.biases, 0.0))
     for name, value in options.fixed.items():
@@ -318,14 +350,11 @@ def _uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delt
     """
     open_: dict[str, str] = {}
     for need in law.needs:
-        tables = [
-            t
-            for t, kind in ((loss_rows, "loss"), (delta_rows, "delta"))
-            if t is not None and need.rows in (kind, "any")
-        ]
-        values = np.unique(np.concatenate([t[need.column] for t in tables])) if tables else np.array([])
+        values = _distinct(need, loss_rows, delta_rows)
         if len(values) < need.levels:
-            seen = f"only {need.column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {need.column}"
+            column = " or ".join(need.columns)
+            seen = f"only {column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {column}"
+            seen += " in training below 16 bits" * (need.rows == "low")
             for name in need.params:
                 open_.setdefault(
                     name, f"the rows hold {seen}; {need.levels} different values are needed to tell {name}"
@@ -336,6 +365,17 @@ def _uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delt
             for name in group:
                 open_.pop(name, None)
     return open_
+
+
+def _distinct(need: Need, loss_rows: Table | None, delta_rows: Table | None) -> np.ndarray:
+    """The different values of the need's column on its rows; of several columns those of the richest."""
+    tables = []
+    if loss_rows is not None and need.rows in ("loss", "low", "any"):
+        tables.append(loss_rows.select(~loss_rows.high_precision) if need.rows == "low" else loss_rows)
+    if delta_rows is not None and need.rows in ("delta", "any"):
+        tables.append(delta_rows)
+    found = [np.unique(np.concatenate([t[name] for t in tables])) if tables else np.array([]) for name in need.columns]
+    return max(found, key=len)
 
 
 def _stages(law: Law, options: Options, free: tuple[str, ...], rows: Table, before: int) -> tuple[Stage, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from analysis.law import PRECISION_COLUMNS
 from analysis.problem import Setup
 from analysis.search import LARGE_TABLE, Best, few_runs
-from analysis.table import Table
+from analysis.table import FORMAT_COLUMNS, Table
 
 MIXING = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
 
@@ -37,7 +37,9 @@ def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
 def mixed_rows(setup: Setup) -> tuple[str, ...]:
     """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
     notes = []
-    names = [name for name in setup.rows.columns if name not in setup.law.columns and any(w in name for w in MIXING)]
+    by_format = any(name.startswith(("s_", "gmse_")) for name in setup.law.columns)
+    known = {*setup.law.columns, *(sum(FORMAT_COLUMNS.values(), ()) if by_format else ())}
+    names = [name for name in setup.rows.columns if name not in known and any(w in name for w in MIXING)]
     if not names:
         return ()
     # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
@@ -117,6 +119,8 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
             for name in ("N", "D", *PRECISION_COLUMNS, "P_post")
             if not np.isnan(setup.rows[name]).all()
         },
+        "ptq_method": setup.rows.main_method,
+        "delta_residual": setup.delta_residual if law.log_delta is not None else None,
         "table": table.source,
         "table_sha256": table.sha256,
         "seed": seed,

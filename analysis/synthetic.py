@@ -25,7 +25,11 @@ GROUP_SIZES = (32, 128, 512)
 # Of the law of floating-point formats, whose last term is below the noise at the paper's sizes and formats: sizes and
 # token budgets as in its source, arXiv 2501.02423, and exponent and mantissa bits from 3 bits up.
 FLOAT_SIZES, FLOAT_TOKENS = (41e6, 85e6, 154e6, 679e6), (10e9, 20e9, 50e9, 100e9)
+# Of the law with a channel's capacity, whose three noise terms no four sizes within a factor of ten tell apart.
+CHANNEL_SIZES, CHANNEL_TOKENS = (1e7, 1e8, 1e9, 1e10), (1e8, 1e9, 1e10, 1e11, 1e12)
 FORMATS = ((1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1), (2, 3), (4, 3))
+_OUTER = {"A": 2e6, "alpha": 0.7, "B": 1e7, "beta": 0.7, "E": 1.2, "g": 0.4}
+_NOISY = {**_OUTER, "m": 0.3, "p": 1.7, "c_w": 0.02, "c_a": 0.08, "c_kv": 0.02}
 # stand-ins where nothing is published; the rest of a law's constants are its source's, or the paper's Chinchilla
 # constants
 UNPUBLISHED = {
@@ -36,6 +40,15 @@ UNPUBLISHED = {
     },
     "quartet": {"gamma": 0.8, "eff_D_g4": 0.6, "eff_D_g8": 0.9},
     "capacity_gmse": {"L": 0.98, "F": 0.35, "C": 1.5},
+    "chinchilla_outer": _OUTER,
+    "noise": {**_OUTER, "d": 0.1, "q": 0.65, "c_w": 0.02, "c_a": 0.05, "c_kv": 0.01},
+    "capacity_noise": _NOISY,
+    "ptq_noise": {"C": 0.003, "gamma_D": 0.5, "gamma_N": 0.35},
+    "unified_noise": {**_NOISY, "C": 0.003, "gamma_D": 0.5, "gamma_N": 0.35, "k": 5.0, "M": 0.3},
+    "shannon": {
+        **{"a": 0.1, "alpha": 0.05, "b": 1.0, "beta": 0.5, "c": 0.5, "gamma": 0.2},
+        **{"d": 3.0, "delta": 0.3, "e": 2e4},
+    },
     "power_laws": {"C_w": 2.0, "rho_w": 2.0, "C_a": 8.0, "rho_a": 2.5, "C_kv": 4.0, "rho_kv": 3.0},
 }
 
@@ -57,7 +70,7 @@ def constants(law: str) -> dict[str, float]:
     if missing:
         raise LawError(f"law {law.name}: no constants known for {', '.join(missing)}")
     values = {name: known[name] for name in law.names if name in known}
-    if "b" in values:  # only C_T·e^b is identified: C_T carries both, as in a fit
+    if "C_T" in values:  # only C_T·e^b is identified: C_T carries both, as in a fit
         values["C_T"], values["b"] = values["C_T"] * np.exp(values["b"]), 0.0
     return values
 
@@ -76,6 +89,7 @@ def grid(law: str) -> dict[str, np.ndarray]:
         settings = [(16, 16, GROUP_SIZES[0]), *((4, 4, g) for g in GROUP_SIZES)]
         names = ("P_w", "P_a", "group_size")
     else:
+        sizes, tokens = (CHANNEL_SIZES, CHANNEL_TOKENS) if law.name == "shannon" else (sizes, tokens)
         settings = PRECISIONS[:1] if law.high_precision_only else PRECISIONS
         names = ("P_w", "P_a", "P_kv")
     rows = np.array([(n, d, *s) for n, d, s in itertools.product(sizes, tokens, settings)], dtype=np.float64)

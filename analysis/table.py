@@ -179,8 +179,11 @@ def from_columns(columns: Mapping[str, object], source: str = "memory") -> Table
     return _check(pd.DataFrame({k: np.ravel(v) for k, v in columns.items()}), source, "")
 
 
-def load(path: str | Path) -> Table:
-    """Read runs.csv. Raises TableError where the file, a required column (N, D, loss) or every row is unusable."""
+def load(path: str | Path, measured: bool = True) -> Table:
+    """Read runs.csv. Raises TableError where the file, a required column (N, D, loss) or every row is unusable.
+
+    measured False takes planned rows, too, whose loss is absent or empty (NaN then).
+    """
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -203,7 +206,9 @@ def load(path: str | Path) -> Table:
     repeated = [name for name, count in Counter(name.strip() for name in header).items() if count > 1]
     if repeated:
         raise TableError(f"{path}: column {repeated[0]} appears more than once")
-    return _check(frame, str(path), hashlib.sha256(raw).hexdigest())
+    if not measured and "loss" not in frame:
+        frame["loss"] = ""
+    return _check(frame, str(path), hashlib.sha256(raw).hexdigest(), measured)
 
 
 def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +219,7 @@ def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     return numbers, np.isnan(numbers) & ~empty
 
 
-def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
+def _check(frame: pd.DataFrame, source: str, sha256: str, measured: bool = True) -> Table:
     frame = frame.rename(columns=lambda name: str(name).strip()).reset_index(drop=True)
     missing = [name for name in ("N", "D", "loss") if name not in frame]
     if missing:
@@ -246,7 +251,7 @@ def _check(frame: pd.DataFrame, source: str, sha256: str) -> Table:
     for name in NUMERIC:
         values, text = _numbers(frame[name])
         leave_out(text, f"{name} is not a number")
-        if name != "P_post":
+        if name != "P_post" and (measured or name != "loss"):
             leave_out(np.isnan(values), f"{name} is empty or NaN")
         with np.errstate(invalid="ignore"):
             leave_out(np.isinf(values), f"{name} is infinite")

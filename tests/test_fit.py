@@ -40,13 +40,16 @@ def assert_recovered(result, truth, tolerance=1e-3):
         assert result.params[name] == pytest.approx(value, rel=tolerance, abs=1e-9), name
 
 
+FEW_RUNS = ("chinchilla", "ptq", "qid", "chinchilla_outer", "ptq_noise", "shannon")  # laws of 16-bit training alone
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["chinchilla", "ptq", "qid"])
+@pytest.mark.parametrize("name", FEW_RUNS)
 def test_noiseless_tables_give_the_constants_back(name):
     assert_recovered(fit(name, synthetic.table(name), profile=False), synthetic.constants(name))
 
 
-LARGER = [name for name in laws.LAWS if name not in ("chinchilla", "ptq", "qid")]
+LARGER = [name for name in laws.LAWS if name not in FEW_RUNS]
 
 
 @pytest.mark.slow
@@ -55,7 +58,7 @@ def test_noiseless_tables_give_the_constants_back_for_larger_laws(name):
     full = synthetic.table(name)
     sizes, tokens = np.unique(full["N"])[[0, 2, 3]], np.unique(full["D"])[[0, 2, -1]]
     some = full.select(np.isin(full["N"], sizes) & np.isin(full["D"], tokens))
-    starts = 24 if name == "unified" else 12
+    starts = 24 if name in ("unified", "unified_noise") else 12
     assert_recovered(fit(name, some, starts=starts, profile=False), synthetic.constants(name))
 
 

@@ -183,7 +183,7 @@ def test_every_law_says_what_a_user_needs(name):
         for value in (p.published, p.default, p.held):
             assert value is None or p.lower <= value <= p.upper
     known = {*law.columns}
-    assert all(need.column in known and set(need.params) <= set(law.names) for need in law.needs)
+    assert all(set(need.columns) <= known and set(need.params) <= set(law.names) for need in law.needs)
 
 
 def test_biases_left_out_are_zero():

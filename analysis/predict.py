@@ -1,0 +1,368 @@
+"""Predicts rows that no fit has seen: `python -m analysis.predict --fit=fit.json[,fit2.json] --runs=other.csv
+--out=predicted.csv`.
+
+Rows may be planned (no loss) or measured. Every row comes back with the loss that the fits predict, an interval that
+holds the constants' uncertainty and the noise of a measurement, and the error where the table has a loss.
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from analysis import command, laws
+from analysis import fit as fits
+from analysis import table as tables
+from analysis.fit import Fit, pairs
+from analysis.optimize import stay_off_accelerators
+from analysis.problem import FitError, with_derived
+from analysis.table import Table
+from precision_scaling.results import atomic_write
+
+MEASURED, PREDICTED = "measured", "predicted"
+BLOCK = 1000  # rows whose draws are held in memory at once
+MOST_DRAWS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """One entry per row of `table`. Losses in nats per token, NaN where nothing is known; `note` says why a row has no
+    prediction.
+
+    predicted, low, high: the loss (after PTQ the loss as served) and its interval. measured, error: the table's, and
+    predicted - measured. delta: predicted δ of rows after PTQ by a law of δ, whose loss before PTQ is `before`, taken
+    from `before_from`: "measured", or the name of the law that predicts it. outside: columns in which the row lies
+    beyond the rows of its fit.
+    """
+
+    table: Table
+    law: np.ndarray
+    predicted: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    delta: np.ndarray
+    before: np.ndarray
+    before_from: np.ndarray
+    outside: np.ndarray
+    note: np.ndarray
+    notes: tuple[str, ...]
+    level: float
+
+    @property
+    def measured(self) -> np.ndarray:
+        return self.table["loss"]
+
+    @property
+    def error(self) -> np.ndarray:
+        return self.predicted - self.measured
+
+
+def predict(
+    given: Sequence[Fit], table: Table, before: str = MEASURED, level: float = 0.95, seed: int = 0
+) -> Predictions:
+    """Predict every row of `table` by the fit that speaks of it.
+
+    given: at most one fit of the loss before PTQ, at most one with a law of δ (a law of both is both), and fits of
+        losses after PTQ to one number of bits (`--serve_bits`). before: where the loss that δ is added to comes from:
+        "measured" where the table has it and else from the fit of the loss, or "predicted", always from the fit.
+    Intervals need fits with a bootstrap. Raises FitError where the fits contradict each other or read a column that the
+    table does not have.
+    """
+    if before not in (MEASURED, PREDICTED):
+        raise FitError(f"before is {before!r}: choose {MEASURED} or {PREDICTED}")
+    loss_fit, delta_fit, served = _roles(given)
+    columns = {**table.columns, "_at": np.arange(len(table))}
+    table = dataclasses.replace(table, columns=columns)
+    out = Predictions(
+        table,
+        *(np.full(len(table), "", object), *np.full((5, len(table)), np.nan)),
+        *(np.full(len(table), "", object) for _ in range(3)),
+        _notes(given, table),
+        level,
+    )
+    rng = np.random.default_rng(seed)
+    post = table["P_post"]
+    if loss_fit is not None:
+        _losses(out, loss_fit, table.select(np.isnan(post)), rng)
+    for bits, fit in served.items():
+        _losses(out, fit, table.select(post == bits), rng)
+    rest = table.select(~np.isnan(post) & ~np.isin(post, list(served)))
+    if delta_fit is not None:
+        _served_losses(out, delta_fit, loss_fit, rest, before, rng)
+    unspoken = (out.law == "") & (out.note == "")
+    out.note[unspoken & np.isnan(post)] = "no fit given of the loss before PTQ"
+    out.note[unspoken & ~np.isnan(post)] = "no fit given of the loss after PTQ"
+    return dataclasses.replace(out, table=dataclasses.replace(table, columns=_without(columns, "_at")))
+
+
+def _roles(given: Sequence[Fit]) -> tuple[Fit | None, Fit | None, dict[float, Fit]]:
+    """The fit of the loss before PTQ, the one with a law of δ, and those of losses after PTQ by their bits."""
+    served: dict[float, Fit] = {}
+    losses, deltas = [], []
+    for fit in given:
+        law = laws.get(fit.law)
+        if fit.serve_bits is not None:
+            if fit.serve_bits in served:
+                raise FitError(f"two fits of the loss after PTQ to {fit.serve_bits:g} bits: give one")
+            served[fit.serve_bits] = fit
+            continue
+        losses += [fit] * (law.log_loss is not None)
+        deltas += [fit] * (law.log_delta is not None)
+    for found, what in ((losses, "the loss before PTQ"), (deltas, "delta of PTQ")):
+        if len(found) > 1:
+            raise FitError(f"{len(found)} fits of {what} ({', '.join(fit.law for fit in found)}): give one")
+    return (losses or [None])[0], (deltas or [None])[0], served
+
+
+def _losses(out: Predictions, fit: Fit, rows: Table, rng: np.random.Generator) -> None:
+    """Fills in the rows whose loss the fit predicts by itself."""
+    rows = _spoken_of(out, fit, rows)
+    noise = fit.residuals.get("before", ())
+    for block in _blocks(rows):
+        point, draws_Rxn = _evaluate(fit, block, "loss")
+        _fill(out, fit, block, point, draws_Rxn * _noise(noise, draws_Rxn.shape, rng))
+
+
+def _served_losses(
+    out: Predictions, fit: Fit, loss_fit: Fit | None, rows: Table, before: str, rng: np.random.Generator
+) -> None:
+    """Fills in the rows after PTQ by a law of δ: the loss before PTQ, measured or predicted, plus δ."""
+    rows = _spoken_of(out, fit, rows)
+    known = np.full(len(out.law), np.nan)
+    if before == MEASURED:
+        paired = out.table.deltas()
+        known[paired["_at"].astype(int)] = paired["loss_before"]
+    known_n = known[rows["_at"].astype(int)]
+    _with_before(out, fit, rows.select(~np.isnan(known_n)), known_n[~np.isnan(known_n)], None, rng)
+    unknown = rows.select(np.isnan(known_n))
+    if loss_fit is None:
+        out.note[unknown["_at"].astype(int)] = (
+            "the loss before PTQ is not measured, and no fit is given that predicts it"
+        )
+    else:
+        _with_before(out, fit, _spoken_of(out, loss_fit, unknown), None, loss_fit, rng)
+
+
+def _with_before(out: Predictions, fit: Fit, rows: Table, known_n, loss_fit: Fit | None, rng) -> None:
+    """Loss before PTQ (`known_n`, or predicted by `loss_fit`) plus δ, for rows that the fits speak of."""
+    relative = fit.reporting.get("delta_residual") == "log_delta"
+    for block, at in zip(_blocks(rows), _blocks_of(len(rows)), strict=True):
+        delta_n, delta_Rxn = _evaluate(fit, block, "delta")
+        noise_Rxn = _noise(fit.residuals.get("after", ()), delta_Rxn.shape, rng)
+        if loss_fit is None:
+            before_n, before_Rxn, origin = known_n[at], known_n[at][None], MEASURED
+        else:
+            before_n, before_Rxn = _evaluate(loss_fit, block, "loss")
+            before_Rxn = before_Rxn * _noise(loss_fit.residuals.get("before", ()), before_Rxn.shape, rng)
+            before_Rxn = _cycled(before_Rxn, len(delta_Rxn))
+            delta_Rxn, noise_Rxn = (_cycled(a, len(before_Rxn)) for a in (delta_Rxn, noise_Rxn))
+            origin = loss_fit.law
+        served_Rxn = before_Rxn + delta_Rxn * noise_Rxn if relative else (before_Rxn + delta_Rxn) * noise_Rxn
+        _fill(out, fit, block, before_n + delta_n, served_Rxn)
+        index = block["_at"].astype(int)
+        out.delta[index], out.before[index], out.before_from[index] = delta_n, before_n, origin
+
+
+def _evaluate(fit: Fit, rows: Table, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Loss before PTQ or δ of every row at the fit's constants, and (R, n) at its bootstrap draws; R is 0 without."""
+    law = laws.resolve(fit.law, fit.values)
+    columns = laws.complete_columns(law, with_derived(law, rows).columns)
+    function = law.log_loss if which == "loss" else law.log_delta
+
+    def at(values: Mapping[str, float]) -> np.ndarray:
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            return np.exp(function(law.values(values), columns, np))
+
+    count = min((len(draws) for draws in fit.samples.values()), default=0)
+    draws = [at({name: fit.samples[name][i] for name in fit.samples}) for i in range(min(count, MOST_DRAWS))]
+    return at(fit.values), np.reshape(draws, (len(draws), len(rows)))
+
+
+def _cycled(a_Rxn: np.ndarray, count: int) -> np.ndarray:
+    """At least `count` draws, those there are over again; none stay none."""
+    return a_Rxn if len(a_Rxn) >= count or not len(a_Rxn) else np.resize(a_Rxn, (count, a_Rxn.shape[1]))
+
+
+def _noise(residuals: Sequence[float], shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """exp of residuals of the fit drawn at random: measurement over prediction."""
+    return np.exp(rng.choice(np.asarray(residuals), shape)) if len(residuals) else np.ones(shape)
+
+
+def _fill(out: Predictions, fit: Fit, rows: Table, point_n: np.ndarray, draws_Rxn: np.ndarray) -> None:
+    known = np.isfinite(point_n)
+    index = rows["_at"].astype(int)
+    out.note[index[~known]] = f"law {fit.law} has no constant for this precision"
+    out.law[index[known]] = fit.law
+    out.predicted[index[known]] = point_n[known]
+    for at in index[known]:
+        out.outside[at] = " ".join(_outside(fit, out.table, at))
+    if len(draws_Rxn):
+        tail = (1 - out.level) / 2
+        out.low[index], out.high[index] = np.quantile(draws_Rxn, [tail, 1 - tail], axis=0)
+
+
+def _spoken_of(out: Predictions, fit: Fit, rows: Table) -> Table:
+    """The rows that the fit's law and method speak of; the others get their note."""
+    law = laws.resolve(fit.law, fit.values)
+    names = [name for name in law.columns if name not in ("P_post", "s_post")]
+    if len(rows):
+        rows = with_derived(law, rows)
+    method = fit.reporting.get("ptq_method")
+    reasons = []
+    if law.high_precision_only:
+        reasons.append((~rows.high_precision, f"trained below 16 bits, of which law {law.name} says nothing"))
+    if method and rows.methods is not None:
+        other = rows.quantized & (rows.methods != method)
+        reasons.append((other, f"PTQ by another method than {method}, the fit's"))
+    reasons += [(~np.isfinite(rows[name].astype(float)), f"{name} is empty") for name in names if len(rows)]
+    keep = np.ones(len(rows), bool)
+    for bad, why in reasons:
+        out.note[rows["_at"][bad & keep].astype(int)] = why
+        keep &= ~bad
+    return rows.select(keep)
+
+
+def _outside(fit: Fit, table: Table, at: int) -> list[str]:
+    """The columns in which a row lies beyond the rows of the fit."""
+    ranges = fit.reporting.get("ranges", {})
+    values = {name: float(table[name][at]) for name in ranges if name in table}
+    beyond = lambda name, value: not ranges[name][0] * (1 - 1e-9) <= value <= ranges[name][1] * (1 + 1e-9)
+    return [name for name, value in values.items() if not np.isnan(value) and beyond(name, value)]
+
+
+def _blocks_of(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
+
+
+def _blocks(rows: Table) -> list[Table]:
+    return [rows.select(np.isin(np.arange(len(rows)), np.r_[at])) for at in _blocks_of(len(rows))]
+
+
+def _without(columns: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {key: column for key, column in columns.items() if key != name}
+
+
+def _notes(given: Sequence[Fit], table: Table) -> tuple[str, ...]:
+    notes = []
+    for fit in given:
+        if table.sha256 and fit.reporting.get("table_sha256") == table.sha256:
+            notes.append(f"the fit of {fit.law} was made from this very table: its errors here are not predictions")
+        if not fit.samples:
+            notes.append(f"the fit of {fit.law} has no bootstrap: its predictions have no intervals")
+        elif not fit.residuals:
+            notes.append(f"the fit of {fit.law} has no residuals: its intervals leave out the noise of a measurement")
+    return tuple(notes)
+
+
+NEW_COLUMNS = (
+    *("predicted", "low", "high", "measured", "error"),
+    *("law", "predicted_delta", "loss_before", "loss_before_from", "outside", "note"),
+)
+
+
+def to_csv(found: Predictions) -> str:
+    """The table's rows with NEW_COLUMNS in place of its loss."""
+    kept = [name for name in found.table.columns if name != "loss" and name not in NEW_COLUMNS]
+    new = (
+        *(found.predicted, found.low, found.high, found.measured, found.error),
+        *(found.law, found.delta, found.before, found.before_from, found.outside, found.note),
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*kept, *NEW_COLUMNS])
+    for row in zip(*(found.table[name] for name in kept), *new, strict=True):
+        writer.writerow([_cell(value) for value in row])
+    return text.getvalue()
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.10g}"
+    return str(value)
+
+
+def summary(found: Predictions) -> str:
+    """How many rows each law predicted, and where they are measured how well: rms error, share within the interval."""
+    lines = []
+    for law in dict.fromkeys(found.law[found.law != ""]):
+        for after, what in ((False, "before PTQ"), (True, "after PTQ")):
+            rows = (found.law == law) & (found.table.quantized == after)
+            if rows.any():
+                lines.append(f"{law}, {what}: {_quality(found, rows)}")
+    reasons = {why: int(np.sum(found.note == why)) for why in dict.fromkeys(found.note) if why}
+    lines += [f"{count} rows without a prediction: {why}" for why, count in reasons.items()]
+    far = [names for names in found.outside if names]
+    if far:
+        seen = ", ".join(dict.fromkeys(name for names in far for name in names.split()))
+        lines.append(f"{len(far)} rows lie outside the rows of their fit in {seen} (column outside)")
+    lines += [tables.describe(found.table.left_out), *(f"note: {note}" for note in found.notes)]
+    return "\n".join(lines)
+
+
+def _quality(found: Predictions, rows: np.ndarray) -> str:
+    words = f"{int(rows.sum())} rows predicted"
+    origin = [name for name in dict.fromkeys(found.before_from[rows]) if name]
+    if origin:
+        counts = [f"{int(np.sum(found.before_from[rows] == name))} {name}" for name in origin]
+        words += f" (loss before PTQ: {', '.join(counts)})"
+    measured = rows & np.isfinite(found.measured)
+    if not measured.any():
+        return words + ", none measured"
+    error = np.log(found.predicted[measured] / found.measured[measured])
+    words += f", {int(measured.sum())} measured: rms error {100 * np.sqrt(np.mean(error**2)):.2f} % of the loss, mean "
+    words += f"{100 * np.mean(error):+.2f} %"
+    known = measured & np.isfinite(found.low)
+    if known.any():
+        inside = (found.low <= found.measured) & (found.measured <= found.high)
+        words += f", {np.mean(inside[known]):.1%} within the {found.level:.0%} interval"
+    return words
+
+
+FLAGS = flags.FlagValues()
+_text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+flags.DEFINE_list(
+    "fit", [], "Fits (fit.json): of the loss, of delta, or of both; intervals need --bootstrap.", flag_values=FLAGS
+)
+_text("runs", None, "Table of rows to predict: measured, or planned without a loss.")
+_text("out", None, "Where to write the table with predictions (CSV).")
+flags.DEFINE_multi_string(
+    "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
+)
+flags.DEFINE_enum(
+    "before",
+    MEASURED,
+    (MEASURED, PREDICTED),
+    "Loss before PTQ that delta is added to: measured where the table has it, or predicted by the fit of the loss.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", flag_values=FLAGS)
+
+
+def main() -> None:
+    """Predict as the flags say, write the table and print how well it went. Raises UserError."""
+    for name in ("fit", "runs", "out"):
+        if not FLAGS[name].value:
+            raise FitError(f"--{name} is required")
+    stay_off_accelerators()
+    given = [fits.load(path) for path in FLAGS.fit]
+    table = tables.load(FLAGS.runs, measured=False).where(**pairs("where", FLAGS.where))
+    found = predict(given, table, FLAGS.before, FLAGS.level, FLAGS.seed)
+    if not np.isfinite(found.predicted).any():
+        raise FitError(f"no row of {FLAGS.runs} can be predicted: {'; '.join(dict.fromkeys(found.note))}")
+    try:
+        atomic_write(Path(FLAGS.out), to_csv(found))
+    except OSError as err:
+        raise FitError(f"--out={FLAGS.out} cannot be written: {err.strerror}") from None
+    print(summary(found))
+    print(f"written: {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))

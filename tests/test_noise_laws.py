@@ -1,0 +1,122 @@
+"""Laws of rounding noise against hand-worked values, and the relative steps that they read."""
+
+import numpy as np
+import pytest
+
+from analysis import derived, laws
+from analysis.fit import FitError, Options, fit
+from analysis.law import LawError
+from analysis.problem import set_up
+from analysis.steps import integer_step, relative_step
+from analysis.synthetic import constants, table
+from precision_scaling.gaussian import gaussian_mse
+from precision_scaling.numerics import fake_quant_array
+
+OUTER = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5, "g": 2.0}  # (4 + 3)^2 + 1.5 at N 1e4, D 1e8
+HERE = {"N": 1e4, "D": 1e8}
+
+
+def test_integers_step_by_one_over_their_largest_level():
+    np.testing.assert_allclose(integer_step([2, 3, 4, 8, 16, 32]), [1, 1 / 3, 1 / 7, 1 / 127, 0, 0])
+    assert integer_step(1) == np.inf and np.isnan(integer_step(np.nan))
+    steps = integer_step(np.linspace(1.5, 15.9, 200))
+    assert np.all(np.diff(steps) < 0)
+
+
+def test_added_variances_are_their_formula():
+    noisy = {**OUTER, "d": 0.25, "q": 0.5, "c_w": 9.0, "c_a": 441.0, "c_kv": 2.0}
+    assert laws.predict("chinchilla_outer", OUTER, **HERE) == pytest.approx(50.5)
+    got = laws.predict("noise", noisy, **HERE, P_w=[16, 3, 3], P_a=[16, 16, 4], P_kv=16)
+    # D^.25 = 100; 9/9 = 1 at 3 bits of weights; 441/49 = 9 more at 4 bits of activations
+    np.testing.assert_allclose(got, [50.5, 150.5, 50.5 + 100 * np.sqrt(10)])
+    freed = laws.predict("noise", {**noisy, "nu": 0.5}, **HERE, P_w=3)
+    assert freed == pytest.approx(50.5 + 100 / 100)
+
+
+def test_noise_that_limits_capacity_is_its_formula():
+    params = {**OUTER, "m": 0.5, "p": 2.0, "c_w": 0.27, "c_a": 9.8, "c_kv": 1.0}
+    got = laws.predict("capacity_noise", params, **HERE, P_w=[16, 3, 3], P_a=[16, 16, 4])
+    # N^.5 = 100; .27/9 = .03 gives N/4, 9.8/49 = .2 on top N/24
+    np.testing.assert_allclose(got, [50.5, (8 + 3) ** 2 + 1.5, (4 * np.sqrt(24) + 3) ** 2 + 1.5])
+
+
+def test_untrained_rounding_is_its_formula():
+    params = {"C": 0.5, "gamma_D": 0.25, "gamma_N": 0.5}
+    got = laws.predict("ptq_noise", params, **HERE, P_post=[2, 3, 4])
+    np.testing.assert_allclose(got, 0.5 * 100 / 100 * np.array([1, 1 / 9, 1 / 49]))
+    assert laws.predict("ptq_noise", {**params, "p": 1.0}, **HERE, P_post=3) == pytest.approx(0.5 / 3)
+    # 2^b levels between the extremes: steps of 2/(2^b - 1)
+    full = laws.predict("ptq_noise", params, **HERE, P_post=[3, 3], method=["gptq", "gptq-asymmetric"])
+    np.testing.assert_allclose(full, [0.5 / 9, 0.5 * (2 / 7) ** 2])
+
+
+def test_unified_noise_adds_its_delta_after_ptq_alone():
+    params = {**OUTER, "m": 0.5, "p": 2.0, "c_w": 0.27, "c_a": 9.8, "c_kv": 1.0}
+    params |= {"C": 0.5, "gamma_D": 0.25, "gamma_N": 0.5, "k": 9.0, "M": 2.7}
+    got = laws.predict("unified_noise", params, **HERE, P_w=[16, 16, 3, 3], P_post=[np.nan, 3, np.nan, 4])
+    low = 11**2 + 1.5
+    np.testing.assert_allclose(got, [50.5, 50.5 + 0.5 / 9, low, low + 0.5 * (1 / 49 / (1 + 1) + 2.7 / 27)])
+    assert laws.predict("unified_noise", params, **HERE, P_post=16) == pytest.approx(50.5)
+
+
+def test_the_capacity_of_a_channel_is_its_formula():
+    params = {"a": 0.01, "alpha": 0.25, "beta": 0.5, "c": 2.0, "gamma": 0.25, "d": 5.0, "delta": 0.125, "e": 950.0}
+    # 1e8^.5 = 1e4; 2 (1e12)^.25 = 2000, 5 (1e8)^.125 = 50, 950: together 3000
+    assert laws.predict("shannon", params, **HERE) == pytest.approx(1 / (0.01 * 10 * np.log2(1 + 10 / 3)))
+
+
+def test_a_format_has_the_step_of_the_integers_that_err_as_much():
+    # between 4 and 5 bits under one scale for 1024 values, as sampled
+    x = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
+    error = {
+        name: float(np.mean((np.asarray(fake_quant_array(x, name, 1)) - x) ** 2)) for name in ("int4", "e2m1", "int5")
+    }
+    assert error["int5"] < error["e2m1"] < error["int4"]
+    between = np.interp(np.log(error["e2m1"]), np.log([error["int5"], error["int4"]]), np.log([1 / 15, 1 / 7]))
+    assert relative_step("e2m1", "channel", 1024) == pytest.approx(np.exp(between), rel=0.01)
+    # fine grids go in proportion: 9 bits' worth of error is 9 bits
+    assert gaussian_mse("int9", "absmax", 64) ** 0.5 / gaussian_mse("int8", "absmax", 64) ** 0.5 == pytest.approx(
+        127 / 255, rel=1e-3
+    )
+    assert relative_step("bf16") == 0 and relative_step("int4", "tensor") == pytest.approx(1 / 7)
+    assert relative_step("mxfp4") == relative_step("mxfp4", "tensor")  # blocks share their own scales
+    assert relative_step("e4m3", "group:32") > relative_step("e4m3", "tensor")
+    with pytest.raises(LawError, match="granularity 'row'"):
+        relative_step("e4m3", "row")
+
+
+def test_steps_come_from_formats_where_the_table_names_them_and_from_bits_elsewhere():
+    columns = {"P_w": [4.0, 4.0, 16.0, 3.0], "w_format": ["int4", "e2m1", "bf16", ""], "width": [256.0] * 4}
+    got = derived.column("s_w", columns)
+    np.testing.assert_allclose(got[[0, 2, 3]], [1 / 7, 0, 1 / 3])
+    assert got[1] == relative_step("e2m1", "channel", 256)
+    grouped = {**columns, "w_granularity": ["group:32"] * 4}
+    assert derived.column("s_w", grouped)[1] == relative_step("e2m1", "group:32")
+    # keys and values by their root mean square, over heads of 256/4
+    cache = {"P_kv": [4.0], "k_format": ["int4"], "v_format": ["int3"], "width": [256.0], "heads": [4.0]}
+    assert derived.column("s_kv", cache)[0] == pytest.approx(np.sqrt((1 / 49 + 1 / 9) / 2))
+    per_head = {**cache, "k_format": ["e2m1"], "v_format": ["e2m1"], "attention_granularity": ["token"]}
+    assert derived.column("s_kv", per_head)[0] == relative_step("e2m1", "token", 64)
+    np.testing.assert_allclose(derived.column("s_post", {"P_post": [np.nan, 3.0]}), [np.nan, 1 / 3])
+    with pytest.raises(LawError, match="P_w = 1: symmetric integers have more than 1 bit; name the format"):
+        derived.column("s_w", {"P_w": [1.0, 4.0]})
+
+
+@pytest.mark.slow
+def test_a_parameter_that_stays_at_its_default_is_fitted_when_freed():
+    with pytest.raises(FitError, match="freed nu: it is fixed"):
+        set_up("noise", table("noise"), Options(freed=("nu",), fixed={"nu": 0.1}))
+    truth = {**constants("ptq_noise"), "p": 1.6}
+    rows = table("ptq_noise", params=truth)
+    assert fit("ptq_noise", rows, starts=8, profile=False).params["p"] == 2.0
+    assert fit("ptq_noise", rows, Options(freed=("p",)), starts=8, profile=False).params["p"] == pytest.approx(1.6)
+
+
+def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
+    rows = table("noise")
+    weights_only = rows.select((rows["P_a"] == 16) & (rows["P_kv"] == 16) & np.isin(rows["P_w"], (16, 4)))
+    refused = set_up("noise", weights_only).refused
+    assert set(refused) == {"c_a", "c_kv", "q"}
+    assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
+    one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
+    assert "training below 16 bits" in set_up("noise", one_budget).refused["d"]
