@@ -21,13 +21,14 @@ from absl import flags
 
 from analysis import command, crossval, laws
 from analysis import table as tables
+from analysis.caveats import mixed_rows, shared_names
 from analysis.fit import pairs
 from analysis.identify import identify
 from analysis.law import Law, LawError
 from analysis.multiplicativity import Multiplicativity, multiplicativity
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
-from analysis.reporting import mixed_rows, r_squared
+from analysis.reporting import r_squared
 from analysis.search import search
 from precision_scaling.results import atomic_write
 
@@ -126,7 +127,7 @@ def compare(
     if options.loss == "huber":
         notes.append("AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits")
     notes.append("AIC and BIC count rows as independent; rows after PTQ of one run are not")
-    notes += dict.fromkeys(note for _, setup, _ in fitted for note in mixed_rows(setup))
+    notes += dict.fromkeys(note for _, setup, _ in fitted for note in (*mixed_rows(setup), *shared_names(setup)))
     notes.append("mean |error| is over the held-out rows that every law of the kind can predict")
     return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), tuple(notes))
 

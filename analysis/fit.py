@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from analysis import command, laws, reporting
+from analysis import caveats, command, laws, reporting
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
-from analysis.search import LARGE_TABLE, bootstrap, search
+from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
 from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
@@ -136,14 +136,21 @@ def fit(
     """Fit `law` to `table`: best of `starts` starts (None: 512), `bootstrap_resamples` resamples of the runs for `ci`.
 
     `profile` False skips the profile likelihoods, and with them the verdicts that need one. The same arguments give
-    the same fit. Raises FitError where the table does not allow the law.
+    the same fit. Raises FitError where the table does not allow the law, or where resamples are too few for `level`.
+    Trained models that are too few to be resampled give no `ci`, and a note.
     """
     began = time.monotonic()
+    if 0 < bootstrap_resamples < least_resamples(level):
+        raise FitError(
+            f"bootstrap is {bootstrap_resamples}: a {100 * level:g} % interval takes at least {least_resamples(level)} "
+            "resamples, 0 is for none"
+        )
     setup = set_up(law, table, options)
     best = search(setup, starts, seed, progress)
     verdict = identify(setup, best.theta_F, profile and setup.problem.rows <= LARGE_TABLE, level)
     draws: list[dict[str, float]] = []
-    if bootstrap_resamples:
+    few = too_few_runs(setup) if bootstrap_resamples else None
+    if bootstrap_resamples and few is None:
         draws = [
             setup.values(theta_F) for theta_F in bootstrap(setup, best.theta_F, bootstrap_resamples, seed, progress)
         ]
@@ -172,12 +179,12 @@ def fit(
         columns=setup.law.columns,
         values=values,
         refused=refused,
-        notes=(*verdict.notes, *reporting.mixed_rows(setup), *reporting.dropped_deltas(setup)),
+        notes=(*([few] if few else []), *verdict.notes, *caveats.about_the_rows(setup)),
         left_out=setup.left_out,
         starts_at_best=best.share,
         metrics=quality,
         identifiability=_identifiability(verdict),
-        reporting=reporting.record(setup, best, table, bootstrap_resamples, level, seed),
+        reporting=reporting.record(setup, best, table, len(draws), level, seed),
         samples=samples,
         residuals=_residuals(setup, best.theta_F),
         serve_bits=setup.options.serve_bits,
