@@ -4,7 +4,7 @@ import numpy as np
 
 from analysis.problem import Setup
 from analysis.runs import PLACE
-from analysis.table import BASE, MODEL, NUMERIC, PRECISIONS
+from analysis.table import BASE, FORMAT_COLUMNS, MODEL, NUMERIC, PRECISIONS
 
 # In a column with one of these words in its name even a mixture that goes along with N or D is one.
 RECIPE = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
@@ -23,9 +23,16 @@ def about_the_rows(setup: Setup) -> tuple[str, ...]:
 
 def mixed_rows(setup: Setup) -> tuple[str, ...]:
     """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
-    known = {*setup.law.columns, *NUMERIC, *MEASURED, "run", MODEL, BASE}
-    names = [name for name in setup.rows.columns if name not in known and not name.endswith("version")]
-    return tuple(note for name in names if (note := _mixture(setup, name)))
+    silent = {*setup.law.columns, *NUMERIC, *MEASURED, "run", MODEL, BASE}
+    if any(name.startswith(("s_", "gmse_")) for name in setup.law.columns):
+        silent |= {name for names in FORMAT_COLUMNS.values() for name in names}  # the law knows formats by their error
+    known = [c for c in dict.fromkeys((*PRECISIONS, "P_post", *setup.law.columns)) if c not in ("N", "D")]
+    notes = []
+    for name in setup.rows.columns:
+        if name not in silent and not name.endswith("version") and (note := _mixture(setup, name, known)):
+            notes.append(note)
+            known.append(name)  # a column that goes along with this one is no mixture of its own
+    return tuple(notes)
 
 
 def shared_names(setup: Setup) -> tuple[str, ...]:
@@ -55,11 +62,11 @@ def dropped_deltas(setup: Setup) -> tuple[str, ...]:
     )
 
 
-def _mixture(setup: Setup, name: str) -> str | None:
+def _mixture(setup: Setup, name: str, known: list[str]) -> str | None:
     """The note on one column, None where its values are no mixture.
 
-    They are none where they go along with what the law knows (the name of a format, say), where they name the models,
-    and, of numbers, where they are not whole: a coded recipe is, a measurement seldom.
+    They are none where they go along with the known columns (the name of a format with the bits, say), where they name
+    the models, and, of numbers, where they are not whole: a coded recipe is, a measurement seldom.
     """
     column, is_number = setup.rows[name], setup.rows[name].dtype != object
     here = np.isfinite(column) if is_number else np.ones(len(column), bool)
@@ -68,8 +75,7 @@ def _mixture(setup: Setup, name: str) -> str | None:
     words, word_n = np.unique(column[here] if is_number else column.astype(str), return_inverse=True)
     if len(words) < 2:
         return None
-    bits = [c for c in dict.fromkeys((*PRECISIONS, "P_post", *setup.law.columns)) if c not in ("N", "D")]
-    mixed = _varying(_groups(setup, here, bits), word_n)
+    mixed = _varying(_groups(setup, here, known), word_n)
     if not mixed.any() or (not any(word in name for word in RECIPE) and _is_label(setup, here, word_n, is_number)):
         return None
     show = [f"{word:g}" if is_number else (word or "(empty)") for word in words]
@@ -83,8 +89,8 @@ def _mixture(setup: Setup, name: str) -> str | None:
 
 def _groups(setup: Setup, here: np.ndarray, names: list[str]) -> np.ndarray:
     """A number for every combination of these columns."""
-    values = np.column_stack([np.nan_to_num(setup.rows[name][here]) for name in names])
-    return np.unique(values, axis=0, return_inverse=True)[1].ravel()
+    codes = np.stack([np.unique(setup.rows[name][here], return_inverse=True)[1] for name in names])
+    return np.unique(codes, axis=1, return_inverse=True)[1].ravel()
 
 
 def _varying(group_n: np.ndarray, word_n: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -24,6 +23,7 @@ from analysis.cost import MAX_BITS, CostError, CostModel, bits_of_format
 from analysis.fit import Fit, FitError
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.optimum import Budget, BudgetError, Point, Surface, evaluate, minimize, precisions, turning_point
+from analysis.search import NO_INTERVALS, least_resamples
 from analysis.surface import SurfaceError
 from analysis.wording import count_label, interval_text
 from precision_scaling.results import atomic_write
@@ -63,6 +63,7 @@ class Plan:
 def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None, columns: dict | None = None) -> Plan:
     """The best point of these fits under the budget, with intervals, alternatives and warnings. Raises UserError."""
     fit = surfaces.loss_law(fits)
+    surfaces.check_columns(fits, columns or {})
     warnings = []
     informed = surfaces.informed_parts(fit)
     if parts is None:
@@ -144,7 +145,7 @@ def _intervals(fits, budget: Budget, best: Point, parts, columns):
     draws = min(surfaces.draws(fit) for fit in carried)
     if budget.serve_bits is None:
         draws = surfaces.draws(carried[0])
-    if draws < 20:
+    if draws < least_resamples((LEVEL[1] - LEVEL[0]) / 100):
         return None, {}
     at_plan, optima = [], []
     for index in np.linspace(0, draws - 1, min(draws, MOST_DRAWS)).round().astype(int):
@@ -196,7 +197,8 @@ def _caveats(fits, budget: Budget, best: Point, parts, loss_ci) -> list[str]:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
             if abs(best.p - bound) < 1e-3:
                 found.append(f"P ends at {bound:g} bits, the {word} that was searched")
-    if loss_ci is None and any(one.n for one in used):
+    few_runs = any(note.startswith(NO_INTERVALS) for one in used for note in one.notes)
+    if loss_ci is None and any(one.n for one in used) and not few_runs:
         found.append("no interval: the fit carries no bootstrap samples (fit again with --bootstrap=1000)")
     return found
 
@@ -322,27 +324,25 @@ def _parts_of_flags() -> tuple[str, ...] | None:
 def _columns_of_flags() -> dict[str, float]:
     columns = {}
     for entry in _COLUMNS.value:
-        name, separator, value = entry.partition(":")
-        try:
-            columns[name.strip()] = float(value)
-        except ValueError:
-            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128") from None
-        if not separator:
-            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128")
+        name, separator, text = (piece.strip() for piece in entry.partition(":"))
+        value = command.finite(text)
+        if not separator or value is None or value < 0 or name in columns:
+            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128, each name once")
+        columns[name] = value
     return columns
 
 
 def main() -> None:
     if _FIT.value is None:
         raise FitError("--fit is required: 'paper' or a fit.json")
+    fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
+    out = None if _OUT.value is None else command.output("out", _OUT.value, reads=fit_files)
     result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
     print(describe(result))
-    if _OUT.value is not None:
-        try:
-            atomic_write(Path(_OUT.value), result.to_json())
-        except OSError as err:
-            raise BudgetError(f"--out={_OUT.value}: {err.strerror or err}") from None
-        print(f"\nwrote {_OUT.value}")
+    if out is not None:
+        with command.writing("out", out, instead=result.to_json):
+            atomic_write(out, result.to_json())
+        print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from analysis.law import PRECISION_COLUMNS
 from analysis.problem import Setup
 from analysis.search import LARGE_TABLE, Best, few_runs
-from analysis.table import FORMAT_COLUMNS, Table
+from analysis.table import Table
 
 
 def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:

@@ -19,6 +19,7 @@ DEFAULT_STARTS = 512
 LARGE_TABLE = 20_000  # rows; above it starts compete on a sample, and resamples take one step from the optimum
 SEARCH_ROWS = 512
 FINALISTS, FINALISTS_OF_LARGE = 64, 4
+NO_INTERVALS = "no intervals"  # begins the note of a fit that was asked for them in vain
 LEAST_RUNS = 5  # trained models that a bootstrap can resample
 SAME_OPTIMUM = 1e-6  # relative difference in objective below which two starts ended at the same optimum
 
@@ -192,7 +193,7 @@ def too_few_runs(setup: Setup) -> str | None:
     names = sorted(set(setup.rows["run"]))
     named = f" ({'all' if len(names) == 1 else 'runs'} {', '.join(names[:5])})" if len(names) <= runs else ""
     return (
-        f"no intervals: a bootstrap resamples trained models, and the {len(setup.rows)} rows are of {runs}{named}; "
+        f"{NO_INTERVALS}: a bootstrap resamples trained models, and the {len(setup.rows)} rows are of {runs}{named}; "
         f"{len(setup.free)} free parameters need at least {least}"
     )
 

@@ -20,6 +20,7 @@ from analysis.optimum import Surface
 from precision_scaling.errors import UserError
 
 PARTS = ("w", "a", "kv")
+PLANNED = ("N", "D", "P_w", "P_a", "P_kv", "P_post")  # columns that a plan chooses
 PAPER_RANGES = {
     "N": (30e6, 1.7e9),
     "D": (1.5e9, 26e9),
@@ -142,6 +143,18 @@ def _precisions(p, parts: Sequence[str]) -> dict:
     return {f"P_{x}": p if x in parts else np.full(np.shape(p), HIGH_PRECISION_BITS) for x in PARTS}
 
 
+def check_columns(given: Sequence[Fit], columns: Mapping[str, float]) -> None:
+    """Raises SurfaceError for a column that no law of the fits reads, or that the plan itself chooses."""
+    read = {name for fit in given for name in laws.resolve(fit.law, fit.values).columns} - set(PLANNED)
+    for name in columns:
+        if name not in read:
+            more = f"it is {', '.join(sorted(read))}" if read else "there is none"
+            raise SurfaceError(
+                f"--columns={name}: no column that {' and '.join(fit.law for fit in given)} read besides "
+                f"{', '.join(PLANNED)}; {more}"
+            )
+
+
 def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[str, float] | None = None) -> Surface:
     """The surface of these fits with `parts` trained at P bits; `columns` are what else the law reads (group_size,
     ...).
@@ -151,7 +164,7 @@ def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[s
     """
     loss_fit, delta_fit, columns = loss_law(given), delta_law(given), dict(columns or {})
     law = laws.resolve(loss_fit.law, loss_fit.values)
-    missing = [name for name in law.columns if name not in ("N", "D", "P_post", "P_w", "P_a", "P_kv", *columns)]
+    missing = [name for name in law.columns if name not in (*PLANNED, *columns)]
     if missing:
         raise SurfaceError(f"law {law.name} also reads {', '.join(missing)}: give --columns={missing[0]}:VALUE")
 
