@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from scipy import optimize
 
-from analysis import command
+from analysis import command, laws
 from analysis import surface as surfaces
 from analysis.cost import MAX_BITS, CostError, CostModel, bits_of_format
 from analysis.fit import Fit, FitError
@@ -68,18 +68,18 @@ def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None
     informed = surfaces.informed_parts(fit)
     if parts is None:
         parts = informed
-        if uninformed := [x for x in surfaces.PARTS if x not in parts and f"gamma_{x}" in fit.refused]:
+        if uninformed := surfaces.uninformed_parts(fit):
             warnings.append(
                 f"the fit's table does not say what low precision of {_named(uninformed)} costs: kept at 16 bits"
             )
-    elif unknown := [x for x in parts if f"gamma_{x}" in fit.refused]:
+    elif unknown := [x for x in parts if x in surfaces.uninformed_parts(fit)]:
         raise SurfaceError(f"--parts: the fit's table does not inform {_named(unknown)}; it informs {_named(informed)}")
     if budget.p is None:
         choices = surfaces.known_precisions(fit, parts)
         budget = dataclasses.replace(budget, p_choices=choices or ())
         if choices == (HIGH_PRECISION_BITS,):
             warnings.append(f"law {fit.law} as fitted knows training in 16 bits only: P is not chosen")
-    elif budget.p < HIGH_PRECISION_BITS and not parts and fit.law not in ("qat", "floating_point"):
+    elif budget.p < HIGH_PRECISION_BITS and not parts and not laws.get(fit.law).bits_given:
         raise SurfaceError(f"--precision={budget.p:g}: law {fit.law} as fitted knows training in 16 bits only")
     if budget.serve_bits is not None and surfaces.delta_law(fits) is None:
         raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={fit.law}.json,ptq.json or a fit of unified")
@@ -117,7 +117,7 @@ def _alternatives(ground: Surface, budget: Budget, best: Point, capacity) -> lis
         row["extra_loss"] = point.loss - best.loss
         row["N_factor"] = _make_up_factor(ground, best, p)
         if capacity is not None:
-            row["capacity"] = float(capacity(p))
+            row["capacity"] = float(capacity(p, point.n, point.d))
         if name := budget.cost.format_name(p):
             row["format"] = name
         found.append(row)
@@ -185,14 +185,14 @@ def _caveats(fits, budget: Budget, best: Point, parts, loss_ci) -> list[str]:
                 "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
             )
     for one in used:
-        refused = [
-            name
-            for name in one.refused
-            if not name.startswith(("gamma_", "n_")) or name.split("_")[1] in ("D", "N", "post")
-        ]
+        law = laws.resolve(one.law, one.values)
+        of_parts = {name for x in surfaces.PARTS for name in law.part_params(x)}  # told elsewhere, part by part
+        refused = [name for name in one.refused if name not in of_parts]
         if refused:
             found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
         found += [f"{one.law}: {note}" for note in one.notes]
+    if (form := laws.get(fit.law).by_form) and budget.serve_bits is budget.p is budget.n is budget.d is None:
+        found.append(f"by the form of law {fit.law} alone, {form}")
     if budget.p is None and not precisions(budget) and budget.flops is not None:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
             if abs(best.p - bound) < 1e-3:
