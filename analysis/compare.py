@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,19 @@ from absl import flags
 
 from analysis import command, crossval, laws
 from analysis import table as tables
+from analysis.caveats import mixed_rows, shared_names
 from analysis.fit import pairs
 from analysis.identify import identify
 from analysis.law import Law, LawError
 from analysis.multiplicativity import Multiplicativity, multiplicativity
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
-from analysis.reporting import mixed_rows, r_squared
-from analysis.search import search
+from analysis.reporting import r_squared
+from analysis.search import LEAST_RUNS, search
 from precision_scaling.results import atomic_write
 
+FILES = ("compare.csv", "compare.json")
+ROW = "row of the table"  # a column that tells which rows of two laws are the same
 UNBIASED = "_unbiased"  # ends the name of a law whose biases n are 0
 LARGEST_N = "largest_N"  # of the held-out errors by N, those of the largest size
 HELD_OUT = {
@@ -47,7 +49,7 @@ KINDS = {"loss": "loss before PTQ", "delta": "delta of PTQ", "both": "loss befor
 class Row:
     """One law on the rows of its kind. Errors are root mean squares of log residuals, `held_out` by HELD_OUT;
     `difference` is the mean absolute held-out error minus that of the best law of the kind, with its interval (None
-    for the best).
+    for the best; ends None where runs are too few).
     """
 
     law: str
@@ -62,7 +64,7 @@ class Row:
     bic: float
     held_out: Mapping[str, float | None]
     r2_held_out: float | None
-    difference: tuple[float, float, float] | None
+    difference: tuple[float, float | None, float | None] | None
     starts_at_best: float
     condition: float
     seconds: float
@@ -96,7 +98,8 @@ def compare(
     A law's name with UNBIASED after it is that law without biases. Raises FitError where the table allows none.
     """
     options = Options() if options is None else options
-    table = table.one_schedule()
+    table = table.one_schedule().in_order()
+    table = dataclasses.replace(table, columns={**table.columns, ROW: np.arange(len(table))})
     low = not table.before_ptq().high_precision.all()
     fitted: list[tuple[Row, Setup, dict[str, crossval.HeldOut]]] = []
     skipped = {}
@@ -112,7 +115,7 @@ def compare(
     rows = []
     for kind in KINDS:
         group = [entry for entry in fitted if entry[0].kind == kind]
-        rows += _with_differences(group, resamples, seed)
+        rows += _with_differences(group, table.models, resamples, seed)
     test, why = None, None
     try:
         test = multiplicativity(table, starts=starts, seed=seed)
@@ -126,7 +129,7 @@ def compare(
     if options.loss == "huber":
         notes.append("AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits")
     notes.append("AIC and BIC count rows as independent; rows after PTQ of one run are not")
-    notes += dict.fromkeys(note for _, setup, _ in fitted for note in mixed_rows(setup))
+    notes += dict.fromkeys(note for _, setup, _ in fitted for note in (*mixed_rows(setup), *shared_names(setup)))
     notes.append("mean |error| is over the held-out rows that every law of the kind can predict")
     return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), tuple(notes))
 
@@ -224,13 +227,13 @@ def _r2_held_out(setup: Setup, held: Mapping[str, crossval.HeldOut]) -> float | 
     return r_squared(target[known], (target + error)[known]) if known.any() else None
 
 
-def _with_differences(group: list, resamples: int, seed: int) -> list[Row]:
+def _with_differences(group: list, model_n: np.ndarray, resamples: int, seed: int) -> list[Row]:
     """The rows of a kind, best held-out error first, with paired bootstrap intervals of the difference from the best.
 
-    Errors pair by run, P_post and scheme, over the held-out rows that every law of the kind could predict, so that no
-    law gains by keeping silent; runs are resampled.
+    Errors pair by row of the table and scheme, over the held-out rows that every law of the kind could predict, so that
+    no law gains by keeping silent; trained models are resampled, where there are enough of them.
     """
-    scored = [(row, _by_run(setup, held)) for row, setup, held in group]
+    scored = [(row, _by_row(setup, held)) for row, setup, held in group]
     shared = set.intersection(*(set(errors) for _, errors in scored)) if scored else set()
 
     def score(errors):
@@ -242,24 +245,28 @@ def _with_differences(group: list, resamples: int, seed: int) -> list[Row]:
         difference = None
         if at and shared:
             gap = np.array([errors[key] - scored[0][1][key] for key in sorted(shared)])
-            run = np.unique([key[0] for key in sorted(shared)], return_inverse=True)[1]
-            total, count = np.bincount(run, gap), np.bincount(run)
-            counts = np.random.default_rng(seed).multinomial(
-                len(count), np.full(len(count), 1 / len(count)), size=resamples
-            )
-            draws = (counts @ total) / np.maximum(counts @ count, 1)
-            difference = (float(gap.mean()), *(float(v) for v in np.quantile(draws, [0.025, 0.975])))
+            run = np.unique(model_n[[row for row, _ in sorted(shared)]], return_inverse=True)[1]
+            difference = (float(gap.mean()), *_mean_interval(gap, run, resamples, seed))
         out.append(dataclasses.replace(row, difference=difference))
     return out
 
 
-def _by_run(setup: Setup, held: Mapping[str, crossval.HeldOut]) -> dict[tuple, float]:
-    """Absolute held-out log error by (run, P_post, scheme)."""
-    run, post = setup.rows["run"].astype(str), np.nan_to_num(setup.rows["P_post"])
+def _mean_interval(values: np.ndarray, run_n: np.ndarray, resamples: int, seed: int) -> tuple[float | None, ...]:
+    """95 % interval of the mean under resampling of the runs; none of fewer than LEAST_RUNS."""
+    total, count = np.bincount(run_n, values), np.bincount(run_n)
+    if len(count) < LEAST_RUNS:
+        return None, None
+    counts = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1 / len(count)), size=resamples)
+    draws = (counts @ total) / np.maximum(counts @ count, 1)
+    return tuple(float(v) for v in np.quantile(draws, [0.025, 0.975]))
+
+
+def _by_row(setup: Setup, held: Mapping[str, crossval.HeldOut]) -> dict[tuple[int, str], float]:
+    """Absolute held-out log error by (row of the table, scheme)."""
     out = {}
     for scheme, result in held.items():
         for i in np.flatnonzero(np.isfinite(result.error_n)):
-            out[(run[i], float(post[i]), scheme)] = abs(float(result.error_n[i]))
+            out[(int(setup.rows[ROW][i]), scheme)] = abs(float(result.error_n[i]))
     return out
 
 
@@ -297,6 +304,19 @@ def to_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
+def to_json(comparison: Comparison) -> str:
+    """The comparison as compare.json; what is not finite is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(dataclasses.asdict(comparison)), indent=1, allow_nan=False) + "\n"
+
+
 def summary(comparison: Comparison) -> str:
     """The comparison as text: one table per kind, best held-out error first."""
     lines = []
@@ -313,7 +333,8 @@ def summary(comparison: Comparison) -> str:
             r2 = "n/a" if row.r2 is None else f"{row.r2:.4f}"
             gap = "best" if row is rows[0] else "n/a"
             if row.difference is not None:
-                gap = "{:+.5f} [{:+.5f}, {:+.5f}]".format(*row.difference)
+                mean, low, high = row.difference
+                gap = f"{mean:+.5f} " + (f"[{low:+.5f}, {high:+.5f}]" if low is not None else "(few runs)")
             lines.append(f"  {row.law:<19} {row.k:>3} {r2:>8} {row.aic:>9.1f} {row.bic:>9.1f} {held}  {gap}")
         lines += [f"  {tables.describe(rows[0].left_out)}", ""]
     test = comparison.multiplicativity
@@ -341,8 +362,9 @@ flags.DEFINE_multi_string(
 flags.DEFINE_list(
     "tied", [], "Parameters that follow another, in the laws that have both: beta=alpha,...", flag_values=FLAGS
 )
-flags.DEFINE_integer("starts", None, "Starts of every search (512 by default).", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Seed of the starts and the bootstrap.", flag_values=FLAGS)
+_count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
+_count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=command.MOST_REPEATS)
+_count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
@@ -351,18 +373,18 @@ def main() -> None:
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
     stay_off_accelerators()
+    out = command.output("out", FLAGS.out, FILES, reads=[FLAGS.runs])
     for name in FLAGS.laws:
         named(name)
+    if repeated := [name for name in FLAGS.laws if FLAGS.laws.count(name) > 1]:
+        raise FitError(f"--laws={','.join(FLAGS.laws)}: {repeated[0]} stands there more than once")
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     options = Options(tied=pairs("tied", FLAGS.tied))
     result = compare(table, tuple(FLAGS.laws) or None, options, FLAGS.starts, seed=FLAGS.seed)
-    out = Path(FLAGS.out)
-    try:
-        atomic_write(out / "compare.csv", to_csv(result))
-        atomic_write(out / "compare.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-    except OSError as err:
-        raise FitError(f"--out={out} cannot be written: {err.strerror}") from None
     print(summary(result))
+    with command.writing("out", out, instead=lambda: to_csv(result)):
+        atomic_write(out / "compare.csv", to_csv(result))
+        atomic_write(out / "compare.json", to_json(result))
     print(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from analysis import command, laws, reporting
+from analysis import caveats, command, fit_file, laws, reporting
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
-from analysis.search import LARGE_TABLE, bootstrap, search
+from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
 from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
@@ -38,7 +38,8 @@ class Fit:
 
     `params` holds None for a constant that the table does not inform: `refused` says why, and `values` holds the number
     that stood in for it, so that predictions at the table's own settings remain right. An end of `ci` is None where the
-    bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap.
+    bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap. A file in which `params` and
+    `values` differ is refused (fit_file.py).
     """
 
     law: str
@@ -75,26 +76,7 @@ class Fit:
     @classmethod
     def from_json(cls, text: str) -> "Fit":
         """Reads fit.json; also one written by hand with only `law` and `params`. Raises FitError on anything else."""
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as err:
-            raise FitError(f"not JSON: {err}") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
-            raise FitError('a fit needs "law": name and "params": {name: value}')
-        for name, value in raw["params"].items():
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                raise FitError(f"parameter {name} is {value!r}: it must be a number or null")
-        law = laws.resolve(raw["law"], raw["params"])
-        for name in raw["params"]:
-            law.parameter(name)
-        empty = {"ci": {}, "r2": None, "objective": None, "n": 0, "starts": 0, "seconds": 0.0, "columns": law.columns}
-        fields = {**empty, **{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}}
-        for name in ("columns", "notes"):
-            fields[name] = tuple(fields.get(name, ()))
-        for name in ("ci", "samples", "residuals"):
-            fields[name] = {key: tuple(value) for key, value in fields.get(name, {}).items()}
-        fields["values"] = fields.get("values") or {k: v for k, v in fields["params"].items() if v is not None}
-        return cls(**fields)
+        return cls(**fit_file.read(text, [field.name for field in dataclasses.fields(cls)]))
 
     def save(self, path: str | Path) -> None:
         """Writes fit.json in one step, so that a reader never sees half a file."""
@@ -104,9 +86,9 @@ class Fit:
 def load(path: str | Path) -> Fit:
     """Read fit.json. Raises FitError in one line where it is missing or not a fit."""
     try:
-        return Fit.from_json(Path(path).read_text(encoding="utf-8"))
+        return Fit.from_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as err:
-        raise FitError(f"cannot read fit {path}: {err}") from None
+        raise FitError(f"cannot read fit {path}: {getattr(err, 'strerror', None) or err}") from None
     except (FitError, LawError) as err:
         raise FitError(f"{path} is not a fit: {err}") from None
 
@@ -136,14 +118,23 @@ def fit(
     """Fit `law` to `table`: best of `starts` starts (None: 512), `bootstrap_resamples` resamples of the runs for `ci`.
 
     `profile` False skips the profile likelihoods, and with them the verdicts that need one. The same arguments give
-    the same fit. Raises FitError where the table does not allow the law.
+    the same fit. Raises FitError where the table does not allow the law, or where resamples are too few for `level`.
+    Trained models that are too few to be resampled give no `ci`, and a note.
     """
     began = time.monotonic()
+    if 0 < bootstrap_resamples < least_resamples(level):
+        raise FitError(
+            f"bootstrap is {bootstrap_resamples}: a {100 * level:g} % interval takes at least {least_resamples(level)} "
+            "resamples, 0 is for none"
+        )
     setup = set_up(law, table, options)
     best = search(setup, starts, seed, progress)
+    if not np.isfinite(best.objective):
+        raise FitError(f"law {setup.law.name}: no constants give finite predictions for every row of {table.source}")
     verdict = identify(setup, best.theta_F, profile and setup.problem.rows <= LARGE_TABLE, level)
     draws: list[dict[str, float]] = []
-    if bootstrap_resamples:
+    few = too_few_runs(setup) if bootstrap_resamples else None
+    if bootstrap_resamples and few is None:
         draws = [
             setup.values(theta_F) for theta_F in bootstrap(setup, best.theta_F, bootstrap_resamples, seed, progress)
         ]
@@ -172,12 +163,12 @@ def fit(
         columns=setup.law.columns,
         values=values,
         refused=refused,
-        notes=(*verdict.notes, *reporting.mixed_rows(setup), *reporting.dropped_deltas(setup)),
+        notes=(*([few] if few else []), *verdict.notes, *caveats.about_the_rows(setup)),
         left_out=setup.left_out,
         starts_at_best=best.share,
         metrics=quality,
         identifiability=_identifiability(verdict),
-        reporting=reporting.record(setup, best, table, bootstrap_resamples, level, seed),
+        reporting=reporting.record(setup, best, table, len(draws), level, seed),
         samples=samples,
         residuals=_residuals(setup, best.theta_F),
         serve_bits=setup.options.serve_bits,
@@ -268,8 +259,14 @@ _switch = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
 _text("runs", None, "Table of measured losses (runs.csv).")
 _text("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
 _text("out", None, "Where to write fit.json.")
-_count("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0)
-_count("starts", None, "Starts of the search (512 by default).", lower_bound=1)
+_count(
+    "bootstrap",
+    0,
+    "Bootstrap resamples of the runs for the intervals.",
+    lower_bound=0,
+    upper_bound=command.MOST_REPEATS,
+)
+_count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=command.MOST_REPEATS)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
@@ -286,7 +283,7 @@ _choice(
 _choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
 _number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
 _switch("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
-_count("seed", 0, "Seed of the starts and the bootstrap.")
+_count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def pairs(flag: str, entries: list[str]) -> dict[str, str]:
@@ -304,10 +301,9 @@ def numbers(flag: str, entries: list[str]) -> dict[str, float]:
     """`name=number` entries as a dict. Raises FitError on anything else."""
     out = {}
     for name, value in pairs(flag, entries).items():
-        try:
-            out[name] = float(value)
-        except ValueError:
-            raise FitError(f"--{flag}={name}={value}: the value must be a number") from None
+        out[name] = command.finite(value)
+        if out[name] is None:
+            raise FitError(f"--{flag}={name}={value}: the value must be a finite number")
     return out
 
 
@@ -317,6 +313,7 @@ def main() -> None:
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
     stay_off_accelerators()
+    out = command.output("out", FLAGS.out, reads=[FLAGS.runs])
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
@@ -341,12 +338,10 @@ def main() -> None:
         seed=FLAGS.seed,
         progress=True,
     )
-    try:
-        result.save(FLAGS.out)
-    except OSError as err:
-        raise FitError(f"--out={FLAGS.out} cannot be written: {err.strerror}") from None
     print(summary(result))
-    print(f"written: {FLAGS.out}")
+    with command.writing("out", out, instead=result.to_json):
+        result.save(out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

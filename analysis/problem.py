@@ -115,7 +115,7 @@ class Setup:
     rows: Table  # the rows fitted, in the order of the problem
     observed_n: np.ndarray  # loss in nats per token, or δ for a law of δ alone
     delta_residual: str  # what rows after PTQ compare, one of DELTA_RESIDUALS
-    run_n: np.ndarray  # index of the run of each row
+    run_n: np.ndarray  # index of the trained model of each row
     left_out: Mapping[str, int]
 
     @property
@@ -172,12 +172,12 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     """Raises FitError, in one line, where the table or the options do not allow this law to be fitted."""
     options = Options() if options is None else options
     law = laws.get(law)
-    table = with_derived(law, table)
+    table = with_derived(law, table).in_order(*law.columns)
     loss_rows, delta_rows, left_out = _rows(law, table, options)
     rows = _join(loss_rows, delta_rows)
     law = laws.resolve(law, columns=laws.complete_columns(law, rows.columns))
     if law.check is not None and (why := law.check(laws.complete_columns(law, rows.columns))):
-        raise FitError(f"law {law.name}: {why}")
+        raise FitError(f"law {law.name}: {why} ({describe(left_out)})")
 
     constants, tied = _constants(law, options)
     refused = {}
@@ -238,7 +238,7 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
         rows,
         np.concatenate(observed),
         _delta_residual(law, options),
-        np.unique(rows["run"].astype(str), return_inverse=True)[1],
+        rows.models,
         left_out,
     )
 
@@ -247,7 +247,7 @@ def with_derived(law: Law, table: Table) -> Table:
     """The table with the columns that the law reads and the table's formats determine. Raises FitError for others
     missing.
     """
-    more = {name: derived.column(name, table.columns) for name in law.columns if name not in table}
+    more = {name: derived.column(name, table.columns, strict=False) for name in law.columns if name not in table}
     missing = [name for name, column in more.items() if column is None]
     if missing:
         raise FitError(f"law {law.name} needs column {', '.join(missing)}, which {table.source} does not have")
@@ -270,7 +270,10 @@ def _rows(law: Law, table: Table, options: Options) -> tuple[Table | None, Table
         if name not in AFTER_PTQ:
             if table[name].dtype == object:
                 raise FitError(f"law {law.name} needs numbers in column {name}; it holds {table[name][0]!r}")
-            table = table.select(np.isfinite(table[name]), f"{name} is empty")
+            table = table.usable(name)
+        elif name != "P_post":
+            known = ~table.quantized | np.isfinite(table[name])
+            table = table.select(known, f"{name} is not known of its format")
     if law.log_delta is not None:
         table = table.one_method()
     loss_rows = None

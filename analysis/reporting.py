@@ -1,4 +1,4 @@
-"""What a reader needs to judge or repeat a fit: its quality, the rows that should give pause, and how it was made."""
+"""What a reader needs to judge or repeat a fit: its quality, and how it was made."""
 
 import importlib.metadata
 import platform
@@ -9,9 +9,7 @@ import numpy as np
 from analysis.law import PRECISION_COLUMNS
 from analysis.problem import Setup
 from analysis.search import LARGE_TABLE, Best, few_runs
-from analysis.table import FORMAT_COLUMNS, Table
-
-MIXING = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
+from analysis.table import Table
 
 
 def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
@@ -32,38 +30,6 @@ def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
         measured = (setup.rows["loss"] - setup.rows["loss_before"])[after]
         out["r2_delta"] = r_squared(measured, setup.predicted_delta(theta_F))
     return out
-
-
-def mixed_rows(setup: Setup) -> tuple[str, ...]:
-    """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
-    notes = []
-    by_format = any(name.startswith(("s_", "gmse_")) for name in setup.law.columns)
-    known = {*setup.law.columns, *(sum(FORMAT_COLUMNS.values(), ()) if by_format else ())}
-    names = [name for name in setup.rows.columns if name not in known and any(w in name for w in MIXING)]
-    if not names:
-        return ()
-    # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
-    bits = np.column_stack([np.nan_to_num(setup.rows[name]) for name in (*PRECISION_COLUMNS, "P_post")])
-    setting_n = np.unique(bits, axis=0, return_inverse=True)[1].ravel()
-    for name in names:
-        column = setup.rows[name]
-        values = [v for v in dict.fromkeys(column) if v == v]
-        word_n = np.unique(column.astype(str), return_inverse=True)[1].ravel()
-        explained = len(np.unique(np.stack([setting_n, word_n]), axis=1).T) == setting_n.max() + 1
-        if 1 < len(values) <= 12 and not explained:
-            shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
-            notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
-    return tuple(notes)
-
-
-def dropped_deltas(setup: Setup) -> tuple[str, ...]:
-    dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
-    if not dropped:
-        return ()
-    return (
-        f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 cannot enter a fit of log delta, which favours "
-        "large delta: --delta_residual=log_loss keeps them",
-    )
 
 
 def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
