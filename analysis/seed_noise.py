@@ -122,7 +122,7 @@ def _log_likelihood(log_variance, variance: np.ndarray, free: np.ndarray) -> flo
 
 
 def _log_variance(terms: np.ndarray, variance: np.ndarray, free: np.ndarray, pooled: float) -> np.ndarray:
-    """Coefficients of log variance on the terms: maximum likelihood by scoring, with halved steps where one overshoots."""
+    """Coefficients of log variance on the terms: maximum likelihood by scoring; a step that overshoots is halved."""
     found = np.zeros(terms.shape[1])
     found[0] = np.log(pooled)
     best = _log_likelihood(terms @ found, variance, free)

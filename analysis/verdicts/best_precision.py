@@ -1,207 +1,59 @@
 """F3: is the cost-optimal training precision 7 to 8 bits at every budget?
 
-A law in which P acts through a share f(P) of N alone has argmax f(P)/P at every budget: its form says so, not the table.
+A law in which P acts through a share f(P) of N alone has argmax f(P)/P at every budget: by its form, not by the table.
 So every law that predicts held-out rows as well as the best is asked, and runs of equal cost are compared without any.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from analysis import laws
-from analysis import surface as surfaces
-from analysis.compare import Comparison
-from analysis.cost import FLOPS_PER_PARAMETER_TOKEN, CostModel
 from analysis.evidence import Evidence
-from analysis.fit import Fit
-from analysis.law import HIGH_PRECISION_BITS, LawError
+from analysis.law import HIGH_PRECISION_BITS
 from analysis.table import PRECISIONS
-from analysis.verdicts.equal_cost import Match, match_rows, matches, size_factors
-from analysis.verdicts.finding import CONTRADICTED, FORCED, LEVEL, SUPPORTED, UNDECIDED, Finding
-from analysis.wording import count_label, interval_text
+from analysis.verdicts.equal_cost import Match, match_rows, matches
+from analysis.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED, Finding
+from analysis.verdicts.optimum_by_law import Optimum, optima
+from analysis.wording import interval_text
 
 CLAIM = "Cost-optimal training precision is about 7 to 8 bits, whatever the budget."
 RANGE = (6.5, 8.5)  # bits that count as about 7 to 8
-FINEST = np.linspace(2.0, HIGH_PRECISION_BITS, 57)  # bits, coarse grid of the search
-SAME = 0.02  # bits within which two optima are one
-DRAWS = 60  # bootstrap samples that give an interval
+ABOUT = (5.0, 12.0)  # bits among which a law can only tell the best if enough were measured
+LEAST_BETWEEN = 3
 APART = 4.0  # factor between budgets that count as different
-FACTOR_CLAIM = "Training below 4 bits needs more than 4 times the parameters."
 
 
-# --- by laws
-
-
-def near_best(comparison: Comparison | None, kind: str = "loss") -> tuple[str, ...]:
-    """The laws of a kind whose held-out error is not above the best one's beyond their paired interval, best first."""
-    rows = [] if comparison is None else [row for row in comparison.rows if row.kind == kind]
-    return tuple(row.law for i, row in enumerate(rows) if i == 0 or (row.difference and row.difference[1] <= 0))
-
-
-def loss_of(fit: Fit, values=None) -> Callable:
-    """Loss of a model of N parameters, D tokens and P bits in every part."""
-    values = fit.values if values is None else values
-    return lambda n, d, p: laws.predict(fit.law, values, N=n, D=d, P_w=p, P_a=p, P_kv=p)
-
-
-def allowed(fit: Fit) -> np.ndarray:
-    """The precisions that the law can be asked for, in bits, with 16."""
-    parts = surfaces.PARTS
-    if fit.law == "capacity":
-        return np.array(surfaces.known_precisions(fit, parts))
-    try:
-        loss_of(fit)(1e6, 1e8, np.array([4.5]))
-    except LawError:
-        return np.arange(2.0, HIGH_PRECISION_BITS + 1)
-    return FINEST
-
-
-def best_bits(loss: Callable, flops: float, bits: np.ndarray) -> float:
-    """P* in bits: of least loss over N and P with D = 16 C / (6 N P); between grid points where `bits` is FINEST."""
-    sizes = np.linspace(np.log(1e2), np.log(flops), 61)
-    rounds = 3 if bits is FINEST else 1
-    for _ in range(rounds):
-        best = _least_over_sizes(loss, flops, bits, sizes)
-        at = int(np.argmin(best))
-        if rounds > 1:
-            step = bits[1] - bits[0]
-            found, bits = bits[at], np.linspace(*np.clip((bits[at] - step, bits[at] + step), 2.0, 16.0), 21)
-    return float(found if rounds > 1 else bits[at])
-
-
-def _least_over_sizes(loss: Callable, flops: float, bits: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Least loss over N at each precision: a grid over log N, drawn in twice around its least value."""
-    low, high = (np.full(len(bits), end) for end in (sizes[0], sizes[-1]))
-    for _ in range(3):
-        log_n = np.linspace(low, high, len(sizes))
-        n = np.exp(log_n)
-        d = np.maximum(flops * HIGH_PRECISION_BITS / (FLOPS_PER_PARAMETER_TOKEN * n * bits), 1.0)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = loss(n, d, np.broadcast_to(bits, n.shape))
-        values = np.where(np.isfinite(values), values, np.inf)
-        at = np.argmin(values, axis=0)
-        step = (high - low) / (len(sizes) - 1)
-        middle = log_n[at, np.arange(len(bits))]
-        low, high = np.maximum(middle - step, low), np.minimum(middle + step, high)
-    return values.min(axis=0)
-
-
-def constant_by_form(fit: Fit, budgets: Sequence[float], tries: int = 8) -> bool:
-    """Whether the law's form alone keeps P* the same at every budget: it does at whatever constants."""
-    rng = np.random.default_rng(0)
-    law = laws.resolve(fit.law, fit.values)
-    bits = allowed(fit)
-    ends = (min(budgets), max(budgets) * 1e3)
-    for _ in range(tries):
-        values = {}
-        for name, value in fit.values.items():
-            parameter = law.parameter(name)
-            values[name] = float(np.clip(value * np.exp(rng.normal(0, 0.2)), parameter.lower, parameter.upper))
-        loss = loss_of(fit, values)
-        if abs(best_bits(loss, ends[0], bits) - best_bits(loss, ends[1], bits)) > SAME:
-            return False
-    return True
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimum:
-    """P* of one fitted law at each budget, its draws (empty without a bootstrap), and whether its form forces one P*."""
-
-    law: str
-    budgets: tuple[float, ...]
-    bits: tuple[float, ...]
-    drawn: np.ndarray  # (draws, budgets)
-    constant: bool
-    near_best: bool
-    starts_at_best: float | None
-
-    def interval(self, at: int) -> tuple[float, float] | None:
-        if len(self.drawn) < 20:
-            return None
-        low, high = np.quantile(self.drawn[:, at], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
-
-    @property
-    def rise(self) -> tuple[float, float] | None:
-        """Interval of P* at the largest measured budget minus P* at the smallest."""
-        if len(self.drawn) < 20:
-            return None
-        gap = self.drawn[:, -1] - self.drawn[:, 0]
-        low, high = np.quantile(gap, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
-
-    @property
-    def words(self) -> str:
-        each = [
-            f"{bits:.1f} {interval_text(self.interval(i), '{:.1f}'.format)}".strip() for i, bits in enumerate(self.bits)
-        ]
-        if self.constant:
-            return f"{self.law}: {each[0]} bits at every budget, by its form"
-        at = ", ".join(f"{budget:.0e}".replace("e+", "e") for budget in self.budgets)
-        return f"{self.law}: {', '.join(each)} bits at {at} FLOPs"
-
-
-def budgets_of(evidence: Evidence) -> tuple[float, ...]:
-    """Three training costs that span the table's, rounded inwards to one figure."""
+def lowered(evidence: Evidence) -> dict[str, np.ndarray]:
+    """The bits below 16 at which each part was lowered alone, and all parts together, by their names."""
+    names = {"P_w": "weights", "P_a": "activations", "P_kv": "KV cache"}
+    found = {name: evidence.part_alone(part)[part] for part, name in names.items()}
     losses = evidence.losses
-    bits = np.mean([np.minimum(losses[name], HIGH_PRECISION_BITS) for name in PRECISIONS], axis=0)
-    cost = CostModel().training(losses["N"], losses["D"], bits)
-    low, high = float(cost.min()), float(cost.max())
-    rounded = [float(f"{x:.0e}") for x in np.geomspace(low, high, 3)]
-    return tuple(sorted(set(rounded)))
-
-
-def optima(evidence: Evidence) -> list[Optimum]:
-    """P* by every fitted law near the best and by the paper's, where the table informs all three parts."""
-    near = near_best(evidence.comparison)
-    names = dict.fromkeys((*near, "precision"))
-    found = []
-    for name in names:
-        fit = evidence.fits.get(name)
-        if fit is None or len(surfaces.informed_parts(fit)) < len(surfaces.PARTS):
-            continue
-        budgets, bits = budgets_of(evidence), allowed(fit)
-        at = lambda values, fit=fit, bits=bits, budgets=budgets: [
-            best_bits(loss_of(fit, values), c, bits) for c in budgets
-        ]
-        drawn = [at(surfaces.draw(fit, i).values) for i in range(min(surfaces.draws(fit), DRAWS))]
-        constant = constant_by_form(fit, budgets)
-        found.append(
-            Optimum(
-                name,
-                budgets,
-                tuple(at(fit.values)),
-                np.array(drawn).reshape(-1, len(budgets)),
-                constant,
-                name in near,
-                fit.starts_at_best,
-            )
-        )
-    return found
-
-
-# --- the finding
+    found["all together"] = losses["P_w"][np.all([losses[part] == losses["P_w"] for part in PRECISIONS], axis=0)]
+    return {name: np.unique(bits[bits < HIGH_PRECISION_BITS]) for name, bits in found.items()}
 
 
 def gaps(evidence: Evidence) -> str:
     """The bits at which each part was lowered alone, and all together, in words."""
-    names = {"P_w": "weights", "P_a": "activations", "P_kv": "KV cache"}
-    said = []
-    for part, name in names.items():
-        bits = evidence.part_alone(part)[part]
-        said.append(f"{name} {_bits_words(bits)}")
-    tied = np.all([evidence.losses[p] == evidence.losses["P_w"] for p in PRECISIONS], axis=0)
-    return (
-        f"Measured bits below 16, alone: {'; '.join(said)}; all together: {_bits_words(evidence.losses['P_w'][tied])}."
-    )
+    each = "; ".join(f"{name} {_bits_words(bits)}" for name, bits in lowered(evidence).items())
+    return f"Measured bits below 16, one part alone or all together: {each}."
 
 
-def _bits_words(bits: np.ndarray) -> str:
-    low = sorted({float(b) for b in bits if b < HIGH_PRECISION_BITS})
-    return ", ".join(f"{b:g}" for b in low) or "none"
+def few_between(evidence: Evidence) -> str:
+    """Which parts were lowered, alone or all together, to too few precisions about P*; empty where none was."""
+    low, high = ABOUT
+    bits = lowered(evidence)
+    together, few = bits.pop("all together"), []
+    for name, alone in bits.items():
+        near = sorted({b for b in (*alone, *together) if low <= b <= high})
+        few += [f"{name} at {_bits_words(near)}"] if len(near) < LEAST_BETWEEN else []
+    said = f"Too few precisions between {low:g} and {high:g} bits were measured for a law to say where the best lies"
+    return f"{said} ({'; '.join(few)})." if few else ""
+
+
+def _bits_words(bits) -> str:
+    return ", ".join(f"{b:g}" for b in bits) or "none"
 
 
 def _form(found: Sequence[Optimum]) -> str:
@@ -220,7 +72,7 @@ def optimal_precision(evidence: Evidence) -> Finding:
     by_size, by_budget = matches(evidence)
     verdict, why = _by_runs(by_budget)
     if verdict is None:
-        verdict, why = _by_laws([o for o in found if o.near_best])
+        verdict, why = _by_laws([o for o in found if o.near_best], few_between(evidence))
     said = [why, *(_law_words(found) if found else ["No fitted law says what lowering all three parts costs."])]
     said += [_match_words(by_budget), gaps(evidence)]
     numbers = {
@@ -287,8 +139,10 @@ def _by_runs(groups: Sequence[Match]) -> tuple[str | None, str]:
     return UNDECIDED, "Runs of equal cost do not tell 7 to 8 bits from others within the noise."
 
 
-def _by_laws(near: Sequence[Optimum]) -> tuple[str, str]:
-    """The verdict by the laws near the best, which must agree."""
+def _by_laws(near: Sequence[Optimum], few: str) -> tuple[str, str]:
+    """The verdict by the laws near the best, which must agree; `few` says which part was measured at too few bits for
+    them to say anything but their form.
+    """
     if not near:
         return UNDECIDED, "No law near the best in held-out error says what all three parts cost."
     outside = [
@@ -296,73 +150,19 @@ def _by_laws(near: Sequence[Optimum]) -> tuple[str, str]:
         for o in near
         if any((span := o.interval(i)) and (span[1] < RANGE[0] or span[0] > RANGE[1]) for i in range(len(o.bits)))
     ]
+    if all(o.constant for o in near) and len(outside) < len(near):
+        why = "All laws near the best have one P* by their form: that it is the same at every budget is not tested."
+        return FORCED, why
+    if few:
+        return UNDECIDED, few
     if len(outside) == len(near):
         return CONTRADICTED, "Every law near the best has a P* outside 6.5 to 8.5 bits at some measured budget."
-    if all(o.constant for o in near):
-        return (
-            FORCED,
-            "All laws near the best have one P* by their form: that it is the same at every budget is not tested.",
-        )
     if any(o.constant for o in near):
-        return (
-            UNDECIDED,
-            "Of the laws near the best some force one P* and others do not: the table does not tell them apart.",
-        )
+        why = "Of the laws near the best some force one P* and others do not: the table does not tell them apart."
+        return UNDECIDED, why
     rises = [o.rise for o in near]
     if all(rise is not None and rise[0] > 0 for rise in rises):
         return CONTRADICTED, "By every law near the best P* rises with the budget."
     if all(rise is not None and rise[0] <= 0 <= rise[1] and rise[1] - rise[0] < 2 for rise in rises) and not outside:
         return SUPPORTED, "By every law near the best, none of which forces it, P* stays about 7 to 8 bits."
     return UNDECIDED, "The laws near the best do not agree on whether P* changes with the budget."
-
-
-# --- below 4 bits
-
-
-def few_bits_cost_parameters(evidence: Evidence) -> Finding:
-    """F3 on the size that makes up for few bits: the 16-bit model of equal loss and D, by interpolation in N."""
-    found = size_factors(evidence)
-    below = [f for f in found if f.p < 4]
-    form = "N_eff = N f(P) makes the factor f(16)/f(P) the same at every N and D; the rows need not."
-    shown = below or found
-    if not shown:
-        why = "No model with all parts at 4 bits or fewer has two 16-bit models of its D beside it."
-        return Finding("F3 few bits", FACTOR_CLAIM, UNDECIDED, form, why)
-    more, less = sum(f.low > 4 for f in shown), sum(f.high < 4 for f in shown)
-    what = "below 4 bits" if below else "at 4 bits (none was trained below, all parts together)"
-    said = (
-        f"Read off the losses at equal D, without a law: of {len(shown)} models with all parts {what} {more} need more than 4 "
-        f"times the parameters of 16 bits beyond the noise, {less} fewer."
-    )
-    said += f" {_factor_by_fit(evidence)}"
-    verdict = SUPPORTED if more == len(shown) and below else CONTRADICTED if less > len(shown) / 2 else UNDECIDED
-    numbers = {"models": len(shown), "more_than_4": more, "less_than_4": less}
-    return Finding("F3 few bits", FACTOR_CLAIM, verdict, form, said.strip(), numbers, _factor_rows(found))
-
-
-def _factor_by_fit(evidence: Evidence) -> str:
-    fit = evidence.fit_of("precision")
-    if fit is None or len(surfaces.informed_parts(fit)) < 3:
-        return ""
-    factor = lambda values: float(
-        np.divide(*surfaces.capacity(dataclasses.replace(fit, values=values))(np.array([HIGH_PRECISION_BITS, 4.0])))
-    )
-    drawn = [factor(surfaces.draw(fit, i).values) for i in range(surfaces.draws(fit))]
-    span = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) >= 20 else None
-    return f"The fitted law of precision says {factor(fit.values):.1f} {interval_text(span, '{:.1f}'.format)} at 4 bits.".replace(
-        "  ", " "
-    )
-
-
-def _factor_rows(found) -> list[dict[str, object]]:
-    show = lambda x: "above" if np.isinf(x) else f"{x:.2g}"
-    return [
-        {
-            "P": f.p,
-            "N": count_label(f.n),
-            "D": count_label(f.d),
-            "factor": f"above {f.low:.2g}" if np.isinf(f.value) else f"{f.value:.2g}",
-            "by noise": f"{f.low:.2g} to {'open' if np.isinf(f.high) else show(f.high)}",
-        }
-        for f in found
-    ]

@@ -1,5 +1,5 @@
-"""What a finding holds: a claim, the verdict of a table on it, and apart from each other what follows from the form of the
-law whatever the data, and what the rows of the table show.
+"""What a finding holds: a claim, the verdict of a table on it, and apart from each other what follows from the form of
+the law whatever the data, and what the rows of the table show.
 """
 
 from __future__ import annotations

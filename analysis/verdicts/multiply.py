@@ -1,9 +1,9 @@
-"""F2: do the effects of weight, activation and KV precision multiply in N_eff, so that runs with one low part predict those
-with several?
+"""F2: do the effects of weight, activation and KV precision multiply in N_eff, so that runs with one low part predict
+those with several?
 
-Three looks at it. Laws fitted to runs with at most one low part predict the others: a bias there, not scatter, says that
-effects compound or overlap. kappa (analysis/multiplicativity.py) is the size of that bias in N_eff. And without any law:
-shares of N that multiply below 1 cost at least the sum of what each costs alone, whatever alpha and f are.
+Three looks at it. Laws fitted to runs with at most one low part predict the others: a bias there, not scatter, says
+that effects compound or overlap. kappa (analysis/multiplicativity.py) is the size of that bias in N_eff. And without
+any law: shares of N that multiply cost at least the sum of what each costs alone, whatever alpha and f are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from analysis.wording import interval_text
 
 CLAIM = "The effects of weight, activation and KV precision multiply in N_eff: fits to single parts predict joint runs."
 FORM = (
-    "N_eff = N f_w f_a f_kv lets no part know of another. It follows, whatever the constants, that parts lowered together "
+    "N_eff = N f_w f_a f_kv lets no part know of another. It follows, whatever the constants, that parts lowered "
+    "together "
     "cost at least the sum of what each costs alone."
 )
 PREDICTORS = ("precision", "noise")  # product of shares, and variances that add
@@ -76,7 +77,8 @@ class Forecast:
     def words(self) -> str:
         low, high = (100 * end for end in self.mean_ci)
         return (
-            f"{self.law} puts {self.above} of {len(self.errors)} joint losses too high (sign test p = {self.sign_p:.2g}), "
+            f"{self.law} puts {self.above} of {len(self.errors)} joint losses too high (sign test p = "
+            f"{self.sign_p:.2g}), "
             f"mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % rms (on its own runs "
             f"{100 * self.rms_of_its_own:.2f} %)"
         )
@@ -212,7 +214,7 @@ def _verdict(product: Forecast | None, kappa, sums: Sums) -> tuple[str, str]:
         return CONTRADICTED, f"The product is biased{inside}: the effects {how}."
     if product is None or kappa is None:
         return UNDECIDED, ""
-    if 1 - CLOSE <= kappa.ci[0] and kappa.ci[1] <= 1 + CLOSE:
+    if kappa.ci[0] >= 1 - CLOSE and kappa.ci[1] <= 1 + CLOSE:
         return SUPPORTED, "The product is not biased, and κ is near 1."
     return UNDECIDED, "The product shows no bias, but κ's interval is too wide to tell."
 
@@ -234,9 +236,10 @@ def _sum_words(sums: Sums) -> str:
         return "No joint run has each of its parts lowered alone to the same bits at equal N and D beside it."
     less, more = sums.resolved
     mean, limit = sums.mean
-    beyond = f" (noise: ±{limit:.2g}; beyond it one by one: {less} less, {more} more)" if sums.noise is not None else ""
+    beyond = f" (noise: ±{limit:.2g}; beyond it one by one: {less} less, {more} more)" if sums.noise else ""
     return (
-        f"Without a law: {sum(s.saved > 0 for s in sums.found)} of {len(sums.found)} joint settings whose parts were also "
+        f"Without a law: {sum(s.saved > 0 for s in sums.found)} of {len(sums.found)} joint settings whose parts were "
+        f"also "
         f"lowered alone cost less than the sum of their parts, by {mean:+.3f} nats on average{beyond}."
     )
 
