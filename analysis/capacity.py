@@ -103,6 +103,7 @@ def _free(names: tuple[str, ...]) -> Law:
         expand=_free,
         labels=forward_names,
         share=share,
+        holds=("chinchilla",),
         by_form=FIXED_OPTIMUM,
     )
 
@@ -135,6 +136,7 @@ def _quartet(names: tuple[str, ...]) -> Law:
         check=_some_low_precision(columns),
         expand=_quartet,
         labels=both_names,
+        holds=("capacity",),
         share=lambda p, c, xp: xp.exp(_log_capacity(p, c, xp, forward, PRECISION_COLUMNS)),
         by_form=FIXED_OPTIMUM,
     )

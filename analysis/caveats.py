@@ -58,7 +58,7 @@ def dropped_deltas(setup: Setup) -> tuple[str, ...]:
         return ()
     return (
         f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 cannot enter a fit of log delta, which favours "
-        "large delta: --delta_residual=log_loss keeps them",
+        "large delta: --delta_residual=floored or log_loss keeps them",
     )
 
 

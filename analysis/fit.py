@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from analysis import caveats, command, fit_file, laws, reporting
+from analysis import caveats, command, crossval, fit_file, fit_options, laws, nested, reporting, sensitivity
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
-from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
+from analysis.problem import STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
 from precision_scaling.results import atomic_write
 
@@ -114,12 +114,13 @@ def fit(
     profile: bool = True,
     seed: int = 0,
     progress: bool = False,
+    checks: "Checks | None" = None,
 ) -> Fit:
     """Fit `law` to `table`: best of `starts` starts (None: 512), `bootstrap_resamples` resamples of the runs for `ci`.
 
     `profile` False skips the profile likelihoods, and with them the verdicts that need one. The same arguments give
     the same fit. Raises FitError where the table does not allow the law, or where resamples are too few for `level`.
-    Trained models that are too few to be resampled give no `ci`, and a note.
+    Trained models that are too few to be resampled give no `ci`, and a note. `checks` are put into `metrics`.
     """
     began = time.monotonic()
     if 0 < bootstrap_resamples < least_resamples(level):
@@ -146,6 +147,7 @@ def fit(
     samples = {name: tuple(float(f"{d[name]:.8g}") for d in draws) for name in setup.law.names} if draws else {}
     fitted = {*setup.free, *setup.tied}
     quality = reporting.metrics(setup, best.theta_F)
+    quality |= (checks or Checks()).run(setup, best.theta_F, table, starts, seed)
     ci = {}
     for name in setup.law.names if draws else ():
         ci[name] = (
@@ -173,6 +175,60 @@ def fit(
         residuals=_residuals(setup, best.theta_F),
         serve_bits=setup.options.serve_bits,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What else to try on a fit, for its `metrics`.
+
+    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (with fit_where alone:
+    on the rows that it leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas and
+    drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
+    """
+
+    test_where: str | None = None
+    held: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    huber_deltas: tuple[float, ...] = ()
+    drop_worst: int = 0
+
+    def run(self, setup: Setup, theta_F: np.ndarray, table: tables.Table, starts, seed: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if setup.options.fit_where is not None or self.test_where is not None:
+            out["test"] = _test_errors(setup, theta_F, table, self.test_where)
+        if self.held:
+            out["likelihood_ratio"] = _ratio_test(setup, theta_F, table, self.held, starts, seed)
+        if self.huber_deltas or self.drop_worst:
+            out["sweep"] = sensitivity.sweep(setup, theta_F, self.huber_deltas, self.drop_worst, seed)
+        return out
+
+
+def _test_errors(setup: Setup, theta_F: np.ndarray, table: tables.Table, where: str | None) -> dict[str, Any]:
+    """Errors on rows that the fit did not see: their count, rms and mean log error, and of rows after PTQ that of the
+    loss as served."""
+    split = crossval.chosen(setup.on(table, None), setup.options.fit_where, where)
+    rest = setup.on(table, where if where is not None else f"not ({setup.options.fit_where})")
+    error_n, served_m = rest.log_errors(theta_F), rest.served_errors(theta_F, rest.every_row)
+    return {
+        "where": where if where is not None else f"not ({setup.options.fit_where})",
+        "rows": int(split.held_m.sum()),
+        "rms_log_error": _rms(error_n),
+        "mean_log_error": float(np.nanmean(error_n)) if np.isfinite(error_n).any() else None,
+        "rms_log_error_served": _rms(served_m),
+    }
+
+
+def _rms(error_n: np.ndarray) -> float | None:
+    return float(np.sqrt(np.nanmean(error_n**2))) if np.isfinite(error_n).any() else None
+
+
+def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
+    """The likelihood-ratio test of the fit against the one with these constants held."""
+    kept = tuple(name for name in setup.options.freed if name not in held)
+    options = dataclasses.replace(setup.options, fixed={**setup.options.fixed, **held}, freed=kept)
+    small = set_up(setup.law, table, options)
+    names = (", ".join(f"{name} = {value:g}" for name, value in held.items()), setup.law.name)
+    small_F = search(small, starts, seed).theta_F
+    return dataclasses.asdict(nested.ratio_test(small, small_F, setup, theta_F, names))
 
 
 def _residuals(setup: Setup, theta_F: np.ndarray) -> dict[str, tuple[float, ...]]:
@@ -238,9 +294,24 @@ def summary(fit: Fit) -> str:
         f"intervals: {fit.reporting['intervals']}",
         f"condition number of the scaled curvature: {fit.identifiability['condition']:.1e}",
         tables.describe(fit.left_out),
+        *_checked(fit),
         *(f"note: {note}" for note in fit.notes),
     ]
     return "\n".join(lines)
+
+
+def _checked(fit: Fit) -> list[str]:
+    """What the checks found, in words."""
+    lines = []
+    if (test := fit.metrics.get("test")) is not None:
+        shown = [("rms log error", test["rms_log_error"]), ("mean", test["mean_log_error"])]
+        shown += [("rms of the loss as served", test["rms_log_error_served"])]
+        words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+        lines.append(f"test on {test['rows']} rows with {test['where']}: {words}")
+    if (ratio := fit.metrics.get("likelihood_ratio")) is not None:
+        lines.append(f"likelihood ratio: {nested.NestedTest(**ratio).in_words}")
+    fitted = [name for name in fit.params if name in fit.reporting["free"]]
+    return lines + sensitivity.in_words(fit.metrics.get("sweep", ()), fitted)
 
 
 def _span(ends) -> str:
@@ -271,14 +342,15 @@ flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 _many("fixed", [], "Parameters held at a value: name=value,...")
-_many("free", [], "Parameters fitted that otherwise keep their default (g, nu, ...).")
-_number("serve_bits", None, "Fit the losses after PTQ to this many bits, by a law of the loss alone.")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
-_choice("loss", "huber", LOSSES, "What is minimized, of log residuals.")
-_number("huber_delta", 1e-3, "Where Huber's function turns linear, in log units.")
-_choice(
-    "delta_residual", None, DELTA_RESIDUALS, "What rows after PTQ compare (log_delta for ptq, log_loss for unified)."
+how_to_fit = fit_options.define(FLAGS)
+_text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
+_text("test_where", None, "Rows to predict and judge the fit by (those that --fit_where leaves).")
+_many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
+_many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
+_count(
+    "drop_worst", 0, "Refit without the 1, 2, ... so many rows of largest residual.", lower_bound=0, upper_bound=1000
 )
 _choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
 _number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
@@ -307,6 +379,17 @@ def numbers(flag: str, entries: list[str]) -> dict[str, float]:
     return out
 
 
+def _hubers(entries: list[str]) -> tuple[float, ...]:
+    """Values of Huber's delta, infinity among them. Raises FitError on anything else."""
+    out = []
+    for entry in entries:
+        value = math.inf if entry.strip() == "inf" else command.finite(entry)
+        if value is None or value <= 0:
+            raise FitError(f"--sweep_huber={entry}: allowed are positive numbers and inf")
+        out.append(value)
+    return tuple(out)
+
+
 def main() -> None:
     """Fit as the flags say, write fit.json and print the summary. Raises UserError."""
     for name in ("runs", "law", "out"):
@@ -317,14 +400,11 @@ def main() -> None:
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
-        freed=tuple(FLAGS.free),
-        serve_bits=FLAGS.serve_bits,
         tied=pairs("tied", FLAGS.tied),
         biased=FLAGS.biased,
-        loss=FLAGS.loss,
-        huber_delta=FLAGS.huber_delta,
-        delta_residual=FLAGS.delta_residual,
         stages=FLAGS.stages,
+        fit_where=FLAGS.fit_where,
+        **how_to_fit(),
     )
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     result = fit(
@@ -337,6 +417,7 @@ def main() -> None:
         profile=FLAGS.profile,
         seed=FLAGS.seed,
         progress=True,
+        checks=Checks(FLAGS.test_where, numbers("test", FLAGS.test), _hubers(FLAGS.sweep_huber), FLAGS.drop_worst),
     )
     print(summary(result))
     with command.writing("out", out, instead=result.to_json):

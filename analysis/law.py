@@ -98,6 +98,7 @@ class Law:
     share_varies: bool = False
     bits: tuple[float, ...] = ()  # the only training precisions that the law knows; () for any number of bits
     bits_given: bool = False  # the law does not say how loss depends on the number of bits
+    holds: tuple[str, ...] = ()  # laws that this one becomes where some of its parameters are held
     by_form: str = ""  # what the formula says of the best precision whatever the constants: no table can show it
 
     @property

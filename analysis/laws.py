@@ -240,6 +240,7 @@ N_AND_D_EFF_UNTIED = _alternative(
     CHINCHILLA_NEEDS + fraction_needs() + fraction_needs(suffix="_D"),
     _BIASES + tuple(f"{n}_D" for n in _BIASES),
     share=_share,
+    holds=("n_and_d_eff",),
     by_form=FIXED_OPTIMUM,
 )
 POWER_LAWS = _alternative(

@@ -90,6 +90,7 @@ CHINCHILLA_OUTER = Law(
     lambda p, c, xp: log_chinchilla(p, c["N"], c["D"], xp),
     needs=CHINCHILLA_NEEDS,
     high_precision_only=True,
+    holds=("chinchilla",),
 )
 
 _ADDED = (

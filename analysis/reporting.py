@@ -32,6 +32,29 @@ def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
     return out
 
 
+def _residuals_in_words(setup: Setup) -> list[str]:
+    """What is compared before PTQ and after it, and the weights."""
+    log = "log " if setup.options.residual == "log_loss" else ""
+    words = []
+    if setup.law.log_loss is not None:
+        words.append(f"rows before PTQ: {log}L predicted - {log}L measured")
+    if setup.law.log_delta is not None:
+        words.append(
+            {
+                "log_delta": "rows after PTQ: log delta predicted - log delta measured",
+                "floored": "rows after PTQ: asinh(delta / (2 f)) predicted - measured, f the noise of delta, "
+                f"{setup.floor or 0:.3g} nats: log delta where delta is large; zero or negative delta count",
+                "log_loss": f"rows after PTQ: {log}(measured loss of the run before PTQ + delta predicted) - {log}L "
+                "measured: the noise of a run enters once, and zero or negative delta count",
+            }[setup.delta_residual]
+        )
+    if setup.options.sigma_column:
+        words.append(
+            f"times the median standard deviation over that of the row, by column {setup.options.sigma_column}"
+        )
+    return words
+
+
 def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
     """What a reader needs to judge or repeat the fit."""
     options, law = setup.options, setup.law
@@ -39,17 +62,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         loss = f"sum over rows of Huber's function with delta = {options.huber_delta:g}"
     else:
         loss = "half the sum of squares over rows"
-    residual = []
-    if law.log_loss is not None:
-        residual.append("rows before PTQ: log L predicted - log L measured")
-    if law.log_delta is not None:
-        if setup.delta_residual == "log_delta":
-            residual.append("rows after PTQ: log delta predicted - log delta measured")
-        else:
-            residual.append(
-                "rows after PTQ: log(measured loss of the run before PTQ + delta predicted) - log L measured: the "
-                "noise of a run enters once, and zero or negative delta count"
-            )
+    residual = _residuals_in_words(setup)
     if resamples == 0:
         intervals = "none (no bootstrap)"
     else:
@@ -86,7 +99,10 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
             if not np.isnan(setup.rows[name]).all()
         },
         "ptq_method": setup.rows.main_method,
+        "residual": options.residual,
         "delta_residual": setup.delta_residual if law.log_delta is not None else None,
+        "delta_floor": setup.floor,
+        "fit_where": options.fit_where,
         "table": table.source,
         "table_sha256": table.sha256,
         "seed": seed,
