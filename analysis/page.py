@@ -109,7 +109,8 @@ def _summary(evidence: Evidence) -> str:
 def _findings(findings: Iterable[Finding]) -> str:
     return (
         '<p class="soft">Claims of <em>Scaling Laws for Precision</em> (arXiv 2411.04330) put to this table. '
-        "By the form: what the law says whatever its constants are, so that no table can show it. By the table: what the rows show. "
+        "By the form: what the law says whatever its constants are, so that no table can show it. By the table: "
+        "what the rows show. "
         "Undecided: the table cannot tell either way. Noise is what lies between runs that differ in their seed alone; "
         "a difference below its 95 % limit is called noise. Intervals are 95 %.</p>" + "".join(map(_finding, findings))
     )

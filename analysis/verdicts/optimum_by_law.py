@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis import laws
 from analysis import surface as surfaces
-from analysis.compare import Comparison
+from analysis.compare import Comparison, Row
 from analysis.cost import FLOPS_PER_PARAMETER_TOKEN, CostModel
 from analysis.evidence import Evidence
 from analysis.fit import Fit
@@ -25,7 +25,12 @@ DRAWS = 60  # bootstrap samples that give an interval
 def near_best(comparison: Comparison | None, kind: str = "loss") -> tuple[str, ...]:
     """The laws of a kind whose held-out error is not above the best one's beyond their paired interval, best first."""
     rows = [] if comparison is None else [row for row in comparison.rows if row.kind == kind]
-    return tuple(row.law for i, row in enumerate(rows) if i == 0 or (row.difference and row.difference[1] <= 0))
+    return tuple(row.law for i, row in enumerate(rows) if i == 0 or _may_be_best(row))
+
+
+def _may_be_best(row: Row) -> bool:
+    """Whether its paired interval reaches 0; with too few runs for an interval it may."""
+    return row.difference is not None and (row.difference[1] is None or row.difference[1] <= 0)
 
 
 def loss_of(fit: Fit) -> Callable:
