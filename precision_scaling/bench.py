@@ -215,7 +215,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
 
 def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
     """The rows that a run will have, without what only a measurement can tell."""
-    columns = setting_columns(config, run) | {"status": "planned"}
+    columns = setting_columns(config, run) | {"status": ""}
     yield columns
     for setting in of_config(config.ptq) if run.ptq else ():
         for bits in config.ptq.bits:
