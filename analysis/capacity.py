@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.law import (
     CHINCHILLA_NEEDS,
+    FIXED_OPTIMUM,
     HIGH_PRECISION_BITS,
     PRECISION_COLUMNS,
     Law,
@@ -18,6 +19,7 @@ from analysis.law import (
     chinchilla_parameters,
     log_chinchilla,
     log_sum,
+    outer_exponent,
 )
 
 PARTS = ("w", "a", "kv")
@@ -83,21 +85,26 @@ def _some_low_precision(columns: tuple[str, ...]) -> Callable:
 
 @functools.cache
 def _free(names: tuple[str, ...]) -> Law:
+    def share(p, c, xp):
+        return xp.exp(_log_capacity(p, c, xp, names, PRECISION_COLUMNS))
+
     def log_loss(p, c, xp):
-        log_n = xp.log(c["N"]) + _log_capacity(p, c, xp, names, PRECISION_COLUMNS)
-        return log_chinchilla(p, xp.exp(log_n), c["D"], xp)
+        return log_chinchilla(p, c["N"] * share(p, c, xp), c["D"], xp)
 
     return Law(
         "capacity",
         "L = A (N eff)^-alpha + B D^-beta + E, eff free for every combination of training precisions, 1 at 16 bits",
         "Panferov et al., arXiv 2502.05003; Frantar et al., arXiv 2502.16440",
-        (*chinchilla_parameters({}), *_capacities(names)),
+        (*chinchilla_parameters({}), *_capacities(names), outer_exponent(fit=False)),
         ("N", "D", *PRECISION_COLUMNS),
         log_loss,
         needs=CHINCHILLA_NEEDS,
         check=_some_low_precision(PRECISION_COLUMNS),
         expand=_free,
         labels=forward_names,
+        share=share,
+        holds=("chinchilla",),
+        by_form=FIXED_OPTIMUM,
     )
 
 
@@ -129,6 +136,9 @@ def _quartet(names: tuple[str, ...]) -> Law:
         check=_some_low_precision(columns),
         expand=_quartet,
         labels=both_names,
+        holds=("capacity",),
+        share=lambda p, c, xp: xp.exp(_log_capacity(p, c, xp, forward, PRECISION_COLUMNS)),
+        by_form=FIXED_OPTIMUM,
     )
 
 
@@ -144,8 +154,12 @@ def _log_gaussian_capacity(p, c, xp):
     return total
 
 
+def _gaussian_share(p, c, xp):
+    return xp.exp(_log_gaussian_capacity(p, c, xp))
+
+
 def _gaussian(p, c, xp):
-    return log_chinchilla(p, xp.exp(xp.log(c["N"]) + _log_gaussian_capacity(p, c, xp)), c["D"], xp)
+    return log_chinchilla(p, c["N"] * _gaussian_share(p, c, xp), c["D"], xp)
 
 
 def _some_error(c) -> str | None:
@@ -165,11 +179,15 @@ GAUSSIAN = Law(
         Parameter("L", 0.1, 3.0, (0.9, 1.0), True, held=1.0),
         Parameter("F", 1e-2, 10.0, (0.2, 0.5, 1.0), True, held=10.0),
         Parameter("C", 1e-2, 20.0, (1.0, 2.0, 4.0), True, held=1e-2),
+        outer_exponent(fit=False),
     ),
     ("N", "D", *(f"gmse_{x}" for x in PARTS)),
     _gaussian,
     needs=CHINCHILLA_NEEDS,
     check=_some_error,
+    share=_gaussian_share,
+    bits=tuple(map(float, range(2, 17))),  # errors of formats, not of fractions of a bit
+    by_form=FIXED_OPTIMUM,
 )
 
 LAWS = (_free(()), _quartet(()), GAUSSIAN)

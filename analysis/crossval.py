@@ -1,4 +1,5 @@
-"""Held-out error of a law: refits without a size, a token budget, a precision, or the largest runs, and predicts those.
+"""Held-out error of a law: refits without a size, a token budget, a precision, the largest runs, the joint runs or rows
+of one's own choice, and predicts those.
 
 All refits of a law are row weights of one problem, so they run through the same compiled program as its fit.
 """
@@ -7,12 +8,15 @@ import dataclasses
 
 import numpy as np
 
-from analysis.law import PRECISION_COLUMNS
-from analysis.optimize import jacobian, residuals, solve
-from analysis.problem import Setup
+from analysis.expression import rows_where
+from analysis.law import HIGH_PRECISION_BITS, PRECISION_COLUMNS
+from analysis.optimize import jacobian, solve
+from analysis.problem import FitError, Setup
 from analysis.search import start_grid
 
-SCHEMES = ("N", "D", "P", "compute")
+SCHEMES = ("N", "D", "P", "compute", "joint")
+ONE_FOLD = ("compute", "joint")  # schemes that hold out one set of rows
+CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
 LARGEST_SHARE = 0.2  # of the runs are the largest ones held out by the compute scheme
 STARTS_PER_FOLD = 8
@@ -22,29 +26,79 @@ UNSEEN = 1e-7  # of the largest singular value: directions below it leave the ke
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Log prediction minus log measurement of every row, predicted by a fit that never saw its fold; NaN where none is
-    possible (a fold whose precision has a constant of its own, or too few rows left)."""
+    possible (a fold whose precision has a constant of its own, or too few rows left).
+
+    error_n: of the rows of the fit, δ for a law of δ. served_m: of every row after PTQ that the law speaks of, those
+    included that its residual cannot hold, the loss as served (measured before PTQ plus δ); NaN before PTQ.
+    """
 
     scheme: str
     error_n: np.ndarray
+    served_m: np.ndarray
     folds: int
     impossible: int  # folds that no refit can predict
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows that a refit sees and rows that it predicts, of every row that the law speaks of."""
+
+    scheme: str
+    kept_m: np.ndarray
+    held_m: np.ndarray
+
+
 def folds(setup: Setup, scheme: str) -> np.ndarray:
-    """The fold of every row; -1 for rows that are never held out. Raises ValueError for an unknown scheme."""
-    rows = setup.rows
+    """The fold of every row (`Setup.every_row`); -1 for rows that are never held out. Raises ValueError for an unknown
+    scheme.
+    """
+    rows = setup.every_row
     if scheme in ("N", "D"):
         return _bins(np.log(rows[scheme]))
     if scheme == "P":
         settings = np.stack([rows[c] for c in (*PRECISION_COLUMNS, "P_post")], axis=1)
         return np.unique(np.nan_to_num(settings), axis=0, return_inverse=True)[1].ravel()
+    if scheme == "joint":
+        low = np.sum([rows[c] < HIGH_PRECISION_BITS for c in PRECISION_COLUMNS], axis=0)
+        return np.where(low > 1, 0, -1)
     if scheme == "compute":
-        cost_n = rows["N"] * rows["D"] * np.mean([rows[c] for c in PRECISION_COLUMNS], axis=0)
-        cost_r = np.zeros(setup.run_n.max() + 1)
-        cost_r[setup.run_n] = cost_n
+        cost_m, run_m = rows["N"] * rows["D"] * np.mean([rows[c] for c in PRECISION_COLUMNS], axis=0), rows.models
+        cost_r = np.zeros(run_m.max() + 1)
+        cost_r[run_m] = cost_m
         largest = np.argsort(-cost_r)[: max(round(LARGEST_SHARE * len(cost_r)), 1)]
-        return np.where(np.isin(setup.run_n, largest), 0, -1)
-    raise ValueError(f"scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
+        return np.where(np.isin(run_m, largest), 0, -1)
+    raise ValueError(f"unknown scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
+
+
+def splits(setup: Setup, schemes=SCHEMES) -> list[Split]:
+    """One split for every fold of the schemes; none where a scheme leaves nothing to fit or to predict."""
+    out = []
+    for scheme in schemes:
+        fold_m = folds(setup, scheme)
+        distinct = [f for f in np.unique(fold_m) if f >= 0]
+        if len(distinct) > 1 or (scheme in ONE_FOLD and not np.all(fold_m == 0)):
+            out += [Split(scheme, fold_m != f, fold_m == f) for f in distinct]
+    return out
+
+
+def chosen(setup: Setup, fit_where: str | None, test_where: str | None) -> Split:
+    """The split that two expressions make; without one of them the rows that the other leaves.
+
+    Raises FitError where they share rows or choose none.
+    """
+    rows = setup.every_row
+    if fit_where is None and test_where is None:
+        raise FitError("give fit_where, test_where or both")
+    kept = None if fit_where is None else rows_where(fit_where, rows)
+    held = ~kept if test_where is None else rows_where(test_where, rows)
+    kept = ~held if kept is None else kept
+    both = int(np.sum(kept & held))
+    if both:
+        raise FitError(f"fit_where and test_where share {both} rows: a row that is fitted cannot test the fit")
+    for mask, name in ((kept, "fit_where"), (held, "test_where")):
+        if not mask.any():
+            raise FitError(f"{name} leaves no row of {setup.law.name}")
+    return Split(CHOSEN, kept, held)
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
@@ -55,41 +109,49 @@ def _bins(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, values)
 
 
-def held_out(setup: Setup, theta_F: np.ndarray, schemes=SCHEMES, seed: int = 0) -> dict[str, HeldOut]:
-    """Out-of-fold errors by every scheme that leaves something to fit; theta is the optimum on all rows."""
-    weights, owners = [], []
-    fold_of = {scheme: folds(setup, scheme) for scheme in schemes}
-    for scheme, fold_n in fold_of.items():
-        distinct = [f for f in np.unique(fold_n) if f >= 0]
-        for fold in distinct if len(distinct) > 1 or scheme == "compute" else ():
-            weights.append((fold_n != fold).astype(float))
-            owners.append((scheme, fold))
-    if not owners:
+def held_out(
+    setup: Setup, theta_F: np.ndarray, schemes=SCHEMES, seed: int = 0, more: tuple[Split, ...] = ()
+) -> dict[str, HeldOut]:
+    """Out-of-fold errors by every scheme that leaves something to fit, and by the splits of `more`; theta is the
+    optimum on all rows.
+    """
+    every = [*splits(setup, schemes), *more]
+    if not every:
         return {}
+    rows_n = np.arange(setup.problem.rows)
+    weight_Mxn = np.array([split.kept_m[rows_n] for split in every], float)
     # a fold starts from the optimum on all rows, which knows the answer only where the refit finds nothing better
-    others = start_grid(setup, STARTS_PER_FOLD, seed)
-    starts_KxF = np.vstack([theta_F, others])
-    start_SxF = np.tile(starts_KxF, (len(owners), 1))
-    which_S = np.repeat(np.arange(len(owners)), len(starts_KxF))
-    found = solve(setup.problem, start_SxF, np.array(weights), which_S, tolerance=1e-9)
-    objective = found.objective_S.reshape(len(owners), -1)
-    theta = found.theta_SxF.reshape(len(owners), len(starts_KxF), -1)
-    out = {}
-    for scheme in schemes:
-        error_n, impossible, count = np.full(setup.problem.rows, np.nan), 0, 0
-        for at, (owner, fold) in enumerate(owners):
-            if owner != scheme:
-                continue
-            count += 1
-            kept, held = weights[at] > 0, fold_of[scheme] == fold
-            best = theta[at, int(np.argmin(objective[at]))]
-            if kept.sum() <= len(setup.free) or _unseen(setup, best, kept, held):
-                impossible += 1
-                continue
-            error_n[held] = residuals(setup.problem, best)[held]
-        if count:
-            out[scheme] = HeldOut(scheme, error_n, count, impossible)
-    return out
+    starts_KxF = np.vstack([theta_F, start_grid(setup, STARTS_PER_FOLD, seed)])
+    start_SxF = np.tile(starts_KxF, (len(every), 1))
+    which_S = np.repeat(np.arange(len(every)), len(starts_KxF))
+    found = solve(setup.problem, start_SxF, weight_Mxn, which_S, tolerance=1e-9)
+    objective = found.objective_S.reshape(len(every), -1)
+    theta = found.theta_SxF.reshape(len(every), len(starts_KxF), -1)
+    return {
+        scheme: _errors(setup, scheme, [(every[i], theta[i, int(np.argmin(objective[i]))]) for i in at])
+        for scheme, at in _grouped(every).items()
+    }
+
+
+def _grouped(every: list[Split]) -> dict[str, list[int]]:
+    return {
+        scheme: [i for i, s in enumerate(every) if s.scheme == scheme]
+        for scheme in dict.fromkeys(split.scheme for split in every)
+    }
+
+
+def _errors(setup: Setup, scheme: str, refits: list[tuple[Split, np.ndarray]]) -> HeldOut:
+    """The errors of a scheme's refits on the rows that each did not see."""
+    rows, every = setup.problem.rows, setup.every_row
+    error_n, served_m, impossible = np.full(rows, np.nan), np.full(len(every), np.nan), 0
+    for split, theta_F in refits:
+        kept_n, held_n = split.kept_m[:rows], split.held_m[:rows]
+        if kept_n.sum() <= len(setup.free) or (held_n.any() and _unseen(setup, theta_F, kept_n, held_n)):
+            impossible += 1
+            continue
+        error_n[held_n] = setup.log_errors(theta_F)[held_n]
+        served_m[split.held_m] = setup.served_errors(theta_F, every.select(split.held_m))
+    return HeldOut(scheme, error_n, served_m, len(refits), impossible)
 
 
 def _unseen(setup: Setup, theta_F: np.ndarray, kept: np.ndarray, held: np.ndarray) -> bool:

@@ -17,6 +17,7 @@ from analysis.cost import CostModel
 from analysis.evidence import Evidence
 from analysis.fit import Fit
 from analysis.law import MIN_FRACTION, fraction
+from analysis.search import least_resamples
 from analysis.table import Table
 from analysis.wording import count_label, fixed, interval_text
 
@@ -227,7 +228,7 @@ def optimal_precision(evidence: Evidence) -> Finding:
     said = f"P* of {named} = {best:.1f} bits"
     numbers: dict[str, object] = {"P_star": best, "parts": list(parts), "N_factor_at_4_bits": factor}
     interval = None
-    if len(drawn) >= 20:
+    if len(drawn) >= least_resamples(0.95):
         interval = np.percentile([closed_forms.best_precision(f, relative) for f in drawn], LEVEL)
         factors = np.percentile([float(closed_forms.make_up_factor(f, 4.0)) for f in drawn], LEVEL)
         numbers |= {"P_star_ci": interval.tolist(), "N_factor_at_4_bits_ci": factors.tolist()}
@@ -274,11 +275,12 @@ def low_precision_robust(evidence: Evidence) -> Finding:
     base: dict[tuple, list[float]] = {}
     for i in np.flatnonzero(deltas.high_precision):
         base.setdefault((deltas["N"][i], deltas["D"][i], deltas["P_post"][i]), []).append(deltas["delta"][i])
-    groups: dict[str, list[float]] = {}
+    groups: dict[int, list[float]] = {}
+    models = deltas.models
     for i in np.flatnonzero(low):
         at_16 = np.mean(base.get((deltas["N"][i], deltas["D"][i], deltas["P_post"][i]), [math.nan]))
         if at_16 > 0:
-            groups.setdefault(deltas["run"][i], []).append(float(deltas["delta"][i] / at_16))
+            groups.setdefault(models[i], []).append(float(deltas["delta"][i] / at_16))
     if len(groups) < LEAST_JOINT_RUNS:
         return Finding(
             "F4", claim, NOT_TESTABLE, f"{len(groups)} low-precision runs have a 16-bit run beside them after PTQ."

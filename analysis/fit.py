@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from analysis import command, laws, reporting
+from analysis import caveats, command, crossval, fit_file, fit_options, laws, nested, reporting, sensitivity
 from analysis import table as tables
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
-from analysis.problem import DELTA_RESIDUALS, LOSSES, STAGES, FitError, Options, Setup, set_up
-from analysis.search import LARGE_TABLE, bootstrap, search
+from analysis.problem import STAGES, FitError, Options, Setup, set_up
+from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
 from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
@@ -38,7 +38,8 @@ class Fit:
 
     `params` holds None for a constant that the table does not inform: `refused` says why, and `values` holds the number
     that stood in for it, so that predictions at the table's own settings remain right. An end of `ci` is None where the
-    bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap.
+    bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap. A file in which `params` and
+    `values` differ is refused (fit_file.py).
     """
 
     law: str
@@ -75,26 +76,7 @@ class Fit:
     @classmethod
     def from_json(cls, text: str) -> "Fit":
         """Reads fit.json; also one written by hand with only `law` and `params`. Raises FitError on anything else."""
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as err:
-            raise FitError(f"not JSON: {err}") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
-            raise FitError('a fit needs "law": name and "params": {name: value}')
-        for name, value in raw["params"].items():
-            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                raise FitError(f"parameter {name} is {value!r}: it must be a number or null")
-        law = laws.resolve(raw["law"], raw["params"])
-        for name in raw["params"]:
-            law.parameter(name)
-        empty = {"ci": {}, "r2": None, "objective": None, "n": 0, "starts": 0, "seconds": 0.0, "columns": law.columns}
-        fields = {**empty, **{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}}
-        for name in ("columns", "notes"):
-            fields[name] = tuple(fields.get(name, ()))
-        for name in ("ci", "samples", "residuals"):
-            fields[name] = {key: tuple(value) for key, value in fields.get(name, {}).items()}
-        fields["values"] = fields.get("values") or {k: v for k, v in fields["params"].items() if v is not None}
-        return cls(**fields)
+        return cls(**fit_file.read(text, [field.name for field in dataclasses.fields(cls)]))
 
     def save(self, path: str | Path) -> None:
         """Writes fit.json in one step, so that a reader never sees half a file."""
@@ -104,9 +86,9 @@ class Fit:
 def load(path: str | Path) -> Fit:
     """Read fit.json. Raises FitError in one line where it is missing or not a fit."""
     try:
-        return Fit.from_json(Path(path).read_text(encoding="utf-8"))
+        return Fit.from_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as err:
-        raise FitError(f"cannot read fit {path}: {err}") from None
+        raise FitError(f"cannot read fit {path}: {getattr(err, 'strerror', None) or err}") from None
     except (FitError, LawError) as err:
         raise FitError(f"{path} is not a fit: {err}") from None
 
@@ -132,18 +114,28 @@ def fit(
     profile: bool = True,
     seed: int = 0,
     progress: bool = False,
+    checks: "Checks | None" = None,
 ) -> Fit:
     """Fit `law` to `table`: best of `starts` starts (None: 512), `bootstrap_resamples` resamples of the runs for `ci`.
 
     `profile` False skips the profile likelihoods, and with them the verdicts that need one. The same arguments give
-    the same fit. Raises FitError where the table does not allow the law.
+    the same fit. Raises FitError where the table does not allow the law, or where resamples are too few for `level`.
+    Trained models that are too few to be resampled give no `ci`, and a note. `checks` are put into `metrics`.
     """
     began = time.monotonic()
+    if 0 < bootstrap_resamples < least_resamples(level):
+        raise FitError(
+            f"bootstrap is {bootstrap_resamples}: a {100 * level:g} % interval takes at least {least_resamples(level)} "
+            "resamples, 0 is for none"
+        )
     setup = set_up(law, table, options)
     best = search(setup, starts, seed, progress)
+    if not np.isfinite(best.objective):
+        raise FitError(f"law {setup.law.name}: no constants give finite predictions for every row of {table.source}")
     verdict = identify(setup, best.theta_F, profile and setup.problem.rows <= LARGE_TABLE, level)
     draws: list[dict[str, float]] = []
-    if bootstrap_resamples:
+    few = too_few_runs(setup) if bootstrap_resamples else None
+    if bootstrap_resamples and few is None:
         draws = [
             setup.values(theta_F) for theta_F in bootstrap(setup, best.theta_F, bootstrap_resamples, seed, progress)
         ]
@@ -155,6 +147,7 @@ def fit(
     samples = {name: tuple(float(f"{d[name]:.8g}") for d in draws) for name in setup.law.names} if draws else {}
     fitted = {*setup.free, *setup.tied}
     quality = reporting.metrics(setup, best.theta_F)
+    quality |= (checks or Checks()).run(setup, best.theta_F, table, starts, seed)
     ci = {}
     for name in setup.law.names if draws else ():
         ci[name] = (
@@ -172,16 +165,70 @@ def fit(
         columns=setup.law.columns,
         values=values,
         refused=refused,
-        notes=(*verdict.notes, *reporting.mixed_rows(setup), *reporting.dropped_deltas(setup)),
+        notes=(*([few] if few else []), *verdict.notes, *caveats.about_the_rows(setup)),
         left_out=setup.left_out,
         starts_at_best=best.share,
         metrics=quality,
         identifiability=_identifiability(verdict),
-        reporting=reporting.record(setup, best, table, bootstrap_resamples, level, seed),
+        reporting=reporting.record(setup, best, table, len(draws), level, seed),
         samples=samples,
         residuals=_residuals(setup, best.theta_F),
         serve_bits=setup.options.serve_bits,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What else to try on a fit, for its `metrics`.
+
+    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (with fit_where alone:
+    on the rows that it leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas and
+    drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
+    """
+
+    test_where: str | None = None
+    held: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    huber_deltas: tuple[float, ...] = ()
+    drop_worst: int = 0
+
+    def run(self, setup: Setup, theta_F: np.ndarray, table: tables.Table, starts, seed: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if setup.options.fit_where is not None or self.test_where is not None:
+            out["test"] = _test_errors(setup, theta_F, table, self.test_where)
+        if self.held:
+            out["likelihood_ratio"] = _ratio_test(setup, theta_F, table, self.held, starts, seed)
+        if self.huber_deltas or self.drop_worst:
+            out["sweep"] = sensitivity.sweep(setup, theta_F, self.huber_deltas, self.drop_worst, seed)
+        return out
+
+
+def _test_errors(setup: Setup, theta_F: np.ndarray, table: tables.Table, where: str | None) -> dict[str, Any]:
+    """Errors on rows that the fit did not see: their count, rms and mean log error, and of rows after PTQ that of the
+    loss as served."""
+    split = crossval.chosen(setup.on(table, None), setup.options.fit_where, where)
+    rest = setup.on(table, where if where is not None else f"not ({setup.options.fit_where})")
+    error_n, served_m = rest.log_errors(theta_F), rest.served_errors(theta_F, rest.every_row)
+    return {
+        "where": where if where is not None else f"not ({setup.options.fit_where})",
+        "rows": int(split.held_m.sum()),
+        "rms_log_error": _rms(error_n),
+        "mean_log_error": float(np.nanmean(error_n)) if np.isfinite(error_n).any() else None,
+        "rms_log_error_served": _rms(served_m),
+    }
+
+
+def _rms(error_n: np.ndarray) -> float | None:
+    return float(np.sqrt(np.nanmean(error_n**2))) if np.isfinite(error_n).any() else None
+
+
+def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
+    """The likelihood-ratio test of the fit against the one with these constants held."""
+    kept = tuple(name for name in setup.options.freed if name not in held)
+    options = dataclasses.replace(setup.options, fixed={**setup.options.fixed, **held}, freed=kept)
+    small = set_up(setup.law, table, options)
+    names = (", ".join(f"{name} = {value:g}" for name, value in held.items()), setup.law.name)
+    small_F = search(small, starts, seed).theta_F
+    return dataclasses.asdict(nested.ratio_test(small, small_F, setup, theta_F, names))
 
 
 def _residuals(setup: Setup, theta_F: np.ndarray) -> dict[str, tuple[float, ...]]:
@@ -247,9 +294,24 @@ def summary(fit: Fit) -> str:
         f"intervals: {fit.reporting['intervals']}",
         f"condition number of the scaled curvature: {fit.identifiability['condition']:.1e}",
         tables.describe(fit.left_out),
+        *_checked(fit),
         *(f"note: {note}" for note in fit.notes),
     ]
     return "\n".join(lines)
+
+
+def _checked(fit: Fit) -> list[str]:
+    """What the checks found, in words."""
+    lines = []
+    if (test := fit.metrics.get("test")) is not None:
+        shown = [("rms log error", test["rms_log_error"]), ("mean", test["mean_log_error"])]
+        shown += [("rms of the loss as served", test["rms_log_error_served"])]
+        words = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+        lines.append(f"test on {test['rows']} rows with {test['where']}: {words}")
+    if (ratio := fit.metrics.get("likelihood_ratio")) is not None:
+        lines.append(f"likelihood ratio: {nested.NestedTest(**ratio).in_words}")
+    fitted = [name for name in fit.params if name in fit.reporting["free"]]
+    return lines + sensitivity.in_words(fit.metrics.get("sweep", ()), fitted)
 
 
 def _span(ends) -> str:
@@ -268,25 +330,32 @@ _switch = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
 _text("runs", None, "Table of measured losses (runs.csv).")
 _text("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
 _text("out", None, "Where to write fit.json.")
-_count("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0)
-_count("starts", None, "Starts of the search (512 by default).", lower_bound=1)
+_count(
+    "bootstrap",
+    0,
+    "Bootstrap resamples of the runs for the intervals.",
+    lower_bound=0,
+    upper_bound=command.MOST_REPEATS,
+)
+_count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=command.MOST_REPEATS)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 _many("fixed", [], "Parameters held at a value: name=value,...")
-_many("free", [], "Parameters fitted that otherwise keep their default (g, nu, ...).")
-_number("serve_bits", None, "Fit the losses after PTQ to this many bits, by a law of the loss alone.")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
-_choice("loss", "huber", LOSSES, "What is minimized, of log residuals.")
-_number("huber_delta", 1e-3, "Where Huber's function turns linear, in log units.")
-_choice(
-    "delta_residual", None, DELTA_RESIDUALS, "What rows after PTQ compare (log_delta for ptq, log_loss for unified)."
+how_to_fit = fit_options.define(FLAGS)
+_text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
+_text("test_where", None, "Rows to predict and judge the fit by (those that --fit_where leaves).")
+_many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
+_many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
+_count(
+    "drop_worst", 0, "Refit without the 1, 2, ... so many rows of largest residual.", lower_bound=0, upper_bound=1000
 )
 _choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
 _number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
 _switch("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
-_count("seed", 0, "Seed of the starts and the bootstrap.")
+_count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def pairs(flag: str, entries: list[str]) -> dict[str, str]:
@@ -304,11 +373,21 @@ def numbers(flag: str, entries: list[str]) -> dict[str, float]:
     """`name=number` entries as a dict. Raises FitError on anything else."""
     out = {}
     for name, value in pairs(flag, entries).items():
-        try:
-            out[name] = float(value)
-        except ValueError:
-            raise FitError(f"--{flag}={name}={value}: the value must be a number") from None
+        out[name] = command.finite(value)
+        if out[name] is None:
+            raise FitError(f"--{flag}={name}={value}: the value must be a finite number")
     return out
+
+
+def _hubers(entries: list[str]) -> tuple[float, ...]:
+    """Values of Huber's delta, infinity among them. Raises FitError on anything else."""
+    out = []
+    for entry in entries:
+        value = math.inf if entry.strip() == "inf" else command.finite(entry)
+        if value is None or value <= 0:
+            raise FitError(f"--sweep_huber={entry}: allowed are positive numbers and inf")
+        out.append(value)
+    return tuple(out)
 
 
 def main() -> None:
@@ -317,17 +396,15 @@ def main() -> None:
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
     stay_off_accelerators()
+    out = command.output("out", FLAGS.out, reads=[FLAGS.runs])
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
-        freed=tuple(FLAGS.free),
-        serve_bits=FLAGS.serve_bits,
         tied=pairs("tied", FLAGS.tied),
         biased=FLAGS.biased,
-        loss=FLAGS.loss,
-        huber_delta=FLAGS.huber_delta,
-        delta_residual=FLAGS.delta_residual,
         stages=FLAGS.stages,
+        fit_where=FLAGS.fit_where,
+        **how_to_fit(),
     )
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     result = fit(
@@ -340,13 +417,12 @@ def main() -> None:
         profile=FLAGS.profile,
         seed=FLAGS.seed,
         progress=True,
+        checks=Checks(FLAGS.test_where, numbers("test", FLAGS.test), _hubers(FLAGS.sweep_huber), FLAGS.drop_worst),
     )
-    try:
-        result.save(FLAGS.out)
-    except OSError as err:
-        raise FitError(f"--out={FLAGS.out} cannot be written: {err.strerror}") from None
     print(summary(result))
-    print(f"written: {FLAGS.out}")
+    with command.writing("out", out, instead=result.to_json):
+        result.save(out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

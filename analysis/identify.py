@@ -61,12 +61,12 @@ def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tupl
         if rows_n.any():
             gram_FxF = jacobian_nxF[rows_n].T @ jacobian_nxF[rows_n]
             fitted = round(stage.fits_F.sum() * rows_n.sum() / stage.rows_n.sum())
-            curvature_FxF += gram_FxF * _mean_slope(residual_n[rows_n], delta, fitted)
+            curvature_FxF += gram_FxF * mean_slope(residual_n[rows_n], delta, fitted)
             variance_FxF += gram_FxF * max(float(np.mean(psi_n[rows_n] ** 2)), NOISE_FLOOR**2)
     return score_rxF, curvature_FxF, variance_FxF
 
 
-def _mean_slope(residual_n: np.ndarray, delta: float, fitted: int) -> float:
+def mean_slope(residual_n: np.ndarray, delta: float, fitted: int) -> float:
     """Mean of the second derivative of Huber's function: the share of errors within delta.
 
     A robust fit passes close to as many rows as it has parameters, so the `fitted` smallest residuals say nothing of

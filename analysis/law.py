@@ -93,6 +93,13 @@ class Law:
     check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None
     expand: Callable[[tuple[str, ...]], "Law"] | None = None  # families: the law with one parameter per label
     labels: Callable[[Values], tuple[str, ...]] | None = None  # families: the labels that these columns hold
+    # What a plan must know. `share` is N_eff/N; `share_varies`: with N or D, not with precision alone.
+    share: LogFunction | None = None
+    share_varies: bool = False
+    bits: tuple[float, ...] = ()  # the only training precisions that the law knows; () for any number of bits
+    bits_given: bool = False  # the law does not say how loss depends on the number of bits
+    holds: tuple[str, ...] = ()  # laws that this one becomes where some of its parameters are held
+    by_form: str = ""  # what the formula says of the best precision whatever the constants: no table can show it
 
     @property
     def target(self) -> str:
@@ -108,6 +115,15 @@ class Law:
         """The names (gamma_x, n_x) of every f_x in the law."""
         pairs = ((name, name.replace("gamma_", "n_", 1)) for name in self.names if name.startswith("gamma_"))
         return tuple(pair for pair in pairs if pair[1] in self.names)
+
+    def reads_part(self, part: str) -> bool:
+        """Whether the precision or the error of a part ("w", "a", "kv") enters the law."""
+        return bool(_part_columns(part) & set(self.columns))
+
+    def part_params(self, part: str) -> tuple[str, ...]:
+        """The parameters that only rows of low precision in that part tell, before PTQ, by `needs`: amplitude first."""
+        needs = [n for n in self.needs if set(n.columns) <= _part_columns(part) and n.rows != "delta"]
+        return tuple(dict.fromkeys(name for need in needs for name in need.params))
 
     def parameter(self, name: str) -> Parameter:
         for p in self.params:
@@ -148,6 +164,10 @@ class Law:
         return loss + xp.where(quantized, xp.exp(self.log_delta(params, safe, xp)), 0.0)
 
 
+def _part_columns(part: str) -> set[str]:
+    return {f"P_{part}", f"s_{part}", f"gmse_{part}"}
+
+
 def fraction(P, gamma, n, xp=np):
     """f(P) = 1 - exp(-P/γ + n): the share of N that P bits leave, at least MIN_FRACTION (2411.04330, section 4.1)."""
     return xp.maximum(-xp.expm1(n - P / gamma), MIN_FRACTION)
@@ -174,6 +194,10 @@ def log_chinchilla(p: Values, n, d, xp=np):
     return log_sum(xp, p["g"] * log_sum(xp, size, data), xp.log(p["E"]))
 
 
+# Of laws in which precision multiplies N or D by a factor f of its own.
+FIXED_OPTIMUM = "the best P is the largest f(P) per cost, f the product of the factors on N and D: one for all budgets"
+
+
 def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:
     """A, alpha, B, beta, E with the start grid of Hoffmann et al. (2203.15556, appendix D.3)."""
     logs = (1.0, 148.4, 22026.0, 3.269e6, 4.852e8, 7.2e10)  # exp(0, 5, ..., 25)
@@ -189,9 +213,9 @@ def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ..
     )
 
 
-def outer_exponent() -> Parameter:
-    """g of E + (A N^-alpha + B D^-beta)^g."""
-    return Parameter("g", 0.05, 5.0, (0.3, 0.6, 1.0), True, held=1.0)
+def outer_exponent(fit: bool = True) -> Parameter:
+    """g of E + (A N^-alpha + B D^-beta)^g; `fit` False: 1 unless freed."""
+    return Parameter("g", 0.05, 5.0, (0.3, 0.6, 1.0), True, default=None if fit else 1.0, held=1.0, fit=fit)
 
 
 CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))

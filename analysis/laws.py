@@ -9,6 +9,7 @@ import numpy as np
 from analysis import capacity, derived, neighbours, noise
 from analysis.law import (
     CHINCHILLA_NEEDS,
+    FIXED_OPTIMUM,
     HIGH_PRECISION_BITS,
     MIN_FRACTION,
     PRECISION_COLUMNS,
@@ -25,6 +26,7 @@ from analysis.law import (
     log_chinchilla,
     log_power_law,
     log_sum,
+    outer_exponent,
 )
 
 __all__ = [
@@ -123,6 +125,7 @@ def _ptq_parameters() -> tuple[Parameter, ...]:
 
 
 _CHINCHILLA = chinchilla_parameters(PUBLISHED)
+_OUTER = (outer_exponent(fit=False),)
 _FRACTIONS = fraction_parameters(PUBLISHED)
 _BIASES = tuple(f"n_{x}" for x in PARTS)
 _PTQ = _ptq_parameters()
@@ -131,24 +134,29 @@ _PTQ_NEEDS = (
     Need("D", 2, ("gamma_D",), "delta"),
     Need("P_post", 2, ("gamma_post",), "delta"),
 )
-_CHINCHILLA_STAGE = LawStage("high_precision", ("A", "alpha", "B", "beta", "E"))
+_CHINCHILLA_STAGE = LawStage("high_precision", ("A", "alpha", "B", "beta", "E", "g"))
 _FRACTION_NAMES = tuple(p.name for p in _FRACTIONS)
 _PRECISION_FORMULA = "L = A N_eff^-alpha + B D^-beta + E, N_eff = N f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)"
 
 
-def _alternative(name: str, formula: str, log_loss, params=_CHINCHILLA + _FRACTIONS, needs=None, biases=_BIASES) -> Law:
+def _share(p, c, xp):
+    return _capacity(p, c, xp)
+
+
+def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=None, biases=_BIASES, **plan) -> Law:
     needs = CHINCHILLA_NEEDS + fraction_needs() if needs is None else needs
-    later = tuple(p.name for p in params[len(_CHINCHILLA) :])
+    later = tuple(p.name for p in effects)
     return Law(
         name,
         formula,
         f"{PAPER}, Table 1 (alternatives)",
-        params,
+        _CHINCHILLA + effects + _OUTER,
         ("N", "D", *PRECISION_COLUMNS),
         log_loss,
         needs=needs,
         stages=(_CHINCHILLA_STAGE, LawStage("loss", later)),
         biases=biases,
+        **plan,
     )
 
 
@@ -176,12 +184,14 @@ PRECISION = Law(
     "precision",
     _PRECISION_FORMULA,
     f"{PAPER}, eq. 3-4",
-    _CHINCHILLA + _FRACTIONS,
+    _CHINCHILLA + _FRACTIONS + _OUTER,
     ("N", "D", *PRECISION_COLUMNS),
     _precision,
     needs=CHINCHILLA_NEEDS + fraction_needs(),
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _FRACTION_NAMES)),
     biases=_BIASES,
+    share=_share,
+    by_form=FIXED_OPTIMUM,
 )
 UNIFIED = Law(
     "unified",
@@ -191,7 +201,8 @@ UNIFIED = Law(
     _CHINCHILLA
     + _FRACTIONS
     + _PTQ
-    + tuple(Parameter(f"C_{x}", 1e-3, 100.0, (0.1, 0.3, 1.0, 3.0), True, "1/bits", held=100.0) for x in PARTS),
+    + tuple(Parameter(f"C_{x}", 1e-3, 100.0, (0.1, 0.3, 1.0, 3.0), True, "1/bits", held=100.0) for x in PARTS)
+    + _OUTER,
     ("N", "D", *PRECISION_COLUMNS, "P_post"),
     _precision,
     _unified_delta,
@@ -205,27 +216,38 @@ UNIFIED = Law(
         LawStage("delta", tuple(p.name for p in _PTQ) + tuple(f"C_{x}" for x in PARTS)),
     ),
     biases=_BIASES,
+    share=_share,
+    by_form=FIXED_OPTIMUM,
 )
 D_EFF = _alternative(
-    "d_eff", "L = A N^-alpha + B D_eff^-beta + E, D_eff = D f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)", _d_eff
+    "d_eff",
+    "L = A N^-alpha + B D_eff^-beta + E, D_eff = D f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)",
+    _d_eff,
+    by_form=FIXED_OPTIMUM,
 )
 N_AND_D_EFF = _alternative(
-    "n_and_d_eff", "L = A N_eff^-alpha + B D_eff^-beta + E, the same f_w f_a f_kv on N and on D", _n_and_d_eff
+    "n_and_d_eff",
+    "L = A N_eff^-alpha + B D_eff^-beta + E, the same f_w f_a f_kv on N and on D",
+    _n_and_d_eff,
+    share=_share,
+    by_form=FIXED_OPTIMUM,
 )
 N_AND_D_EFF_UNTIED = _alternative(
     "n_and_d_eff_untied",
     "L = A N_eff^-alpha + B D_eff^-beta + E, f with parameters gamma_x, n_x on N and gamma_x_D, n_x_D on D",
     _n_and_d_eff_untied,
-    _CHINCHILLA + _FRACTIONS + fraction_parameters({}, suffix="_D"),
+    _FRACTIONS + fraction_parameters({}, suffix="_D"),
     CHINCHILLA_NEEDS + fraction_needs() + fraction_needs(suffix="_D"),
     _BIASES + tuple(f"{n}_D" for n in _BIASES),
+    share=_share,
+    holds=("n_and_d_eff",),
+    by_form=FIXED_OPTIMUM,
 )
 POWER_LAWS = _alternative(
     "power_laws",
     "L = A N^-alpha + B D^-beta + E + sum_x C_x P_x^-rho_x",
     _power_laws,
-    _CHINCHILLA
-    + tuple(
+    tuple(
         p
         for x in PARTS
         for p in (

@@ -87,6 +87,7 @@ FLOATING_POINT = Law(
         Need("mantissa_bits", 2, ("nu",)),
     ),
     check=_group_size_above_one,
+    bits_given=True,
 )
 
 
@@ -137,6 +138,7 @@ QAT = Law(
         Need("group_size", 2, ("gamma_G",)),
     ),
     check=_one_low_precision,
+    bits_given=True,
 )
 
 

@@ -42,17 +42,17 @@ def _noise(p, c, xp):
     return log_sum(xp, log_chinchilla(p, c["N"], c["D"], xp), _added_noise(p, c, xp))
 
 
-def noisy_parameters(p, c, xp):
-    """N_eff = N / (1 + N^m Σ_x c_x s_x^p), in parameters."""
+def _noisy_share(p, c, xp):
+    """N_eff / N = 1 / (1 + N^m Σ_x c_x s_x^p)."""
     noise = 0.0
     for x in PARTS:
         log_power = p["p"] * _log_where_positive(c[f"s_{x}"], xp, 0.0)
         noise = noise + xp.where(c[f"s_{x}"] > 0, p[f"c_{x}"] * xp.exp(log_power), 0.0)
-    return c["N"] / (1.0 + c["N"] ** p["m"] * noise)
+    return 1.0 / (1.0 + c["N"] ** p["m"] * noise)
 
 
 def _capacity_noise(p, c, xp):
-    return log_chinchilla(p, noisy_parameters(p, c, xp), c["D"], xp)
+    return log_chinchilla(p, c["N"] * _noisy_share(p, c, xp), c["D"], xp)
 
 
 def _log_growth(p, c, xp):
@@ -90,6 +90,7 @@ CHINCHILLA_OUTER = Law(
     lambda p, c, xp: log_chinchilla(p, c["N"], c["D"], xp),
     needs=CHINCHILLA_NEEDS,
     high_precision_only=True,
+    holds=("chinchilla",),
 )
 
 _ADDED = (
@@ -131,6 +132,8 @@ CAPACITY_NOISE = Law(
     ("N", "D", *STEPS),
     _capacity_noise,
     needs=_CAPACITY_NEEDS,
+    share=_noisy_share,
+    share_varies=True,
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_CAPACITY))),
 )
 
@@ -165,6 +168,8 @@ UNIFIED_NOISE = Law(
     _capacity_noise,
     _unified_delta,
     needs=(*_CAPACITY_NEEDS, *_GROWTH_NEEDS, Need("s_w", 2, ("k", "M"), "delta")),
+    share=_noisy_share,
+    share_varies=True,
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_CAPACITY)), LawStage("delta", _names(_SERVED))),
 )
 

@@ -95,7 +95,7 @@ def _anchor(title: str) -> str:
 def _summary(evidence: Evidence) -> str:
     """What was measured, in one sentence."""
     table = evidence.table
-    runs = len(set(zip(table["run"], table["N"], table["D"], strict=True)))
+    runs = len(set(zip(table.models, table["D"], strict=True)))
     span = lambda name: f"{count_label(table[name].min())} to {count_label(table[name].max())}"
     quantized = int(table.quantized.sum())
     return (
@@ -207,8 +207,9 @@ def _comparison(comparison: Comparison | None) -> str:
             held = ["–" if v is None else f"{100 * v:.2f}" for v in row.held_out.values()]
             gap = "–" if row is not rows[0] else "best"
             if row.difference is not None:
-                mean, low, high = (100 * v for v in row.difference)
-                gap = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+                mean, low, high = row.difference
+                ends = "(few runs)" if low is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+                gap = f"{100 * mean:+.2f} {ends}"
             cells = [str(row.k), fixed(row.r2, 4), f"{row.aic:.1f}", f"{row.bic:.1f}", *held, gap]
             numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
             body.append(f'<tr><td class="name"><code>{_escape(row.law)}</code></td>{numbers}</tr>')

@@ -12,18 +12,18 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from scipy import optimize
 
-from analysis import command
+from analysis import command, laws
 from analysis import surface as surfaces
 from analysis.cost import MAX_BITS, CostError, CostModel, bits_of_format
 from analysis.fit import Fit, FitError
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.optimum import Budget, BudgetError, Point, Surface, evaluate, minimize, precisions, turning_point
+from analysis.search import NO_INTERVALS, least_resamples
 from analysis.surface import SurfaceError
 from analysis.wording import count_label, interval_text
 from precision_scaling.results import atomic_write
@@ -63,22 +63,23 @@ class Plan:
 def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None, columns: dict | None = None) -> Plan:
     """The best point of these fits under the budget, with intervals, alternatives and warnings. Raises UserError."""
     fit = surfaces.loss_law(fits)
+    surfaces.check_columns(fits, columns or {})
     warnings = []
     informed = surfaces.informed_parts(fit)
     if parts is None:
         parts = informed
-        if uninformed := [x for x in surfaces.PARTS if x not in parts and f"gamma_{x}" in fit.refused]:
+        if uninformed := surfaces.uninformed_parts(fit):
             warnings.append(
                 f"the fit's table does not say what low precision of {_named(uninformed)} costs: kept at 16 bits"
             )
-    elif unknown := [x for x in parts if f"gamma_{x}" in fit.refused]:
+    elif unknown := [x for x in parts if x in surfaces.uninformed_parts(fit)]:
         raise SurfaceError(f"--parts: the fit's table does not inform {_named(unknown)}; it informs {_named(informed)}")
     if budget.p is None:
         choices = surfaces.known_precisions(fit, parts)
         budget = dataclasses.replace(budget, p_choices=choices or ())
         if choices == (HIGH_PRECISION_BITS,):
             warnings.append(f"law {fit.law} as fitted knows training in 16 bits only: P is not chosen")
-    elif budget.p < HIGH_PRECISION_BITS and not parts and fit.law not in ("qat", "floating_point"):
+    elif budget.p < HIGH_PRECISION_BITS and not parts and not laws.get(fit.law).bits_given:
         raise SurfaceError(f"--precision={budget.p:g}: law {fit.law} as fitted knows training in 16 bits only")
     if budget.serve_bits is not None and surfaces.delta_law(fits) is None:
         raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={fit.law}.json,ptq.json or a fit of unified")
@@ -116,7 +117,7 @@ def _alternatives(ground: Surface, budget: Budget, best: Point, capacity) -> lis
         row["extra_loss"] = point.loss - best.loss
         row["N_factor"] = _make_up_factor(ground, best, p)
         if capacity is not None:
-            row["capacity"] = float(capacity(p))
+            row["capacity"] = float(capacity(p, point.n, point.d))
         if name := budget.cost.format_name(p):
             row["format"] = name
         found.append(row)
@@ -144,7 +145,7 @@ def _intervals(fits, budget: Budget, best: Point, parts, columns):
     draws = min(surfaces.draws(fit) for fit in carried)
     if budget.serve_bits is None:
         draws = surfaces.draws(carried[0])
-    if draws < 20:
+    if draws < least_resamples((LEVEL[1] - LEVEL[0]) / 100):
         return None, {}
     at_plan, optima = [], []
     for index in np.linspace(0, draws - 1, min(draws, MOST_DRAWS)).round().astype(int):
@@ -184,19 +185,20 @@ def _caveats(fits, budget: Budget, best: Point, parts, loss_ci) -> list[str]:
                 "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
             )
     for one in used:
-        refused = [
-            name
-            for name in one.refused
-            if not name.startswith(("gamma_", "n_")) or name.split("_")[1] in ("D", "N", "post")
-        ]
+        law = laws.resolve(one.law, one.values)
+        of_parts = {name for x in surfaces.PARTS for name in law.part_params(x)}  # told elsewhere, part by part
+        refused = [name for name in one.refused if name not in of_parts]
         if refused:
             found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
         found += [f"{one.law}: {note}" for note in one.notes]
+    if (form := laws.get(fit.law).by_form) and budget.serve_bits is budget.p is budget.n is budget.d is None:
+        found.append(f"by the form of law {fit.law} alone, {form}")
     if budget.p is None and not precisions(budget) and budget.flops is not None:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
             if abs(best.p - bound) < 1e-3:
                 found.append(f"P ends at {bound:g} bits, the {word} that was searched")
-    if loss_ci is None and any(one.n for one in used):
+    few_runs = any(note.startswith(NO_INTERVALS) for one in used for note in one.notes)
+    if loss_ci is None and any(one.n for one in used) and not few_runs:
         found.append("no interval: the fit carries no bootstrap samples (fit again with --bootstrap=1000)")
     return found
 
@@ -322,27 +324,25 @@ def _parts_of_flags() -> tuple[str, ...] | None:
 def _columns_of_flags() -> dict[str, float]:
     columns = {}
     for entry in _COLUMNS.value:
-        name, separator, value = entry.partition(":")
-        try:
-            columns[name.strip()] = float(value)
-        except ValueError:
-            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128") from None
-        if not separator:
-            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128")
+        name, separator, text = (piece.strip() for piece in entry.partition(":"))
+        value = command.finite(text)
+        if not separator or value is None or value < 0 or name in columns:
+            raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128, each name once")
+        columns[name] = value
     return columns
 
 
 def main() -> None:
     if _FIT.value is None:
         raise FitError("--fit is required: 'paper' or a fit.json")
+    fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
+    out = None if _OUT.value is None else command.output("out", _OUT.value, reads=fit_files)
     result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
     print(describe(result))
-    if _OUT.value is not None:
-        try:
-            atomic_write(Path(_OUT.value), result.to_json())
-        except OSError as err:
-            raise BudgetError(f"--out={_OUT.value}: {err.strerror or err}") from None
-        print(f"\nwrote {_OUT.value}")
+    if out is not None:
+        with command.writing("out", out, instead=result.to_json):
+            atomic_write(out, result.to_json())
+        print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from analysis import table as tables
 from analysis.fit import Fit, pairs
 from analysis.optimize import stay_off_accelerators
 from analysis.problem import FitError, with_derived
+from analysis.residual import measurement
 from analysis.table import Table
 from precision_scaling.results import atomic_write
 
@@ -123,10 +124,9 @@ def _roles(given: Sequence[Fit]) -> tuple[Fit | None, Fit | None, dict[float, Fi
 def _losses(out: Predictions, fit: Fit, rows: Table, rng: np.random.Generator) -> None:
     """Fills in the rows whose loss the fit predicts by itself."""
     rows = _spoken_of(out, fit, rows)
-    noise = fit.residuals.get("before", ())
     for block in _blocks(rows):
         point, draws_Rxn = _evaluate(fit, block, "loss")
-        _fill(out, fit, block, point, draws_Rxn * _noise(noise, draws_Rxn.shape, rng))
+        _fill(out, fit, block, point, _measured(fit, "before", draws_Rxn, rng))
 
 
 def _served_losses(
@@ -151,19 +151,19 @@ def _served_losses(
 
 def _with_before(out: Predictions, fit: Fit, rows: Table, known_n, loss_fit: Fit | None, rng) -> None:
     """Loss before PTQ (`known_n`, or predicted by `loss_fit`) plus δ, for rows that the fits speak of."""
-    relative = fit.reporting.get("delta_residual") == "log_delta"
+    of_delta = fit.reporting.get("delta_residual") in ("log_delta", "floored")
     for block, at in zip(_blocks(rows), _blocks_of(len(rows)), strict=True):
         delta_n, delta_Rxn = _evaluate(fit, block, "delta")
-        noise_Rxn = _noise(fit.residuals.get("after", ()), delta_Rxn.shape, rng)
         if loss_fit is None:
             before_n, before_Rxn, origin = known_n[at], known_n[at][None], MEASURED
         else:
             before_n, before_Rxn = _evaluate(loss_fit, block, "loss")
-            before_Rxn = before_Rxn * _noise(loss_fit.residuals.get("before", ()), before_Rxn.shape, rng)
-            before_Rxn = _cycled(before_Rxn, len(delta_Rxn))
-            delta_Rxn, noise_Rxn = (_cycled(a, len(before_Rxn)) for a in (delta_Rxn, noise_Rxn))
-            origin = loss_fit.law
-        served_Rxn = before_Rxn + delta_Rxn * noise_Rxn if relative else (before_Rxn + delta_Rxn) * noise_Rxn
+            before_Rxn = _cycled(_measured(loss_fit, "before", before_Rxn, rng), len(delta_Rxn))
+            delta_Rxn, origin = _cycled(delta_Rxn, len(before_Rxn)), loss_fit.law
+        if of_delta:
+            served_Rxn = before_Rxn + _measured(fit, "after", delta_Rxn, rng)
+        else:
+            served_Rxn = _measured(fit, "after", before_Rxn + delta_Rxn, rng)
         _fill(out, fit, block, before_n + delta_n, served_Rxn)
         index = block["_at"].astype(int)
         out.delta[index], out.before[index], out.before_from[index] = delta_n, before_n, origin
@@ -189,9 +189,16 @@ def _cycled(a_Rxn: np.ndarray, count: int) -> np.ndarray:
     return a_Rxn if len(a_Rxn) >= count or not len(a_Rxn) else np.resize(a_Rxn, (count, a_Rxn.shape[1]))
 
 
-def _noise(residuals: Sequence[float], shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """exp of residuals of the fit drawn at random: measurement over prediction."""
-    return np.exp(rng.choice(np.asarray(residuals), shape)) if len(residuals) else np.ones(shape)
+def _measured(fit: Fit, rows: str, predicted_Rxn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Predictions with the noise of a measurement, drawn from the fit's residuals of rows "before" or "after" PTQ."""
+    residuals, how = fit.residuals.get(rows, ()), fit.reporting
+    if not residuals:
+        return predicted_Rxn
+    kind = how.get("residual") or "log_loss"
+    if rows == "after" and how.get("delta_residual") in ("log_delta", "floored"):
+        kind = how["delta_residual"]
+    drawn = rng.choice(np.asarray(residuals), predicted_Rxn.shape)
+    return measurement(kind, predicted_Rxn, drawn, how.get("delta_floor"))
 
 
 def _fill(out: Predictions, fit: Fit, rows: Table, point_n: np.ndarray, draws_Rxn: np.ndarray) -> None:

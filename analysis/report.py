@@ -15,7 +15,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -30,6 +30,7 @@ from analysis.findings import Finding, all_findings, growth_sentence
 from analysis.fit import Fit, FitError
 from analysis.law import LawError
 from analysis.page import page
+from analysis.search import least_resamples
 from analysis.table import Table
 from analysis.wording import fixed
 from precision_scaling.errors import UserError
@@ -38,6 +39,7 @@ from precision_scaling.results import atomic_write
 LAWS = ("chinchilla", "ptq", "precision", "unified")
 # on held-out rows: the paper's laws against its alternatives (Table 1), a free capacity, and another law of δ
 COMPARED = ("chinchilla", "precision", "precision_unbiased", "d_eff", "power_laws", "capacity", "ptq", "qid")
+LEAST_RESAMPLES = least_resamples(0.95)
 PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -71,14 +73,20 @@ def fit_all(table: Table, names: Sequence[str], bootstrap: int, seed: int) -> tu
 
 
 def write(
-    table: Table, out: Path, *, bootstrap: int = 200, seed: int = 0, names: Sequence[str] = LAWS, line: str = ""
+    table: Table,
+    out: Path,
+    *,
+    bootstrap: int = 200,
+    seed: int = 0,
+    names: Sequence[str] = LAWS,
+    line: str = "",
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance."""
+    """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance.
+
+    `tell` is given what the report says before anything is written. Raises ReportError where `out` cannot be written.
+    """
     began = time.monotonic()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ReportError(f"--out={out}: {err.strerror or err}") from None
     main, method = main_rows(table)
     fitted, not_fitted = fit_all(main, names, bootstrap, seed)
     try:
@@ -86,19 +94,8 @@ def write(
     except FitError:
         comparison = None
     evidence = Evidence(main, fitted, table, comparison)
-    for name in names:
-        path = out / f"fit_{name}.json"
-        if name in fitted:
-            fitted[name].save(path)
-        else:
-            path.unlink(missing_ok=True)  # of an earlier table
-    if comparison is None:
-        (out / "compare.csv").unlink(missing_ok=True)
-    else:
-        atomic_write(out / "compare.csv", to_csv(comparison))
-    findings = all_findings(evidence)
-    sentence = growth_sentence(evidence)
-    drawn = draw_all(evidence, out / "figures")
+    report = Report(evidence, all_findings(evidence), not_fitted, growth_sentence(evidence), out / "index.html")
+    tell(describe(report))
     provenance = {
         "command": line or "analysis.report.write",
         "table": table.source,
@@ -110,19 +107,43 @@ def write(
         "seconds": f"{time.monotonic() - began:.1f}",
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
     }
-    index = out / "index.html"
-    text = page(evidence, drawn, findings, not_fitted, sentence, tables.describe(main.left_out), provenance)
-    atomic_write(index, text)
+    try:
+        _write_files(report, names, provenance)
+    except OSError as err:
+        raise ReportError(f"--out={out} cannot be written: {err.strerror or err}") from None
+    return report
+
+
+def _write_files(report: Report, names: Sequence[str], provenance: Mapping[str, str]) -> None:
+    """The fits, the comparison, the figures, the findings and the page; those of an earlier table that this one does
+    not give go."""
+    out, evidence = report.index.parent, report.evidence
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = out / f"fit_{name}.json"
+        if name in evidence.fits:
+            evidence.fits[name].save(path)
+        else:
+            path.unlink(missing_ok=True)
+    if evidence.comparison is None:
+        (out / "compare.csv").unlink(missing_ok=True)
+    else:
+        atomic_write(out / "compare.csv", to_csv(evidence.comparison))
+    drawn = draw_all(evidence, out / "figures")
+    left_out = evidence.table.left_out
+    text = page(
+        evidence, drawn, report.findings, report.not_fitted, report.sentence, tables.describe(left_out), provenance
+    )
+    atomic_write(report.index, text)
     record = {
-        "findings": [dataclasses.asdict(finding) for finding in findings],
-        "sentence": sentence,
-        "not_fitted": not_fitted,
+        "findings": [dataclasses.asdict(finding) for finding in report.findings],
+        "sentence": report.sentence,
+        "not_fitted": report.not_fitted,
         "figures": {d.entry.name: d.skipped or [str(p.relative_to(out)) for p in d.paths] for d in drawn},
-        "left_out": dict(main.left_out),
+        "left_out": dict(left_out),
         "provenance": provenance,
     }
     atomic_write(out / "findings.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return Report(evidence, findings, not_fitted, sentence, index)
 
 
 def _version(package: str) -> str:
@@ -133,7 +154,7 @@ def _version(package: str) -> str:
 
 
 def describe(report: Report) -> str:
-    """The end of the command: constants with R², the findings, whether δ grew, and where the report is."""
+    """What the command prints: constants with R², the findings, and whether δ grew."""
     lines = [f"rows: {tables.describe(report.evidence.table.left_out)}"]
     for name, fit in report.evidence.fits.items():
         lines.append(f"{name}: R² {fixed(fit.r2, 4)} on {fit.n} rows")
@@ -147,7 +168,7 @@ def describe(report: Report) -> str:
         lines += [f"  note: {note}" for note in fit.notes]
     lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
     lines += ["", *(f"{f.key}: {f.verdict}. {f.statistic}" for f in report.findings)]
-    lines += ["", report.sentence, f"report: {report.index}"]
+    lines += ["", report.sentence]
     return "\n".join(lines)
 
 
@@ -156,22 +177,32 @@ _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _whole = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _RUNS = _text("runs", None, "table of measured losses (runs.csv)")
 _OUT = _text("out", None, "folder for the report")
-_BOOTSTRAP = _whole("bootstrap", 200, "bootstrap resamples of the runs for the intervals; 0 for none", lower_bound=0)
-_SEED = _whole("seed", 0, "seed of starts and bootstrap")
+_BOOTSTRAP = _whole(
+    *("bootstrap", 200, "bootstrap resamples of the runs for the intervals; 0 for none"),
+    lower_bound=0,
+    upper_bound=command.MOST_REPEATS,
+)
+_SEED = _whole("seed", 0, "seed of starts and bootstrap", lower_bound=0)
 _LAWS = flags.DEFINE_list("laws", list(LAWS), "laws to fit", flag_values=FLAGS)
 _WHERE = flags.DEFINE_multi_string("where", [], "keep rows with COLUMN=VALUE; may be repeated", flag_values=FLAGS)
 
 
 def main() -> None:
     for flag in (_RUNS, _OUT):
-        if flag.value is None:
+        if not flag.value:
             raise ReportError(f"--{flag.name} is required")
     if unknown := [name for name in _LAWS.value if name not in LAWS]:
         raise ReportError(f"--laws={','.join(_LAWS.value)}: {unknown[0]!r} is not one of {', '.join(LAWS)}")
+    if 0 < _BOOTSTRAP.value < LEAST_RESAMPLES:
+        raise ReportError(
+            f"--bootstrap={_BOOTSTRAP.value}: allowed is {LEAST_RESAMPLES} or more, or 0 for no intervals"
+        )
+    names = (*(f"fit_{name}.json" for name in LAWS), "compare.csv", "findings.json", "index.html")
+    out = command.output("out", _OUT.value, names, reads=[_RUNS.value])
     table = tables.load(_RUNS.value).where(**fits.pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
-    report = write(table, Path(_OUT.value), bootstrap=_BOOTSTRAP.value, seed=_SEED.value, names=_LAWS.value, line=line)
-    print(describe(report))
+    write(table, out, bootstrap=_BOOTSTRAP.value, seed=_SEED.value, names=_LAWS.value, line=line, tell=print)
+    print(f"report: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a reader needs to judge or repeat a fit: its quality, the rows that should give pause, and how it was made."""
+"""What a reader needs to judge or repeat a fit: its quality, and how it was made."""
 
 import importlib.metadata
 import platform
@@ -9,9 +9,7 @@ import numpy as np
 from analysis.law import PRECISION_COLUMNS
 from analysis.problem import Setup
 from analysis.search import LARGE_TABLE, Best, few_runs
-from analysis.table import FORMAT_COLUMNS, Table
-
-MIXING = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
+from analysis.table import Table
 
 
 def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
@@ -34,36 +32,27 @@ def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
     return out
 
 
-def mixed_rows(setup: Setup) -> tuple[str, ...]:
-    """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
-    notes = []
-    by_format = any(name.startswith(("s_", "gmse_")) for name in setup.law.columns)
-    known = {*setup.law.columns, *(sum(FORMAT_COLUMNS.values(), ()) if by_format else ())}
-    names = [name for name in setup.rows.columns if name not in known and any(w in name for w in MIXING)]
-    if not names:
-        return ()
-    # What changes with the precision alone (the name of a format, say) is known to the law by its bits.
-    bits = np.column_stack([np.nan_to_num(setup.rows[name]) for name in (*PRECISION_COLUMNS, "P_post")])
-    setting_n = np.unique(bits, axis=0, return_inverse=True)[1].ravel()
-    for name in names:
-        column = setup.rows[name]
-        values = [v for v in dict.fromkeys(column) if v == v]
-        word_n = np.unique(column.astype(str), return_inverse=True)[1].ravel()
-        explained = len(np.unique(np.stack([setting_n, word_n]), axis=1).T) == setting_n.max() + 1
-        if 1 < len(values) <= 12 and not explained:
-            shown = ", ".join(f"{v:g}" if isinstance(v, float) else (v or "(empty)") for v in values)
-            notes.append(f"the rows mix {name}: {shown}; --where={name}=VALUE fits one of them")
-    return tuple(notes)
-
-
-def dropped_deltas(setup: Setup) -> tuple[str, ...]:
-    dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
-    if not dropped:
-        return ()
-    return (
-        f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 cannot enter a fit of log delta, which favours "
-        "large delta: --delta_residual=log_loss keeps them",
-    )
+def _residuals_in_words(setup: Setup) -> list[str]:
+    """What is compared before PTQ and after it, and the weights."""
+    log = "log " if setup.options.residual == "log_loss" else ""
+    words = []
+    if setup.law.log_loss is not None:
+        words.append(f"rows before PTQ: {log}L predicted - {log}L measured")
+    if setup.law.log_delta is not None:
+        words.append(
+            {
+                "log_delta": "rows after PTQ: log delta predicted - log delta measured",
+                "floored": "rows after PTQ: asinh(delta / (2 f)) predicted - measured, f the noise of delta, "
+                f"{setup.floor or 0:.3g} nats: log delta where delta is large; zero or negative delta count",
+                "log_loss": f"rows after PTQ: {log}(measured loss of the run before PTQ + delta predicted) - {log}L "
+                "measured: the noise of a run enters once, and zero or negative delta count",
+            }[setup.delta_residual]
+        )
+    if setup.options.sigma_column:
+        words.append(
+            f"times the median standard deviation over that of the row, by column {setup.options.sigma_column}"
+        )
+    return words
 
 
 def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
@@ -73,17 +62,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         loss = f"sum over rows of Huber's function with delta = {options.huber_delta:g}"
     else:
         loss = "half the sum of squares over rows"
-    residual = []
-    if law.log_loss is not None:
-        residual.append("rows before PTQ: log L predicted - log L measured")
-    if law.log_delta is not None:
-        if setup.delta_residual == "log_delta":
-            residual.append("rows after PTQ: log delta predicted - log delta measured")
-        else:
-            residual.append(
-                "rows after PTQ: log(measured loss of the run before PTQ + delta predicted) - log L measured: the "
-                "noise of a run enters once, and zero or negative delta count"
-            )
+    residual = _residuals_in_words(setup)
     if resamples == 0:
         intervals = "none (no bootstrap)"
     else:
@@ -120,7 +99,10 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
             if not np.isnan(setup.rows[name]).all()
         },
         "ptq_method": setup.rows.main_method,
+        "residual": options.residual,
         "delta_residual": setup.delta_residual if law.log_delta is not None else None,
+        "delta_floor": setup.floor,
+        "fit_where": options.fit_where,
         "table": table.source,
         "table_sha256": table.sha256,
         "seed": seed,

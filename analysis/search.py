@@ -19,6 +19,8 @@ DEFAULT_STARTS = 512
 LARGE_TABLE = 20_000  # rows; above it starts compete on a sample, and resamples take one step from the optimum
 SEARCH_ROWS = 512
 FINALISTS, FINALISTS_OF_LARGE = 64, 4
+NO_INTERVALS = "no intervals"  # begins the note of a fit that was asked for them in vain
+LEAST_RUNS = 5  # trained models that a bootstrap can resample
 SAME_OPTIMUM = 1e-6  # relative difference in objective below which two starts ended at the same optimum
 
 
@@ -173,6 +175,27 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
             ).theta_SxF
     widened = theta_F + spread(setup, theta_F) * (draws_RxF - theta_F)
     return np.clip(widened, setup.problem.lower_F, setup.problem.upper_F)
+
+
+def least_resamples(level: float) -> int:
+    """Draws without which no draw is expected beyond either end of an interval of this level."""
+    return math.ceil(round(2 / (1 - level), 6))
+
+
+def too_few_runs(setup: Setup) -> str | None:
+    """Why the table's trained models are too few to be resampled, or None.
+
+    As many of them as free parameters fit anything that is drawn, and one gives the same constants in every draw.
+    """
+    runs, least = int(setup.run_n.max()) + 1, max(len(setup.free) + 1, LEAST_RUNS)
+    if runs >= least:
+        return None
+    names = sorted(set(setup.rows["run"]))
+    named = f" ({'all' if len(names) == 1 else 'runs'} {', '.join(names[:5])})" if len(names) <= runs else ""
+    return (
+        f"{NO_INTERVALS}: a bootstrap resamples trained models, and the {len(setup.rows)} rows are of {runs}{named}; "
+        f"{len(setup.free)} free parameters need at least {least}"
+    )
 
 
 def spread(setup: Setup, theta_F: np.ndarray) -> float:

@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from analysis import derived, laws
 from analysis import fit as fits
-from analysis import laws
 from analysis.fit import Fit
-from analysis.law import HIGH_PRECISION_BITS
+from analysis.law import HIGH_PRECISION_BITS, Law
 from analysis.optimum import Surface
 from precision_scaling.errors import UserError
 
 PARTS = ("w", "a", "kv")
+PLANNED = ("N", "D", "P_w", "P_a", "P_kv", "P_post")  # columns that a plan chooses
 PAPER_RANGES = {
     "N": (30e6, 1.7e9),
     "D": (1.5e9, 26e9),
@@ -87,16 +88,25 @@ def delta_law(given: Sequence[Fit]) -> Fit | None:
 
 def informed_parts(fit: Fit) -> tuple[str, ...]:
     """The parts whose training precision the law reads and the fit's table informed, in the order w, a, kv."""
-    read = {f"P_{x}" for x in PARTS} & set(laws.resolve(fit.law, fit.values).columns)
-    amplitude = {"power_laws": "C_"}.get(fit.law, "gamma_")
-    labels = [name for name in fit.values if name.startswith("eff_")]
+    law, labels = laws.resolve(fit.law, fit.values), _labels(fit)
     if labels:
-        return max((_parts_of(label) for label in labels), key=lambda parts: (_tied(fit, parts), len(parts)))
-    return tuple(
-        x
-        for x in PARTS
-        if f"P_{x}" in read and f"{amplitude}{x}" in fit.values and f"{amplitude}{x}" not in fit.refused
-    )
+        return max((tuple(bits) for bits in labels), key=lambda parts: (len(_tied(labels, parts)), len(parts)))
+    return tuple(x for x in PARTS if law.reads_part(x) and _informs(fit, law, x))
+
+
+def _informs(fit: Fit, law: Law, part: str) -> bool:
+    """Whether the amplitude of a part is reported; where a law has none of its own, whether rows were low in it."""
+    params = law.part_params(part)
+    if params:
+        return params[0] in fit.values and params[0] not in fit.refused
+    span = data_range(fit, f"P_{part}")
+    return span is None or span[0] < HIGH_PRECISION_BITS
+
+
+def uninformed_parts(fit: Fit) -> tuple[str, ...]:
+    """The parts that the law reads and the fit's table does not inform."""
+    law, known = laws.resolve(fit.law, fit.values), informed_parts(fit)
+    return () if _labels(fit) else tuple(x for x in PARTS if law.reads_part(x) and x not in known)
 
 
 def known_precisions(fit: Fit, parts: Sequence[str]) -> tuple[float, ...] | None:
@@ -108,38 +118,62 @@ def known_precisions(fit: Fit, parts: Sequence[str]) -> tuple[float, ...] | None
     law = laws.resolve(fit.law, fit.values)
     if law.high_precision_only:
         return (HIGH_PRECISION_BITS,)
-    if fit.law == "capacity":
-        bits = [_bits(label, parts) for label in fit.values if label.startswith("eff_")]
-        return (*sorted(b for b in bits if b is not None), HIGH_PRECISION_BITS)
-    if fit.law in ("qat", "floating_point"):
+    if law.bits_given:
         raise SurfaceError(f"law {fit.law} does not say how loss depends on bits: give --precision")
-    return None if parts else (HIGH_PRECISION_BITS,)
+    if labels := _labels(fit):
+        return (*sorted(_tied(labels, parts)), HIGH_PRECISION_BITS)
+    return (law.bits or None) if parts else (HIGH_PRECISION_BITS,)
 
 
-def _parts_of(label: str) -> tuple[str, ...]:
-    return tuple(piece.rstrip("0123456789.") for piece in label.removeprefix("eff_").split("_"))
+def _labels(fit: Fit) -> list[dict[str, float]]:
+    """The training precisions that have a capacity of their own, as bits by part."""
+    found = [laws.precisions_of(name) for name in fit.values]
+    return [bits for bits in found if bits is not None and set(bits) <= set(PARTS)]
 
 
-def _bits(label: str, parts: Sequence[str]) -> float | None:
-    """The one precision of a capacity's label if just these parts share it (eff_w4_a4 with w, a: 4), else None."""
-    bits = {float(piece.lstrip("abcdefghijklmnopqrstuvwxyz")) for piece in label.removeprefix("eff_").split("_")}
-    return bits.pop() if _parts_of(label) == tuple(parts) and len(bits) == 1 else None
-
-
-def _tied(fit: Fit, parts: Sequence[str]) -> int:
-    return sum(_bits(name, parts) is not None for name in fit.values if name.startswith("eff_"))
+def _tied(labels: Sequence[Mapping[str, float]], parts: Sequence[str]) -> set[float]:
+    """The precisions that just these parts share in a label."""
+    return {next(iter(bits.values())) for bits in labels if tuple(bits) == tuple(parts) and len({*bits.values()}) == 1}
 
 
 def capacity(fit: Fit, parts: Sequence[str] = PARTS):
-    """f(P) = N_eff/N with the `parts` trained at P bits, the others at 16 (law 3), or None for laws without N_eff."""
-    if fit.law not in ("precision", "unified"):
+    """The function f(P, N, D) = N_eff/N with the `parts` trained at P bits, the others at 16, or None for laws without
+    N_eff. N and D may be left out where the law's share depends on precision alone.
+    """
+    law = laws.resolve(fit.law, fit.values)
+    if law.share is None:
         return None
-    params = {**dict.fromkeys((f"n_{x}" for x in PARTS), 0.0), **fit.values}
-    return lambda p: laws.effective_parameters(params, {"N": 1.0, **_precisions(np.asarray(p, np.float64), parts)})
+    params = law.values(fit.values)
+
+    def share(p, n=None, d=None):
+        if law.share_varies and (n is None or d is None):
+            raise SurfaceError(f"the share of N that law {law.name} leaves varies with N or D: give both")
+        given = {"N": 1.0 if n is None else n, "D": 1.0 if d is None else d}
+        columns = laws.complete_columns(law, {**given, **_precisions(np.asarray(p, np.float64), parts)})
+        return law.share(params, columns, np)
+
+    return share
 
 
 def _precisions(p, parts: Sequence[str]) -> dict:
     return {f"P_{x}": p if x in parts else np.full(np.shape(p), HIGH_PRECISION_BITS) for x in PARTS}
+
+
+def _follows(name: str) -> bool:
+    """Whether a column follows from the precisions that a plan chooses."""
+    return derived.column(name, dict.fromkeys(PLANNED, 4.0)) is not None
+
+
+def check_columns(given: Sequence[Fit], columns: Mapping[str, float]) -> None:
+    """Raises SurfaceError for a column that no law of the fits reads, or that the plan itself chooses."""
+    read = {name for fit in given for name in laws.resolve(fit.law, fit.values).columns} - set(PLANNED)
+    for name in columns:
+        if name not in read:
+            more = f"it is {', '.join(sorted(read))}" if read else "there is none"
+            raise SurfaceError(
+                f"--columns={name}: no column that {' and '.join(fit.law for fit in given)} read besides "
+                f"{', '.join(PLANNED)}; {more}"
+            )
 
 
 def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[str, float] | None = None) -> Surface:
@@ -151,7 +185,7 @@ def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[s
     """
     loss_fit, delta_fit, columns = loss_law(given), delta_law(given), dict(columns or {})
     law = laws.resolve(loss_fit.law, loss_fit.values)
-    missing = [name for name in law.columns if name not in ("N", "D", "P_post", "P_w", "P_a", "P_kv", *columns)]
+    missing = [name for name in law.columns if name not in (*PLANNED, *columns) and not _follows(name)]
     if missing:
         raise SurfaceError(f"law {law.name} also reads {', '.join(missing)}: give --columns={missing[0]}:VALUE")
 
@@ -169,7 +203,7 @@ def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[s
         share = capacity(loss_fit, parts)
 
         def delta(n, d, p, bits):
-            n_eff = n if share is None else n * share(p) / share(HIGH_PRECISION_BITS)
+            n_eff = n if share is None else n * share(p, n, d) / share(HIGH_PRECISION_BITS, n, d)
             size = laws.predict(delta_fit.law, delta_fit.values, N=n_eff, D=d, P_post=bits, **columns)
             return np.where(p > bits, size, 0.0)
 

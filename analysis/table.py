@@ -3,38 +3,38 @@
 Everything in analysis starts from a Table: one row per measured validation loss, δ by pairing the rows of a run.
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
-import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from precision_scaling.errors import UserError
+from analysis import reading, runs
+from analysis.reading import TableError
 
+__all__ = ["Table", "TableError", "describe", "from_columns", "load"]
+
+REQUIRED = ("N", "D", "loss")
 COUNTS = ("N", "D")
 PRECISIONS = ("P_w", "P_a", "P_kv")
 NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
-SETTINGS = (
-    *COUNTS,
-    *PRECISIONS,
-    "P_post",
-    "seed",
-    "group_size",
-)  # with every text column: what makes two rows repeats
+# With every text column: what makes two rows of a run different measurements.
+SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size", "P_grad", "exponent_bits", "mantissa_bits")
+KNOWN = ("run", *NUMERIC, *SETTINGS, "status", "method")
+# Beyond these no count, number of bits or loss is one; squares of them stay far from the end of float64.
+LEAST = {"N": 1.0, "D": 1.0}
+MOST = {"N": 1e20, "D": 1e20, "loss": 1e6, **dict.fromkeys((*PRECISIONS, "P_post"), 256.0)}
+MOST_OF_OTHERS = 1e12
+POSITIVE, NOT_NEGATIVE = ("group_size", "P_grad"), ("exponent_bits", "mantissa_bits")
+EMPTY = ("", "nan", "na", "n/a", "none", "null")
+# Columns that every checked table has: see runs.models. No file has them, as their names hold a space.
+MODEL, BASE = "trained model", "row before PTQ"
 FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
 METHOD_COLUMNS = ("method", "ptq_method")
 BEYOND_WEIGHTS = ("smoothquant", "kv_cache")  # PTQ methods that quantize activations or the KV cache
 HIGH_PRECISION_BITS = 16.0
-
-
-class TableError(UserError):
-    """A table that cannot be used: unreadable, a required column missing, or no usable row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Table:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
-            raise TableError(f"{self.source}: no column {name}; it has {', '.join(self.columns)}")
+            named = ", ".join(column for column in self.columns if column not in (MODEL, BASE))
+            raise TableError(f"{self.source}: no column {name}; it has {named}")
         return self.columns[name]
 
     def select(self, mask: np.ndarray, reason: str | None = None) -> "Table":
@@ -124,7 +125,7 @@ class Table:
         if table.methods is None or not table.quantized.any():
             return None
         used = Counter(table.methods[table.quantized])
-        return next((name for name in used if name.lower() == "gptq"), used.most_common(1)[0][0])
+        return next((name for name in sorted(used) if name.lower() == "gptq"), _most_common(used))
 
     def one_method(self) -> "Table":
         """The rows before PTQ and those of the main PTQ method: losses of two methods are not one law's."""
@@ -139,7 +140,7 @@ class Table:
             return self
         names = self["schedule"].astype(str)
         used = Counter(names)
-        main = next((name for name in used if name.lower().startswith("cos")), used.most_common(1)[0][0])
+        main = next((name for name in sorted(used) if name.lower().startswith("cos")), _most_common(used))
         return self.select(names == main, f"trained under another schedule than {main or '(unnamed)'}")
 
     def integer_formats(self) -> "Table":
@@ -157,81 +158,92 @@ class Table:
                     integer |= low & is_integer
         return self.select(~floating, "trained in floating point below 16 bits") if integer.any() else self
 
+    def usable(self, name: str) -> "Table":
+        """The rows whose number in a column that a law reads can be used."""
+        derived = name.startswith(("gmse_", "s_"))
+        why = f"{name} is not known of its format" if derived else f"{name} is empty"
+        table = self.select(~np.isnan(self[name]), why)
+        table = table.select(~np.isinf(table[name]), f"{name} is infinite")
+        if name in POSITIVE:
+            table = table.select(table[name] > 0, f"{name} is zero or negative")
+        if name in NOT_NEGATIVE:
+            table = table.select(table[name] >= 0, f"{name} is negative")
+        return table.select(np.abs(table[name]) <= MOST.get(name, MOST_OF_OTHERS), f"{name} is too large")
+
     def before_ptq(self) -> "Table":
         """The rows measured before PTQ (P_post empty)."""
         return self.select(~self.quantized)
 
+    @property
+    def models(self) -> np.ndarray:
+        """The trained model of every row: numbers from 0 in the order in which they first appear."""
+        return pd.factorize(self[MODEL])[0]
+
     def deltas(self) -> "Table":
-        """The rows after PTQ with loss_before (of the same run, N and D before PTQ) and delta = loss - loss_before."""
-        before = ~self.quantized
-        keys = list(zip(self["run"], self["N"], self["D"], strict=True))
-        base = {}
-        for i in np.flatnonzero(before):
-            base.setdefault(keys[i], self["loss"][i])
-        loss_before = np.array([base.get(key, np.nan) for key in keys], dtype=np.float64)
+        """The rows after PTQ with loss_before (of the same model and D before PTQ) and delta = loss - loss_before."""
+        before, base = ~self.quantized, self[BASE]
+        loss_of = pd.Series(self["loss"][before], index=base[before])
+        loss_before = loss_of.reindex(base).to_numpy(dtype=np.float64)
         columns = {**self.columns, "loss_before": loss_before, "delta": self["loss"] - loss_before}
         paired = dataclasses.replace(self, columns=columns).select(self.quantized)
         return paired.select(~np.isnan(paired["loss_before"]), "after PTQ, but its run has no loss before PTQ")
 
+    def in_order(self, *more: str) -> "Table":
+        """The rows in an order that depends on what they say, not on where they stand or on the names of runs.
+
+        By the columns of the contract and those of `more`, then, where rows are equal in those, by all others.
+        """
+        first = [n for n in dict.fromkeys((*NUMERIC, *more)) if n in self and self[n].dtype != object]
+        others = sorted(set(self.columns) - {*first, "run", MODEL, BASE})
+        order = np.lexsort([self[name] for name in reversed(first)])
+        keys = np.stack([self[name][order] for name in first])
+        if ((keys[:, 1:] == keys[:, :-1]) | (np.isnan(keys[:, 1:]) & np.isnan(keys[:, :-1]))).all(axis=0).any():
+            ranks = [np.unique(self[name], return_inverse=True)[1] for name in others]
+            order = np.lexsort([*reversed(ranks), *(self[name] for name in reversed(first))])
+        return dataclasses.replace(self, columns={name: column[order] for name, column in self.columns.items()})
+
+
+def _most_common(counts: Counter) -> str:
+    """The name counted most often, of several the first in the alphabet."""
+    return min(counts, key=lambda name: (-counts[name], name))
+
 
 def from_columns(columns: Mapping[str, object], source: str = "memory") -> Table:
     """A Table from arrays or lists, checked as a file is."""
-    return _check(pd.DataFrame({k: np.ravel(v) for k, v in columns.items()}), source, "")
+    return _check(pd.DataFrame({k: np.ravel(v) for k, v in columns.items() if k not in (MODEL, BASE)}), source, "")
 
 
 def load(path: str | Path, measured: bool = True) -> Table:
-    """Read runs.csv. Raises TableError where the file, a required column (N, D, loss) or every row is unusable.
+    """Read runs.csv, gzipped or not. Raises TableError where the file, a required column (N, D, loss) or every row is
+    unusable.
 
     measured False takes planned rows, too, whose loss is absent or empty (NaN then).
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        header = next(csv.reader(io.StringIO(raw.split(b"\n", 1)[0].decode("utf-8-sig"))), [])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would shift silently
-            frame = pd.read_csv(
-                path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig", index_col=False
-            )
-    except FileNotFoundError:
-        raise TableError(f"no table at {path}") from None
-    except (
-        OSError,
-        UnicodeDecodeError,
-        pd.errors.ParserError,
-        pd.errors.ParserWarning,
-        pd.errors.EmptyDataError,
-    ) as err:
-        raise TableError(f"{path} is not a readable CSV table: {' '.join(str(err).split())}") from None
-    repeated = [name for name, count in Counter(name.strip() for name in header).items() if count > 1]
-    if repeated:
-        raise TableError(f"{path}: column {repeated[0]} appears more than once")
-    if not measured and "loss" not in frame:
-        frame["loss"] = ""
-    return _check(frame, str(path), hashlib.sha256(raw).hexdigest(), measured)
+    path = Path(path).expanduser()
+    frame, sha256 = reading.read(path)
+    return _check(frame, str(path), sha256, measured)
 
 
 def _numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """The column as float64 and a mask of the entries that are neither a number nor empty."""
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    text = column.astype(str).str.strip().str.lower()
-    empty = column.isna().to_numpy() | text.isin(["", "nan", "none", "null"]).to_numpy()
-    return numbers, np.isnan(numbers) & ~empty
+    text, unread = np.isnan(numbers), column[np.isnan(numbers)]
+    text[text] = ~(unread.isna() | unread.astype(str).str.strip().str.lower().isin(EMPTY)).to_numpy(dtype=bool)
+    return numbers, text
 
 
 def _check(frame: pd.DataFrame, source: str, sha256: str, measured: bool = True) -> Table:
+    """The usable rows, each with its model and the row before PTQ that it belongs to; the others counted."""
     frame = frame.rename(columns=lambda name: str(name).strip()).reset_index(drop=True)
-    missing = [name for name in ("N", "D", "loss") if name not in frame]
-    if missing:
-        raise TableError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(frame.columns) or 'none'}")
+    if not measured and "loss" not in frame:
+        frame["loss"] = np.nan
+    reading.check_names(frame.columns, REQUIRED, KNOWN, source)
     if frame.empty:
         raise TableError(f"{source}: the table has no rows")
-    for name in PRECISIONS:
-        if name not in frame:
-            frame[name] = HIGH_PRECISION_BITS
-    if "P_post" not in frame:
-        frame["P_post"] = np.nan
-    if "run" not in frame:
+    named = "run" in frame
+    absent = {**dict.fromkeys(PRECISIONS, HIGH_PRECISION_BITS), "P_post": np.nan, "run": ""}
+    frame = frame.assign(**{name: value for name, value in absent.items() if name not in frame})
+    if not named:
         frame["run"] = [f"row-{i + 1}" for i in range(len(frame))]
 
     keep = np.ones(len(frame), dtype=bool)
@@ -240,42 +252,56 @@ def _check(frame: pd.DataFrame, source: str, sha256: str, measured: bool = True)
     def leave_out(bad: np.ndarray, reason: str) -> None:
         count = int(np.count_nonzero(bad & keep))
         if count:
-            left_out[reason] = count
+            left_out[reason] = left_out.get(reason, 0) + count
         keep[bad] = False
 
+    columns = _columns(frame, ("P_post",) if measured else ("P_post", "loss"), leave_out)
+    rows = pd.DataFrame(columns)[keep]
+    text = {name for name in columns if columns[name].dtype == object}
+    settings = [n for n in columns if n != "run" and (n in SETTINGS or n in text or n.startswith("ptq"))]
+    rows, dropped = runs.without_repeats(rows, settings, named)
+    for reason, index in dropped:
+        leave_out(np.isin(np.arange(len(frame)), index), reason)
+    if keep.any():
+        model_n, base_n = runs.models(rows, settings)
+        columns |= {name: np.full(len(frame), runs.NONE) for name in (MODEL, BASE)}
+        columns[MODEL][keep], columns[BASE][keep] = model_n, base_n
+        leave_out(columns[BASE] == runs.SEVERAL, "after PTQ, and its run has several losses before PTQ")
+    if not keep.any():
+        raise TableError(f"{source}: no usable row of {len(frame)}: {describe(left_out)}")
+    return Table({name: column[keep] for name, column in columns.items()}, left_out, source, sha256)
+
+
+def _columns(
+    frame: pd.DataFrame, may_be_empty: Sequence[str], leave_out: Callable[[np.ndarray, str], None]
+) -> dict[str, np.ndarray]:
+    """The columns of the contract, then the others: numbers where all cells of a column are, else text.
+
+    Rows that cannot be used are named to `leave_out` with the reason.
+    """
     if "status" in frame:
         status = frame["status"].fillna("").astype(str).str.strip().str.lower()
         for value in sorted(set(status) - {"", "ok"}):
             leave_out((status == value).to_numpy(), f"status {value}")
-    columns: dict[str, np.ndarray] = {}
+    columns = {"run": frame["run"].fillna("").astype(str).str.strip().to_numpy(dtype=object)}
     for name in NUMERIC:
         values, text = _numbers(frame[name])
-        leave_out(text, f"{name} is not a number")
-        if name != "P_post" and (measured or name != "loss"):
+        if text.any():
+            leave_out(text, f"{name} is not a number (such as {min(frame[name].astype(str)[text])!r})")
+        if name not in may_be_empty:
             leave_out(np.isnan(values), f"{name} is empty or NaN")
-        with np.errstate(invalid="ignore"):
-            leave_out(np.isinf(values), f"{name} is infinite")
-            leave_out(values <= 0, f"{name} is zero or negative")
+        leave_out(np.isinf(values), f"{name} is infinite")
+        leave_out(values <= 0, f"{name} is zero or negative")
+        leave_out(values < LEAST.get(name, 0), f"{name} is below {LEAST.get(name, 0):g}")
+        leave_out(values > MOST[name], f"{name} is above {MOST[name]:g}")
         columns[name] = values
-    columns["run"] = frame["run"].fillna("").astype(str).str.strip().to_numpy(dtype=object)
     leave_out(columns["run"] == "", "run is empty")
     for name in frame.columns:
         if name not in columns:
             values, text = _numbers(frame[name])
             numeric = not text.any() and not np.isnan(values).all()
             columns[name] = values if numeric else frame[name].fillna("").astype(str).str.strip().to_numpy(dtype=object)
-
-    order = ["run", *(n for n in NUMERIC), *(n for n in columns if n not in NUMERIC and n != "run")]
-    checked = pd.DataFrame({name: columns[name] for name in order})
-    kept = checked[keep]
-    leave_out(keep & ~checked.index.isin(kept.drop_duplicates().index), "the same row once more")
-    kept = checked[keep]
-    setting = [name for name in order if name in SETTINGS or columns[name].dtype == object or name.startswith("ptq")]
-    repeats = keep & ~checked.index.isin(kept.drop_duplicates(subset=setting).index)
-    leave_out(repeats, "another loss for the same run and settings")
-    if not keep.any():
-        raise TableError(f"{source}: no usable row of {len(frame)}: {describe(left_out)}")
-    return Table({name: columns[name][keep] for name in order}, left_out, source, sha256)
+    return columns
 
 
 def describe(left_out: Mapping[str, int]) -> str:

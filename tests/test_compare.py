@@ -95,7 +95,7 @@ def test_a_table_where_precision_never_varies_compares_chinchilla_alone():
     assert [row.law for row in result.rows] == ["chinchilla"]
     assert "it is chinchilla" in result.skipped["precision"]
     assert "no run was trained" in result.multiplicativity_skipped
-    assert "the rows mix corpus: pile, dolma; --where=corpus=VALUE fits one of them" in result.notes
+    assert "the rows mix corpus: dolma, pile; --where=corpus=VALUE fits one of them" in result.notes
     with pytest.raises(FitError, match="no law can be fitted"):
         compare.compare(table.select(np.arange(20) < 2), ("chinchilla",))
 

@@ -1,11 +1,15 @@
 """Laws of rounding noise against hand-worked values, and the relative steps that they read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from analysis import derived, laws
-from analysis.fit import FitError, Options, fit
-from analysis.law import LawError
+from analysis import derived, laws, surface
+from analysis.fit import Fit, FitError, Options, fit
+from analysis.law import Law, LawError, Need, Parameter
+from analysis.optimum import Budget
+from analysis.plan import plan
 from analysis.problem import set_up
 from analysis.steps import integer_step, relative_step
 from analysis.synthetic import constants, table
@@ -120,3 +124,80 @@ def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
     assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
     one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
     assert "training below 16 bits" in set_up("noise", one_budget).refused["d"]
+
+
+# --- planning with laws that say by themselves what a plan must know
+
+CPU = {"A": 240.0, "alpha": 0.602, "B": 50100.0, "beta": 0.84, "E": 0.793, "g": 0.427, "d": 0.194, "q": 0.622}
+CPU |= {"c_w": 0.00182, "c_a": 0.0716, "c_kv": 0.00762}
+
+
+def of(law, params):
+    return dataclasses.replace(Fit.from_json(f'{{"law": "{law}", "params": {{}}}}'), params=params, values=params)
+
+
+def best_bits(law, params, flops):
+    """The precision of least loss at a budget by plain search over N and P."""
+    n, p = np.meshgrid(np.geomspace(1e3, 1e7, 400), np.linspace(3, 15, 600), indexing="ij")
+    loss = laws.predict(law, params, N=n, D=flops * 16 / (6 * n * p), P_w=p, P_a=p, P_kv=p)
+    return p.ravel()[np.argmin(loss)]
+
+
+def test_a_noise_law_is_planned_and_its_best_precision_rises_with_the_budget():
+    found = [plan([of("noise", CPU)], Budget(flops=flops)) for flops in (1e11, 1e12, 1e13)]
+    bits = [result.best.p for result in found]
+    assert bits == pytest.approx([best_bits("noise", CPU, flops) for flops in (1e11, 1e12, 1e13)], abs=0.03)
+    assert bits[0] < bits[1] - 0.3 < bits[2] - 0.6
+    assert not any("by the form" in warning for warning in found[0].warnings)
+    paper = plan(surface.load("paper"), Budget(flops=1e21))
+    assert any("by the form of law precision alone" in warning for warning in paper.warnings)
+
+
+def test_the_share_of_n_that_noise_leaves_needs_n_and_goes_into_the_plan():
+    params = {**OUTER, "m": 0.5, "p": 2.0, "c_w": 0.27, "c_a": 9.8, "c_kv": 1e-30}
+    share = surface.capacity(of("capacity_noise", params), ("w",))
+    assert share(np.float64(3), 1e4, 1e8) == pytest.approx(1 / 4)
+    with pytest.raises(surface.SurfaceError, match="varies with N or D"):
+        share(3.0)
+    params |= {"C": 1e-4, "gamma_D": 0.4, "gamma_N": 0.3, "k": 9.0, "M": 0.01}
+    at = plan([of("unified_noise", params)], Budget(n=1e4, d=1e8, p=16.0, serve_bits=3))
+    assert at.best.delta == pytest.approx(1e-4 * 1e8**0.4 / 1e4**0.3 / 9)
+
+
+def test_only_informed_parts_are_planned_and_unknown_bits_are_refused():
+    half = dataclasses.replace(of("noise", CPU), refused={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
+    assert surface.informed_parts(half) == ("w",)
+    result = plan([half], Budget(flops=1e12))
+    assert result.parts == ("w",) and "activations, KV cache costs" in result.warnings[0]
+    gmse = of(
+        "capacity_gmse", {**dict.fromkeys("AB", 100.0), "alpha": 0.3, "beta": 0.3, "E": 1, "L": 1, "F": 0.4, "C": 1}
+    )
+    assert plan([gmse], Budget(flops=1e12)).best.p in range(2, 17)
+    qat = of("qat", {**laws.published("qat"), **dict.fromkeys("AB", 100.0), "alpha": 0.3, "beta": 0.3, "E": 1.0})
+    with pytest.raises(surface.SurfaceError, match="does not say how loss depends on bits"):
+        plan([qat], Budget(flops=1e12), columns={"group_size": 32})
+
+
+def test_a_law_of_ones_own_is_planned_by_what_it_reads(monkeypatch):
+    """Every row of low weights costs c/P: the best P is neither a bound nor that of any law of the project."""
+
+    def log_loss(p, c, xp):
+        return xp.log(p["A"] / xp.sqrt(c["N"]) + p["B"] / xp.sqrt(c["D"]) + p["c"] / c["P_w"])
+
+    own = Law(
+        "own",
+        "L = A N^-.5 + B D^-.5 + c / P_w",
+        "this test",
+        tuple(Parameter(name, 1e-6, 1e6, (1.0, 100.0), True) for name in ("A", "B", "c")),
+        ("N", "D", "P_w"),
+        log_loss,
+        needs=(Need("P_w", 2, ("c",)),),
+    )
+    monkeypatch.setitem(laws.LAWS, "own", own)
+    params = {"A": 300.0, "B": 300.0, "c": 1.0}
+    result = plan([of("own", params)], Budget(flops=1e12))
+    assert result.parts == ("w",)
+    # N = D, so that both terms are 300 (6 P / 16 / 1e12)^(1/4): minimal where 150 (6/16/1e12)^.25 P^.25 = 1/P
+    assert result.best.p == pytest.approx((150 * (6 / 16 / 1e12) ** 0.25) ** (-4 / 5), abs=1e-3)
+    untold = dataclasses.replace(of("own", params), refused={"c": "only P_w = 16"})
+    assert plan([untold], Budget(flops=1e12)).best.p == 16.0

@@ -65,23 +65,28 @@ def test_every_unusable_row_is_left_out_with_its_reason(tmp_path):
         "diverged,1000,2000,3,3,3,,nan,diverged",
         "post,1000,2000,16,16,16,four,3.5,ok",
         "good,1000,2000,16,16,16,,3.5,ok",
-        "good,1000,2000,16,16,16,,3.6,ok",
+        "twice,1000,2000,16,16,16,,3.5,ok",
+        "twice,1000,2000,16,16,16,,3.6,ok",
+        "units,0.03,2000,16,16,16,,3.5,ok",
+        "huge,1000,2000,16,16,16,,1e308,ok",
     )
     table = tables.load(write(tmp_path, *rows, header=HEADER + ",status"))
     assert list(table["run"]) == ["good"]
     assert table.left_out == {
-        "N is not a number": 1,
+        "N is not a number (such as 'about 1000')": 1,
         "loss is empty or NaN": 2,
         "loss is infinite": 1,
         "loss is zero or negative": 1,
         "N is zero or negative": 1,
         "status diverged": 1,
-        "P_post is not a number": 1,
+        "P_post is not a number (such as 'four')": 1,
+        "N is below 1": 1,
+        "loss is above 1e+06": 1,
         "the same row once more": 1,
-        "another loss for the same run and settings": 1,
+        "several losses for the same run and settings": 2,
     }
     words = tables.describe(table.left_out)
-    assert words.startswith("10 rows left out: 2 loss is empty or NaN") and "\n" not in words
+    assert words.startswith("13 rows left out: 2 loss is empty or NaN") and "\n" not in words
 
 
 def test_the_same_run_quantized_by_two_methods_is_no_repeat(tmp_path):
@@ -132,7 +137,7 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, w
 def test_missing_and_undecodable_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(TableError, match="no table at"):
         tables.load(tmp_path / "nothing.csv")
-    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\xfa\x00")
+    (tmp_path / "bytes.csv").write_bytes(b"\xfa\xff\xfa\x00")
     with pytest.raises(TableError, match="not a readable CSV"):
         tables.load(tmp_path / "bytes.csv")
     with pytest.raises(TableError, match="not a readable CSV"):

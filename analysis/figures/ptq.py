@@ -145,9 +145,9 @@ def methods(evidence: Evidence) -> Figure:
     if len(names) < 2:
         raise Skipped(f"only one PTQ method of weights in the table ({', '.join(names) or 'none named'})")
     by_key: dict[tuple, dict[str, float]] = {}
-    columns = zip(deltas["run"], deltas["P_post"], deltas.methods, deltas["delta"], strict=True)
-    for run, p_post, method, delta in columns:
-        by_key.setdefault((run, p_post), {})[method] = delta
+    columns = zip(deltas.models, deltas["D"], deltas["P_post"], deltas.methods, deltas["delta"], strict=True)
+    for model, d, p_post, method, delta in columns:
+        by_key.setdefault((model, d, p_post), {})[method] = delta
     reference = "rtn" if "rtn" in names else names[0]
     others = [name for name in names if name != reference]
     figure, axes = panels(1, len(others), 3.2, width=3.4 * len(others) + 0.8)
@@ -155,7 +155,7 @@ def methods(evidence: Evidence) -> Figure:
     colors = ramp(len(bits))
     drawn = False
     for axis, other in zip(axes.flat, others, strict=True):
-        pairs = [(key[1], m[reference], m[other]) for key, m in by_key.items() if reference in m and other in m]
+        pairs = [(key[2], m[reference], m[other]) for key, m in by_key.items() if reference in m and other in m]
         pairs = np.array([p for p in pairs if p[1] > 0 and p[2] > 0]).reshape(-1, 3)
         if not len(pairs):
             continue
