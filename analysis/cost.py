@@ -67,7 +67,10 @@ class CostModel:
                 raise CostError(
                     f"--speeds={text}: {entry.strip()!r} is not FORMAT:SPEED with a speed above 0 (bf16:1,fp8:1.6)"
                 )
-            bits = bits_of_format(name)
+            try:
+                bits = bits_of_format(name)
+            except CostError as err:
+                raise CostError(f"--speeds={text}: {err}") from None
             if bits in seen:
                 raise CostError(
                     f"--speeds={text}: {name.strip()!r} and {seen[bits]!r} both have {bits:g} bits; laws tell formats "

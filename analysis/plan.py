@@ -72,6 +72,8 @@ def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None
             warnings.append(
                 f"the fit's table does not say what low precision of {_named(uninformed)} costs: kept at 16 bits"
             )
+    elif unread := [x for x in parts if not surfaces.reads(fit, x)]:
+        raise SurfaceError(f"--parts: law {fit.law} does not read the training precision of {_named(unread)}")
     elif unknown := [x for x in parts if f"gamma_{x}" in fit.refused]:
         raise SurfaceError(f"--parts: the fit's table does not inform {_named(unknown)}; it informs {_named(informed)}")
     if budget.p is None:
@@ -297,13 +299,20 @@ def _bits(name: str, value: float | None) -> float | None:
     return value
 
 
+def _precision(text: str | None) -> float | None:
+    try:
+        return None if text is None else bits_of_format(text)
+    except CostError as err:
+        raise CostError(f"--precision={text}: {err}") from None
+
+
 def _budget_of_flags() -> Budget:
     memory = _positive("memory-gb", _MEMORY.value)
     return Budget(
         flops=_positive("flops", _FLOPS.value),
         n=_positive("params", _PARAMS.value),
         d=_positive("tokens", _TOKENS.value),
-        p=None if _PRECISION.value is None else bits_of_format(_PRECISION.value),
+        p=_precision(_PRECISION.value),
         serve_bits=_bits("serve-bits", _SERVE_BITS.value),
         inference_tokens=_positive("inference-tokens", _INFERENCE.value, zero=True),
         memory_bytes=None if memory is None else memory * 1e9,
@@ -333,10 +342,10 @@ def _columns_of_flags() -> dict[str, float]:
 
 
 def main() -> None:
-    if _FIT.value is None:
+    if not _FIT.value:
         raise FitError("--fit is required: 'paper' or a fit.json")
     fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
-    out = None if _OUT.value is None else command.output("out", _OUT.value, reads=fit_files)
+    out = None if not _OUT.value else command.output("out", _OUT.value, reads=fit_files)
     result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
     print(describe(result))
     if out is not None:

@@ -86,6 +86,11 @@ def delta_law(given: Sequence[Fit]) -> Fit | None:
     return found[0] if found else None
 
 
+def reads(fit: Fit, part: str) -> bool:
+    """Whether the law reads the training precision of a part (w, a, kv), as bits or as the error they make."""
+    return bool({f"P_{part}", f"s_{part}", f"gmse_{part}"} & set(laws.resolve(fit.law, fit.values).columns))
+
+
 def informed_parts(fit: Fit) -> tuple[str, ...]:
     """The parts whose training precision the law reads and the fit's table informed, in the order w, a, kv."""
     read = {f"P_{x}" for x in PARTS} & set(laws.resolve(fit.law, fit.values).columns)
