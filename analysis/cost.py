@@ -63,9 +63,9 @@ class CostModel:
                 speed = float(value)
             except ValueError:
                 speed = math.nan
-            if not separator or not math.isfinite(speed) or speed <= 0:
+            if not separator or not 1e-6 <= speed <= 1e6:
                 raise CostError(
-                    f"--speeds={text}: {entry.strip()!r} is not FORMAT:SPEED with a speed above 0 (bf16:1,fp8:1.6)"
+                    f"--speeds={text}: {entry.strip()!r} is not FORMAT:SPEED, a speed of 1e-6 to 1e6 (bf16:1,fp8:1.6)"
                 )
             try:
                 bits = bits_of_format(name)

@@ -94,6 +94,8 @@ def cases_of_tables():
     yield text("N,D,loss\n1e6,1e8,3.1,7\n"), "not a readable CSV"
     yield text('N,D,loss\n"1e6,1e8,3.1\n'), "not a readable CSV"
     yield text('"N,D,loss\n1e6,1e8,3.1\n'), "not a readable CSV"
+    yield cell(3, "seed", '"0'), "not a readable CSV"
+    yield every(cell(3, "seed", '"0'), cell(5, "run", 'a"')), "row 4 has a line break in column 'seed'"
     yield text("1e6,1e8,3.1\n2e6,1e8,3.0\n"), "missing column N, D, loss"
     yield text("<html><body>Not found</body></html>"), "missing column"
     yield text('{"N": 3}'), "missing column"
