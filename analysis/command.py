@@ -28,7 +28,7 @@ def run(description: str, values: flags.FlagValues, main: Callable[[], None], ar
         try:
             stray = values(list(argv))[1:]
         except flags.Error as err:
-            raise UserError(" ".join(str(err).split())) from None
+            raise UserError(str(err)) from None
         if stray:
             raise UserError(f"unexpected argument {stray[0]!r}: every option starts with --")
         for name, value in values.flag_values_dict().items():
@@ -36,7 +36,7 @@ def run(description: str, values: flags.FlagValues, main: Callable[[], None], ar
                 raise UserError(f"--{name}={value}: it must be a finite number")
         main()
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print("error:", " ".join(str(err).split()), file=sys.stderr)  # a cell or a flag may hold line breaks
         return 2
     except OSError as err:
         if err.errno not in DISK_ERRORS:
