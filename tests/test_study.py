@@ -168,7 +168,8 @@ def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_conf
     bench_lib.open_bench(study_config, tmp_path)
     path = tmp_path / "config.json"
     claim = json.loads(path.read_text())
-    del claim["fingerprint"], claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
+    del claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
+    del claim["fingerprint"]
     path.write_text(json.dumps(claim))
     assert bench_lib.reopen_bench(tmp_path).experiment.config.train.rewinds == 0
     path.write_text(json.dumps(claim))

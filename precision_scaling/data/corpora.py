@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from precision_scaling import files
 from precision_scaling.data import DataError, shards
 
 PYTHON_STDLIB = "python_stdlib"
@@ -92,13 +93,12 @@ def source_files(root: Path | str) -> Iterator[tuple[str, bytes]]:
 
 
 def _files_below(root: str) -> Iterator[tuple[str, bytes]]:
-    for directory, subdirectories, files in os.walk(root):
+    for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
         prefix = directory[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-        for file in sorted(files):
+        for file in sorted(names):
             if file.endswith(".py"):
-                with open(os.path.join(directory, file), "rb", buffering=0) as handle:
-                    yield (f"{prefix}/{file}" if prefix else file), handle.read()
+                yield (f"{prefix}/{file}" if prefix else file), files.read(os.path.join(directory, file))
 
 
 def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
@@ -112,7 +112,7 @@ def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
 
 
 def _find_python_sources(root: str, tfds_dir: Path) -> Source:
-    directory = Path(root or sysconfig.get_path("stdlib")).expanduser().resolve()
+    directory = (files.expanded(root, "data.root") if root else Path(sysconfig.get_path("stdlib"))).resolve()
     return _python_source(
         "tree" if root else f"stdlib-py{platform.python_version()}", os.fspath(directory), root, tfds_dir
     )
@@ -148,8 +148,8 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
     # A release of TFDS may move a name to a new version of its dataset.
     request = f"{name}\0{tfds_dir}\0{importlib.metadata.version('tensorflow-datasets')}"
     note = cache_dir / "resolved" / f"{hashlib.blake2b(request.encode(), digest_size=8).hexdigest()}.json"
-    if note.exists():
-        dataset_dir = epath.Path(json.loads(note.read_text())["dataset_dir"])
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, an older one, or damaged
+        dataset_dir = epath.Path(files.read_sealed(note)["dataset_dir"])
         if (dataset_dir / "dataset_info.json").exists():
             return dataset_dir
     import tensorflow_datasets as tfds
@@ -158,9 +158,7 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
         with _one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
             builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record", try_gcs=False)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"name": name, "dataset_dir": os.fspath(builder.data_dir)}))
-        temporary.replace(note)
+        files.write_sealed(note, {"name": name, "dataset_dir": os.fspath(builder.data_dir)})
         return epath.Path(builder.data_dir)
 
 
@@ -253,8 +251,7 @@ def _build_python_sources(source: Source) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Holds a lock among the processes of a machine, so that one does the work and the others find it done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
+    with files.open_lock(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the kernel when the holder dies
         yield
 
