@@ -23,10 +23,12 @@ from precision_scaling import (
     cohort,
     errors,
     experiment,
+    files,
     hosts,
     locks,
     measured,
     model,
+    patterns,
     precision,
     profiling,
     results,
@@ -188,21 +190,19 @@ def parse_share(shard: str, only: str = "") -> Share:
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard={shard}: allowed is i/n with 0 <= i < n")
-    try:
-        re.compile(only)
-    except re.error as error:
-        raise UserError(f"--only={only}: allowed is a regular expression ({error})") from None
+    patterns.check("--only", only)
     return Share(int(match[1]), int(match[2]), only)
 
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = _CONFIG.value, files.expanded(_WORKDIR.value, "--workdir")
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     share = parse_share(_SHARD.value, _ONLY.value)
     if _DRY_RUN.value or share.only:  # else the bench resolves the config, with the corpus at hand
         resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+        patterns.check("--only", share.only, (run.id for run in resolved.runs))
         if not Share(only=share.only).of(resolved.runs):
             raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
         if _DRY_RUN.value:
