@@ -14,7 +14,18 @@ import jax
 import ml_collections
 
 from configs import base
-from precision_scaling import checkpoint, compilation, experiment, files, hosts, model, precision, sharding
+from precision_scaling import (
+    checkpoint,
+    compilation,
+    experiment,
+    files,
+    hosts,
+    model,
+    optimizer,
+    patterns,
+    precision,
+    sharding,
+)
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
 from precision_scaling.data.loader import Loader
@@ -67,6 +78,8 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
+    names = optimizer.parameter_names(planned.runs[0].shape.model)
+    patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:

@@ -209,7 +209,7 @@ def _main(argv) -> None:
             print(plan_text(resolved, share))
             if _SETTINGS.value:
                 rows = [row for run in share.of(resolved.runs) for row in bench_lib.planned_rows(config, run)]
-                results.write_table(Path(_SETTINGS.value).expanduser(), rows)
+                results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
     sinks.check(config.train.sinks)
@@ -219,7 +219,7 @@ def _main(argv) -> None:
     warnings: list[str] = []
     with at_work(workdir, share, _TIME_LIMIT.value) as stop:
         if _ROWS.value and hosts.primary():
-            taken = measured.take_over(Path(_ROWS.value).expanduser(), bench)
+            taken = measured.take_over(files.expanded(_ROWS.value, "--rows"), bench)
             print(f"{taken} of {len(bench.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
         hosts.wait_for_all("took over rows")
         try:

@@ -261,7 +261,6 @@ def _open(directory: Path, key: str) -> Corpus | None:
     key: of what was asked for.
     """
     try:
-        # Older ones have no fingerprint, nor a hash of the tokenizer; theirs of the tokens is as good.
         meta = files.read_sealed(directory / "meta.json", older=lambda found: "tokenizer_hash" not in found)
         if meta["hash"] != key:
             raise ValueError(f"meta.json is that of {meta['hash']}")
@@ -272,10 +271,13 @@ def _open(directory: Path, key: str) -> Corpus | None:
             hashes = [digest for one, digest in zip(contents, found, strict=True) if one.path.name.startswith(side)]
             if _digest(hashes) != meta["content_hash"][side]:
                 raise ValueError(f"the {side} tokens are not those that were written")
-        if "tokenizer_hash" in meta:
-            text = "" if meta["tokenizer"] == "bytes" else files.read(directory / "tokenizer.json").decode("utf-8")
-            if _digest([text]) != meta["tokenizer_hash"]:
-                raise ValueError("tokenizer.json is not what was written")
+        text = "" if meta["tokenizer"] == "bytes" else files.read(directory / "tokenizer.json").decode("utf-8")
+        if "tokenizer_hash" not in meta:  # older: from now on it has one, and a fingerprint
+            meta["tokenizer_hash"] = _digest([text])
+            with contextlib.suppress(OSError):  # another user's
+                files.write_sealed(directory / "meta.json", meta)
+        if _digest([text]) != meta["tokenizer_hash"]:
+            raise ValueError("tokenizer.json is not what was written")
         ids = {name: meta[name] for name in ("vocab_size", "end_of_text")}
         return Corpus(**tokens, **ids, directory=directory, meta=meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
