@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import sys
@@ -168,7 +169,7 @@ def _dataset_fingerprint(dataset_dir: Any) -> str:
     for file in sorted(dataset_dir.iterdir()):
         digest.update(f"{file.name}\0{file.stat().length}\0".encode())
         if file.suffix == ".json":
-            digest.update(file.read_bytes())
+            digest.update(file.read_bytes() if "://" in os.fspath(file) else files.read(os.fspath(file)))
     return digest.hexdigest()
 
 
@@ -187,7 +188,9 @@ def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
         return source
     dataset_dir = epath.Path(source.dataset_dir)
     with exclusive(lock_dir / f"{source.name.partition('/')[0]}.lock"):
-        if not (dataset_dir / "dataset_info.json").exists():
+        if not _is_sound(source.dataset_dir):
+            if dataset_dir.exists():
+                dataset_dir.rmtree()
             if dataset_dir.parent.exists():
                 for leftover in dataset_dir.parent.glob("incomplete.*"):  # of a process that was killed
                     leftover.rmtree()
@@ -198,7 +201,44 @@ def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
                     dolma.prepare(source.dataset_dir, shards.find_files(source.root)[0], beam_options)
             else:
                 _build_python_sources(source)
+            _seal(source.dataset_dir)
     return dataclasses.replace(source, root="")
+
+
+def _is_sound(dataset_dir: str) -> bool:
+    """Whether a dataset is there, and as it was prepared: its description and the sizes of its files.
+
+    ArrayRecord has checksums of what is in them. An object store keeps what it is given.
+    """
+    from etils import epath
+
+    if not (epath.Path(dataset_dir) / "dataset_info.json").exists():
+        return False
+    if "://" in dataset_dir:
+        return True
+    try:
+        record = files.read_sealed(_seal_path(dataset_dir))
+    except FileNotFoundError:  # an older one: from now on it has one
+        _seal(dataset_dir)
+        return True
+    except ValueError as error:
+        logging.warning("%s: damaged (%s); preparing the dataset again", _seal_path(dataset_dir), error)
+        return False
+    sound = record == {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}
+    if not sound:
+        logging.warning("%s: is not as it was prepared; preparing it again", dataset_dir)
+    return sound
+
+
+def _seal(dataset_dir: str) -> None:
+    from etils import epath
+
+    if "://" not in dataset_dir:
+        files.write_sealed(_seal_path(dataset_dir), {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))})
+
+
+def _seal_path(dataset_dir: str) -> Path:
+    return Path(f"{dataset_dir}.json")
 
 
 class Documents:
