@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line that names the key, the value and what is allowed."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,8 +9,11 @@ from absl import app, flags, logging
 
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
-# A disk that is full or cannot be written: nothing is wrong with the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A disk that is full or cannot be written, or a path that leads nowhere: nothing is wrong with the program.
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):
@@ -30,6 +34,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        _refuse_endless_config(argv)
         try:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
@@ -65,6 +70,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _refuse_endless_config(argv: Sequence[str]) -> None:
+    """Ends with one line where the config is a pipe or a device, which would be waited for while the flags are read."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.lstrip("-").partition("=")
+        path = (value or following).partition(":")[0]  # PATH:ARGUMENT
+        if word.startswith("-") and name == "config" and os.path.exists(path) and not os.path.isfile(path):
+            _fail(f"--config={path}: is no regular file")
 
 
 def _fail(error: object) -> None:

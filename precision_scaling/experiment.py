@@ -8,9 +8,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -220,8 +220,8 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
     decoder = _model_config(config, vocab_size, size)
     label = size or sizes.label(model.count_parameters(decoder)[0])
     shape = Shape(label, decoder, config.train.batch_size, config.train.microbatches)
-    if isinstance(tokens, bool) or not isinstance(tokens, int | float):
-        raise ConfigError("train.tokens", tokens, "a number of tokens")
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not math.isfinite(tokens):
+        raise ConfigError("train.tokens or study.grid.*.tokens", tokens, "a number of tokens")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ConfigError("train.seed or study.grid.*.seeds", seed, "whole numbers from 0, below 2^31")
     if point.schedule not in schedule.NAMES:
@@ -380,5 +380,5 @@ def vocab_size(tokenizer: str) -> int:
     if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
         return int(match[1])
     if tokenizer.startswith("file:"):
-        return tokenizers.from_file(Path(tokenizer[len("file:") :]).expanduser(), tokenizer).vocab_size
+        return tokenizers.given(tokenizer).vocab_size
     return tokenizers.ByteTokenizer.vocab_size

@@ -23,10 +23,12 @@ from precision_scaling import (
     cohort,
     errors,
     experiment,
+    files,
     hosts,
     locks,
     measured,
     model,
+    patterns,
     precision,
     profiling,
     results,
@@ -188,28 +190,26 @@ def parse_share(shard: str, only: str = "") -> Share:
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard={shard}: allowed is i/n with 0 <= i < n")
-    try:
-        re.compile(only)
-    except re.error as error:
-        raise UserError(f"--only={only}: allowed is a regular expression ({error})") from None
+    patterns.check("--only", only)
     return Share(int(match[1]), int(match[2]), only)
 
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = _CONFIG.value, files.expanded(_WORKDIR.value, "--workdir")
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     share = parse_share(_SHARD.value, _ONLY.value)
     if _DRY_RUN.value or share.only:  # else the bench resolves the config, with the corpus at hand
         resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+        patterns.check("--only", share.only, (run.id for run in resolved.runs))
         if not Share(only=share.only).of(resolved.runs):
             raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
         if _DRY_RUN.value:
             print(plan_text(resolved, share))
             if _SETTINGS.value:
                 rows = [row for run in share.of(resolved.runs) for row in bench_lib.planned_rows(config, run)]
-                results.write_table(Path(_SETTINGS.value).expanduser(), rows)
+                results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
     sinks.check(config.train.sinks)
@@ -219,7 +219,7 @@ def _main(argv) -> None:
     warnings: list[str] = []
     with at_work(workdir, share, _TIME_LIMIT.value) as stop:
         if _ROWS.value and hosts.primary():
-            taken = measured.take_over(Path(_ROWS.value).expanduser(), bench)
+            taken = measured.take_over(files.expanded(_ROWS.value, "--rows"), bench)
             print(f"{taken} of {len(bench.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
         hosts.wait_for_all("took over rows")
         try:

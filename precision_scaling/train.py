@@ -4,13 +4,12 @@ python -m precision_scaling.train --config=configs/base.py --workdir=DIR [--conf
 """
 
 import contextlib
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, hosts, profiling, results, sinks, stopping, study
+from precision_scaling import errors, files, hosts, profiling, results, sinks, stopping, study
 from precision_scaling.errors import ConfigError
 from precision_scaling.experiment import WHOLE
 from precision_scaling.profiling import Profile
@@ -18,7 +17,7 @@ from precision_scaling.profiling import Profile
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = _CONFIG.value, files.expanded(_WORKDIR.value, "--workdir")
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
     sinks.check(config.train.sinks)

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 
 import pytest
 
@@ -108,5 +107,5 @@ def test_each_run_is_handed_on_once_its_row_and_checkpoint_are_there(study_confi
     study.train_missing(bench, on_row=on_row)
     assert sorted(seen) == sorted((run.id, "ok") for run in bench.experiment.runs)
     for run in bench.experiment.runs:
-        rows = json.loads(path.read_text()) if (path := bench.directory(run) / "rows-rtn.json").exists() else []
+        rows = results.read_rows(bench.directory(run), "rtn")
         assert [row["P_post"] for row in rows] == ([3, 4] if run.ptq else [])

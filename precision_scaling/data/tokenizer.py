@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from precision_scaling import files
 from precision_scaling.data import DataError, byte_level
 
 END_OF_TEXT = "<|endoftext|>"
@@ -20,7 +21,10 @@ _MIN_BPE = 257  # the 256 bytes and end-of-text
 
 
 class Tokenizer(Protocol):
-    """vocab_size counts end_of_text. encode: UTF-8 documents -> one array of ids each; decode: ids -> UTF-8 bytes."""
+    """vocab_size counts end_of_text. encode: UTF-8 documents -> one array of ids each; decode: ids -> UTF-8 bytes.
+
+    text: what `from_file` reads.
+    """
 
     vocab_size: int
     end_of_text: int
@@ -29,7 +33,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes: ...
 
-    def save(self, path: Path) -> None: ...
+    def text(self) -> str: ...
 
 
 class ByteTokenizer:
@@ -45,8 +49,9 @@ class ByteTokenizer:
         ids = np.asarray(ids)
         return ids[ids != self.end_of_text].astype(np.uint8).tobytes()
 
-    def save(self, path: Path) -> None:
-        """Nothing to keep: bytes need no file."""
+    def text(self) -> str:
+        """Nothing: bytes need no file."""
+        return ""
 
 
 class LearnedTokenizer:
@@ -74,8 +79,8 @@ class LearnedTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self._tokenizer.decode([int(i) for i in ids if i != self.end_of_text]).encode("utf-8")
 
-    def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
+    def text(self) -> str:
+        return self._tokenizer.to_str(pretty=True)
 
 
 def identify(spec: str) -> str:
@@ -90,10 +95,8 @@ def identify(spec: str) -> str:
     if kind == "bpe" and value.isdecimal() and int(value) >= _MIN_BPE:
         return f"bpe:{int(value)}"
     if kind == "file" and value:
-        path = Path(value).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.tokenizer={spec!r}: no such file; {_ALLOWED}")
-        return f"file:{hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}"
+        content = _read(files.expanded(value, "data.tokenizer"), spec)
+        return f"file:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
     raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
 
 
@@ -103,7 +106,7 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "file":
-        return from_file(Path(value).expanduser(), spec)
+        return given(spec)
     from tokenizers import Tokenizer as Trainable
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -120,8 +123,13 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     return LearnedTokenizer(tokenizer, spec)
 
 
+def given(spec: str) -> Tokenizer:
+    """The tokenizer that a spec of the kind "file:" names."""
+    return from_file(files.expanded(spec.removeprefix("file:"), "data.tokenizer"), spec)
+
+
 def load(spec: str, path: Path) -> Tokenizer:
-    """The tokenizer of a spec, as `save` left it in `path`."""
+    """The tokenizer of a spec, whose text is in `path`."""
     return ByteTokenizer() if spec == "bytes" else from_file(path, spec)
 
 
@@ -129,8 +137,18 @@ def from_file(path: Path, spec: str) -> Tokenizer:
     """Loads a tokenizer.json; `spec` names it in errors."""
     from tokenizers import Tokenizer as Loadable
 
+    content = _read(path, spec)
     try:
-        tokenizer = Loadable.from_file(str(path))
+        tokenizer = Loadable.from_buffer(content)
     except Exception as error:  # the library raises bare Exception for a file it cannot parse
         raise DataError(f"data.tokenizer={spec!r}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
     return LearnedTokenizer(tokenizer, spec)
+
+
+def _read(path: Path, spec: str) -> bytes:
+    try:
+        return files.read(path)
+    except files.NotAFile as error:
+        raise DataError(f"data.tokenizer={spec!r}: {error}") from None
+    except OSError as error:
+        raise DataError(f"data.tokenizer={spec!r}: no such file ({path}: {error.strerror}); {_ALLOWED}") from None

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import pretrained
-from precision_scaling import errors, results
+from precision_scaling import errors, files, results
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import workdir as workdir_lib
 
@@ -21,7 +21,7 @@ def _required(*names: str) -> list[Path]:
     for name in names:
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing; `python -m precision_scaling.huggingface --help` tells of all flags")
-    return [Path(flags.FLAGS[name].value).expanduser() for name in names]
+    return [files.expanded(flags.FLAGS[name].value, f"--{name}") for name in names]
 
 
 def _import() -> str:

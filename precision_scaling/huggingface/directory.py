@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from precision_scaling import files
 from precision_scaling import model as model_lib
-from precision_scaling import results
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import architectures, safetensors
 from precision_scaling.model import ModelConfig
@@ -99,7 +99,7 @@ def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: A
         directory.mkdir(parents=True, exist_ok=True)
         # No reader takes a directory without config.json for a model, so it comes last.
         safetensors.write(directory / "model.safetensors", architectures.views(model, params))
-        results.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
+        files.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; allowed is a directory that can be written") from None
 

@@ -6,14 +6,13 @@ the file, so that a model is never in memory twice.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from precision_scaling import results
+from precision_scaling import files
 from precision_scaling.errors import UserError
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -59,9 +58,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         place += tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with results.replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             np.ascontiguousarray(tensor).tofile(file)
-        file.flush()
-        os.fsync(file.fileno())

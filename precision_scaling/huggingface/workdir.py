@@ -5,7 +5,6 @@ What `ptq` needs is then there: the config with the model's own tokenizer, a che
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 from tokenizers import Tokenizer
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, results, sharding
+from precision_scaling import checkpoint, files, results, sharding
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -95,8 +94,8 @@ def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
     write_pretrained(out, decoder, params, bos_token_id=None, eos_token_id=bench.corpus.end_of_text, pad_token_id=None)
     tokenizer = bench.corpus.directory / "tokenizer.json"
     if tokenizer.exists():  # bytes need none
-        shutil.copyfile(tokenizer, out / "tokenizer.json")
+        files.copy(tokenizer, out / "tokenizer.json")
         end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(bench.corpus.end_of_text)
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
-        results.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+        files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
     return run

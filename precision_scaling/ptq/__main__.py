@@ -3,12 +3,10 @@
 python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, locks, results
+from precision_scaling import errors, files, locks, results
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import METHODS, layers, packed
@@ -47,7 +45,7 @@ def _sizes(bench: Bench, setting: Setting, bits: list[int]) -> list[str]:
 
 def _main(argv) -> None:
     del argv
-    workdir, bits = Path(_WORKDIR.value).expanduser(), _bits(_BITS.value)
+    workdir, bits = files.expanded(_WORKDIR.value, "--workdir"), _bits(_BITS.value)
     bench = bench_lib.reopen_bench(workdir)
     given = {"group_size": _GROUP_SIZE.value, "act_order": _ACT_ORDER.value, "clip": _CLIP.value}
     given |= {"symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value}
