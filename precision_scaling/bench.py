@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from configs import base
-from precision_scaling import checkpoint, compilation, experiment, hosts, model, precision, results, sharding
+from precision_scaling import checkpoint, compilation, experiment, hosts, model, precision, programs, results, sharding
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
 from precision_scaling.data.loader import Loader
@@ -68,6 +68,8 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
+    for group in planned.cohorts:
+        programs.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:

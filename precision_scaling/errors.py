@@ -20,7 +20,18 @@ class ConfigError(UserError):
     """An option of the config cannot be used."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        super().__init__(f"config.{key} = {value!r}: allowed is {allowed}")
+        """key: without "config.", or a flag with its dashes, which stands for an option."""
+        name = key if key.startswith("--") else f"config.{key}"
+        super().__init__(f"{name} = {_shown(value)}: allowed is {allowed}")
+
+
+def _shown(value: object) -> str:
+    """The value as it is written in Python, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print a whole number of thousands of digits
+        return f"a {type(value).__name__} of more digits than can be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -31,16 +42,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-                flags.FLAGS["config"].value.items  # noqa: B018  a config file that failed to load says so when used
-            return rest
+            return flags.FLAGS(argv)
         except SystemExit:  # --help was printed; absl would exit with 1
             sys.exit(0)
         except flags.Error as error:
             _fail(error)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            # A config file that cannot be read, an option it does not have, a value of another type.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a section that another takes the place of
             _fail(f"in the options of --config: {error}")
 
     def guarded(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from configs import base
 from precision_scaling import bench as bench_lib
 from precision_scaling import experiment
-from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.errors import UserError
 
 
 def resolve(**options):
@@ -137,22 +137,22 @@ BAD = [
     ({"model__qk_norm": "on"}, "model.qk_norm", "none, projection, head"),
     ({"model__imported": "olmo@1", "precision__weights": "int4"}, "precision", "bf16"),
     ({"model__dtype": "float16"}, "model.dtype", "bfloat16"),
-    ({"model__sequence_length": 0}, "model.sequence_length", "above 0"),
+    ({"model__sequence_length": 0}, "model.sequence_length", "from 1"),
     ({"train__tokens": 1023}, "train.tokens", "1024"),
-    ({"train__batch_size": 0}, "train.batch_size", "above 0"),
+    ({"train__batch_size": 0}, "train.batch_size", "from 1"),
     ({"train__microbatches": 3}, "train.microbatches", "divisor"),
-    ({"train__steps_per_dispatch": 0}, "train.steps_per_dispatch", "above 0"),
+    ({"train__steps_per_dispatch": 0}, "train.steps_per_dispatch", "from 1"),
     ({"evaluate__sequences": 100}, "evaluate.sequences", "multiple"),
     ({"optimizer__peak_rate": 0.0}, "optimizer.peak_rate", "above 0"),
     ({"optimizer__peak_rate": float("nan")}, "optimizer.peak_rate", "above 0"),
     ({"optimizer__beta2": 1.0}, "optimizer.beta2", "not, 1"),
     ({"optimizer__warmup_fraction": 1.5}, "optimizer.warmup_fraction", "0 to 1"),
-    ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm", "0 or more"),
+    ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm", "from 0"),
     ({"ptq__methods": ("gptq", "magic")}, "ptq.methods", "magic"),
     ({"ptq__bits": (3, 1)}, "ptq.bits", "2 to 8"),
     ({"ptq__bits": (3, 4.5)}, "ptq.bits", "4.5"),
     ({"ptq__bits": ("3",)}, "ptq.bits", "whole"),
-    ({"study__lanes": 0}, "study.lanes", "above 0"),
+    ({"study__lanes": 0}, "study.lanes", "from 1"),
     (grid_of(precisions=("w4_b8",)), "precisions", "w4_b8"),
     (grid_of(precisions=("w1",)), "precisions", "w1"),
     (grid_of(precisions=("w",)), "precisions", "'w'"),
@@ -177,7 +177,7 @@ def test_parts_of_a_grid_with_unknown_entries_are_refused():
     config = base.get_config()
     part = base.grid(("25k",), (10_000,)).to_dict()
     config.study.grid.one = ml_collections.ConfigDict({**part, "precision": ("w4",)})
-    with pytest.raises(ConfigError, match="precision"):
+    with pytest.raises(UserError, match=r"did you mean config\.study\.grid\.one\.precisions"):
         experiment.resolve(config, 257)
 
 

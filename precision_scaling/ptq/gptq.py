@@ -73,19 +73,20 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
     noise = 10 * jnp.finfo(h_IxI.dtype).eps
 
     def attempt(state):
-        tried, _, _ = state
-        fraction = jnp.where(tried < 0, damping, jnp.maximum(10 * tried, MIN_DAMPING))
+        _, fraction, *_ = state
         damped_I = jnp.where(diagonal_I == 0, 1, diagonal_I + fraction * mean)
         l_IxI = jax.lax.linalg.cholesky(_with_diagonal(h_IxI, damped_I), symmetrize_input=False)
         # A failed factorization is NaN all over, or from the bad pivot on.
-        return fraction, jnp.all(jnp.square(jnp.diagonal(l_IxI)) > noise * damped_I), l_IxI
+        ok = jnp.all(jnp.square(jnp.diagonal(l_IxI)) > noise * damped_I)
+        return fraction, jnp.maximum(10 * fraction, MIN_DAMPING), jnp.asarray(True), ok, l_IxI
 
     def failing(state):
-        tried, ok, _ = state
-        return usable & ~ok & (10 * tried <= 1.01 * MAX_DAMPING)
+        _, following, begun, ok, _ = state
+        return usable & ~ok & (~begun | (following <= 1.01 * MAX_DAMPING))
 
-    start = jnp.asarray(-1.0, h_IxI.dtype), jnp.asarray(False), jnp.zeros_like(h_IxI)
-    fraction, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
+    first = jnp.asarray(damping, h_IxI.dtype)
+    start = first, first, jnp.asarray(False), jnp.asarray(False), jnp.zeros_like(h_IxI)
+    fraction, _, _, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
     r_IxI = jnp.flip(l_IxI)
     r_I = jnp.where(ok, jnp.diagonal(r_IxI), 1)
     feedback_IxI = jnp.where(ok, jnp.triu(r_IxI / r_I, 1), 0)  # no feedback: rounding to nearest
