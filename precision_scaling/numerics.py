@@ -4,6 +4,7 @@ Pure functions of JAX arrays that take the grid of `formats` as traced scalars. 
 products; post-training quantization and the tests call them directly.
 """
 
+import functools
 import itertools
 import math
 import numbers
@@ -18,7 +19,7 @@ ROUNDINGS = ("nearest", "stochastic")
 
 _EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
-_LARGEST_SCALE = 2.0**126  # the inverse of anything larger is flushed to zero
+LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
 
 
 def fake_quant_array(
@@ -31,7 +32,8 @@ def fake_quant_array(
 ) -> jax.Array:
     """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
 
-    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN.
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; every other
+    x has finite results, and magnitudes below 2^-126, which XLA flushes, are zero.
 
     fmt: anything `formats.parse` takes.
     axis: the axes that share a scale; None is the whole tensor.
@@ -68,11 +70,9 @@ def fake_quant_grid(
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
     noise = rounding_noise(key, grouped_shape) if rounding == "stochastic" else None
     scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
-    # A scale of zero belongs to a block whose stored scale underflowed: the block is zero.
-    inverse = jnp.where(scale == 0, 0.0, 1 / scale)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
-    x_q = _round_to_grid(x_f32 * inverse, grid, kind, noise, saturate) * scale
+    x_q = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate) * scale
     x_q = x_q.reshape(x.shape).astype(x.dtype)
     return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
 
@@ -124,8 +124,8 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     """The float32 scale, of x's shape with `axes` (None: all) of length 1: x / scale has abs-max = grid.max_value.
 
-    Zeros get the smallest normal number. An infinity, a NaN or a magnitude so large that 1 / scale underflows gives a
-    scale that is not finite, which makes everything it scales NaN. The scale is 1 where the grid passes through.
+    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The scale
+    is 1 where the grid passes through.
     """
     scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
     return jnp.where(grid.passthrough > 0, 1.0, scale)
@@ -140,7 +140,10 @@ def scale_of(
     """
     magnitudes = jnp.abs(x)
     if kind.scale == "absmean" and not unsaturated:
-        return _fit(jnp.mean(magnitudes, axis=axes, keepdims=True), grid.max_value)
+        mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
+        # A sum can overflow where the mean does not.
+        shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
+        return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
     largest = jnp.max(magnitudes, axis=axes, keepdims=True)
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
@@ -201,17 +204,31 @@ def _fit(magnitude: jax.Array, max_value: jax.Array) -> jax.Array:
     # Correct rounding is what gives a quantized tensor the very same scale again. The vanishing term keeps XLA from
     # replacing the division by a product with a rounded inverse, which it does for every broadcast divisor.
     scale = jnp.maximum(magnitude / (max_value + 0 * magnitude), _SMALLEST_SCALE)
-    return jnp.where(scale > _LARGEST_SCALE, jnp.inf, scale)
+    # Of the largest floats, a scale that was rounded up makes the last level an infinity.
+    scale = jnp.where(jnp.isinf(scale * max_value), scale * (1 - 2.0**-22), scale)
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+
+def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, by a product with the inverse. A scale of zero belongs to a block whose stored scale underflowed: the
+    block is zero."""
+    shrink = jnp.where(scale > LARGEST_INVERTIBLE, 0.25, 1.0)
+    inverse = jnp.where(scale == 0, 0.0, 1 / (scale * shrink))
+    return x * shrink * inverse
 
 
 def _power_of_two_scale(largest: jax.Array, max_value: jax.Array, unsaturated: bool) -> jax.Array:
-    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate."""
+    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate.
+
+    E8M0 goes from 2^-127 to 2^127; 2^-127 is a subnormal float32, and what it would keep beside 2^-126 is, too.
+    """
     largest_bits = lax.bitcast_convert_type(largest, jnp.int32)
     max_bits = lax.bitcast_convert_type(jnp.asarray(max_value, jnp.float32), jnp.int32)
     exponent = (largest_bits >> 23) - (max_bits >> 23)
     if unsaturated:
         exponent += (largest_bits & 0x7FFFFF) > (max_bits & 0x7FFFFF)
-    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+    most = 254 - (max_bits >> 23)  # with any larger scale the last level is no float32
+    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, most) + 127) << 23, jnp.float32)
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
