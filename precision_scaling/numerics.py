@@ -11,6 +11,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from precision_scaling.formats import FormatError, Grid, Kind, parse
@@ -57,13 +58,17 @@ def fake_quant_grid(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """As `fake_quant_array`, with a traced grid: any of the formats that share `kind` (see `formats.shared_kind`)."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise FormatError(f"x is a {type(x).__name__}; allowed are floating-point arrays") from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise FormatError(f"x has dtype {x.dtype}; allowed are floating-point arrays")
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding {rounding!r} is not known; allowed: {', '.join(ROUNDINGS)}")
-    if rounding == "stochastic" and key is None:
-        raise FormatError("rounding 'stochastic' without a key; allowed: a JAX PRNG key, or rounding 'nearest'")
+    if rounding == "stochastic" and not _is_key(key):
+        found = "without a key" if key is None else f"with a key that is {type(key).__name__}"
+        raise FormatError(f"rounding 'stochastic' {found}; allowed: one JAX PRNG key, or rounding 'nearest'")
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
     if kind.family == "none" or x.size == 0:
         return x
@@ -165,6 +170,15 @@ def _straight_through_jvp(primals, tangents):
     return primals[1], tangents[0]
 
 
+def _is_key(key: object) -> bool:
+    """Whether something is one PRNG key, of the new style or, as unsigned integers, of the old."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+
+
 def _mix(h: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -183,17 +197,22 @@ def _grouping(
     shape: tuple[int, ...], axis: int | tuple[int, ...] | None, group_size: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape with `axis` split into groups, and the axes of that shape that share a scale."""
-    axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(range(len(shape))) if axis is None else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, tuple | list) else range(len(shape)) if axis is None else (axis,)
+    allowed = f"allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}, or different ones of them"
+    if any(isinstance(a, bool) or not isinstance(a, numbers.Integral) for a in axes):
+        raise FormatError(f"axis {axis!r} is no whole number; {allowed}")
     if any(not -len(shape) <= a < len(shape) for a in axes):
-        raise FormatError(f"axis {axis!r} is not in x; allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}")
-    axes = tuple(a % len(shape) for a in axes)
+        raise FormatError(f"axis {axis!r} is not in x; {allowed}")
+    axes = tuple(int(a) % len(shape) for a in axes)
+    if len(set(axes)) < len(axes):
+        raise FormatError(f"axis {axis!r} names one twice; {allowed}")
     if group_size is None:
         return shape, axes
     if not shape or (axis is not None and len(axes) != 1):
         raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is a single axis")
     split = axes[-1]
-    if not isinstance(group_size, numbers.Integral) or group_size < 1 or shape[split] % group_size:
-        length = shape[split]
+    length, whole = shape[split], isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool)
+    if not whole or group_size < 1 or length % group_size:
         raise FormatError(
             f"group_size {group_size!r} does not divide axis {split} of shape {shape}; allowed: divisors of {length}"
         )
