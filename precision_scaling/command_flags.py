@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path, tuple_parser
 
-from precision_scaling import options
+from precision_scaling import errors, options
 from precision_scaling.errors import UserError
 
 flags.disclaim_key_flags()  # --help shows a flag with the command that defines it
@@ -35,7 +35,10 @@ def define_config(default: str | None = None, text: str = "Config file; any opti
     configs/base.py then; `experiment.resolve` checks the values."""
     for kind, parser in ((bool, _Bool()), (int, _Whole()), (tuple, _Tuple())):
         config_flags.register_flag_parser_for_type(kind, parser)
-    holder = config_flags.DEFINE_config_file("config", default, text)
+    try:
+        holder = config_flags.DEFINE_config_file("config", default, text)
+    except flags.Error as error:  # it looks for itself in the file of --flagfile
+        errors.fail(error)
     flags.FLAGS["config"].parser = _ConfigFile()
     return holder
 
@@ -62,6 +65,8 @@ class _ConfigFile(flags.ArgumentParser):
     """The config that a file's get_config() returns; "FILE:TEXT" passes it a text."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
+        if sum(bool(re.match(r"--?config(=|$)", given)) for given in _arguments()) > 1:
+            raise UserError("--config is there twice; allowed is one config")
         path, *text = argument.split(":", 1)
         config = _load(path, text)
         if not isinstance(config, ml_collections.ConfigDict):
@@ -107,9 +112,13 @@ def _place(error: BaseException, path: str) -> str:
     return f"line {lines[-1]}: " if lines else ""
 
 
+def _arguments() -> list[str]:
+    return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+
+
 def _overridden() -> Iterator[str]:
     """The names in --config.NAME on the command line."""
-    for argument in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
+    for argument in _arguments():
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             yield match[1]
 

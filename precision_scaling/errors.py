@@ -3,6 +3,7 @@
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -46,9 +47,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         except SystemExit:  # --help was printed; absl would exit with 1
             sys.exit(0)
         except flags.Error as error:
-            _fail(error)
+            fail(error)
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # a section that another takes the place of
-            _fail(f"in the options of --config: {error}")
+            fail(f"in the options of --config: {error}")
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell of every file otherwise
@@ -57,11 +58,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             main(argv)
         except UserError as error:
-            _fail(error)
+            fail(error)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            _fail(
+            fail(
                 f"{error.filename or 'a file'}: {error.strerror}; what was measured is kept, run the same command again"
             )
         except Stopped as stopped:
@@ -74,7 +75,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error: object) -> None:
+def fail(error: object) -> NoReturn:
+    """Ends the process with one line on stderr and exit status 2."""
     message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
     print("error:", message, file=sys.stderr)
     sys.exit(2)

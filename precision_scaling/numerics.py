@@ -33,8 +33,8 @@ def fake_quant_array(
 ) -> jax.Array:
     """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
 
-    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; every other
-    x has finite results, and magnitudes below 2^-126, which XLA flushes, are zero.
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; what is finite
+    stays so, and magnitudes below 2^-126, which XLA flushes, are zero.
 
     fmt: anything `formats.parse` takes.
     axis: the axes that share a scale; None is the whole tensor.
@@ -129,8 +129,8 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     """The float32 scale, of x's shape with `axes` (None: all) of length 1: x / scale has abs-max = grid.max_value.
 
-    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The scale
-    is 1 where the grid passes through.
+    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The
+    scale is 1 where the grid passes through.
     """
     scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
     return jnp.where(grid.passthrough > 0, 1.0, scale)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
+from ml_collections.config_dict import RequiredValueError
 
 from configs import base
 from precision_scaling import model, precision, schedule, sinks, sizes
@@ -80,6 +81,7 @@ RULES = {
     "data.tokenizer": _NOT_EMPTY,
     "data.validation_fraction": _FRACTION,
     "data.split_seed": _whole(0),
+    "data.hash": _ANY,
     "data.cache_dir": _ANY,
     "data.tfds_dir": _ANY,
     "data.beam_options": _ANY,
@@ -213,9 +215,13 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 
 def _get(tree: Any, name: str) -> Any:
-    for key in name.split("."):
-        tree = tree[key]
-    return tree
+    """The value of an option; None for a placeholder that has none yet."""
+    try:
+        for key in name.split("."):
+            tree = tree[key]
+        return tree
+    except RequiredValueError:
+        return None
 
 
 def _check_names(section: Any, default: ml_collections.ConfigDict, prefix: str) -> None:
@@ -242,11 +248,11 @@ def _check_part(name: str, part: Any) -> None:
         if key not in keys:
             raise UserError(f"config.{name}.{key}: {unknown(dict.fromkeys(keys), f'{name}.', key)}")
     for key, rule in GRID_RULES.items():
-        values = part.get(key, () if key in _OPTIONAL else None)
+        values = _get(part, key) if key in part else () if key in _OPTIONAL else None
         if not isinstance(values, tuple | list) or not (values or key in _OPTIONAL):
             raise ConfigError(f"{name}.{key}", values, "a tuple that is not empty")
         for value in values:
             if not (_is(value, _GRID_TYPES[key]) and rule.holds(value)):
                 raise ConfigError(f"{name}.{key}", value, f"a tuple of values each {rule.allowed}")
-    if not isinstance(part.get("ptq", False), bool):
-        raise ConfigError(f"{name}.ptq", part.ptq, _TYPES[bool])
+    if "ptq" in part and not isinstance(_get(part, "ptq"), bool):
+        raise ConfigError(f"{name}.ptq", _get(part, "ptq"), _TYPES[bool])
