@@ -115,7 +115,7 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
         claim = json.loads(path.read_text(encoding="utf-8"))
         defaults = experiment.describe(base.get_config())
         return {"config": _filled(dict(claim["config"]), defaults), "corpus": claim["corpus"]}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
         ) from None

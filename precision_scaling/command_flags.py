@@ -7,6 +7,7 @@ whole numbers written as people write them.
 import ast
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -33,7 +34,7 @@ def define_workdir(text: str) -> flags.FlagHolder[Path]:
 def define_config(default: str | None = None, text: str = "Config file; any option in it can be overridden.") -> Any:
     """Defines --config; the holder's value is the config with its overrides. Names and types are those of
     configs/base.py then; `experiment.resolve` checks the values."""
-    for kind, parser in ((bool, _Bool()), (int, _Whole()), (tuple, _Tuple())):
+    for kind, parser in ((bool, _Bool()), (int, _Whole()), (float, _Number()), (tuple, _Tuple())):
         config_flags.register_flag_parser_for_type(kind, parser)
     try:
         holder = config_flags.DEFINE_config_file("config", default, text)
@@ -51,8 +52,9 @@ class _Directory(flags.ArgumentParser):
             raise ValueError("allowed is the name of a directory")
         try:
             path = Path(argument).expanduser()
-            if path.exists() and not path.is_dir():
-                raise ValueError("it is a file; allowed is a directory")
+            there = next(place for place in (path, *path.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise ValueError(f"{there} is no directory; allowed is one, or a new one in one")
         except (OSError, RuntimeError) as error:  # a name that is too long, or ~ of nobody
             raise ValueError(f"{getattr(error, 'strerror', error)}; allowed is a directory") from None
         return path
@@ -85,11 +87,8 @@ class _ConfigFile(flags.ArgumentParser):
 def _load(path: str, arguments: list[str]) -> Any:
     """What get_config() in a file returns. UserError, with the line, for whatever goes wrong in there."""
     allowed = "allowed is a Python file with a function get_config(), e.g. configs/base.py"
-    try:
-        with open(path, "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise UserError(f"{error.strerror}; {allowed}") from None
+    if not os.path.isfile(path):
+        raise UserError(f"there is no such file; {allowed}")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module
@@ -163,6 +162,14 @@ class _Whole(flags.IntegerParser):
         except (ValueError, TypeError):
             pass
         raise ValueError("allowed is a whole number, e.g. 1000000, 1_000_000 or 1e6")
+
+
+class _Number(flags.FloatParser):
+    def parse(self, argument: str | float) -> float:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError("allowed is a number, e.g. 0.001 or 1e-3") from None
 
 
 class _Tuple(tuple_parser.TupleParser):

@@ -9,8 +9,11 @@ from absl import app, flags, logging
 
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
-# A disk that is full or cannot be written: nothing is wrong with the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# A disk that is full or cannot be written, or a path that leads nowhere: nothing is wrong with the program.
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):
@@ -32,6 +35,7 @@ def _shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python does not print a whole number of thousands of digits
         return f"a {type(value).__name__} of more digits than can be printed"
+    text = " ".join(text.splitlines())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

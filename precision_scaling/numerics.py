@@ -33,8 +33,8 @@ def fake_quant_array(
 ) -> jax.Array:
     """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
 
-    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; what is finite
-    stays so, and magnitudes below 2^-126, which XLA flushes, are zero.
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; what is
+    finite stays so, and magnitudes below 2^-126, which XLA flushes, are zero.
 
     fmt: anything `formats.parse` takes.
     axis: the axes that share a scale; None is the whole tensor.

@@ -188,8 +188,9 @@ def check_option(name: str, value: Any, kind: type | None = None, shown: str = "
 def unknown(section: Any, prefix: str, name: object) -> str:
     """What to say of an option that a section does not have: the nearest that there is, and all of the section."""
     everywhere = {key.rpartition(".")[2]: key for key, _ in _leaves(_defaults())}
-    near = [f"{prefix}{key}" for key in difflib.get_close_matches(str(name), list(section), n=1)]
-    near += [everywhere[key] for key in difflib.get_close_matches(str(name), list(everywhere), n=1, cutoff=0.75)]
+    closest = lambda names, cutoff: difflib.get_close_matches(str(name), list(names), 1, cutoff)
+    near = [f"{prefix}{key}" for key in closest(section, 0.8)]
+    near += [everywhere[key] for key in closest(everywhere, 0.75)] + [f"{prefix}{key}" for key in closest(section, 0.6)]
     meant = f"did you mean config.{near[0]}? " if near else ""
     return f"there is no such option; {meant}config{f'.{prefix}'.rstrip('.')} has {', '.join(section)}"
 

@@ -270,7 +270,8 @@ def _setting(key: str, name: str, value: object, granularity, rounding, shown: s
     if fmt.family == "block":
         own = f"group:{fmt.block_size}"
         if shared[1] and shared[0] != own:
-            raise ConfigError(key, f"{fmt.name} with granularity {shared[0]}", f"{own} for {fmt.name}, or none given")
+            found = shown or f"{fmt.name} with granularity {shared[0]}"
+            raise ConfigError(key, found, f"{own} for {fmt.name}, or none given")
         shared = (own, True)
     return Setting(fmt, shared[0], rounds[0])
 

@@ -82,6 +82,31 @@ def test_a_shape_without_a_name_is_called_by_its_parameters_and_is_its_own_base(
     assert padded.id != run.id and padded.shape.model.vocab_size == 512
 
 
+def test_a_shape_that_is_not_its_sizes_is_called_by_its_parameters():
+    """The named sizes keep their names; so do shapes with as many parameters, whatever else is changed."""
+    (named,) = resolve().runs
+    assert named.shape.size == "25k" and named.id == "25k-D999424-bf16-s0-f5bbd6"
+    # Two layers of 4·64² + 3·64·176 + 2·64, and 64: 100,672; the width alone sets 8/3 of it as the hidden width.
+    (wide,) = resolve(model__width=64).runs
+    assert wide.shape.size == "101k" and wide.id.startswith("101k-")
+    # With the 88 hidden units of size 25k two layers have 2·(4·64² + 3·64·88 + 2·64) + 64 = 66,880 parameters.
+    (narrow,) = resolve(model__width=64, model__hidden=88).runs
+    assert narrow.shape.size == "66.9k"
+    for changed, size in (
+        ({"model__heads": 4}, "25k"),
+        ({"model__head_width": 16}, "25k"),
+        ({"model__qk_norm": "head"}, "25k"),
+        ({"model__tie_embeddings": True}, "25k"),
+        ({"model__depth": 1}, "12.6k"),
+        ({"model__kv_heads": 1}, "23.2k"),
+    ):
+        (run,) = resolve(**changed).runs
+        assert run.shape.size == size, changed
+    part = {"sizes": ("14k", "25k"), "tokens": (10_000,)}
+    labels = [run.shape.size for run in resolve(grid={"one": part}, model__width=64).runs]
+    assert len(set(labels)) == 2 and not set(labels) & {"14k", "25k"}
+
+
 def test_a_config_read_back_from_json_gives_the_same_runs():
     config = base.get_config()
     config.study.grid.one = base.grid(**GRID["one"])

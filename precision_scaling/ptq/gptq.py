@@ -11,6 +11,7 @@ bit-widths are just more output columns. The loss is ½ tr(Eᵀ H E) = ½ Σ (R_
 """
 
 import functools
+import numbers
 import warnings
 from typing import NamedTuple
 
@@ -258,8 +259,8 @@ def check(kernel, hessian, damping) -> None:
     if hessian.shape != (kernel.shape[0],) * 2:
         square = (kernel.shape[0],) * 2
         raise UserError(f"hessian has shape {hessian.shape}: allowed is {square} for a kernel {kernel.shape}")
-    if not 0 <= damping < np.inf:
-        raise UserError(f"damping = {damping}: allowed is a fraction of the mean diagonal, 0 or more")
+    if isinstance(damping, bool) or not isinstance(damping, numbers.Real) or not 0 <= damping < np.inf:
+        raise UserError(f"damping = {damping!r}: allowed is a fraction of the mean diagonal, 0 or more")
     kernel, hessian = kernel.astype(np.float64), hessian.astype(np.float64)
     for name, array in (("kernel", kernel), ("hessian", hessian)):
         if not np.all(np.isfinite(array)):
