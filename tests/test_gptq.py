@@ -336,7 +336,7 @@ def test_kernels_of_one_row_or_column(shape):
 
 @pytest.mark.parametrize(
     ("damping", "used"),
-    [(-1.0, 1e-6), (-1e-3, 1e-6), (0.0, 0.0), (0.25, 0.25), (1e9, 1e9), (-np.inf, 1e-6), (np.nan, np.nan)],
+    [(-1.0, 1e-6), (0.0, 0.0), (0.25, 0.25), (1e9, 1e9), (-np.inf, 1e-6), (np.nan, np.nan)],
 )
 def test_the_search_for_a_damping_ends_wherever_it_starts(damping, used):
     """The commands refuse what is below zero; a program that is given it all the same goes on from the smallest one."""

@@ -149,7 +149,7 @@ def test_mistakes_are_one_line_with_key_value_and_what_is_allowed(leaves, words)
     assert all(word in message for word in words), message
 
 
-def test_a_part_is_named_once_beside_what_a_preset_says_and_formats_may_have_a_dash():
+def test_a_part_is_named_once_beside_what_a_preset_says():
     default = options()
     for text in ("w4_w5", "kv4_k3", "k3_kv4", "g4_g8", "qat_w5_w6"):
         with pytest.raises(ConfigError, match="twice"):
