@@ -31,16 +31,22 @@ def define_workdir(text: str) -> flags.FlagHolder[Path]:
     return flags.DEFINE(_Directory(), "workdir", None, text)
 
 
-def define_config(default: str | None = None, text: str = "Config file; any option in it can be overridden.") -> Any:
-    """Defines --config; the holder's value is the config with its overrides. Names and types are those of
-    configs/base.py then; `experiment.resolve` checks the values."""
+def define_config(
+    default: str | None = None,
+    text: str = "Config file; any option in it can be overridden.",
+    values: flags.FlagValues = flags.FLAGS,
+) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """Defines --config among `values`; the holder's value is the config with its overrides.
+
+    It has the options of configs/base.py, whose values `options.check` is yet to look at.
+    """
     for kind, parser in ((bool, _Bool()), (int, _Whole()), (float, _Number()), (tuple, _Tuple())):
         config_flags.register_flag_parser_for_type(kind, parser)
     try:
-        holder = config_flags.DEFINE_config_file("config", default, text)
+        holder = config_flags.DEFINE_config_file("config", default, text, values)
     except flags.Error as error:  # it looks for itself in the file of --flagfile
         errors.fail(error)
-    flags.FLAGS["config"].parser = _ConfigFile()
+    values["config"].parser = _ConfigFile()
     return holder
 
 
