@@ -5,7 +5,8 @@ Train one model:
     python -m precision_scaling.train --config=configs/base.py --workdir=runs/first
 
 Any option can be set on the command line, e.g. --config.model.size=100k --config.precision.weights=int4
---config.train.tokens=1_000_000. Expected with the defaults on two CPU cores: one minute, validation loss 2.0.
+--config.train.tokens=1e6 --config.ptq.methods=gptq,rtn; precision_scaling/options.py says what each may be. Expected
+with the defaults on two CPU cores: one minute, validation loss 2.0.
 """
 
 import ml_collections
@@ -35,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
 
     c.model = ml_collections.ConfigDict()
-    # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it.
+    # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it. A
+    # model with another number of parameters than its size has is called by that.
     c.model.size = "25k"
     c.model.width = 0  # 0: by size. Width of the residual stream
     c.model.depth = 0  # 0: by size. Number of layers

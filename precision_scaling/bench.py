@@ -24,6 +24,7 @@ from precision_scaling import (
     optimizer,
     patterns,
     precision,
+    programs,
     sharding,
 )
 from precision_scaling import step as step_lib
@@ -80,6 +81,8 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
     names = optimizer.parameter_names(planned.runs[0].shape.model)
     patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
+    for group in planned.cohorts:
+        programs.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:

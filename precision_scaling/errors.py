@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -24,7 +25,19 @@ class ConfigError(UserError):
     """An option of the config cannot be used."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        super().__init__(f"config.{key} = {value!r}: allowed is {allowed}")
+        """key: without "config.", or a flag with its dashes, which stands for an option."""
+        name = key if key.startswith("--") else f"config.{key}"
+        super().__init__(f"{name} = {_shown(value)}: allowed is {allowed}")
+
+
+def _shown(value: object) -> str:
+    """The value as it is written in Python, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print a whole number of thousands of digits
+        return f"a {type(value).__name__} of more digits than can be printed"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -36,17 +49,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def parse(argv: Sequence[str]) -> list[str]:
         _refuse_endless_config(argv)
         try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-                flags.FLAGS["config"].value.items  # noqa: B018  a config file that failed to load says so when used
-            return rest
+            return flags.FLAGS(argv)
         except SystemExit:  # --help was printed; absl would exit with 1
             sys.exit(0)
         except flags.Error as error:
-            _fail(error)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            # A config file that cannot be read, an option it does not have, a value of another type.
-            _fail(f"in the options of --config: {error}")
+            fail(error)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a section that another takes the place of
+            fail(f"in the options of --config: {error}")
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell of every file otherwise
@@ -55,11 +64,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             main(argv)
         except UserError as error:
-            _fail(error)
+            fail(error)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            _fail(
+            fail(
                 f"{error.filename or 'a file'}: {error.strerror}; what was measured is kept, run the same command again"
             )
         except Stopped as stopped:
@@ -78,10 +87,11 @@ def _refuse_endless_config(argv: Sequence[str]) -> None:
         name, _, value = word.lstrip("-").partition("=")
         path = (value or following).partition(":")[0]  # PATH:ARGUMENT
         if word.startswith("-") and name == "config" and os.path.exists(path) and not os.path.isfile(path):
-            _fail(f"--config={path}: is no regular file")
+            fail(f"--config={path}: is no regular file")
 
 
-def _fail(error: object) -> None:
+def fail(error: object) -> NoReturn:
+    """Ends the process with one line on stderr and exit status 2."""
     message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
     print("error:", message, file=sys.stderr)
     sys.exit(2)

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import compilation, errors, files, precision, quantize
+from precision_scaling import command_flags, compilation, errors, files, precision, quantize
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -193,8 +193,7 @@ def _weakest(lines: Sequence[dict[str, Any]]) -> str:
 
 def _main(argv) -> None:
     del argv
-    workdir = files.expanded(_WORKDIR.value, "--workdir")
-    bench = bench_lib.reopen_bench(workdir)
+    bench = bench_lib.reopen_bench(_WORKDIR.value)
     available = bench.experiment.config.evaluate.sequences
     sequences = min(64, available) if _SEQUENCES.value is None else _SEQUENCES.value
     if sequences > available:
@@ -203,7 +202,7 @@ def _main(argv) -> None:
     for run in _trained(bench, _RUN.value):
         spec = run.precision
         if _PRECISION.value is not None:
-            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision)
+            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision, "--precision")
             precision.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
         if any(spec.get(name) for name in quantize.OPERANDS):
             jobs.append((run, spec))
@@ -219,7 +218,7 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
+    _WORKDIR = command_flags.define_workdir("A workdir of train or study.")
     _RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.")
     _PRECISION = flags.DEFINE_string(
         "precision", None, "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given."

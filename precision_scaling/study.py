@@ -14,13 +14,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import (
     checkpoint,
     cohort,
+    command_flags,
     errors,
     experiment,
     files,
@@ -28,6 +28,7 @@ from precision_scaling import (
     locks,
     measured,
     model,
+    options,
     patterns,
     precision,
     profiling,
@@ -196,7 +197,8 @@ def parse_share(shard: str, only: str = "") -> Share:
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, files.expanded(_WORKDIR.value, "--workdir")
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    options.check(config)
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     share = parse_share(_SHARD.value, _ONLY.value)
@@ -236,8 +238,8 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study: checkpoints, metrics and runs.csv.")
+    _CONFIG = command_flags.define_config()
+    _WORKDIR = command_flags.define_workdir("Directory of the study: checkpoints, metrics and runs.csv.")
     _SHARD = flags.DEFINE_string(
         "shard", "0/1", "i/n: do the i-th of n shares of the study, so that n workers can share it."
     )

@@ -95,7 +95,7 @@ def time_limit() -> Iterator[None]:
 
 
 def outcome(read: Callable[[], Any], *allowed: Any) -> str:
-    """"refused", in one line, or "same": one of the values that are allowed."""
+    """ "refused", in one line, or "same": one of the values that are allowed."""
     with time_limit():
         try:
             found = read()

@@ -55,7 +55,7 @@ def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
     [
         (lambda text: text.replace("rtn", "gptq"), None),  # other methods than asked for: those runs are not complete
         (lambda text: text.replace(",768,", ",769,"), "has D = '769' there and '768' here"),
-        (lambda text: text.replace(",25k,", ",26k,"), "has size = '26k' there and '25k' here"),
+        (lambda text: text.replace(",4.43k,", ",4.44k,"), "has size = '4.44k' there and '4.43k' here"),
         (lambda text: "no table\x00", "not a table"),
         (lambda text: "N,D,loss\n1,2,3\n", "not a table"),
     ],

@@ -73,10 +73,10 @@ def test_equal_points_of_the_grid_are_one_run(finished_study):
     runs = bench.experiment.runs
     assert len({run.id for run in runs}) == len(runs) == 4
     assert {run.id.rsplit("-", 1)[0]: run.ptq for run in runs} == {
-        "25k-D768-bf16-s0": True,
-        "25k-D448-bf16-s0": True,
-        "25k-D768-wint4-s0": True,  # only one of the two parts that name it asks for PTQ
-        "25k-D768-wint3_aint4_kint4_vint4-s0": False,
+        "4.43k-D768-bf16-s0": True,
+        "4.43k-D448-bf16-s0": True,
+        "4.43k-D768-wint4-s0": True,  # only one of the two parts that name it asks for PTQ
+        "4.43k-D768-wint3_aint4_kint4_vint4-s0": False,
     }
 
 
