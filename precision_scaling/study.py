@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import (
@@ -39,6 +38,7 @@ from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import WHOLE, Cohort, Experiment, Run, Share
 from precision_scaling.profiling import Profile
+from precision_scaling.progress import progress_bar
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.stopping import Stop
 
@@ -88,7 +88,7 @@ def train_missing(
     if not todo:
         return
     bar = {"unit": " tokens", "unit_scale": True, "desc": "training", "smoothing": 0.05}
-    with tqdm(total=total, disable=not hosts.primary(), **bar) as progress:
+    with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             record = functools.partial(_record, bench, group, written)

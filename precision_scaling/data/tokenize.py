@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from precision_scaling.data import corpora
 from precision_scaling.data import tokenizer as tokenizers
+from precision_scaling.progress import progress_bar
 
 SIDES = ("train", "validation")
 TRAIN, VALIDATION, DROPPED = range(3)
@@ -88,7 +88,7 @@ def plan(texts: Sequence[Texts], directory: Path, run, progress: bool) -> Plan:
         for start in range(0, length, step):
             tasks.append((one, start, min(start + step, length), directory / f"scan-{i}-{start:012}.npy"))
     missing = [task for task in tasks if not task[3].exists()]
-    with tqdm(total=sum(lengths), desc="reading", unit=" documents", disable=_hidden(progress)) as bar:
+    with progress_bar(total=sum(lengths), desc="reading", unit=" documents", disable=not progress) as bar:
         bar.update(sum(stop - start for _, start, stop, path in tasks if path.exists()))
         for count in run(scan, missing):
             bar.update(count)
@@ -155,8 +155,8 @@ def write(
 ) -> list[dict[str, Any]]:
     """Second pass: writes the parts that are missing in `directory`; returns what every part says of itself.
 
-    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows a
-    bar on a terminal.
+    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows how
+    far it is.
     """
     records = [directory / f"part-{i:05}.json" for i in range(len(plan.parts))]
     missing, there, total = [], 0, 0
@@ -168,8 +168,8 @@ def write(
             there += size
         else:
             missing.append((texts[i], first, sides.tobytes(), spec, directory, number, dtype.name))
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": _hidden(progress)}
-    with tqdm(total=total, initial=there, desc="tokenizing", **options) as bar:
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": not progress}
+    with progress_bar(total=total, initial=there, desc="tokenizing", **options) as bar:
         for size in run(write_part, missing):
             bar.update(size)
     return [json.loads(record.read_text()) for record in records]
@@ -257,7 +257,3 @@ def forget() -> None:
     """Closes what the tasks of this process have opened."""
     _documents.cache_clear()
     _tokenizer.cache_clear()
-
-
-def _hidden(progress: bool) -> bool | None:
-    return None if progress else True
