@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from analysis import laws, synthetic
 from analysis.problem import Options, set_up
 from analysis.search import bootstrap, search
+from precision_scaling import errors
 from precision_scaling.progress import progress_bar
 
 _LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.")
@@ -71,4 +72,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

@@ -1,5 +1,7 @@
 """A study: trains every run of a grid, quantizes and evaluates them, and leaves one row per measured loss in runs.csv.
 
+python -m precision_scaling.study --config=configs/study_cpu.py --workdir=DIR [--config.key=value ... --shard=0/4]
+
 The command of the data flow's middle: config in, workdir/runs.csv out. Safe to repeat: it does what is missing.
 """
 

@@ -321,6 +321,20 @@ def test_the_extras_are_those_of_the_package(project):
     assert told.split(", ") == [key.value for key in keywords["extras_require"].keys]
 
 
+def test_the_options_of_a_study_are_those_that_it_has(run_command, project):
+    """All but those of a run of several processes by hand, and what the scripts give it themselves."""
+    told = run_command("precision_scaling.study", "--help").stdout
+    there = set(re.findall(r"^  --(?:\[no\])?([\w.]+)", told, re.MULTILINE))
+    own = {"shard", "dry_run", "coordinator_address", "num_processes", "process_id"}
+    line = [f"--{name}" if name == "distributed" else f"--{name}=1" for name in sorted(there - own)]
+    done = project.run("slurm_study.sbatch", "--dry_run", "--tasks=1", *line)
+    assert last_line(done)[3:-1] == line
+    for name in sorted(own - {"dry_run"}):
+        assert refused(project.run("slurm_study.sbatch", "--dry_run", "--tasks=1", f"--{name}=1"))
+    (line,) = re.findall(r"allowed are (.*)", refused(project.run("slurm_study.sbatch", "--x")))
+    assert {word.removeprefix("--").split("=")[0] for word in line.split(", ")} == there - own
+
+
 # An interpreter of the right version whose venv cannot install anything before it is mended.
 PYTHON = """#!/bin/sh
 case "$*" in
