@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from odd_values import TEXTS
 
 ROOT = Path(__file__).parent.parent
 STUDY, RUN = ("launch/slurm_study.sbatch", "launch/slurm_run.sbatch")
-AWKWARD = ["--config=my study.py", "--workdir=w", '--config.data.root=it\'s $(a) "dir"']
+AWKWARD = ["--config=my study.py", "--workdir=w", *(f"--config.data.root={text}" for text in TEXTS)]
 
 
 def bash(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
