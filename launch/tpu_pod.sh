@@ -46,6 +46,7 @@ check_options() {
   [[ "$name" =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$name: allowed are up to 63 small letters, digits and -"
   whole_number --retries "$retries" 0 1000000
   whole_number --poll "$poll" 0 86400
+  one_line "$results"
   # gcloud expands patterns, in the names of buckets and of files.
   [[ -z "$results" || "$results" =~ ^gs://[a-z0-9][a-z0-9._-]*(/[^][*?#]*)?$ ]] ||
     die "--results=$results: allowed is gs://BUCKET/PATH, without * ? # [ ]"
@@ -66,7 +67,7 @@ check_options() {
         die "--workdir=$workdir: only letters, digits and _./=,@%+- can be fetched from a worker; --results keeps any"
       ;;
   esac
-  [[ "$action" != fetch && -z "$results" ]] || directory --workdir "$workdir"
+  if [[ -n "$workdir" && (-n "$results" || "$action" = fetch) ]]; then directory --workdir "$workdir"; fi
   [[ -z "$results" || "$workdir" != *[][*?]* ]] || die "--workdir=$workdir: with --results it has no * ? [ ]"
 }
 

@@ -247,9 +247,7 @@ NARROW_PLACES = {
     "pod --name": ("tpu_pod.sh", lambda text: [*POD, f"--name={text}"], None),
     "study --name": ("tpu_study.sh", lambda text: [*POD, "--slices=1", f"--name={text}"], None),
     "pod --project": ("tpu_pod.sh", lambda text: [*POD, f"--project={text}"], given_to("--project=")),
-    "pod --zone": ("tpu_pod.sh", lambda text: [*POD, f"--zone={text}"], given_to("--zone=")),
     "pod --type": ("tpu_pod.sh", lambda text: [*POD, f"--type={text}"], given_to("--accelerator-type=")),
-    "pod --runtime": ("tpu_pod.sh", lambda text: [*POD, f"--runtime={text}"], given_to("--runtime-version=")),
     "pod --results": (
         "tpu_pod.sh",
         lambda text: [*FETCH, "--workdir=w", f"--results=gs://b/{text}"],
@@ -301,6 +299,8 @@ def test_names_and_paths_arrive_as_they_are_or_are_refused(project, place):
         ("tpu_pod.sh", ["status", *SLICE, "--", "-m", "x"], {}, "-m: status takes no command"),
         ("tpu_pod.sh", ["create", *SLICE, "--type="], {}, "--type is missing (or set TPU_TYPE)"),
         ("tpu_pod.sh", ["run", *SLICE, "--results=b/w", "--", "x"], {}, "--results=b/w: allowed is gs://BUCKET/PATH"),
+        ("tpu_pod.sh", ["create", *SLICE], {"TPU_RESULTS": "gs://b/w\nx"}, "line breaks and control characters"),
+        ("tpu_pod.sh", ["create", *SLICE], {"TPU_RUNTIME": "a\nb"}, "--runtime=a b: allowed"),
         ("tpu_pod.sh", ["run", *SLICE, "--workdir=w", "--", "x"], {}, "the workdir of run is the command's, after --"),
         ("tpu_pod.sh", ["run", *SLICE, "--results=gs://b", "--", "x", "--workdir=~/w"], {}, "without ~"),
         ("tpu_study.sh", ["run", "--slices=3", *SLICE, "--", "--confg=x"], {}, "--confg=x: allowed are --config=FILE"),
@@ -312,6 +312,13 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(project, script, line, 
     before = project.state()
     assert said in refused(project.run(script, *line, **environment))
     assert project.state() == before and not project.calls()
+
+
+@pytest.mark.parametrize("action", ["create", "status", "logs", "delete"])
+def test_what_other_actions_need_may_be_given_to_all(project, action):
+    environment = {"TPU_NAME": "a", "TPU_PROJECT": "p", "TPU_ZONE": "z", "TPU_RESULTS": "gs://b/w"}
+    for line in (["tpu_pod.sh", action], ["tpu_study.sh", action, "--slices=1", "--workdir=w"]):
+        assert "gcloud compute tpus" in project.run(*line, "--dry_run", **environment).stdout
 
 
 def test_the_extras_are_those_of_the_package(project):
