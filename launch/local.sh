@@ -14,7 +14,7 @@ WORKDIR/report. Run it again and it does only what is missing.
   WORKDIR             directory of the study: runs/study_cpu, if not given
   --config=FILE       the study: configs/study_cpu.py, if not given (or set CONFIG)
   --config.key=value  any option in it, e.g. --config.study.lanes=4
-  --only=REGEX, --time_limit=MINUTES, --profile=N
+  --only=REGEX, --rows=FILE, --time_limit=MINUTES, --profile=N
                       as in `python -m precision_scaling.study --help`
   --workers=N         processes that share the study: 1 on a GPU, 2 on a CPU, if not given (or set WORKERS)
   --dry_run           print the commands instead of running them
