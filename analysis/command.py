@@ -14,15 +14,15 @@ from pathlib import Path
 
 from absl import flags
 
-from precision_scaling.errors import DISK_ERRORS, UserError
+from precision_scaling.errors import DISK_ERRORS, HELP, UserError, help_text
 
 MOST_REPEATS = 100_000  # starts or resamples that a command takes
 
 
 def run(description: str, values: flags.FlagValues, main: Callable[[], None], argv: Sequence[str]) -> int:
     """Parses `argv` into `values` and calls `main`; returns the exit status: 2 with one line for a UserError."""
-    if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        print(f"{description.strip()}\n\n{values.get_help()}")
+    if (HELP | {"--helpfull"}) & set(argv[1:]):
+        print(help_text(description, values))
         return 0
     try:
         try:

@@ -10,6 +10,7 @@ from absl import app, flags, logging
 
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
+HELP = {"-h", "-help", "--help", "-?", "--helpshort"}  # words that ask for it
 # A disk that is full or cannot be written, or a path that leads nowhere: nothing is wrong with the program.
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
@@ -47,10 +48,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if HELP & set(argv[1:]):  # anywhere, and before a config is read
+            print(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
+            sys.exit(0)
         _refuse_endless_config(argv)
         try:
             return flags.FLAGS(argv)
-        except SystemExit:  # --help was printed; absl would exit with 1
+        except SystemExit:  # --helpfull was printed; absl would exit with 1
             sys.exit(0)
         except flags.Error as error:
             fail(error)
@@ -88,6 +92,27 @@ def _refuse_endless_config(argv: Sequence[str]) -> None:
         path = (value or following).partition(":")[0]  # PATH:ARGUMENT
         if word.startswith("-") and name == "config" and os.path.exists(path) and not os.path.isfile(path):
             fail(f"--config={path}: is no regular file")
+
+
+def help_text(description: str, values: flags.FlagValues) -> str:
+    """What --help prints: what the command is for, and all of its options in one list."""
+    listed = flags.FlagValues()
+    for name, flag in {values[name].name: values[name] for name in values}.items():  # short names are no second ones
+        listed[name] = flag
+    text = f"{description.strip()}\n\nOptions:\n{listed.get_help(prefix='  ', include_special_flags=False)}"
+    if "config" in values:
+        text += "\n  --config.key=value: Any option of the config; configs/base.py has them all, with what they do."
+    return text
+
+
+def _own_flags() -> flags.FlagValues:
+    """The options of the command that runs, in whatever module of this project they are defined; none of libraries."""
+    own = flags.FlagValues()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.partition(".")[0] == __package__:
+            for flag in defined:
+                own[flag.name] = flag
+    return own
 
 
 def fail(error: object) -> NoReturn:

@@ -1,5 +1,7 @@
 """A study: trains every run of a grid, quantizes and evaluates them, and leaves one row per measured loss in runs.csv.
 
+python -m precision_scaling.study --config=configs/study_cpu.py --workdir=DIR [--config.key=value ... --shard=0/4]
+
 The command of the data flow's middle: config in, workdir/runs.csv out. Safe to repeat: it does what is missing.
 """
 
@@ -14,7 +16,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import (
@@ -42,6 +43,7 @@ from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import WHOLE, Cohort, Experiment, Run, Share
 from precision_scaling.profiling import Profile
+from precision_scaling.progress import progress_bar
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.stopping import Stop
 
@@ -91,7 +93,7 @@ def train_missing(
     if not todo:
         return
     bar = {"unit": " tokens", "unit_scale": True, "desc": "training", "smoothing": 0.05}
-    with tqdm(total=total, disable=not hosts.primary(), **bar) as progress:
+    with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             record = functools.partial(_record, bench, group, written)

@@ -36,18 +36,9 @@ def test_a_documented_dry_run_prints_what_the_document_shows(command, output):
     assert done.stdout == output
 
 
-def test_every_launch_script_has_a_dry_run_in_the_documents_and_help():
-    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {
-        "setup.sh",
-        "test.sh",
-        "tpu_arguments.sh",
-        "tpu_worker.sh",
-    }
-    shown = {name for command, _ in sessions(LAUNCH) for name in scripts if f"launch/{name} " in command}
-    assert shown == scripts
-    for name in scripts:
-        done = subprocess.run(["bash", f"launch/{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and "--dry_run" in done.stdout
+def test_every_launch_script_has_a_dry_run_in_the_documents():
+    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {"arguments.sh", "slurm_job.sh", "tpu_worker.sh"}
+    assert {name for command, _ in sessions(LAUNCH) for name in scripts if f"launch/{name} " in command} == scripts
 
 
 def overrides() -> list[tuple[str, str, str]]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from precision_scaling import files
 from precision_scaling.data import DataError, corpora
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.parts import Content
+from precision_scaling.progress import progress_bar
 
 SIDES = ("train", "validation")
 TRAIN, VALIDATION, DROPPED = range(3)
@@ -91,7 +91,7 @@ def plan(texts: Sequence[Texts], directory: Path, run, progress: bool) -> Plan:
         for start in range(0, length, step):
             tasks.append((one, start, min(start + step, length), directory / f"scan-{i}-{start:012}.bin"))
     missing = [task for task in tasks if _scanned(*task[1:]) is None]
-    with tqdm(total=sum(lengths), desc="reading", unit=" documents", disable=_hidden(progress)) as bar:
+    with progress_bar(total=sum(lengths), desc="reading", unit=" documents", disable=not progress) as bar:
         bar.update(sum(lengths) - sum(stop - start for _, start, stop, _ in missing))
         for count in run(scan, missing):
             bar.update(count)
@@ -184,8 +184,8 @@ def write(
 ) -> list[dict[str, Any]]:
     """Second pass: writes the parts that are missing in `directory`; returns what every part says of itself.
 
-    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows a
-    bar on a terminal.
+    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows how
+    far it is.
     """
     missing, there, total = [], 0, 0
     for number, (i, first, stop) in enumerate(plan.parts):
@@ -196,8 +196,8 @@ def write(
             there += size
         else:
             missing.append((texts[i], first, sides.tobytes(), spec, directory, number, dtype.name))
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": _hidden(progress)}
-    with tqdm(total=total, initial=there, desc="tokenizing", **options) as bar:
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": not progress}
+    with progress_bar(total=total, initial=there, desc="tokenizing", **options) as bar:
         for size in run(write_part, missing):
             bar.update(size)
     return [files.read_sealed(_record_path(directory, number)) for number in range(len(plan.parts))]
@@ -304,7 +304,3 @@ def forget() -> None:
     """Closes what the tasks of this process have opened."""
     _documents.cache_clear()
     _tokenizer.cache_clear()
-
-
-def _hidden(progress: bool) -> bool | None:
-    return None if progress else True
