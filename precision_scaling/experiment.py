@@ -10,12 +10,11 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from precision_scaling import model, optimizer, precision, quantize, schedule, sizes
+from precision_scaling import model, optimizer, precision, quantize, rope, schedule, sizes
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.formats import Format
@@ -291,6 +290,8 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelCo
         norm_type=c.norm_type,
         qk_norm=c.qk_norm,
         tie_embeddings=c.tie_embeddings,
+        rope_scaling=c.rope_scaling,
+        qkv_bias=c.qkv_bias,
     )
 
 
@@ -331,6 +332,7 @@ def _check_options(config) -> None:
     }.items():
         if config.model[name] not in allowed:
             raise ConfigError(f"model.{name}", config.model[name], f"one of {', '.join(allowed)}")
+    rope.parse(config.model.rope_scaling)
     if config.model.imported and config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
     if config.model.imported and (spec := precision.from_options(config.precision)).settings:
@@ -378,5 +380,5 @@ def vocab_size(tokenizer: str) -> int:
     if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
         return int(match[1])
     if tokenizer.startswith("file:"):
-        return tokenizers.from_file(Path(tokenizer[len("file:") :]).expanduser(), tokenizer).vocab_size
+        return tokenizers.from_file(tokenizers.split_file(tokenizer)[0], tokenizer).vocab_size
     return tokenizers.ByteTokenizer.vocab_size
