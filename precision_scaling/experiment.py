@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from precision_scaling import model, optimizer, options, precision, quantize, schedule, sizes
+from precision_scaling import model, optimizer, options, precision, quantize, rope, schedule, sizes
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError
 from precision_scaling.formats import Format
@@ -288,6 +288,8 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelCo
         norm_type=c.norm_type,
         qk_norm=c.qk_norm,
         tie_embeddings=c.tie_embeddings,
+        rope_scaling=c.rope_scaling,
+        qkv_bias=c.qkv_bias,
     )
 
 
@@ -322,6 +324,7 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
 
 def _check_together(config) -> None:
     """Raises ConfigError for options that do not go together."""
+    rope.parse(config.model.rope_scaling)
     if config.model.imported and config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
     if config.model.imported and (spec := precision.from_options(config.precision)).settings:

@@ -97,6 +97,7 @@ RULES = {
     "model.sequence_length": _whole(1, 2**24),
     "model.dtype": _one_of(DTYPES),
     "model.rope_theta": _ABOVE_0,
+    "model.rope_scaling": _ANY,  # `rope.parse` knows
     "model.norm_placement": _one_of(model.NORM_PLACEMENTS),
     "model.norm_type": _one_of(model.NORM_TYPES),
     "model.qk_norm": _one_of(model.QK_NORMS),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from precision_scaling import files
+from precision_scaling.progress import progress_bar
 
 # Token files up to this size are read and checked whenever they are opened, which takes about a second.
 ALWAYS_CHECKED_BYTES = 1 << 30
@@ -64,7 +64,7 @@ def digests(contents: Sequence[Content], vocab_size: int, note: Path) -> list[st
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         bar = {"total": len(contents), "desc": "checking tokens", "unit": " files", "disable": None if large else True}
-        found = list(tqdm(threads.map(digest, contents, identities), **bar))
+        found = list(progress_bar(threads.map(digest, contents, identities), **bar))
     noted = {one.path.name: [*pair] for one, *pair in zip(contents, identities, found, strict=True)}
     if large and noted != known:
         try:

@@ -16,7 +16,10 @@ from precision_scaling.data import DataError, byte_level
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_ALLOWED = "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json"
+_ALLOWED = (
+    "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json, "
+    "'file:PATH?end_of_text=ID'"
+)
 _MIN_BPE = 257  # the 256 bytes and end-of-text
 
 
@@ -55,18 +58,25 @@ class ByteTokenizer:
 
 
 class LearnedTokenizer:
-    """A tokenizer of the `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library.
+
+    usual_ends: ids of its tokens with a usual name of end-of-text. The first is end_of_text where `source`, the spec,
+    gives no id.
+    """
 
     def __init__(self, tokenizer, source: str):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # a document that spells a special token must not end itself
-        ids = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
-        if not ids:
+        self.usual_ends = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
+        _, given = split_file(source)
+        if given is None and not self.usual_ends:
             raise DataError(f"data.tokenizer={source!r}: no end-of-text token, one of {list(_END_OF_TEXT_NAMES)}")
         self._tokenizer = tokenizer
         self._words = byte_level.of(tokenizer)
-        self.end_of_text = ids[0]
+        self.end_of_text = self.usual_ends[0] if given is None else given
+        if tokenizer.id_to_token(self.end_of_text) is None:
+            raise DataError(f"data.tokenizer={source!r}: no token has the id {given}; allowed is an id that one has")
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -83,6 +93,14 @@ class LearnedTokenizer:
         return self._tokenizer.to_str(pretty=True)
 
 
+def split_file(spec: str) -> tuple[Path, int | None]:
+    """Path of 'file:PATH?end_of_text=ID', and the id, None where the tokenizer's names tell."""
+    path, mark, given = spec.removeprefix("file:").partition("?end_of_text=")
+    if mark and not (given.isdecimal() and int(given) < 2**31):
+        raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
+    return files.expanded(path, "data.tokenizer"), int(given) if mark else None
+
+
 def identify(spec: str) -> str:
     """What a token file made with `spec` depends on besides the corpus: the spec, and a named file's content.
 
@@ -95,8 +113,9 @@ def identify(spec: str) -> str:
     if kind == "bpe" and value.isdecimal() and int(value) >= _MIN_BPE:
         return f"bpe:{int(value)}"
     if kind == "file" and value:
-        content = _read(files.expanded(value, "data.tokenizer"), spec)
-        return f"file:{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+        path, end_of_text = split_file(spec)
+        found = f"file:{hashlib.blake2b(_read(path, spec), digest_size=16).hexdigest()}"
+        return found if end_of_text is None else f"{found}?end_of_text={end_of_text}"
     raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
 
 
@@ -125,7 +144,7 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
 
 def given(spec: str) -> Tokenizer:
     """The tokenizer that a spec of the kind "file:" names."""
-    return from_file(files.expanded(spec.removeprefix("file:"), "data.tokenizer"), spec)
+    return from_file(split_file(spec)[0], spec)
 
 
 def load(spec: str, path: Path) -> Tokenizer:
