@@ -14,21 +14,21 @@ from pathlib import Path
 
 from absl import flags
 
-from precision_scaling.errors import DISK_ERRORS, UserError
+from precision_scaling.errors import DISK_ERRORS, HELP, UserError, help_text
 
 MOST_REPEATS = 100_000  # starts or resamples that a command takes
 
 
 def run(description: str, values: flags.FlagValues, main: Callable[[], None], argv: Sequence[str]) -> int:
     """Parses `argv` into `values` and calls `main`; returns the exit status: 2 with one line for a UserError."""
-    if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        print(f"{description.strip()}\n\n{values.get_help()}")
+    if (HELP | {"--helpfull"}) & set(argv[1:]):
+        print(help_text(description, values))
         return 0
     try:
         try:
             stray = values(list(argv))[1:]
         except flags.Error as err:
-            raise UserError(" ".join(str(err).split())) from None
+            raise UserError(str(err)) from None
         if stray:
             raise UserError(f"unexpected argument {stray[0]!r}: every option starts with --")
         for name, value in values.flag_values_dict().items():
@@ -36,7 +36,7 @@ def run(description: str, values: flags.FlagValues, main: Callable[[], None], ar
                 raise UserError(f"--{name}={value}: it must be a finite number")
         main()
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print("error:", " ".join(str(err).split()), file=sys.stderr)  # a cell or a flag may hold line breaks
         return 2
     except OSError as err:
         if err.errno not in DISK_ERRORS:

@@ -63,11 +63,14 @@ class CostModel:
                 speed = float(value)
             except ValueError:
                 speed = math.nan
-            if not separator or not math.isfinite(speed) or speed <= 0:
+            if not separator or not 1e-6 <= speed <= 1e6:
                 raise CostError(
-                    f"--speeds={text}: {entry.strip()!r} is not FORMAT:SPEED with a speed above 0 (bf16:1,fp8:1.6)"
+                    f"--speeds={text}: {entry.strip()!r} is not FORMAT:SPEED, a speed of 1e-6 to 1e6 (bf16:1,fp8:1.6)"
                 )
-            bits = bits_of_format(name)
+            try:
+                bits = bits_of_format(name)
+            except CostError as err:
+                raise CostError(f"--speeds={text}: {err}") from None
             if bits in seen:
                 raise CostError(
                     f"--speeds={text}: {name.strip()!r} and {seen[bits]!r} both have {bits:g} bits; laws tell formats "

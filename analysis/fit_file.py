@@ -31,6 +31,8 @@ def read(text: str, known: Iterable[str]) -> dict[str, Any]:
     law = laws.resolve(raw["law"], raw["params"])
     params = _constants(law, "params", raw["params"], null=True)
     values = _constants(law, "values", raw.get("values", {}))
+    if extra := [name for name in values if name not in params]:
+        raise FitError(f"values.{extra[0]} is {values[extra[0]]:g}, but params has no {extra[0]}")
     for name, value in params.items() if values else ():
         if value is not None and not _alike(value, values.get(name)):
             said = f"values.{name} is {values[name]:g}" if name in values else f"values has no {name}"

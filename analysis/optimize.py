@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+
+from precision_scaling.progress import progress_bar
 
 CHUNK_BYTES = 8 * 2**20  # of Jacobian per compiled call: what a core's cache holds
 LARGEST_CHUNK = 512
@@ -118,7 +119,7 @@ def solve(
     objective_S, damping_S = np.full(total, np.nan), np.full(total, 0.1)
     converged_S, rounds_S = np.zeros(total, bool), np.zeros(total, int)
     waiting = collections.deque(range(total))
-    bar = tqdm(total=total, desc=progress, disable=progress is None, unit="fit", leave=False)
+    bar = progress_bar(total=total, desc=progress, disable=progress is None, unit="fit", leave=False)
 
     @on_cpu_in_float64
     def work() -> None:

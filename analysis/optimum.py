@@ -198,7 +198,7 @@ def _losses(surface: Surface, budget: Budget, size_share, p, token_share):
     n = np.broadcast_to(budget.most_parameters(p) * np.exp(size_share) if budget.n is None else budget.n, shape)
     p = np.broadcast_to(p, shape)
     d = np.broadcast_to(budget.d if budget.d is not None else budget.most_tokens(n, p) * np.exp(token_share), shape)
-    allowed = (d >= 1.0) & budget.fits_memory(n, p)
+    allowed = (d >= 1.0) & (n >= 1.0) & budget.fits_memory(n, p)
     if budget.flops is not None:
         allowed = allowed & (budget.spent(n, d, p) <= budget.flops * (1 + 1e-9))
     loss = surface.served(n, np.where(allowed, d, 1.0), p, budget.serve_bits)

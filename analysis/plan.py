@@ -72,6 +72,8 @@ def plan(fits: Sequence[Fit], budget: Budget, parts: Sequence[str] | None = None
             warnings.append(
                 f"the fit's table does not say what low precision of {_named(uninformed)} costs: kept at 16 bits"
             )
+    elif unread := [x for x in parts if not laws.resolve(fit.law, fit.values).reads_part(x)]:
+        raise SurfaceError(f"--parts: law {fit.law} does not read the training precision of {_named(unread)}")
     elif unknown := [x for x in parts if x in surfaces.uninformed_parts(fit)]:
         raise SurfaceError(f"--parts: the fit's table does not inform {_named(unknown)}; it informs {_named(informed)}")
     if budget.p is None:
@@ -285,27 +287,41 @@ _COLUMNS = _list("columns", [], "other columns the law reads, such as group_size
 _OUT = _text("out", None, "file for the plan as JSON")
 
 
-def _positive(name: str, value: float | None, zero: bool = False) -> float | None:
-    if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-        raise BudgetError(f"--{name}={value:g}: want a number above 0")
-    return value
+# What a flag can be: beyond it there is no model, and sums of costs would leave float64.
+ALLOWED = {
+    "flops": (1.0, 1e40),
+    "params": (1.0, 1e20),
+    "tokens": (1.0, 1e20),
+    "inference-tokens": (1.0, 1e30),
+    "memory-gb": (1e-9, 1e12),
+    "serve-bits": (1.0, MAX_BITS),
+}
 
 
-def _bits(name: str, value: float | None) -> float | None:
-    if value is not None and not 1 <= value <= MAX_BITS:
-        raise BudgetError(f"--{name}={value:g}: want 1 to {MAX_BITS:g} bits")
-    return value
+def _number_of(flag: flags.FlagHolder) -> float | None:
+    low, high = ALLOWED[flag.name]
+    value = flag.value
+    if value is None or (value == 0 and flag.default == 0) or low <= value <= high:
+        return value
+    raise BudgetError(f"--{flag.name}={value:g}: want {low:g} to {high:g}{', or 0' if flag.default == 0 else ''}")
+
+
+def _precision(text: str | None) -> float | None:
+    try:
+        return None if text is None else bits_of_format(text)
+    except CostError as err:
+        raise CostError(f"--precision={text}: {err}") from None
 
 
 def _budget_of_flags() -> Budget:
-    memory = _positive("memory-gb", _MEMORY.value)
+    memory = _number_of(_MEMORY)
     return Budget(
-        flops=_positive("flops", _FLOPS.value),
-        n=_positive("params", _PARAMS.value),
-        d=_positive("tokens", _TOKENS.value),
-        p=None if _PRECISION.value is None else bits_of_format(_PRECISION.value),
-        serve_bits=_bits("serve-bits", _SERVE_BITS.value),
-        inference_tokens=_positive("inference-tokens", _INFERENCE.value, zero=True),
+        flops=_number_of(_FLOPS),
+        n=_number_of(_PARAMS),
+        d=_number_of(_TOKENS),
+        p=_precision(_PRECISION.value),
+        serve_bits=_number_of(_SERVE_BITS),
+        inference_tokens=_number_of(_INFERENCE),
         memory_bytes=None if memory is None else memory * 1e9,
         cost=CostModel.parse(_SPEEDS.value),
     )
@@ -333,10 +349,10 @@ def _columns_of_flags() -> dict[str, float]:
 
 
 def main() -> None:
-    if _FIT.value is None:
+    if not _FIT.value:
         raise FitError("--fit is required: 'paper' or a fit.json")
     fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
-    out = None if _OUT.value is None else command.output("out", _OUT.value, reads=fit_files)
+    out = None if not _OUT.value else command.output("out", _OUT.value, reads=fit_files)
     result = plan(surfaces.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags())
     print(describe(result))
     if out is not None:

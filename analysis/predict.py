@@ -11,7 +11,6 @@ import functools
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -23,7 +22,7 @@ from analysis.fit import Fit, pairs
 from analysis.optimize import stay_off_accelerators
 from analysis.problem import FitError, with_derived
 from analysis.residual import measurement
-from analysis.table import Table
+from analysis.table import BASE, MODEL, Table
 from precision_scaling.results import atomic_write
 
 MEASURED, PREDICTED = "measured", "predicted"
@@ -275,7 +274,7 @@ NEW_COLUMNS = (
 
 def to_csv(found: Predictions) -> str:
     """The table's rows with NEW_COLUMNS in place of its loss."""
-    kept = [name for name in found.table.columns if name != "loss" and name not in NEW_COLUMNS]
+    kept = [name for name in found.table.columns if name not in ("loss", MODEL, BASE, *NEW_COLUMNS)]
     new = (
         *(found.predicted, found.low, found.high, found.measured, found.error),
         *(found.law, found.delta, found.before, found.before_from, found.outside, found.note),
@@ -349,7 +348,7 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 flags.DEFINE_float("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999, flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", lower_bound=0, flag_values=FLAGS)
 
 
 def main() -> None:
@@ -358,17 +357,16 @@ def main() -> None:
         if not FLAGS[name].value:
             raise FitError(f"--{name} is required")
     stay_off_accelerators()
+    out = command.output("out", FLAGS.out, reads=[FLAGS.runs, *FLAGS.fit])
     given = [fits.load(path) for path in FLAGS.fit]
     table = tables.load(FLAGS.runs, measured=False).where(**pairs("where", FLAGS.where))
     found = predict(given, table, FLAGS.before, FLAGS.level, FLAGS.seed)
     if not np.isfinite(found.predicted).any():
         raise FitError(f"no row of {FLAGS.runs} can be predicted: {'; '.join(dict.fromkeys(found.note))}")
-    try:
-        atomic_write(Path(FLAGS.out), to_csv(found))
-    except OSError as err:
-        raise FitError(f"--out={FLAGS.out} cannot be written: {err.strerror}") from None
     print(summary(found))
-    print(f"written: {FLAGS.out}")
+    with command.writing("out", out, instead=lambda: to_csv(found)):
+        atomic_write(out, to_csv(found))
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

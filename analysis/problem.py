@@ -415,7 +415,8 @@ def _usable(law: Law, table: Table, sigma_column: str | None) -> Table:
     for name in law.columns:
         if name not in AFTER_PTQ:
             if table[name].dtype == object:
-                raise FitError(f"law {law.name} needs numbers in column {name}; it holds {table[name][0]!r}")
+                seen = next((str(value) for value in table[name]), "")
+                raise FitError(f"law {law.name} needs numbers in column {name}; it holds {seen[:30]!r}")
             table = table.usable(name)
         elif name != "P_post":
             known = ~table.quantized | np.isfinite(table[name])

@@ -62,7 +62,19 @@ def read(path: Path) -> tuple[pd.DataFrame, str]:
             )
     except (ValueError, pd.errors.ParserWarning) as err:  # pandas' own errors are ValueErrors
         raise _unreadable(path, " ".join(str(err).split())) from None
+    if text.count("\n") > len(frame):
+        _check_rows(path, frame)
     return frame, hashlib.sha256(raw).hexdigest()
+
+
+def _check_rows(path: Path, frame: pd.DataFrame) -> None:
+    """Raises TableError where a cell holds a line break: from a quotation mark without its end to the next one all rows
+    are one cell.
+    """
+    for name in frame:
+        broken = frame[name].str.contains("\n", na=False, regex=False)
+        if broken.any():
+            raise _unreadable(path, f"row {broken.idxmax() + 1} has a line break in column {str(name)[:30]!r}")
 
 
 def check_names(names: Iterable[str], required: Iterable[str], known: Iterable[str], source: str) -> None:

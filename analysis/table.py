@@ -24,11 +24,12 @@ NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
 SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size", "P_grad", "exponent_bits", "mantissa_bits")
 KNOWN = ("run", *NUMERIC, *SETTINGS, "status", "method")
 # Beyond these no count, number of bits or loss is one; squares of them stay far from the end of float64.
-LEAST = {"N": 1.0, "D": 1.0}
+LEAST = {"N": 1.0, "D": 1.0, **dict.fromkeys((*PRECISIONS, "P_post"), 0.1)}
 MOST = {"N": 1e20, "D": 1e20, "loss": 1e6, **dict.fromkeys((*PRECISIONS, "P_post"), 256.0)}
 MOST_OF_OTHERS = 1e12
 POSITIVE, NOT_NEGATIVE = ("group_size", "P_grad"), ("exponent_bits", "mantissa_bits")
 EMPTY = ("", "nan", "na", "n/a", "none", "null")
+LONGEST = 30  # characters of a cell that are shown
 # Columns that every checked table has: see runs.models. No file has them, as their names hold a space.
 MODEL, BASE = "trained model", "row before PTQ"
 FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
@@ -281,13 +282,13 @@ def _columns(
     """
     if "status" in frame:
         status = frame["status"].fillna("").astype(str).str.strip().str.lower()
-        for value in sorted(set(status) - {"", "ok"}):
-            leave_out((status == value).to_numpy(), f"status {value}")
+        for value in sorted(set(status) - {"ok", *EMPTY}):
+            leave_out((status == value).to_numpy(), f"status {value[:LONGEST]}")
     columns = {"run": frame["run"].fillna("").astype(str).str.strip().to_numpy(dtype=object)}
     for name in NUMERIC:
         values, text = _numbers(frame[name])
         if text.any():
-            leave_out(text, f"{name} is not a number (such as {min(frame[name].astype(str)[text])!r})")
+            leave_out(text, f"{name} is not a number (such as {min(frame[name].astype(str)[text])[:LONGEST]!r})")
         if name not in may_be_empty:
             leave_out(np.isnan(values), f"{name} is empty or NaN")
         leave_out(np.isinf(values), f"{name} is infinite")

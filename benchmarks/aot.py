@@ -12,8 +12,10 @@ import os
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
+
+from precision_scaling import errors
 
 _DEVICES = flags.DEFINE_integer("devices", 64, "Forced host devices.", lower_bound=1)
 _SIZES = flags.DEFINE_list("sizes", ["220M", "1.7B"], "Named sizes to compile.")
@@ -88,4 +90,4 @@ def _report(size: str, jax, layout, resolved, group) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    errors.run(_main)

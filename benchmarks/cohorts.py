@@ -17,11 +17,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from configs import base
 from precision_scaling import bench as bench_lib
-from precision_scaling import model, results, study
+from precision_scaling import errors, model, results, study
 from precision_scaling.programs import programs_of
 
 _SIZE = flags.DEFINE_string("size", "25k", "Size of the models.")
@@ -98,4 +98,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

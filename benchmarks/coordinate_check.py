@@ -18,10 +18,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from configs import base
-from precision_scaling import compilation, optimizer, quantize, schedule, sizes
+from precision_scaling import compilation, errors, optimizer, quantize, schedule, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import prepare
@@ -212,4 +212,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

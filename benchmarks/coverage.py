@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
-from tqdm import tqdm
+from absl import flags
 
 from analysis import laws, synthetic
 from analysis.problem import Options, set_up
 from analysis.search import bootstrap, search
+from precision_scaling import errors
+from precision_scaling.progress import progress_bar
 
 _LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.")
 _REPEATS = flags.DEFINE_integer("repeats", 200, "Tables per law.", lower_bound=1)
@@ -61,7 +62,7 @@ def main(argv) -> None:
     for name in _LAWS.value:
         repeats = record.get(name, {}).get("intervals", [])
         began = time.perf_counter()
-        for seed in tqdm(range(len(repeats), _REPEATS.value), desc=name, leave=False):
+        for seed in progress_bar(range(len(repeats), _REPEATS.value), desc=name, leave=False):
             repeats.append(repeat(name, seed))
             record[name] = {**summary(name, repeats), "intervals": repeats}
             if out:
@@ -71,4 +72,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

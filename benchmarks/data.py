@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from configs import base
+from precision_scaling import errors
 from precision_scaling.data import corpora, tokens
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.loader import Loader
@@ -114,4 +115,4 @@ def _mapped(path: str, stream: np.ndarray) -> np.memmap:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

@@ -11,7 +11,7 @@ import resource
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy import optimize
 
 from analysis import laws, synthetic
@@ -19,6 +19,7 @@ from analysis import table as tables
 from analysis.identify import identify
 from analysis.problem import set_up
 from analysis.search import bootstrap, search, start_grid
+from precision_scaling import errors
 
 _SHARE = flags.DEFINE_float(
     "scipy_share", 1 / 15, "Share of the starts that SciPy runs.", lower_bound=0.001, upper_bound=1
@@ -136,4 +137,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

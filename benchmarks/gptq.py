@@ -20,10 +20,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from precision_scaling import errors, sizes
 from precision_scaling import model as model_lib
-from precision_scaling import sizes
 from precision_scaling.model import Block, ModelConfig
 from precision_scaling.optimizer import OptimizerConfig
 from precision_scaling.ptq import apply, gptq, rtn
@@ -153,8 +153,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    del argv
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{device.device_kind} ({device.platform}, {cores} cores), JAX {jax.__version__}, bits {BITS}, float32")
@@ -200,4 +199,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    errors.run(main)

@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from precision_scaling import compilation, formats, model, optimizer, schedule, sharding, sizes
+from precision_scaling import compilation, errors, formats, model, optimizer, schedule, sharding, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
@@ -151,4 +151,4 @@ def _compare(corpus: Corpus) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    errors.run(_main)

@@ -18,7 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from precision_scaling import errors
 
 _KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -154,4 +156,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    errors.run(_main)

@@ -13,10 +13,10 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from configs import base
-from precision_scaling import compilation, experiment, precision
+from precision_scaling import compilation, errors, experiment, precision
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import table_of
 from precision_scaling.errors import ConfigError
@@ -103,4 +103,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    errors.run(_main)

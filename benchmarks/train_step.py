@@ -17,9 +17,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from precision_scaling import compilation, formats, model, optimizer, quantize, schedule, sizes
+from precision_scaling import compilation, errors, formats, model, optimizer, quantize, schedule, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.quantize import Operand, Program
 
@@ -127,4 +127,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    errors.run(_main)

@@ -5,7 +5,8 @@ Train one model:
     python -m precision_scaling.train --config=configs/base.py --workdir=runs/first
 
 Any option can be set on the command line, e.g. --config.model.size=100k --config.precision.weights=int4
---config.train.tokens=1_000_000. Expected with the defaults on two CPU cores: one minute, validation loss 2.0.
+--config.train.tokens=1e6 --config.ptq.methods=gptq,rtn; precision_scaling/options.py says what each may be. Expected
+with the defaults on two CPU cores: one minute, validation loss 2.0.
 """
 
 import ml_collections
@@ -25,7 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.split = "train"  # TFDS split that holds the documents
     c.data.validation_split = ""  # TFDS split of validation documents; empty: held out of `split` by document
     c.data.feature = "text"  # name of the text feature
-    c.data.tokenizer = "bytes"  # "bytes", "bpe:VOCAB" (trained on the corpus) or "file:PATH" of a tokenizer.json
+    # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=ID" where
+    # its end-of-text has none of the usual names.
+    c.data.tokenizer = "bytes"
     c.data.validation_fraction = 0.05  # share of documents held out, chosen by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents
     c.data.hash = ""  # hash that the corpus must have (the column `corpus` of the table); empty: any
@@ -35,7 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
 
     c.model = ml_collections.ConfigDict()
-    # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it.
+    # Fixes width, depth, heads and hidden; the names are in precision_scaling/sizes.py. Empty: those four say it. A
+    # model with another number of parameters than its size has is called by that.
     c.model.size = "25k"
     c.model.width = 0  # 0: by size. Width of the residual stream
     c.model.depth = 0  # 0: by size. Number of layers
@@ -47,11 +51,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.sequence_length = 64  # tokens per sequence
     c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32 always
     c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
+    # Stretched wavelengths: "linear:FACTOR", or Llama 3.1's "llama3:FACTOR,LOW,HIGH,ORIGINAL_LENGTH". Empty: they stay.
+    c.model.rope_scaling = ""
     c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as OLMo 2 has it
     c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as OLMo has it
     # Norm of queries and keys before they are rotated: "none", "projection" (all heads, OLMo 2) or "head" (Qwen 3).
     c.model.qk_norm = "none"
     c.model.norm_epsilon = 1e-5  # added to the mean square in every norm
+    c.model.qkv_bias = False  # biases of queries, keys and values, as Qwen 2 has them
     c.model.tie_embeddings = False  # the head multiplies by the embedding's table; N counts neither
     # What the backward pass recomputes, for less memory: "none", "dots" (all but the projections' products), or "full"
     # (each block from its input, a third more time).

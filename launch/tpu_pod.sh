@@ -26,19 +26,49 @@ Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU
   --retries=3                   times that a command that fails is run again; preemption does not count
   --poll=30                     seconds between looks
   --delete_when_done            give the slice back when the command ends
-  --dry_run                     print the commands instead of running them
+  --dry_run                     print the commands instead of running them; it and --help count wherever they stand,
+                                after -- too
+  --help                        this text
+
+Example: bash launch/tpu_pod.sh run --name=big --project=PROJECT --zone=us-east5-a --type=v5litepod-8 \
+             --results=gs://BUCKET/big -- -m precision_scaling.train --config=configs/paper.py --workdir=runs/big
 TEXT
 }
 
 say() { echo "$(date +%H:%M:%S) $name: $*" >&2; }
 
-quoted() { # its arguments as words of a shell, on one line
-  local line="" word quote="'\\''"
-  for word in "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_./=:,@%+-]+$ ]] || word="'${word//\'/$quote}'"
-    line="$line $word"
+check_options() {
+  local LC_ALL=C option argument
+  for option in name project zone type runtime; do
+    [ -n "${!option}" ] || die "--$option is missing (or set TPU_$(tr '[:lower:]' '[:upper:]' <<<"$option"))"
+    [[ "${!option}" =~ ^[A-Za-z0-9][A-Za-z0-9._:-]*$ ]] || die "--$option=${!option}: allowed are letters, digits and -"
   done
-  printf '%s\n' "${line# }"
+  [[ "$name" =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$name: allowed are up to 63 small letters, digits and -"
+  whole_number --retries "$retries" 0 1000000
+  whole_number --poll "$poll" 0 86400
+  one_line "$results"
+  # gcloud expands patterns, in the names of buckets and of files.
+  [[ -z "$results" || "$results" =~ ^gs://[a-z0-9][a-z0-9._-]*(/[^][*?#]*)?$ ]] ||
+    die "--results=$results: allowed is gs://BUCKET/PATH, without * ? # [ ]"
+  case "$action" in
+    run)
+      [ ${#arguments[@]} -gt 0 ] || die "run: the command is missing, e.g. -- -m precision_scaling.study --config=FILE --workdir=DIR"
+      [ -z "$workdir" ] || die "--workdir=$workdir: the workdir of run is the command's, after --"
+      for argument in "${arguments[@]}"; do
+        [[ "$argument" != --workdir=gs://* ]] || die "$argument: name a directory of the workers; --results=${argument#*=} keeps it"
+        [[ "$argument" != --workdir=* ]] || workdir="${argument#*=}"
+      done
+      [[ -z "$results" || -n "$workdir" ]] || die "--results=$results: the command has no --workdir=DIR to keep there"
+      ;;
+    fetch)
+      [ -n "$workdir" ] || die "--workdir is missing: the directory that the command was given"
+      # The other side's shell or scp reads the name once more.
+      [[ -n "$results" || "$workdir" =~ ^[A-Za-z0-9_./=,@%+-]+$ ]] ||
+        die "--workdir=$workdir: only letters, digits and _./=,@%+- can be fetched from a worker; --results keeps any"
+      ;;
+  esac
+  if [[ -n "$workdir" && (-n "$results" || "$action" = fetch) ]]; then directory --workdir "$workdir"; fi
+  [[ -z "$results" || "$workdir" != *[][*?]* ]] || die "--workdir=$workdir: with --results it has no * ? [ ]"
 }
 
 call() {
@@ -49,11 +79,11 @@ call() {
   fi
 }
 
-# shellcheck source=launch/tpu_arguments.sh
-source "$(dirname "${BASH_SOURCE[0]}")/tpu_arguments.sh"
+# shellcheck source=launch/arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-v5litepod-8}"
 runtime="${TPU_RUNTIME:-v2-alpha-tpuv5-lite}" results="${TPU_RESULTS:-}" workdir=""
-spot=true retries=3 poll=30 delete_when_done=false dry_run=false
+spot=true retries=3 poll=30 delete_when_done=false
 read_arguments "$@"
 for option in ${options[@]+"${options[@]}"}; do
   case "$option" in
@@ -63,28 +93,11 @@ for option in ${options[@]+"${options[@]}"}; do
       ;;
     --on_demand) spot=false ;;
     --delete_when_done) delete_when_done=true ;;
-    --dry_run) dry_run=true ;;
     *) die "$option: no such option; those of the command come after -- (--help)" ;;
   esac
 done
-for option in name project zone; do
-  [ -n "${!option}" ] || die "--$option is missing (or set TPU_$(tr '[:lower:]' '[:upper:]' <<<"$option"))"
-done
-[[ "$name" =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$name: allowed are small letters, digits and -"
-[[ "$retries" =~ ^[0-9]+$ ]] || die "--retries=$retries: allowed is a whole number"
-[[ "$poll" =~ ^[0-9]+$ ]] || die "--poll=$poll: allowed is a whole number of seconds"
-[[ -z "$results" || "$results" == gs://?* ]] || die "--results=$results: allowed is gs://BUCKET/PATH"
-if [ "$action" = run ]; then
-  [ ${#arguments[@]} -gt 0 ] || die "run: the command is missing, e.g. -- -m precision_scaling.study --config=FILE --workdir=DIR"
-  for argument in "${arguments[@]}"; do
-    [[ "$argument" != --workdir=gs://* ]] || die "$argument: name a directory of the workers; --results=${argument#*=} keeps it"
-    [[ "$argument" != --workdir=* ]] || workdir="${argument#*=}"
-  done
-  [[ -z "$results" || -n "$workdir" ]] || die "--results=$results: the command has no --workdir=DIR to keep there"
-elif [ "$action" = fetch ] && [ -z "$workdir" ]; then
-  die "--workdir is missing: the directory that the command was given"
-fi
-$dry_run || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+check_options
+$dry_run || need_gcloud
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 where=(--project="$project" --zone="$zone" --quiet)
@@ -147,7 +160,7 @@ worker="bash precision_scaling/launch/tpu_worker.sh"
 start() {
   local archive command
   command="$worker is_running 2>/dev/null || { mkdir -p precision_scaling && tar -xzf precision_scaling.tgz -C precision_scaling; }"
-  command="$command; $worker start $(quoted "$results" "$workdir" "${arguments[@]}")"
+  command="$command && $worker start $(quoted "$results" "$workdir" "${arguments[@]}")"
   if $dry_run; then
     echo 'git ls-files -z --cached --others --exclude-standard | tar -czf precision_scaling.tgz --null -T -'
     call gcloud compute tpus tpu-vm scp precision_scaling.tgz "$name:precision_scaling.tgz" "${where[@]}" --worker=all
@@ -157,7 +170,7 @@ start() {
   archive="$(mktemp -d)"
   git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
-    tar -czf "$archive/precision_scaling.tgz" --null -T -
+    tar -czf "$archive/precision_scaling.tgz" --null -T - || die "$PWD: could not be packed; it must be a git checkout"
   gcloud compute tpus tpu-vm scp "$archive/precision_scaling.tgz" "$name:precision_scaling.tgz" "${where[@]}" --worker=all &&
     remote "$command"
   local status=$?

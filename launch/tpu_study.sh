@@ -4,19 +4,28 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: bash launch/tpu_study.sh ACTION --slices=N --name=NAME [OPTIONS OF tpu_pod.sh] [-- --config=FILE --workdir=DIR ...]
+Usage: bash launch/tpu_study.sh ACTION --slices=N --name=NAME [OPTIONS OF tpu_pod.sh] [-- STUDY OPTIONS]
 
 The actions create, run, status, logs, fetch and delete are those of tpu_pod.sh, on the slices NAME-0 to NAME-(N-1).
-`run` gives slice i the command `python -m precision_scaling.study --config=FILE --workdir=DIR ... --shard=i/N`, replaces
-slices that are preempted, and waits for all. With --results=gs://BUCKET/PATH all slices keep their results there, and
+`run` gives slice i the command `python -m precision_scaling.study STUDY OPTIONS --shard=i/N`, replaces slices that are
+preempted, and waits for all. With --results=gs://BUCKET/PATH all slices keep their results there, and
 `fetch` brings them together in DIR; run the study once more here to make runs.csv of all rows.
---dry_run prints the commands of all slices.
+
+  --slices=N    how many slices
+  --name=NAME   what their names begin with (or set TPU_NAME)
+  STUDY OPTIONS --config=FILE --workdir=DIR --config.key=value ..., as in `python -m precision_scaling.study --help`
+  --dry_run     print the commands of all slices instead of running them, wherever it stands
+  --help        this text
+  all others    see `bash launch/tpu_pod.sh --help`
+
+Example: bash launch/tpu_study.sh run --name=paper --slices=8 --project=PROJECT --zone=us-east5-a \
+             --results=gs://BUCKET/paper --delete_when_done -- --config=configs/paper.py --workdir=runs/paper
 TEXT
 }
 
-# shellcheck source=launch/tpu_arguments.sh
-source "$(dirname "${BASH_SOURCE[0]}")/tpu_arguments.sh"
-slices="" name="${TPU_NAME:-}" for_pod=() dry_run=false
+# shellcheck source=launch/arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+slices="" name="${TPU_NAME:-}" for_pod=()
 read_arguments "$@"
 for option in ${options[@]+"${options[@]}"}; do
   case "$option" in
@@ -24,28 +33,31 @@ for option in ${options[@]+"${options[@]}"}; do
     --name=*) name="${option#*=}" ;;
     *) for_pod+=("$option") ;;
   esac
-  [ "$option" != --dry_run ] || dry_run=true
 done
-[[ "$slices" =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: allowed is a whole number from 1 up"
+whole_number --slices "$slices" 1 1000
 [ -n "$name" ] || die "--name is missing (or set TPU_NAME)"
 if [ "$action" = run ]; then
   [ ${#arguments[@]} -gt 0 ] || die "run: the study is missing, e.g. -- --config=configs/paper.py --workdir=runs/paper"
-  for argument in "${arguments[@]}"; do
-    [[ "$argument" != --shard=* ]] || die "$argument: every slice is given its own"
-  done
+  for argument in "${arguments[@]}"; do study_option "$argument"; done
 fi
 
 pod="$(dirname "${BASH_SOURCE[0]}")/tpu_pod.sh"
-slice() { # slice I
+slice() { # slice I [OPTIONS]
   local command=()
   if [ "$action" = run ]; then
     command=(-- -m precision_scaling.study "${arguments[@]}" --shard="$1/$slices")
   fi
-  bash "$pod" "$action" --name="$name-$1" ${for_pod[@]+"${for_pod[@]}"} ${command[@]+"${command[@]}"}
+  bash "$pod" "$action" --name="$name-$1" "${@:2}" ${for_pod[@]+"${for_pod[@]}"} ${command[@]+"${command[@]}"}
 }
 
-# Fetching, all write to one directory: one after the other.
-if $dry_run || [ "$action" = fetch ]; then
+# What is wrong with the options of one is wrong with those of all, and said once, before any of them begins.
+slice "$((slices - 1))" --dry_run >/dev/null
+if $dry_run; then
+  for ((i = 0; i < slices; i++)); do slice "$i" --dry_run; done
+  exit
+fi
+need_gcloud
+if [ "$action" = fetch ]; then # all write to one directory: one after the other
   for ((i = 0; i < slices; i++)); do slice "$i"; done
   exit
 fi

@@ -1,10 +1,29 @@
 #!/usr/bin/env bash
 # The part of tpu_pod.sh on a TPU worker: one command at a time, in the background, with its log and exit status in job/.
-# Usage: tpu_worker.sh start RESULTS WORKDIR PYTHON ARGUMENTS | is_running | status | logs LINES | stop
-# RESULTS is gs://BUCKET/PATH, where WORKDIR is kept, or empty. PYTHON names an interpreter that has the project already.
 set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: bash launch/tpu_worker.sh ACTION, on a TPU worker; tpu_pod.sh calls it there.
+
+  start RESULTS WORKDIR PYTHON ARGUMENTS  begin `python PYTHON ARGUMENTS`; RESULTS is gs://BUCKET/PATH, where WORKDIR is
+                                          kept, or empty
+  is_running                              whether it still runs, as the exit status
+  status                                  running, done, failed, stopped or no command
+  logs [LINES]                            its last lines, 50 if not given
+  stop                                    let it save and end; after a minute, kill it
+  --dry_run                               print the commands of an action instead of running them
+  --help                                  this text
+
+PYTHON names an interpreter that has the project already; without, .venv is made.
+
+Example: bash launch/tpu_worker.sh start gs://BUCKET/w runs/w -m precision_scaling.train --config=FILE --workdir=runs/w
+TEXT
+}
+
+# shellcheck source=launch/arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-mkdir -p job
 
 is_running() { [ -e job/pid ] && kill -0 "$(cat job/pid)" 2>/dev/null; }
 
@@ -13,19 +32,30 @@ copy_out() {
   [ -z "$1" ] || gcloud storage rsync --recursive "$2" "$1" || echo "could not copy $2 to $1: trying again later" >&2
 }
 
+# copy_in RESULTS WORKDIR. To rsync, a path that nothing was copied to yet is an error; any other is one to us, too: a
+# command that began without the results that there are would begin anew.
+copy_in() {
+  local answer
+  if answer="$(gcloud storage ls "$1" 2>&1)"; then
+    gcloud storage rsync --recursive "$1" "$2"
+  else
+    grep -q "matched no objects" <<<"$answer" || { echo "$answer" >&2 && return 1; }
+  fi
+}
+
 job() { # job RESULTS WORKDIR PYTHON ARGUMENTS
   local results="$1" workdir="$2" python="${PYTHON:-}" command copier="" status=0
   shift 2
+  # Every step ends this by itself: bash does not where the status of a function is looked at.
   if [ -z "$python" ]; then
+    # shellcheck source=launch/setup.sh
     source launch/setup.sh
-    ensure_environment tpu
+    ensure_environment tpu || return
     python=.venv/bin/python
   fi
   trap : TERM # for the command, which saves and ends; what it saved is copied out
   if [ -n "$results" ]; then
-    mkdir -p "$workdir"
-    # To rsync, a path that nothing was copied to yet is an error.
-    ! gcloud storage ls "$results" >/dev/null 2>&1 || gcloud storage rsync --recursive "$results" "$workdir"
+    mkdir -p "$workdir" && copy_in "$results" "$workdir" || return
     while sleep "${COPY_SECONDS:-60}"; do copy_out "$results" "$workdir"; done &
     copier=$!
   fi
@@ -40,8 +70,38 @@ job() { # job RESULTS WORKDIR PYTHON ARGUMENTS
   return "$status"
 }
 
-action="${1:-}"
-shift || true
+show() { # what an action would run
+  local pid
+  pid="$(cat job/pid 2>/dev/null || echo PID)"
+  case "$action" in
+    start | job)
+      [ -n "${PYTHON:-}" ] || quoted bash launch/setup.sh tpu
+      [ -z "$1" ] || quoted gcloud storage rsync --recursive "$1" "$2"
+      quoted "${PYTHON:-.venv/bin/python}" "${@:3}"
+      [ -z "$1" ] || quoted gcloud storage rsync --recursive "$2" "$1"
+      ;;
+    is_running) quoted kill -0 "$pid" ;;
+    status) quoted cat job/status ;;
+    logs) quoted tail -n "$1" job/log ;;
+    stop) quoted kill -TERM -- "-$pid" ;;
+  esac
+}
+
+own_options "$@"
+action="${words[0]:-}"
+set -- ${words[@]+"${words[@]:1}"}
+case "$action" in
+  start | job) [ $# -ge 3 ] || die "$action: allowed is $action RESULTS WORKDIR PYTHON ARGUMENTS" ;;
+  logs) whole_number LINES "${1:-50}" 0 1000000 && set -- "${1:-50}" ;;
+  is_running | status | stop) ;;
+  *) die "$action: allowed is start, is_running, status, logs or stop (--help)" ;;
+esac
+[[ "${COPY_SECONDS:-60}" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "COPY_SECONDS=$COPY_SECONDS: allowed is a number of seconds"
+if $dry_run; then
+  show "$@"
+  exit
+fi
+mkdir -p job
 case "$action" in
   start)
     asked="$(printf '%s\0' "$@" | cksum)"
@@ -60,13 +120,15 @@ case "$action" in
     trap : TERM # the same here: it outlives the command and says how it ended
     status=0
     (job "$@") || status=$?
-    echo "$status" >job/status
+    echo "$status" >job/ended && mv job/ended job/status # whole, whenever it is looked at
     ;;
   is_running) is_running ;;
   status)
+    running=false # asked first: a job that ends in between has said how
+    ! is_running || running=true
     if [ -e job/status ]; then
       case "$(cat job/status)" in 0) answer="done" ;; *) answer="failed with status $(cat job/status)" ;; esac
-    elif is_running; then
+    elif $running; then
       answer=running
     elif [ -e job/pid ]; then
       answer=stopped
@@ -75,7 +137,7 @@ case "$action" in
     fi
     echo "worker $(hostname): $answer"
     ;;
-  logs) tail -n "${1:-50}" job/log | sed "s/^/$(hostname): /" ;;
+  logs) tail -n "$1" job/log | sed "s/^/$(hostname): /" ;;
   stop)
     is_running || exit 0
     pid="$(cat job/pid)"
@@ -85,9 +147,5 @@ case "$action" in
       sleep 1
     done
     kill -KILL -- "-$pid"
-    ;;
-  *)
-    echo "error: $action: allowed is start, is_running, status, logs or stop" >&2
-    exit 2
     ;;
 esac

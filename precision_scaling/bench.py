@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,19 @@ import jax
 import ml_collections
 
 from configs import base
-from precision_scaling import checkpoint, compilation, experiment, hosts, model, precision, results, sharding
+from precision_scaling import (
+    checkpoint,
+    compilation,
+    experiment,
+    files,
+    hosts,
+    model,
+    optimizer,
+    patterns,
+    precision,
+    programs,
+    sharding,
+)
 from precision_scaling import step as step_lib
 from precision_scaling.cohort import run_directory
 from precision_scaling.data.loader import Loader
@@ -68,6 +79,10 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
+    names = optimizer.parameter_names(planned.runs[0].shape.model)
+    patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
+    for group in planned.cohorts:
+        programs.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:
@@ -81,8 +96,8 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
         ):
             if wanted > available:
                 raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
-    _claim(workdir, config, corpus)
     compilation.use_cache(config.compilation_cache)
+    _claim(workdir, config, corpus)
     return bench
 
 
@@ -102,7 +117,7 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
     if not hosts.primary():
         return
     try:
-        results.atomic_write(path, json.dumps(now, indent=1) + "\n")
+        files.write_sealed(path, now)
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror}; allowed is a directory that can be written") from None
 
@@ -110,15 +125,17 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
 def _read_claim(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
-        claim = json.loads(path.read_text(encoding="utf-8"))
+        claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
         defaults = experiment.describe(base.get_config())
         return {"config": _filled(dict(claim["config"]), defaults), "corpus": claim["corpus"]}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a config; allowed is a new --workdir or one of train or study") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a config ({error}); allowed is a new --workdir or one of train or study"
+        ) from None
 
 
 def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +232,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
 
 def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
     """The rows that a run will have, without what only a measurement can tell."""
-    columns = setting_columns(config, run) | {"status": "planned"}
+    columns = setting_columns(config, run) | {"status": ""}
     yield columns
     for setting in of_config(config.ptq) if run.ptq else ():
         for bits in config.ptq.bits:

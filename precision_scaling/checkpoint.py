@@ -1,18 +1,19 @@
 """Orbax checkpoints: the parameters of a finished run, and the state of a cohort under way.
 
 Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all. A fingerprint of the
-arrays stands beside them: a bit that flipped on disk would otherwise be read as another weight. Arrays that are spread
-over hosts are written by all of them, and restored to whatever mesh there is then.
+arrays stands beside them: OCDBT keeps checksums of its own tables but not of the arrays, and a bit that flipped on disk
+would be read as another weight. It is taken on the devices, before and after, so it covers all on the way between them.
+Arrays that are spread over hosts are written by all of them, and restored to whatever mesh there is then.
 """
 
 import contextlib
 import functools
-import json
 import logging as standard_logging
 import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -26,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from precision_scaling import errors, hosts, results
+from precision_scaling import errors, files, hosts
 from precision_scaling.errors import UserError
 
 
@@ -99,9 +100,7 @@ def _quieten_orbax() -> None:
 def _make_a_directory_beside(path: Path) -> None:
     """OSError where Orbax could not make its own; its threads would wait minutes for that one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    trial = path.with_name(f".{path.name}.{os.getpid()}.trial")
-    trial.mkdir(exist_ok=True)
-    trial.rmdir()
+    os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".trial", dir=path.parent))
 
 
 def restore(path: Path, abstract: Any) -> Any:
@@ -111,11 +110,13 @@ def restore(path: Path, abstract: Any) -> Any:
     """
     if not path.exists():
         raise UserError(f"{path}: no checkpoint there")
+    _quieten_orbax()
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), abstract
     )
     try:
+        _check_files(path)
         with _checkpointer(abstract) as checkpointer:
             fingerprint = jax.eval_shape(_fingerprint, abstract)
             wanted = {"arrays": abstract, "fingerprint": np.empty(fingerprint.shape, fingerprint.dtype)}
@@ -130,8 +131,15 @@ def restore(path: Path, abstract: Any) -> Any:
         raise UserError(f"{path}: checkpoint is damaged or of another model ({_reason(error)})") from error
 
 
+def _check_files(path: Path) -> None:
+    """Raises NotAFile for what Orbax would wait for without end."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            files.check_regular(Path(directory, name))
+
+
 def _reason(error: Exception) -> str:
-    message = str(error).strip()
+    message = str(error).partition("See full TensorStore details")[0].strip()
     return f"{type(error).__name__}: {message.splitlines()[0][:200] if message else 'no message'}"
 
 
@@ -172,7 +180,8 @@ def _fingerprint(tree: Any) -> jax.Array:
 class CohortCheckpoints:
     """The newest states of a cohort under way; `keep` of them, so that a damaged one is not the only one.
 
-    Each is a directory `<n>` with the stacked train state and `lanes.json`: the run and step in each lane.
+    Each is a directory `<n>` with the stacked train state and `lanes.json`: the run in each lane, its step, which the
+    state holds, too, and the batches that it leaves out.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
@@ -184,9 +193,8 @@ class CohortCheckpoints:
         path = self._directory / str(number)
         save(path / "state", state)
         if hosts.primary():
-            results.atomic_write(
-                path / "lanes.json", json.dumps(lanes)
-            )  # last: without it the checkpoint does not count
+            # Last: without it the checkpoint does not count.
+            files.write_sealed(path / "lanes.json", {"lanes": lanes})
             for old in self._numbers()[: -self._keep]:
                 shutil.rmtree(self._directory / str(old))
 
@@ -199,9 +207,11 @@ class CohortCheckpoints:
             path = self._directory / str(number)
             found = None
             try:
-                lanes = json.loads((path / "lanes.json").read_text())
-                found = lanes, restore(path / "state", abstract_of_lanes(len(lanes)))
-            except (UserError, ValueError) as error:
+                lanes = _lanes(path / "lanes.json")
+                state = restore(path / "state", abstract_of_lanes(len(lanes)))
+                _compare_steps(path, lanes, state.step)
+                found = lanes, state
+            except UserError as error:
                 logging.warning("%s; going back to the checkpoint before it", error)
             if not hosts.largest(found is None):  # one that a single process cannot read is of no use to the others
                 return found
@@ -216,3 +226,22 @@ class CohortCheckpoints:
         return sorted(
             int(path.parent.name) for path in self._directory.glob("*/lanes.json") if path.parent.name.isdigit()
         )
+
+
+def _lanes(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
+        lanes = found if isinstance(found, list) else found["lanes"]
+        if not lanes or not all({"run", "step"} <= set(lane) for lane in lanes):
+            raise ValueError("not a list of lanes")
+        return lanes
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+
+
+def _compare_steps(path: Path, lanes: list[dict[str, Any]], step_R: jax.Array) -> None:
+    """Raises UserError where a lane is not at the step that its state is at; of several hosts, each sees its own."""
+    for shard in step_R.addressable_shards:
+        for lane, step in zip(lanes[shard.index[0]], np.asarray(shard.data), strict=True):
+            if lane["run"] is not None and lane["step"] != step:
+                raise UserError(f"{path}: damaged (the state of {lane['run']} is at step {step}, not {lane['step']})")

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, experiment, hosts, metrics, metrics_log, rewind, sinks
+from precision_scaling import checkpoint, experiment, files, hosts, metrics, metrics_log, rewind, sinks
 from precision_scaling import step as step_lib
 from precision_scaling.checkpoint import CohortCheckpoints
 from precision_scaling.data.loader import Loader
@@ -203,10 +203,16 @@ class _Trainer:
         free = iter(range(len(self.lanes)))
         for i, entry in enumerate(saved):
             run = wanted.get(entry["run"])
-            if run is None or (lane := next(free, None)) is None:
+            if run is None:
+                continue
+            left_out = rewind.left_out(run_directory(self.workdir, run))
+            if not set(entry.get("left_out", ())) <= set(left_out):
+                logging.warning("%s is lost for %s; training it from its first step", rewind.FILE, run.id)
+                continue
+            if (lane := next(free, None)) is None:
                 continue
             self.state = self.programs.put(self.state, lane, self.programs.pick(state, i))
-            self.lanes[lane] = _Lane(run, entry["step"], rewind.left_out(run_directory(self.workdir, run)))
+            self.lanes[lane] = _Lane(run, entry["step"], left_out)
             self.waiting.remove(run)
             self._truncate_metrics(run, entry["step"])
             self.progress.update(entry["step"] * self._step_tokens)
@@ -238,7 +244,10 @@ class _Trainer:
         path = self._branch_path(run)
         if path.exists():
             try:
-                return run.branch_step, checkpoint.restore(path, self.layout.abstract(self.programs.one))
+                state = checkpoint.restore(path, self.layout.abstract(self.programs.one))
+                if int(state.step) != run.branch_step:
+                    raise UserError(f"{path}: is at step {int(state.step)}, not {run.branch_step}")
+                return run.branch_step, state
             except UserError as error:
                 logging.warning("%s; training %s from its first step", error, run.id)
         return 0, self.programs.initialize(run.seed)
@@ -324,7 +333,8 @@ class _Trainer:
     def save(self) -> None:
         """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
         if any(self.lanes):
-            lanes = [{"run": x.run.id, "step": x.step} if x else {"run": None, "step": 0} for x in self.lanes]
+            described = lambda lane: {"run": lane.run.id, "step": lane.step, "left_out": lane.left_out}
+            lanes = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
             self.checkpoints.save(lanes, self.state)
         self.saved_at = time.monotonic()
 
@@ -358,10 +368,9 @@ class _Trainer:
     def _copy_history(self, trunk: Run, run: Run) -> None:
         """What is known of the steps that a run shares with its trunk."""
         there = run_directory(self.workdir, run)
-        there.mkdir(parents=True, exist_ok=True)
         for path in (self._metrics_path(trunk), run_directory(self.workdir, trunk) / rewind.FILE):
             if path.exists():
-                shutil.copyfile(path, there / path.name)
+                files.copy(path, there / path.name)
 
     def _branch_path(self, run: Run) -> Path:
         return run_directory(self.workdir, run) / "branch"

@@ -1,8 +1,9 @@
 """How programs are compiled: a persistent cache of them, and the optimization level that pays on each backend."""
 
-from pathlib import Path
-
 import jax
+
+from precision_scaling import files
+from precision_scaling.errors import ConfigError
 
 
 def jit(function, level: int = 2, **options):
@@ -17,7 +18,17 @@ def jit(function, level: int = 2, **options):
 
 
 def use_cache(path: str) -> None:
-    """Keeps compiled programs in a directory for later processes; "": the user's cache, "none": nowhere."""
-    if path != "none":
-        directory = Path(path or "~/.cache/precision_scaling/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+    """Keeps compiled programs in a directory for later processes; "": the user's cache, "none": nowhere.
+
+    UserError where there is no such directory and none can be made.
+    """
+    if path == "none":
+        return
+    option = "compilation_cache"
+    directory = files.expanded(path, f"config.{option}") if path else files.user_cache(option) / "xla"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = '"none", or a directory that can be written'
+        raise ConfigError(option, str(directory), f"{allowed} ({error.strerror})") from None
+    jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,15 +1,21 @@
 """Errors that a user can mend: one line that names the key, the value and what is allowed."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
 from precision_scaling.stopping import EXIT_AGAIN, Stopped
 
-# A disk that is full or cannot be written: nothing is wrong with the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+HELP = {"-h", "-help", "--help", "-?", "--helpshort"}  # words that ask for it
+# A disk that is full or cannot be written, or a path that leads nowhere: nothing is wrong with the program.
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):
@@ -20,7 +26,19 @@ class ConfigError(UserError):
     """An option of the config cannot be used."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        super().__init__(f"config.{key} = {value!r}: allowed is {allowed}")
+        """key: without "config.", or a flag with its dashes, which stands for an option."""
+        name = key if key.startswith("--") else f"config.{key}"
+        super().__init__(f"{name} = {_shown(value)}: allowed is {allowed}")
+
+
+def _shown(value: object) -> str:
+    """The value as it is written in Python, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print a whole number of thousands of digits
+        return f"a {type(value).__name__} of more digits than can be printed"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -30,18 +48,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if HELP & set(argv[1:]):  # anywhere, and before a config is read
+            print(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
+            sys.exit(0)
+        _refuse_endless_config(argv)
         try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-                flags.FLAGS["config"].value.items  # noqa: B018  a config file that failed to load says so when used
-            return rest
-        except SystemExit:  # --help was printed; absl would exit with 1
+            return flags.FLAGS(argv)
+        except SystemExit:  # --helpfull was printed; absl would exit with 1
             sys.exit(0)
         except flags.Error as error:
-            _fail(error)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            # A config file that cannot be read, an option it does not have, a value of another type.
-            _fail(f"in the options of --config: {error}")
+            fail(error)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a section that another takes the place of
+            fail(f"in the options of --config: {error}")
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell of every file otherwise
@@ -50,11 +68,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 raise UserError(f"unexpected argument {argv[1]!r}; options begin with --")
             main(argv)
         except UserError as error:
-            _fail(error)
+            fail(error)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            _fail(
+            fail(
                 f"{error.filename or 'a file'}: {error.strerror}; what was measured is kept, run the same command again"
             )
         except Stopped as stopped:
@@ -67,7 +85,38 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error: object) -> None:
+def _refuse_endless_config(argv: Sequence[str]) -> None:
+    """Ends with one line where the config is a pipe or a device, which would be waited for while the flags are read."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.lstrip("-").partition("=")
+        path = (value or following).partition(":")[0]  # PATH:ARGUMENT
+        if word.startswith("-") and name == "config" and os.path.exists(path) and not os.path.isfile(path):
+            fail(f"--config={path}: is no regular file")
+
+
+def help_text(description: str, values: flags.FlagValues) -> str:
+    """What --help prints: what the command is for, and all of its options in one list."""
+    listed = flags.FlagValues()
+    for name, flag in {values[name].name: values[name] for name in values}.items():  # short names are no second ones
+        listed[name] = flag
+    text = f"{description.strip()}\n\nOptions:\n{listed.get_help(prefix='  ', include_special_flags=False)}"
+    if "config" in values:
+        text += "\n  --config.key=value: Any option of the config; configs/base.py has them all, with what they do."
+    return text
+
+
+def _own_flags() -> flags.FlagValues:
+    """The options of the command that runs, in whatever module of this project they are defined; none of libraries."""
+    own = flags.FlagValues()
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.partition(".")[0] == __package__:
+            for flag in defined:
+                own[flag.name] = flag
+    return own
+
+
+def fail(error: object) -> NoReturn:
+    """Ends the process with one line on stderr and exit status 2."""
     message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
     print("error:", message, file=sys.stderr)
     sys.exit(2)

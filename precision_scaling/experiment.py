@@ -1,6 +1,7 @@
 """From a config to the runs it asks for: checks every option and resolves it before anything is compiled or written.
 
-First stage of the data flow: `study` and `train` take the runs from here and group them into cohorts.
+`options` checks each option alone, this module what they mean to each other. First stage of the
+data flow: `study` and `train` take the runs from here and group them into cohorts.
 """
 
 import dataclasses
@@ -10,20 +11,17 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from precision_scaling import model, optimizer, precision, quantize, schedule, sizes
+from precision_scaling import model, optimizer, options, precision, quantize, rope, schedule, sizes
 from precision_scaling.data import tokenizer as tokenizers
-from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.errors import ConfigError
 from precision_scaling.formats import Format
 from precision_scaling.precision import Spec
 from precision_scaling.ptq import setting as ptq_setting
 from precision_scaling.schedule import Schedule
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +137,10 @@ def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
 
     vocab_size: of the tokenizer; the number of parameters depends on it.
     """
-    try:
-        _check_options(config)
-        points = list(_points(config))
-    except (KeyError, AttributeError) as error:
-        missing = " ".join(str(error).split())
-        raise UserError(f"the config has no option {missing}; allowed is one made from configs/base.py") from None
+    options.check(config)
+    _check_together(config)
     runs: dict[str, Run] = {}
-    for point in points:
+    for point in _points(config):
         run = _run(config, vocab_size, point)
         if run.id in runs:
             run = dataclasses.replace(run, ptq=run.ptq or runs[run.id].ptq)
@@ -201,41 +195,23 @@ def _points(config) -> Iterator[_Point]:
         spec, ptq = precision.from_options(config.precision), bool(config.ptq.methods)
         yield _Point(config.model.size, config.train.tokens, spec, config.train.seed, ptq, config.optimizer.schedule)
         return
-    lists = ("sizes", "tokens", "precisions", "seeds")
-    for name, part in config.study.grid.items():
-        for key in lists:
-            if not isinstance(part.get(key), tuple | list) or not part[key]:
-                raise ConfigError(f"study.grid.{name}.{key}", part.get(key), "a tuple that is not empty")
-        unknown = set(part) - {*lists, "ptq", "schedules"}
-        if unknown:
-            raise ConfigError(f"study.grid.{name}", sorted(unknown), f"{', '.join(lists)}, schedules, ptq")
-        schedules = part.get("schedules") or (config.optimizer.schedule,)
+    for part in config.study.grid.values():
+        schedules, ptq = part.get("schedules") or (config.optimizer.schedule,), part.get("ptq", False)
         for values in itertools.product(part.sizes, part.tokens, part.precisions, part.seeds, schedules):
             size, tokens, text, seed, schedule_name = values
-            yield _Point(size, tokens, precision.parse(text, config.precision), seed, bool(part.ptq), schedule_name)
+            yield _Point(size, tokens, precision.parse(text, config.precision), seed, ptq, schedule_name)
 
 
 def _run(config, vocab_size: int, point: _Point) -> Run:
     c, size, tokens, seed = config.optimizer, point.size, point.tokens, point.seed
     decoder = _model_config(config, vocab_size, size)
-    label = size or sizes.label(model.count_parameters(decoder)[0])
-    shape = Shape(label, decoder, config.train.batch_size, config.train.microbatches)
-    if isinstance(tokens, bool) or not isinstance(tokens, int | float):
-        raise ConfigError("train.tokens", tokens, "a number of tokens")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ConfigError("train.seed or study.grid.*.seeds", seed, "whole numbers from 0, below 2^31")
-    if point.schedule not in schedule.NAMES:
-        raise ConfigError(
-            "optimizer.schedule or study.grid.*.schedules", point.schedule, f"one of {', '.join(schedule.NAMES)}"
-        )
-    steps = int(tokens) // shape.tokens_per_step
-    if steps < 1:
-        raise ConfigError("train.tokens", tokens, f"at least one batch, {shape.tokens_per_step} tokens")
+    steps = _steps(config, tokens)
     warmup_steps = c.warmup_steps or max(1, round(c.warmup_fraction * steps))
     decay_steps = max(1, round(c.decay_fraction * steps)) if point.schedule == "wsd" else 0
     if warmup_steps + decay_steps > steps:
         key, value = ("warmup_steps", warmup_steps) if c.warmup_steps else ("decay_fraction", c.decay_fraction)
         raise ConfigError(f"optimizer.{key}", value, f"warm-up and decay within the run's {steps} steps")
+    shape = Shape(_label(size, decoder), decoder, config.train.batch_size, config.train.microbatches)
     precision.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
     for setting in ptq_setting.of_config(config.ptq) if point.ptq else ():
         setting.check_model(shape.model)
@@ -251,6 +227,27 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         schedule_name=point.schedule,
         decay_steps=decay_steps,
     )
+
+
+def _steps(config, tokens: float) -> int:
+    """The whole batches in so many tokens."""
+    tokens_per_step = config.train.batch_size * config.model.sequence_length
+    steps = int(tokens) // tokens_per_step
+    if steps < 1:
+        raise ConfigError("train.tokens", tokens, f"at least one batch, {tokens_per_step} tokens")
+    if steps > options.INT32:
+        raise ConfigError("train.tokens", tokens, f"at most {options.INT32:,} batches of {tokens_per_step} tokens")
+    return steps
+
+
+def _label(size: str, decoder: model.ModelConfig) -> str:
+    """What a shape is called: the size it was made from, where it has as many parameters as that, or by its number."""
+    if size:
+        named = dataclasses.asdict(sizes.named(size)) | {"kv_heads": 0, "head_width": 0}
+        of_size = dataclasses.replace(decoder, **named)
+        if decoder == of_size or model.count_parameters(decoder)[0] == model.count_parameters(of_size)[0]:
+            return size
+    return sizes.label(model.count_parameters(decoder)[0])
 
 
 def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelConfig:
@@ -281,8 +278,8 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelCo
         base_width=base.width if base else width,
         base_depth=base.depth if base else depth,
         dtype=c.dtype,
-        rope_theta=c.rope_theta,
-        norm_epsilon=c.norm_epsilon,
+        rope_theta=float(c.rope_theta),
+        norm_epsilon=float(c.norm_epsilon),
         remat=c.remat,
         # As many or as wide as by default is the default: the same model has one name.
         kv_heads=0 if c.kv_heads == heads else c.kv_heads,
@@ -291,6 +288,8 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> model.ModelCo
         norm_type=c.norm_type,
         qk_norm=c.qk_norm,
         tie_embeddings=c.tie_embeddings,
+        rope_scaling=c.rope_scaling,
+        qkv_bias=c.qkv_bias,
     )
 
 
@@ -323,62 +322,29 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
     return tuple(cohorts)
 
 
-def _check_options(config) -> None:
-    for name, allowed in {
-        "dtype": DTYPES,
-        "norm_placement": model.NORM_PLACEMENTS,
-        "norm_type": model.NORM_TYPES,
-        "qk_norm": model.QK_NORMS,
-        "remat": tuple(model.REMATS),
-    }.items():
-        if config.model[name] not in allowed:
-            raise ConfigError(f"model.{name}", config.model[name], f"one of {', '.join(allowed)}")
+def _check_together(config) -> None:
+    """Raises ConfigError for options that do not go together."""
+    rope.parse(config.model.rope_scaling)
     if config.model.imported and config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
     if config.model.imported and (spec := precision.from_options(config.precision)).settings:
         raise ConfigError("precision", spec.describe(), "bf16 for a model that was imported")
-    positive = {
-        "model": ("sequence_length", "rope_theta", "norm_epsilon"),
-        "optimizer": ("peak_rate", "epsilon"),
-        "train": ("tokens", "batch_size", "microbatches", "log_every", "steps_per_dispatch"),
-        "evaluate": ("sequences", "batch_size"),
-        "ptq": ("calibration_sequences",),
-        "study": ("lanes",),
-    }
-    for section, names in positive.items():
-        for name in names:
-            if not config[section][name] > 0:
-                raise ConfigError(f"{section}.{name}", config[section][name], "a number above 0")
-    for section, names in {
-        "model": ("width", "depth", "heads", "hidden", "kv_heads", "head_width", "vocab_size"),
-        "optimizer": ("weight_decay", "clip_norm", "warmup_steps", "z_loss"),
-        "train": ("rewinds",),
-    }.items():
-        for name in names:
-            if config[section][name] < 0:
-                raise ConfigError(f"{section}.{name}", config[section][name], "0 or more")
-    for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
-        if not 0 <= config.optimizer[name] <= 1:
-            raise ConfigError(f"optimizer.{name}", config.optimizer[name], "a fraction from 0 to 1")
-    try:
-        re.compile(config.optimizer.decayed)
-    except (re.error, TypeError) as error:
-        raise ConfigError("optimizer.decayed", config.optimizer.decayed, f"a regular expression ({error})") from None
-    for section, name in (("optimizer", "beta1"), ("optimizer", "beta2")):
-        if not 0 <= config[section][name] < 1:
-            raise ConfigError(f"{section}.{name}", config[section][name], "from 0 up to, but not, 1")
     if config.train.batch_size % config.train.microbatches:
         raise ConfigError("train.microbatches", config.train.microbatches, "a divisor of train.batch_size")
     if config.evaluate.sequences % config.evaluate.batch_size:
         raise ConfigError("evaluate.sequences", config.evaluate.sequences, "a multiple of evaluate.batch_size")
-    ptq_setting.of_config(config.ptq)
-    ptq_setting.check_bits(config.ptq)
+    if config.ptq.methods and not config.ptq.bits:
+        raise ConfigError("ptq.bits", config.ptq.bits, "at least one bit-width, or no ptq.methods")
 
 
 def vocab_size(tokenizer: str) -> int:
-    """Vocabulary that a tokenizer option stands for, without the corpus: what a plan is made with."""
+    """Vocabulary that a tokenizer option stands for, without the corpus: what a plan is made with.
+
+    Raises DataError for a tokenizer that does not exist.
+    """
+    tokenizers.identify(tokenizer)
     if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
         return int(match[1])
     if tokenizer.startswith("file:"):
-        return tokenizers.from_file(Path(tokenizer[len("file:") :]).expanduser(), tokenizer).vocab_size
+        return tokenizers.given(tokenizer).vocab_size
     return tokenizers.ByteTokenizer.vocab_size

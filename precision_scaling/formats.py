@@ -218,7 +218,7 @@ def parse(spec: object) -> Format:
         name = _ALIASES.get(name, name)
         fmt = _REGISTRY.get(name) or _unregistered(name)
     elif isinstance(spec, numbers.Real) and not isinstance(spec, bool):
-        fmt = _of_bits(float(spec))
+        fmt = _of_bits(spec)
     if fmt is None:
         raise FormatError(
             f"format {spec!r} is not known; allowed: a number of bits (whole from 2 to 15, or 16 and above for bf16), "
@@ -241,15 +241,15 @@ def shared_kind(specs: Iterable[object]) -> Kind | None:
 
 def _unregistered(name: str) -> Format | None:
     """The format of a name that follows a pattern: eXmY, eXmYfn, ml_dtypes' own names for these, a number of bits."""
-    match = re.fullmatch(r"(float\d+_)?e([1-8])m(\d\d?)(fn)?", name)
+    match = re.fullmatch(r"(float\d+_)?e([1-8])m(\d\d?)(fn)?", name, re.ASCII)
     if match:
         bits = 1 + int(match[2]) + int(match[3])
         if bits <= 16 and match[1] in (None, f"float{bits}_"):
             return floating(int(match[2]), int(match[3]), bool(match[4]))
-    return _of_bits(float(name)) if re.fullmatch(r"\d+(\.\d*)?", name) else None
+    return _of_bits(float(name)) if re.fullmatch(r"\d+(\.\d*)?", name, re.ASCII) else None
 
 
-def _of_bits(bits: float) -> Format | None:
+def _of_bits(bits: numbers.Real) -> Format | None:
     if 16 <= bits < math.inf:
         return _REGISTRY["bf16"]
     return _REGISTRY[f"int{int(bits)}"] if bits in range(2, 16) else None

@@ -6,6 +6,7 @@ can know (a clock, a signal, a file system's state) therefore goes through `larg
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ from precision_scaling.stopping import EXIT_AGAIN, Stopped
 # A process that stops answering is given up after so many seconds, and all others end.
 HEARTBEAT_SECONDS = 30
 
+flags.disclaim_key_flags()  # --help shows the flags with the command that defines them
+
 
 def define_flags() -> None:
     """The command-line options of a run on several processes."""
     flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, for a run of several processes.")
     flags.DEFINE_integer("num_processes", 0, "Processes of the run, the same number for all of them.", lower_bound=0)
-    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: not given.", lower_bound=-1)
     flags.DEFINE_bool(
         "distributed", False, "A run of several processes that find each other: on a TPU pod, under SLURM or MPI."
     )
@@ -45,6 +48,10 @@ def start() -> None:
         return
     options: dict[str, object] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if address:
+        if values.distributed:
+            raise UserError("--distributed with --coordinator_address: allowed is one of them")
+        if not re.fullmatch(r"[^\s:/]+:\d{1,5}|\[[^\s\]/]+\]:\d{1,5}", address, re.ASCII):
+            raise UserError(f"--coordinator_address={address}: allowed is HOST:PORT")
         if not 0 <= index < count:
             raise UserError(f"--process_id={index}: allowed is 0 or more, below --num_processes={count}")
         options |= {"coordinator_address": address, "num_processes": count, "process_id": index}

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import compilation, errors, precision, quantize, results
+from precision_scaling import command_flags, compilation, errors, files, precision, quantize
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -168,9 +168,9 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("signal to noise / dB")
     panels[1, 0].set_ylabel("zeroed (–), saturated (- -)")
-    drawing.suptitle(title, fontsize="medium")
-    with results.replacing(path) as temporary:
-        drawing.savefig(temporary, format="png", dpi=110)
+    drawing.suptitle(title, fontsize="medium", parse_math=False)
+    with files.replacing(path) as file:
+        drawing.savefig(file, format="png", dpi=110)
 
 
 def _trained(bench: Bench, wanted: str | None) -> list[Run]:
@@ -193,8 +193,7 @@ def _weakest(lines: Sequence[dict[str, Any]]) -> str:
 
 def _main(argv) -> None:
     del argv
-    workdir = Path(_WORKDIR.value).expanduser()
-    bench = bench_lib.reopen_bench(workdir)
+    bench = bench_lib.reopen_bench(_WORKDIR.value)
     available = bench.experiment.config.evaluate.sequences
     sequences = min(64, available) if _SEQUENCES.value is None else _SEQUENCES.value
     if sequences > available:
@@ -203,7 +202,7 @@ def _main(argv) -> None:
     for run in _trained(bench, _RUN.value):
         spec = run.precision
         if _PRECISION.value is not None:
-            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision)
+            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision, "--precision")
             precision.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
         if any(spec.get(name) for name in quantize.OPERANDS):
             jobs.append((run, spec))
@@ -213,13 +212,13 @@ def _main(argv) -> None:
         name = "layer-stats" + ("" if _PRECISION.value is None else f"-{_PRECISION.value.replace('/', '.')}")
         path = bench.directory(run) / f"{name}.csv"
         lines = of_run(bench, run, spec, sequences)
-        results.atomic_write(path, to_csv(lines))
+        files.atomic_write(path, to_csv(lines))
         draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))
         print(f"{path}: {len(lines)} operands{_weakest(lines)}")
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
+    _WORKDIR = command_flags.define_workdir("A workdir of train or study.")
     _RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.")
     _PRECISION = flags.DEFINE_string(
         "precision", None, "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given."

@@ -5,12 +5,14 @@
 
 import csv
 import gzip
+import io
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import results
+from precision_scaling import files, results
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
@@ -47,16 +49,17 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """{run: {measurement: rows}}."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     try:
-        with (gzip.open if table.suffix == ".gz" else open)(table, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError
-            for row in reader:
-                row = {name: _value(name, text) for name, text in row.items()}
-                found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, []).append(row)
+        content = files.read(table)
+        text = (gzip.decompress(content) if table.suffix == ".gz" else content).decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError
+        for row in reader:
+            row = {name: _value(name, text) for name, text in row.items()}
+            found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, []).append(row)
     except OSError as error:
         raise UserError(f"--rows={table}: {error.strerror or error}") from None
-    except (ValueError, csv.Error, EOFError, TypeError):
+    except (ValueError, csv.Error, EOFError, TypeError, zlib.error):
         raise UserError(f"--rows={table}: not a table; allowed is the runs.csv or runs.csv.gz of this study") from None
     return found
 

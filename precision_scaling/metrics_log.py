@@ -4,7 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from precision_scaling import results
+from absl import logging
+
+from precision_scaling import files
 from precision_scaling.step import StepMetrics
 
 FILE = "metrics.jsonl"
@@ -15,8 +17,7 @@ def append(path: Path, found: StepMetrics, first: int, last: int, every: int, st
 
     found: arrays of the steps from `first` on, counted from 1. step_tokens: of a step. speed: more of each line.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with files.appending(path) as file:
         for step, (loss, grad_norm, rate) in enumerate(zip(*found, strict=True), first):
             if step % every == 0 or step == last:
                 line = {
@@ -27,19 +28,35 @@ def append(path: Path, found: StepMetrics, first: int, last: int, every: int, st
                     "learning_rate": float(rate),
                     **speed,
                 }
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line).encode() + b"\n")
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which will be written again, and a line cut short by a kill."""
+    """Drops the lines after `step`, which will be written again, and a line cut short by a kill.
+
+    Nothing is computed from this file: of lines that are damaged the others are kept, with a warning.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line + "\n")
-    results.atomic_write(path, "".join(kept))
+    kept, damaged, last = [], 0, 0
+    *lines, _cut = files.read(path).split(b"\n")
+    for line in lines:
+        found = _step(line)
+        if found is None or found <= last:
+            damaged += 1
+        elif found <= step:
+            kept.append(line + b"\n")
+            last = found
+    if damaged:
+        logging.warning("%s: %d lines are damaged, and left out", path, damaged)
+    with files.replacing(path) as file:
+        file.write(b"".join(kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line, None where it is none of ours."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) and not isinstance(step, bool) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

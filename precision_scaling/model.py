@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from precision_scaling import quantize
+from precision_scaling import quantize, rope
 from precision_scaling.sharding import split_batch
 
 NORM_PLACEMENTS = ("pre", "post")
@@ -40,7 +40,8 @@ class ModelConfig:
     head_width: head dimension; 0 is width / heads. norm_placement: "pre" normalizes what a branch reads, "post" what it
     adds (OLMo 2, arXiv 2501.00656). norm_type: "rms" with gains, or "layer" without any parameters (OLMo, arXiv
     2402.00838). qk_norm: of queries and keys before they are rotated, over the "projection" (OLMo 2) or each "head".
-    tie_embeddings: the head multiplies by the embedding's table.
+    tie_embeddings: the head multiplies by the embedding's table. rope_scaling: how the rotary embedding's wavelengths
+    are stretched, see `rope`. qkv_bias: biases of queries, keys and values (Qwen 2, arXiv 2407.10671).
 
     remat: of REMATS. "full" recomputes each block from its input in the backward pass; "dots" keeps the results of the
     projections, and recomputes attention, norms and quantization.
@@ -64,6 +65,8 @@ class ModelConfig:
     norm_type: str = "rms"
     qk_norm: str = "none"
     tie_embeddings: bool = False
+    rope_scaling: str = ""
+    qkv_bias: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -133,10 +136,10 @@ class Linear(nn.Module):
         return quantize.linear(x, kernel.astype(x.dtype), self.program, table, key, self.names)
 
 
-def rotary(x_BxLxHxK, theta: float):
+def rotary(x_BxLxHxK, theta: float, scaling: str = ""):
     """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension."""
     length, head_dim = x_BxLxHxK.shape[1], x_BxLxHxK.shape[-1]
-    frequency_k = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency_k = rope.frequencies(head_dim, theta, scaling)
     angle_Lx1xk = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k)[:, None, :]
     cos, sin = jnp.cos(angle_Lx1xk), jnp.sin(angle_Lx1xk)
     first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
@@ -157,6 +160,9 @@ class Attention(nn.Module):
         self.out = Linear((c.width,), self.program)
         if c.qk_norm != "none":
             self.q_norm, self.k_norm = _norm(c), _norm(c)
+        if c.qkv_bias:
+            shape = (c.heads + 2 * c.key_heads, c.head_dim)
+            self.qkv_bias = self.param("qkv_bias", nn.initializers.zeros, shape, jnp.float32)
 
     def __call__(self, x_BxLxD, table, key=None):
         # Every product of a layer has a key of its own, by the number it goes by here.
@@ -167,11 +173,13 @@ class Attention(nn.Module):
         """What the heads read, side by side: (B, L, H·K). N: heads of queries, then of keys, then of values."""
         c = self.config
         batch, length = qkv_BxLxNxK.shape[:2]
+        if c.qkv_bias:
+            qkv_BxLxNxK = qkv_BxLxNxK + self.qkv_bias.astype(qkv_BxLxNxK.dtype)
         q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = jnp.split(qkv_BxLxNxK, (c.heads, c.heads + c.key_heads), axis=2)
         if c.qk_norm != "none":
             q_BxLxHxK, k_BxLxGxK = self._normalized(self.q_norm, q_BxLxHxK), self._normalized(self.k_norm, k_BxLxGxK)
-        q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta) * (1 / math.sqrt(c.head_dim))
-        k_BxLxGxK = rotary(k_BxLxGxK, c.rope_theta)
+        q_BxLxHxK = rotary(q_BxLxHxK, c.rope_theta, c.rope_scaling) * (1 / math.sqrt(c.head_dim))
+        k_BxLxGxK = rotary(k_BxLxGxK, c.rope_theta, c.rope_scaling)
         # Queries that share a key stand one after the other, as if they were positions: keys and values are quantized
         # and multiplied as they are, never repeated.
         shared = c.heads // c.key_heads

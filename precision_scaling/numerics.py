@@ -4,12 +4,14 @@ Pure functions of JAX arrays that take the grid of `formats` as traced scalars. 
 products; post-training quantization and the tests call them directly.
 """
 
+import functools
 import itertools
 import math
 import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from precision_scaling.formats import FormatError, Grid, Kind, parse
@@ -18,7 +20,7 @@ ROUNDINGS = ("nearest", "stochastic")
 
 _EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
-_LARGEST_SCALE = 2.0**126  # the inverse of anything larger is flushed to zero
+LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
 
 
 def fake_quant_array(
@@ -31,7 +33,8 @@ def fake_quant_array(
 ) -> jax.Array:
     """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
 
-    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN.
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; what is
+    finite stays so, and magnitudes below 2^-126, which XLA flushes, are zero.
 
     fmt: anything `formats.parse` takes.
     axis: the axes that share a scale; None is the whole tensor.
@@ -55,24 +58,26 @@ def fake_quant_grid(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """As `fake_quant_array`, with a traced grid: any of the formats that share `kind` (see `formats.shared_kind`)."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise FormatError(f"x is a {type(x).__name__}; allowed are floating-point arrays") from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise FormatError(f"x has dtype {x.dtype}; allowed are floating-point arrays")
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding {rounding!r} is not known; allowed: {', '.join(ROUNDINGS)}")
-    if rounding == "stochastic" and key is None:
-        raise FormatError("rounding 'stochastic' without a key; allowed: a JAX PRNG key, or rounding 'nearest'")
+    if rounding == "stochastic" and not _is_key(key):
+        found = "without a key" if key is None else f"with a key that is {type(key).__name__}"
+        raise FormatError(f"rounding 'stochastic' {found}; allowed: one JAX PRNG key, or rounding 'nearest'")
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
     if kind.family == "none" or x.size == 0:
         return x
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
     noise = rounding_noise(key, grouped_shape) if rounding == "stochastic" else None
     scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
-    # A scale of zero belongs to a block whose stored scale underflowed: the block is zero.
-    inverse = jnp.where(scale == 0, 0.0, 1 / scale)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
-    x_q = _round_to_grid(x_f32 * inverse, grid, kind, noise, saturate) * scale
+    x_q = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate) * scale
     x_q = x_q.reshape(x.shape).astype(x.dtype)
     return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
 
@@ -124,8 +129,8 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     """The float32 scale, of x's shape with `axes` (None: all) of length 1: x / scale has abs-max = grid.max_value.
 
-    Zeros get the smallest normal number. An infinity, a NaN or a magnitude so large that 1 / scale underflows gives a
-    scale that is not finite, which makes everything it scales NaN. The scale is 1 where the grid passes through.
+    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The
+    scale is 1 where the grid passes through.
     """
     scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
     return jnp.where(grid.passthrough > 0, 1.0, scale)
@@ -140,7 +145,10 @@ def scale_of(
     """
     magnitudes = jnp.abs(x)
     if kind.scale == "absmean" and not unsaturated:
-        return _fit(jnp.mean(magnitudes, axis=axes, keepdims=True), grid.max_value)
+        mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
+        # A sum can overflow where the mean does not.
+        shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
+        return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
     largest = jnp.max(magnitudes, axis=axes, keepdims=True)
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
@@ -162,6 +170,15 @@ def _straight_through_jvp(primals, tangents):
     return primals[1], tangents[0]
 
 
+def _is_key(key: object) -> bool:
+    """Whether something is one PRNG key, of the new style or, as unsigned integers, of the old."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+
+
 def _mix(h: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -180,17 +197,22 @@ def _grouping(
     shape: tuple[int, ...], axis: int | tuple[int, ...] | None, group_size: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape with `axis` split into groups, and the axes of that shape that share a scale."""
-    axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(range(len(shape))) if axis is None else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, tuple | list) else range(len(shape)) if axis is None else (axis,)
+    allowed = f"allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}, or different ones of them"
+    if any(isinstance(a, bool) or not isinstance(a, numbers.Integral) for a in axes):
+        raise FormatError(f"axis {axis!r} is no whole number; {allowed}")
     if any(not -len(shape) <= a < len(shape) for a in axes):
-        raise FormatError(f"axis {axis!r} is not in x; allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}")
-    axes = tuple(a % len(shape) for a in axes)
+        raise FormatError(f"axis {axis!r} is not in x; {allowed}")
+    axes = tuple(int(a) % len(shape) for a in axes)
+    if len(set(axes)) < len(axes):
+        raise FormatError(f"axis {axis!r} names one twice; {allowed}")
     if group_size is None:
         return shape, axes
     if not shape or (axis is not None and len(axes) != 1):
         raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is a single axis")
     split = axes[-1]
-    if not isinstance(group_size, numbers.Integral) or group_size < 1 or shape[split] % group_size:
-        length = shape[split]
+    length, whole = shape[split], isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool)
+    if not whole or group_size < 1 or length % group_size:
         raise FormatError(
             f"group_size {group_size!r} does not divide axis {split} of shape {shape}; allowed: divisors of {length}"
         )
@@ -201,17 +223,31 @@ def _fit(magnitude: jax.Array, max_value: jax.Array) -> jax.Array:
     # Correct rounding is what gives a quantized tensor the very same scale again. The vanishing term keeps XLA from
     # replacing the division by a product with a rounded inverse, which it does for every broadcast divisor.
     scale = jnp.maximum(magnitude / (max_value + 0 * magnitude), _SMALLEST_SCALE)
-    return jnp.where(scale > _LARGEST_SCALE, jnp.inf, scale)
+    # Of the largest floats, a scale that was rounded up makes the last level an infinity.
+    scale = jnp.where(jnp.isinf(scale * max_value), scale * (1 - 2.0**-22), scale)
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+
+def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, by a product with the inverse. A scale of zero belongs to a block whose stored scale underflowed: the
+    block is zero."""
+    shrink = jnp.where(scale > LARGEST_INVERTIBLE, 0.25, 1.0)
+    inverse = jnp.where(scale == 0, 0.0, 1 / (scale * shrink))
+    return x * shrink * inverse
 
 
 def _power_of_two_scale(largest: jax.Array, max_value: jax.Array, unsaturated: bool) -> jax.Array:
-    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate."""
+    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate.
+
+    E8M0 goes from 2^-127 to 2^127; 2^-127 is a subnormal float32, and what it would keep beside 2^-126 is, too.
+    """
     largest_bits = lax.bitcast_convert_type(largest, jnp.int32)
     max_bits = lax.bitcast_convert_type(jnp.asarray(max_value, jnp.float32), jnp.int32)
     exponent = (largest_bits >> 23) - (max_bits >> 23)
     if unsaturated:
         exponent += (largest_bits & 0x7FFFFF) > (max_bits & 0x7FFFFF)
-    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, 126) + 127) << 23, jnp.float32)
+    most = 254 - (max_bits >> 23)  # with any larger scale the last level is no float32
+    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, most) + 127) << 23, jnp.float32)
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 

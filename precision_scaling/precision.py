@@ -165,6 +165,21 @@ def from_options(options: Mapping[str, Any], preset: str | None = None, **replac
     replaced: formats by operand that take the place of the section's, with "/granularity" and "/rounding" if need be.
     Raises ConfigError for unknown values, and for values that contradict each other.
     """
+    spec = _resolve(options, preset, replaced)
+    if spec.native:
+        _check_native(spec)
+    return spec
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value of the config's `precision` section that does not exist, used or not.
+
+    Whether the values go together is another question: a study's grid may replace some of them.
+    """
+    _resolve(options, None, {})
+
+
+def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[str, str]) -> Spec:
     preset = options["preset"] if preset is None else preset
     if preset not in PRESETS:
         raise ConfigError("precision.preset", preset, f"one of {', '.join(PRESETS)}")
@@ -177,50 +192,53 @@ def from_options(options: Mapping[str, Any], preset: str | None = None, **replac
 
     settings, exact = {}, []
     for name in FORWARD + BACKWARD:
-        key = OPTIONS[name]
-        value = replaced.get(name, chosen(key)[0])
+        value = replaced.get(name, chosen(OPTIONS[name])[0])
+        granularity, rounding = chosen(f"{_GROUPS[name]}_granularity"), chosen(f"{_GROUPS[name]}_rounding")
+        _check_group(name, granularity[0], rounding[0])
         if name.startswith("s_") and value in _SOURCES:
             exact += [name.removeprefix("s_")] * (value == "exact")
             continue
-        setting = _setting(name, value, chosen(f"{_GROUPS[name]}_granularity"), chosen(f"{_GROUPS[name]}_rounding"))
+        setting = _setting(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
         if setting.format.family != "none":
             settings[name] = setting
     for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
-    spec = Spec(
+    return Spec(
         settings=tuple(settings.items()),
         # The exact saved operand is the forward one where that is not quantized.
         exact=tuple(name for name in exact if _partner(name) in settings),
         rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(settings)),
         native=chosen("mode")[0] == "native" and bool(settings),
     )
-    if spec.native:
-        _check_native(spec)
-    return spec
 
 
-def parse(text: str, options: Mapping[str, Any]) -> Spec:
+def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precisions") -> Spec:
     """The spec of a grid's shorthand; what it leaves out is as in the config's `precision` section.
 
     text: "bf16" (nothing is quantized), a preset, or parts with formats joined by "_": w, a, kv, g (incoming gradients
-    of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8".
+    of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
+    the place of what a preset before it, or the section, says; no part stands there twice. key: names text in errors.
     """
-    key = "study.grid.*.precisions"
     if text == "bf16":
         nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
         return from_options(options, **nothing)
     preset = next((name for name in PRESETS if text == name or text.startswith(f"{name}_")), None)
     parts = {**{name: (name,) for name in OPERANDS}, **PARTS}
-    words = text.split("_") if preset is None else text.removeprefix(preset).split("_")[1:]
-    replaced = {}
+    # Names of formats have a "_", too, but no part's name after it.
+    first, *words = re.split(r"_(?=[waqkvpg])", text.removeprefix(preset or ""))
+    words = [first, *words] if first or not preset else words
+    replaced: dict[str, str] = {}
     for word in words:
-        match = re.fullmatch(r"(kv|[waqkvpg])(.+)", word)
+        match = re.fullmatch(r"(kv|[waqkvpg])(\S+)", word)
         if not match:
             allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
             raise ConfigError(key, text, allowed)
-        _setting(parts[match[1]][0], match[2], ("tensor", False), ("nearest", False), f"{key} = {text!r}")
-        replaced |= dict.fromkeys(parts[match[1]], match[2])
+        names = parts[match[1]]
+        if replaced.keys() & set(names):
+            raise ConfigError(key, text, f"each part once, {match[1]} is there twice (kv is k and v)")
+        _setting(key, names[0], match[2], ("tensor", False), ("nearest", False), text)
+        replaced |= dict.fromkeys(names, match[2])
     return from_options(options, preset, **replaced)
 
 
@@ -229,14 +247,17 @@ def _partner(name: str) -> str:
     return next(b if name == a else a for a, b in quantize.PRODUCTS if name in (a, b))
 
 
-def _setting(name: str, value: object, granularity, rounding, key: str = "") -> Setting:
-    """One operand's setting, from "FORMAT[/GRANULARITY][/ROUNDING]" and the group's (value, given by the user)."""
-    key = key or f"precision.{OPTIONS[name]}"
+def _setting(key: str, name: str, value: object, granularity, rounding, shown: str = "") -> Setting:
+    """One operand's setting, from "FORMAT[/GRANULARITY][/ROUNDING]" and the group's (value, given by the user).
+
+    shown: what stands for the value in errors, the shorthand that it is a part of.
+    """
     text, *details = str(value).split("/")
     try:
         fmt = formats.parse(text)
     except formats.FormatError as error:
-        raise ConfigError(key, value, str(error).partition("allowed: ")[2] or str(error)) from None
+        allowed = str(error).partition("allowed: ")[2] or str(error)
+        raise ConfigError(key, shown or value, f"{allowed}; not {text!r}" if shown else allowed) from None
     shared, rounds = granularity, rounding
     for detail in details:
         if detail in ROUNDINGS and rounds is rounding:
@@ -245,22 +266,27 @@ def _setting(name: str, value: object, granularity, rounding, key: str = "") -> 
             shared = (detail, True)
         else:
             allowed = f"FORMAT[/GRANULARITY][/ROUNDING] of {', '.join(quantize.granularities(name) + ROUNDINGS)}"
-            raise ConfigError(key, value, allowed)
-    if not _is_granularity(name, shared[0]):
-        names = ", ".join(quantize.granularities(name))
-        raise ConfigError(f"precision.{_GROUPS[name]}_granularity", shared[0], f"one of {names} for {OPTIONS[name]}")
-    if rounds[0] not in ROUNDINGS:
-        raise ConfigError(f"precision.{_GROUPS[name]}_rounding", rounds[0], f"one of {', '.join(ROUNDINGS)}")
+            raise ConfigError(key, shown or value, allowed)
     if fmt.family == "block":
         own = f"group:{fmt.block_size}"
         if shared[1] and shared[0] != own:
-            raise ConfigError(key, f"{fmt.name} with granularity {shared[0]}", f"{own} for {fmt.name}, or none given")
+            found = shown or f"{fmt.name} with granularity {shared[0]}"
+            raise ConfigError(key, found, f"{own} for {fmt.name}, or none given")
         shared = (own, True)
     return Setting(fmt, shared[0], rounds[0])
 
 
+def _check_group(name: str, granularity: object, rounding: object) -> None:
+    """Raises ConfigError for what an operand's group of options cannot say."""
+    if not _is_granularity(name, granularity):
+        allowed = f"one of {', '.join(quantize.granularities(name))} for {OPTIONS[name]}"
+        raise ConfigError(f"precision.{_GROUPS[name]}_granularity", granularity, allowed)
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"precision.{_GROUPS[name]}_rounding", rounding, f"one of {', '.join(ROUNDINGS)}")
+
+
 def _is_granularity(name: str, text: object) -> bool:
-    return text in quantize.granularities(name)[:-1] or bool(re.fullmatch(r"group:[1-9]\d*", str(text)))
+    return text in quantize.granularities(name)[:-1] or bool(re.fullmatch(r"group:[1-9][0-9]*", str(text)))
 
 
 # Shapes

@@ -12,6 +12,8 @@ from absl import flags
 
 from precision_scaling import hosts
 
+flags.disclaim_key_flags()  # --help shows the flag with the command that defines it
+
 
 def define_flag() -> flags.FlagHolder[int]:
     """The option --profile."""

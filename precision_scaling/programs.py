@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from precision_scaling import compilation, hosts
 from precision_scaling import step as step_lib
 from precision_scaling.errors import ConfigError
+from precision_scaling.model import ModelConfig, count_parameters
 from precision_scaling.sharding import Layout, splitting
 from precision_scaling.step import RunInputs, Static
 
@@ -91,6 +92,20 @@ def lanes_that_fit(
     while found > fewest and needed(found) > most:
         found -= fewest
     return found
+
+
+def check_memory(layout: Layout, model: ModelConfig) -> None:
+    """ConfigError for a model whose parameters alone are more than the devices hold; before they are made."""
+    _, parameters = count_parameters(model)
+    needed, memory = 4 * parameters // (layout.sizes["fsdp"] * layout.sizes["tensor"]), device_memory(layout)
+    if needed > memory:
+        shape = f"width {model.width}, depth {model.depth} and a vocabulary of {model.vocab_size:,}"
+        raise ConfigError(
+            "model.size",
+            shape,
+            f"what fits a device's {memory / 2**30:.3g} GiB: the parameters need {needed / 2**30:.3g}; mesh.fsdp and "
+            "mesh.tensor divide them",
+        )
 
 
 def _bytes(static: Static, layout: Layout, lanes: int, inputs: RunInputs, tokens: jax.ShapeDtypeStruct) -> int:

@@ -237,7 +237,9 @@ class GridScale(aqt_calibration.Calibration):
     def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
         x_f32 = jax.lax.stop_gradient(x).astype(jnp.float32)
         unsaturated = self.operand.rounding == "stochastic"
-        return [numerics.scale_of(x_f32, context.grid, self.operand.kind, self.axes, unsaturated)], [], None
+        scale = numerics.scale_of(x_f32, context.grid, self.operand.kind, self.axes, unsaturated)
+        # AQT multiplies by the inverse, which is flushed to zero for a larger scale.
+        return [jnp.where(scale > numerics.LARGEST_INVERTIBLE, jnp.nan, scale)], [], None
 
 
 def _required(key: jax.Array | None) -> jax.Array:

@@ -1,18 +1,18 @@
-"""The table of a study: its columns, an atomically written file of rows per measurement, and runs.csv made from them.
+"""The table of a study: its columns, a sealed file of rows per measurement, and runs.csv made from them.
 
 Workers on many machines write different files and never share one; `gather` can be repeated at any time.
 """
 
-import contextlib
 import csv
 import io
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from precision_scaling import files
 from precision_scaling.errors import UserError
+from precision_scaling.files import atomic_write
 
 # The contract's columns first; readers ignore those they don't know.
 COLUMNS = (
@@ -37,35 +37,15 @@ COLUMNS = (
 ROW_FILES = "rows-*.json"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place when the block ends well: a reader sees all of it or what
-    was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    yield temporary
-    os.replace(temporary, path)
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Records the rows of one measurement ("trained", "gptq", ...) of a run."""
-    atomic_write(run_directory / f"rows-{measurement}.json", json.dumps(list(rows), indent=1) + "\n")
+    files.write_sealed(_path(run_directory, measurement), {"rows": list(rows)})
 
 
 def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
-    """The rows of one measurement; none where it was not made. UserError for a file that is not ours."""
-    path = run_directory / f"rows-{measurement}.json"
-    if not path.exists():
-        return []
-    return _load(path)
+    """The rows of one measurement; none where it was not made. UserError for a file that is not what was written."""
+    path = _path(run_directory, measurement)
+    return _load(path) if path.exists() else []
 
 
 def gather(workdir: Path) -> int:
@@ -85,11 +65,40 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, text.getvalue())
 
 
+def _path(run_directory: Path, measurement: str) -> Path:
+    return run_directory / f"rows-{measurement}.json"
+
+
 def _load(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not a file of rows; delete it and run the study again to measure it anew") from None
+        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
+        rows = found if isinstance(found, list) else found["rows"]
+        measurement = path.stem.removeprefix("rows-")
+        for row in rows:
+            _check(row, path.parent.name, "" if measurement == "trained" else measurement)
+        if len({row["P_post"] for row in rows}) < len(rows):
+            raise ValueError("two rows of one measurement")
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path}: not a file of rows ({reason}); delete it and run the study again to measure it anew"
+        ) from None
+
+
+def _check(row: dict[str, Any], run: str, method: str) -> None:
+    """Raises for what is no row of this run and method: the file's place says both, too."""
+    for name, value in {"run": run, "method": method}.items():
+        if row[name] != value:
+            raise ValueError(f"{name} is {row[name]!r}, {value!r} where it lies")
+    for name, may_lack in {"N": False, "D": False, "loss": True, "P_post": True}.items():
+        value = row[name]
+        if not (value is None and may_lack) and not (_is_number(value) and value >= 0):
+            raise ValueError(f"{name} is {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cell(value: Any) -> str:

@@ -4,33 +4,46 @@ Kept beside the run by `cohort`. A run that goes back to a checkpoint and on wit
 ended had the batch never been in its stream: which checkpoint that was, or a kill in between, changes nothing.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-from precision_scaling import results
+from precision_scaling import files
 from precision_scaling.errors import UserError
 
 FILE = "rewinds.json"
 
 
 def left_out(run_directory: Path) -> tuple[int, ...]:
-    """The batches of its stream that a run leaves out, in their order. UserError for a file that is not ours."""
-    path = run_directory / FILE
-    if not path.exists():
-        return ()
-    try:
-        return tuple(sorted(int(rewind["batch"]) for rewind in json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a list of rewinds; delete {run_directory} to train the run anew") from None
+    """The batches of its stream that a run leaves out, in their order. UserError for what was not written here."""
+    return tuple(sorted(rewind["batch"] for rewind in _read(run_directory)))
 
 
 def leave_out(run_directory: Path, step: int) -> int:
     """Records that a run goes back to do a step (counted from 0) without its batch; returns the batch's number."""
     path = run_directory / FILE
+    rewinds = _read(run_directory)
     batch = batch_of(step, left_out(run_directory))
-    rewinds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    results.atomic_write(path, json.dumps([*rewinds, {"step": step, "batch": batch}], indent=1) + "\n")
+    files.write_sealed(path, {"rewinds": [*rewinds, {"step": step, "batch": batch}]})
     return batch
+
+
+def _read(run_directory: Path) -> list[dict[str, Any]]:
+    path = run_directory / FILE
+    if not path.exists():
+        return []
+    try:
+        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
+        rewinds = found if isinstance(found, list) else found["rewinds"]
+        left_out: list[int] = []
+        for rewind in rewinds:
+            if rewind["batch"] != batch_of(rewind["step"], tuple(sorted(left_out))):
+                raise ValueError(f"step {rewind['step']} does not take batch {rewind['batch']}")
+            left_out.append(rewind["batch"])
+        return rewinds
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a list of rewinds ({error}); delete {run_directory} to train the run anew"
+        ) from None
 
 
 def batch_of(step: int, left_out: tuple[int, ...]) -> int:

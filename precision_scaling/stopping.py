@@ -11,11 +11,22 @@ from absl import flags
 
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on where this one stopped
 _STARTED = time.monotonic()  # of the process, nearly: imports come first
+_MOST_MINUTES = 60.0 * 24 * 365
+
+flags.disclaim_key_flags()  # --help shows the flag with the command that defines it
+
+
+class _Minutes(flags.FloatParser):
+    """A number between its bounds, which absl takes NaN to be."""
+
+    def is_outside_bounds(self, val: float) -> bool:
+        return not self.lower_bound <= val <= self.upper_bound
 
 
 def define_flag() -> flags.FlagHolder[float]:
     """The option --time_limit."""
-    return flags.DEFINE_float("time_limit", 0.0, "Minutes after which to end and exit with status 75; 0: none.")
+    text = "Minutes after which to end and exit with status 75; 0: none."
+    return flags.DEFINE(_Minutes(0.0, _MOST_MINUTES), "time_limit", 0.0, text)
 
 
 class Stopped(Exception):

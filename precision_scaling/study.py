@@ -1,5 +1,7 @@
 """A study: trains every run of a grid, quantizes and evaluates them, and leaves one row per measured loss in runs.csv.
 
+python -m precision_scaling.study --config=configs/study_cpu.py --workdir=DIR [--config.key=value ... --shard=0/4]
+
 The command of the data flow's middle: config in, workdir/runs.csv out. Safe to repeat: it does what is missing.
 """
 
@@ -14,19 +16,21 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
-from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import (
     checkpoint,
     cohort,
+    command_flags,
     errors,
     experiment,
+    files,
     hosts,
     locks,
     measured,
     model,
+    options,
+    patterns,
     precision,
     profiling,
     results,
@@ -39,6 +43,7 @@ from precision_scaling.cohort import Finished, table_of
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import WHOLE, Cohort, Experiment, Run, Share
 from precision_scaling.profiling import Profile
+from precision_scaling.progress import progress_bar
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.stopping import Stop
 
@@ -88,7 +93,7 @@ def train_missing(
     if not todo:
         return
     bar = {"unit": " tokens", "unit_scale": True, "desc": "training", "smoothing": 0.05}
-    with tqdm(total=total, disable=not hosts.primary(), **bar) as progress:
+    with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             record = functools.partial(_record, bench, group, written)
@@ -188,28 +193,27 @@ def parse_share(shard: str, only: str = "") -> Share:
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard={shard}: allowed is i/n with 0 <= i < n")
-    try:
-        re.compile(only)
-    except re.error as error:
-        raise UserError(f"--only={only}: allowed is a regular expression ({error})") from None
+    patterns.check("--only", only)
     return Share(int(match[1]), int(match[2]), only)
 
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    options.check(config)
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     share = parse_share(_SHARD.value, _ONLY.value)
     if _DRY_RUN.value or share.only:  # else the bench resolves the config, with the corpus at hand
         resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+        patterns.check("--only", share.only, (run.id for run in resolved.runs))
         if not Share(only=share.only).of(resolved.runs):
             raise UserError(f"--only={share.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
         if _DRY_RUN.value:
             print(plan_text(resolved, share))
             if _SETTINGS.value:
                 rows = [row for run in share.of(resolved.runs) for row in bench_lib.planned_rows(config, run)]
-                results.write_table(Path(_SETTINGS.value).expanduser(), rows)
+                results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
     sinks.check(config.train.sinks)
@@ -219,7 +223,7 @@ def _main(argv) -> None:
     warnings: list[str] = []
     with at_work(workdir, share, _TIME_LIMIT.value) as stop:
         if _ROWS.value and hosts.primary():
-            taken = measured.take_over(Path(_ROWS.value).expanduser(), bench)
+            taken = measured.take_over(files.expanded(_ROWS.value, "--rows"), bench)
             print(f"{taken} of {len(bench.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
         hosts.wait_for_all("took over rows")
         try:
@@ -236,8 +240,8 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study: checkpoints, metrics and runs.csv.")
+    _CONFIG = command_flags.define_config()
+    _WORKDIR = command_flags.define_workdir("Directory of the study: checkpoints, metrics and runs.csv.")
     _SHARD = flags.DEFINE_string(
         "shard", "0/1", "i/n: do the i-th of n shares of the study, so that n workers can share it."
     )

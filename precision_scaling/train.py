@@ -4,13 +4,11 @@ python -m precision_scaling.train --config=configs/base.py --workdir=DIR [--conf
 """
 
 import contextlib
-from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, hosts, profiling, results, sinks, stopping, study
+from precision_scaling import command_flags, errors, hosts, options, profiling, results, sinks, stopping, study
 from precision_scaling.errors import ConfigError
 from precision_scaling.experiment import WHOLE
 from precision_scaling.profiling import Profile
@@ -18,7 +16,8 @@ from precision_scaling.profiling import Profile
 
 def _main(argv) -> None:
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    options.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
     sinks.check(config.train.sinks)
@@ -38,8 +37,8 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any option in it can be overridden.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint, metrics and runs.csv.")
+    _CONFIG = command_flags.define_config()
+    _WORKDIR = command_flags.define_workdir("Directory of the run: checkpoint, metrics and runs.csv.")
     _TIME_LIMIT = stopping.define_flag()
     _PROFILE = profiling.define_flag()
     hosts.define_flags()

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from precision_scaling import checkpoint, cohort, results, study  # noqa: F401  imported once, for all processes
+from precision_scaling import checkpoint, cohort, files, results, study  # noqa: F401  imported once, for all processes
 
 
 def die() -> None:
@@ -71,7 +71,7 @@ def prepare(moment: str, workdir: Path) -> None:
     elif name == "in-cohort-checkpoint":
         kill_in_write_of_state(workdir, n)
     elif name == "before-lanes":
-        kill_at_call(results, "atomic_write", n, after=False, counts=lambda path, text: path.name == "lanes.json")
+        kill_at_call(files, "atomic_write", n, after=False, counts=lambda path, text: path.name == "lanes.json")
     elif name == "between-metrics-of-two-runs":
         kill_at_call(cohort._Trainer, "_log", n, after=False)
     elif name == "between-parameters-and-row":

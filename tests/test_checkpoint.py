@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,9 +20,14 @@ from precision_scaling.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
+class State(NamedTuple):
+    step: np.ndarray
+    kernel: np.ndarray
+
+
 def tree(seed=0):
     rng = np.random.default_rng(seed)
-    return {"kernel": rng.normal(size=(2, 64, 64)).astype(np.float32), "step": np.arange(2, dtype=np.int32)}
+    return State(np.array([seed, 7], np.int32), rng.normal(size=(2, 64, 64)).astype(np.float32))
 
 
 def abstract(lanes=2):
@@ -59,7 +65,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, damage):
     elif damage == "missing":
         file.unlink()
     elif damage == "other shape":
-        wanted = {**wanted, "kernel": jax.ShapeDtypeStruct((2, 32, 64), np.float32)}
+        wanted = wanted._replace(kernel=jax.ShapeDtypeStruct((2, 32, 64), np.float32))
     else:
         shutil.rmtree(path)
     with pytest.raises(UserError) as error:

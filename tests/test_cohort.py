@@ -197,7 +197,7 @@ def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
     bad = dataclasses.replace(by_name(bench.experiment.runs, "D768-wint4-s0"), peak_rate=1e38)
     (found,) = train([bad], tmp_path, rewinds=2).values()
     assert found.left_out == 2 and 1 <= found.diverged_step < 12
-    rewinds = json.loads((cohort_lib.run_directory(tmp_path, bad) / "rewinds.json").read_text())
+    rewinds = json.loads((cohort_lib.run_directory(tmp_path, bad) / "rewinds.json").read_text())["rewinds"]
     assert len({one["batch"] for one in rewinds}) == len(rewinds) == 2
 
 

@@ -1,12 +1,19 @@
 """What the commands say to a wrong word: exit status 2, one line on stderr, nothing written. And to a right one."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling.errors import UserError
+from precision_scaling.errors import UserError, help_text
 from precision_scaling.ptq import __main__ as ptq_command
+
+ROOT = Path(__file__).parent.parent
 
 
 def said(done, workdir) -> str:
@@ -52,12 +59,62 @@ def test_bits_that_cannot_be_and_files_that_are_no_configs(tmp_path):
         assert "\n" not in str(error.value)
 
 
+HOSTS = {"coordinator_address", "num_processes", "process_id", "[no]distributed"}
+OPTIONS = {
+    "precision_scaling.train": {"config", "config.key", "workdir", "time_limit", "profile", *HOSTS},
+    "precision_scaling.study": {"config", "config.key", "workdir", "time_limit", "profile", *HOSTS}
+    | {"shard", "only", "[no]dry_run", "rows", "settings"},
+    "precision_scaling.ptq": {"workdir", "method", "bits", "[no]save", "group_size", "[no]asymmetric", "[no]act_order"}
+    | {"[no]clip", "smoothing", "granularity"},
+    "precision_scaling.layer_stats": {"workdir", "run", "precision", "sequences"},
+    "precision_scaling.huggingface": {
+        "config",
+        "config.key",
+        "workdir",
+        "model",
+        "tokens",
+        "sequence_length",
+        "run",
+        "out",
+    },
+    "analysis.compare": {"runs", "out", "laws", "where", "tied", "starts", "seed"},
+    "analysis.report": {"runs", "out", "laws", "where", "bootstrap", "seed"},
+}
+
+
+def listed(help_text: str) -> set[str]:
+    return set(re.findall(r"^  --([\w.\[\]-]+)", help_text, re.MULTILINE))
+
+
 @pytest.mark.slow
-def test_help_says_what_a_command_does(run_command):
-    for module, word in (("train", "--workdir"), ("study", "dry_run"), ("ptq", "--bits")):
-        done = run_command(f"precision_scaling.{module}", "--help")
-        assert "Traceback" not in done.stderr and word.strip("-") in done.stdout
-        assert done.returncode == 0
+@pytest.mark.parametrize("module", OPTIONS)
+def test_help_anywhere_lists_all_options_of_a_command_and_does_nothing_else(module, tmp_path):
+    workdir = tmp_path / "w"
+    command = [sys.executable, "-m", module, f"--workdir={workdir}", "--help", "--config=configs/none.py"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # asking for a device would fail
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and not workdir.exists()
+    assert f"python -m {module} " in done.stdout.split("Options:")[0]
+    assert listed(done.stdout) == OPTIONS[module]
+
+
+def test_help_lists_what_is_given_in_one_list_without_files_of_this_machine():
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Where.", flag_values=values)
+    flags.DEFINE_bool("again", False, "Whether.", short_name="a", flag_values=values)
+    expected = "What for.\n\nOptions:\n  -a,--[no]again: Whether.\n    (default: 'false')\n  --workdir: Where."
+    assert help_text("\nWhat for.\n", values) == expected
+
+
+def test_every_command_has_the_same_frame():
+    """So --help of each is the one that is tried above."""
+    sources = [path for name in ("precision_scaling", "analysis", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    texts = {path: path.read_text().split('\nif __name__ == "__main__":\n') for path in sources}
+    ends = {path: parts[1] for path, parts in texts.items() if len(parts) > 1}
+    del ends[ROOT / "precision_scaling" / "data" / "workers.py"]  # a process of its own, and no command
+    assert len(ends) >= 20
+    for path, end in ends.items():
+        assert re.search(r"(errors|command)\.run\(.*\)\n\Z", end), path
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(run_command, tmp_path):

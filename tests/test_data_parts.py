@@ -15,7 +15,7 @@ import pytest
 
 from precision_scaling.data import DataError, remote, tokenize, tokens, workers
 from precision_scaling.data.loader import Loader
-from precision_scaling.data.parts import TokenParts, open_tokens
+from precision_scaling.data.parts import Content, TokenParts, open_tokens
 from precision_scaling.data.tokens import Corpus
 
 ROOT = Path(__file__).parent.parent
@@ -130,15 +130,16 @@ def test_a_loader_reads_the_same_batches_from_parts_as_from_one_file(tmp_path, t
 
 
 def test_files_that_are_not_what_they_should_be_are_refused(tmp_path):
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path, count in zip(paths, (3, 2), strict=True):
-        np.arange(count, dtype=np.uint16).tofile(path)
-    assert np.asarray(open_tokens(paths, [3, 2], np.dtype(np.uint16))).tolist() == [0, 1, 2, 0, 1]
-    assert len(open_tokens([], [], np.dtype(np.uint16))) == 0
+    dtype = np.dtype(np.uint16)
+    of_counts = lambda *counts: [Content(tmp_path / "abc"[i], count, dtype) for i, count in enumerate(counts)]
+    for name, count in (("a", 3), ("b", 2)):
+        np.arange(count, dtype=dtype).tofile(tmp_path / name)
+    assert np.asarray(open_tokens(of_counts(3, 2), dtype)).tolist() == [0, 1, 2, 0, 1]
+    assert len(open_tokens([], dtype)) == 0
     with pytest.raises(ValueError, match="b has 4 bytes, not 6"):
-        open_tokens(paths, [3, 3], np.dtype(np.uint16))
+        open_tokens(of_counts(3, 3), dtype)
     with pytest.raises(FileNotFoundError):
-        open_tokens([*paths, tmp_path / "c"], [3, 2, 1], np.dtype(np.uint16))
+        open_tokens(of_counts(3, 2, 1), dtype)
 
 
 def test_token_files_on_an_object_store_are_made_once_for_all_machines(tmp_path, tree, whole, small_parts, monkeypatch):

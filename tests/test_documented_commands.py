@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
+
+from precision_scaling import command_flags
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = (ROOT / "docs" / "launch.md").read_text()
@@ -35,18 +36,9 @@ def test_a_documented_dry_run_prints_what_the_document_shows(command, output):
     assert done.stdout == output
 
 
-def test_every_launch_script_has_a_dry_run_in_the_documents_and_help():
-    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {
-        "setup.sh",
-        "test.sh",
-        "tpu_arguments.sh",
-        "tpu_worker.sh",
-    }
-    shown = {name for command, _ in sessions(LAUNCH) for name in scripts if f"launch/{name} " in command}
-    assert shown == scripts
-    for name in scripts:
-        done = subprocess.run(["bash", f"launch/{name}", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and "--dry_run" in done.stdout
+def test_every_launch_script_has_a_dry_run_in_the_documents():
+    scripts = {path.name for path in (ROOT / "launch").iterdir()} - {"arguments.sh", "slurm_job.sh", "tpu_worker.sh"}
+    assert {name for command, _ in sessions(LAUNCH) for name in scripts if f"launch/{name} " in command} == scripts
 
 
 def overrides() -> list[tuple[str, str, str]]:
@@ -62,7 +54,7 @@ def overrides() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("document", "key", "value"), overrides())
 def test_a_documented_override_is_parsed(document, key, value, monkeypatch):
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    command_flags.define_config(values=values)
     arguments = ["command", f"--config={ROOT / 'configs' / 'base.py'}", *shlex.split(f"--config.{key}={value}")]
     monkeypatch.setattr("sys.argv", arguments)  # where ml_collections looks for overrides
     values(arguments)
@@ -70,8 +62,7 @@ def test_a_documented_override_is_parsed(document, key, value, monkeypatch):
     for part in key.split("."):
         config = config[part]
     config = ",".join(map(str, config)) if isinstance(config, tuple) else config
-    texts = {str(value).strip("'\""), str(value).replace("_", "")}
-    assert str(config) in texts or str(config) == str(float(value.replace("_", "")))
+    assert str(config) == str(value).strip("'\"") or float(config) == float(value)
 
 
 def test_overrides_are_found_in_the_documents():

@@ -8,7 +8,7 @@ import pytest
 from configs import base
 from precision_scaling import bench as bench_lib
 from precision_scaling import experiment
-from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.errors import UserError
 
 
 def resolve(**options):
@@ -82,6 +82,31 @@ def test_a_shape_without_a_name_is_called_by_its_parameters_and_is_its_own_base(
     assert padded.id != run.id and padded.shape.model.vocab_size == 512
 
 
+def test_a_shape_that_is_not_its_sizes_is_called_by_its_parameters():
+    """The named sizes keep their names; so do shapes with as many parameters, whatever else is changed."""
+    (named,) = resolve().runs
+    assert named.shape.size == "25k" and named.id == "25k-D999424-bf16-s0-f5bbd6"
+    # Two layers of 4·64² + 3·64·176 + 2·64, and 64: 100,672; the width alone sets 8/3 of it as the hidden width.
+    (wide,) = resolve(model__width=64).runs
+    assert wide.shape.size == "101k" and wide.id.startswith("101k-")
+    # With the 88 hidden units of size 25k two layers have 2·(4·64² + 3·64·88 + 2·64) + 64 = 66,880 parameters.
+    (narrow,) = resolve(model__width=64, model__hidden=88).runs
+    assert narrow.shape.size == "66.9k"
+    for changed, size in (
+        ({"model__heads": 4}, "25k"),
+        ({"model__head_width": 16}, "25k"),
+        ({"model__qk_norm": "head"}, "25k"),
+        ({"model__tie_embeddings": True}, "25k"),
+        ({"model__depth": 1}, "12.6k"),
+        ({"model__kv_heads": 1}, "23.2k"),
+    ):
+        (run,) = resolve(**changed).runs
+        assert run.shape.size == size, changed
+    part = {"sizes": ("14k", "25k"), "tokens": (10_000,)}
+    runs = resolve(grid={"one": part}, model__width=64).runs  # they differ in their heads alone
+    assert [run.shape.size for run in runs] == ["101k", "101k"] and len({run.id for run in runs}) == 2
+
+
 def test_a_config_read_back_from_json_gives_the_same_runs():
     config = base.get_config()
     config.study.grid.one = base.grid(**GRID["one"])
@@ -137,22 +162,22 @@ BAD = [
     ({"model__qk_norm": "on"}, "model.qk_norm", "none, projection, head"),
     ({"model__imported": "olmo@1", "precision__weights": "int4"}, "precision", "bf16"),
     ({"model__dtype": "float16"}, "model.dtype", "bfloat16"),
-    ({"model__sequence_length": 0}, "model.sequence_length", "above 0"),
+    ({"model__sequence_length": 0}, "model.sequence_length", "from 1"),
     ({"train__tokens": 1023}, "train.tokens", "1024"),
-    ({"train__batch_size": 0}, "train.batch_size", "above 0"),
+    ({"train__batch_size": 0}, "train.batch_size", "from 1"),
     ({"train__microbatches": 3}, "train.microbatches", "divisor"),
-    ({"train__steps_per_dispatch": 0}, "train.steps_per_dispatch", "above 0"),
+    ({"train__steps_per_dispatch": 0}, "train.steps_per_dispatch", "from 1"),
     ({"evaluate__sequences": 100}, "evaluate.sequences", "multiple"),
     ({"optimizer__peak_rate": 0.0}, "optimizer.peak_rate", "above 0"),
     ({"optimizer__peak_rate": float("nan")}, "optimizer.peak_rate", "above 0"),
     ({"optimizer__beta2": 1.0}, "optimizer.beta2", "not, 1"),
     ({"optimizer__warmup_fraction": 1.5}, "optimizer.warmup_fraction", "0 to 1"),
-    ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm", "0 or more"),
+    ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm", "from 0"),
     ({"ptq__methods": ("gptq", "magic")}, "ptq.methods", "magic"),
     ({"ptq__bits": (3, 1)}, "ptq.bits", "2 to 8"),
     ({"ptq__bits": (3, 4.5)}, "ptq.bits", "4.5"),
     ({"ptq__bits": ("3",)}, "ptq.bits", "whole"),
-    ({"study__lanes": 0}, "study.lanes", "above 0"),
+    ({"study__lanes": 0}, "study.lanes", "from 1"),
     (grid_of(precisions=("w4_b8",)), "precisions", "w4_b8"),
     (grid_of(precisions=("w1",)), "precisions", "w1"),
     (grid_of(precisions=("w",)), "precisions", "'w'"),
@@ -177,7 +202,7 @@ def test_parts_of_a_grid_with_unknown_entries_are_refused():
     config = base.get_config()
     part = base.grid(("25k",), (10_000,)).to_dict()
     config.study.grid.one = ml_collections.ConfigDict({**part, "precision": ("w4",)})
-    with pytest.raises(ConfigError, match="precision"):
+    with pytest.raises(UserError, match=r"did you mean config\.study\.grid\.one\.precisions"):
         experiment.resolve(config, 257)
 
 

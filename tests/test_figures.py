@@ -237,6 +237,19 @@ def test_schedules_are_drawn_where_there_are_two(evidence):
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"cosine", "constant"}
 
 
+def test_names_with_dollar_signs_are_drawn_as_they_stand(tmp_path):
+    strange = [r"\frac$\nothing$", "$x$"]
+    rows = paper_rows(method="gptq") + [
+        {**r, "method": name, "loss": r["loss"] + 0.01}
+        for name in strange
+        for r in paper_rows()
+        if np.isfinite(r["P_post"])
+    ]
+    entry = next(entry for entry in GALLERY if entry.draw is ptq.methods)
+    (drawn,) = draw_all(Evidence(table_of(rows)), tmp_path, (entry,))
+    assert [path.suffix for path in drawn.paths] == [".png", ".svg"]
+
+
 def test_palette_keeps_its_distances_under_colour_blindness():
     """Machado et al. (2009) matrices for severe deuteranopia and protanopia; the first four categories must stay
     apart.

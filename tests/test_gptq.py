@@ -334,6 +334,20 @@ def test_kernels_of_one_row_or_column(shape):
     np.testing.assert_array_equal(gptq.quantize_kernel(np.zeros_like(kernel), hessian, 4), 0)
 
 
+@pytest.mark.parametrize(
+    ("damping", "used"),
+    [(-1.0, 1e-6), (0.0, 0.0), (0.25, 0.25), (1e9, 1e9), (-np.inf, 1e-6), (np.nan, np.nan)],
+)
+def test_the_search_for_a_damping_ends_wherever_it_starts(damping, used):
+    """The commands refuse what is below zero; a program that is given it all the same goes on from the smallest one."""
+    _, hessian = problem()
+    factor = gptq.factorize(jnp.asarray(hessian), damping=damping)
+    np.testing.assert_allclose(factor.damping, used, rtol=1e-5)
+    assert factor.ok == np.isfinite(used)
+    unusable_one = gptq.factorize(-jnp.asarray(hessian), damping=damping)
+    assert damping == 1e9 or not unusable_one.ok
+
+
 def unusable():
     kernel, hessian = problem()
     nan, infinite, indefinite = hessian.copy(), hessian.copy(), hessian.copy()
@@ -380,6 +394,9 @@ def test_a_bad_layer_does_not_spoil_the_others_of_its_batch():
         {"group_size": 0},
         {"damping": -1},
         {"damping": float("nan")},
+        {"damping": float("inf")},
+        {"damping": "0.01"},
+        {"damping": True},
         {"hessian": np.eye(31)},
         {"hessian": np.triu(np.ones((32, 32)))},
         {"kernel": np.ones(32)},

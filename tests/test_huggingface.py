@@ -15,7 +15,7 @@ from precision_scaling import bench as bench_lib
 from precision_scaling import checkpoint, model, results, study
 from precision_scaling.cohort import Finished
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.huggingface import architectures, safetensors
+from precision_scaling.huggingface import architectures, config_json, safetensors
 from precision_scaling.huggingface.directory import open_pretrained, write_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
 from precision_scaling.model import Decoder, ModelConfig
@@ -27,7 +27,14 @@ SHAPE = {"vocab_size": 29, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "s
 MODELS = {
     "OlmoForCausalLM": {"norm_type": "layer", "tie_embeddings": True},
     "Olmo2ForCausalLM": {"norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "rope_theta": 500.0},
-    "LlamaForCausalLM": {"kv_heads": 1, "head_width": 6, "norm_epsilon": 1e-3},
+    "LlamaForCausalLM": {
+        "kv_heads": 1,
+        "head_width": 6,
+        "norm_epsilon": 1e-3,
+        "rope_theta": 50.0,
+        "rope_scaling": "llama3:8,1,4,12",
+    },
+    "Qwen2ForCausalLM": {"kv_heads": 2, "qkv_bias": True, "rope_scaling": "linear:2.5"},
     "Qwen3ForCausalLM": {"kv_heads": 2, "head_width": 10, "qk_norm": "head", "tie_embeddings": True},
 }
 
@@ -64,8 +71,17 @@ OLMO_2 = {
 }
 
 
+def of_family(name):
+    """That config.json in another family, which must have the same keys."""
+    return {**OLMO_2, "architectures": [name], "model_type": architectures.ARCHITECTURES[name].model_type}
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
 def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
-    options = architectures.model_options(OLMO_2)
+    options = config_json.model_options(OLMO_2)
     assert options == {
         "vocab_size": 100352,
         "width": 2048,
@@ -75,31 +91,33 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
         "kv_heads": 0,
         "head_width": 0,
         "rope_theta": 500_000.0,
+        "rope_scaling": "",
         "norm_epsilon": 1e-6,
         "norm_placement": "post",
         "norm_type": "rms",
         "qk_norm": "projection",
+        "qkv_bias": False,
         "tie_embeddings": False,
     }
     # 16 layers of 4·2048² + 3·2048·8192, gains of 2 norms, of q and of k, and the last one.
     config = ModelConfig(**options, sequence_length=64, base_width=2048, base_depth=16)
     assert model.count_parameters(config)[0] == 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 4 * 2048) + 2048
     llama = {
-        **OLMO_2,
-        "architectures": ["LlamaForCausalLM"],
+        **of_family("LlamaForCausalLM"),
         "num_key_value_heads": 4,
         "head_dim": 64,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
+    del llama["rope_theta"]
     changed = {"kv_heads": 4, "head_width": 64, "tie_embeddings": True, "rope_theta": 1e6}
-    assert architectures.model_options(llama) == {**options, **changed, "norm_placement": "pre", "qk_norm": "none"}
+    assert config_json.model_options(llama) == {**options, **changed, "norm_placement": "pre", "qk_norm": "none"}
     # OLMo's norm has its epsilon in the code, and Qwen 3 a head dimension that is not the quotient.
-    olmo = architectures.model_options({**OLMO_2, "architectures": ["OlmoForCausalLM"]})
+    olmo = config_json.model_options(without(of_family("OlmoForCausalLM"), "rms_norm_eps"))
     assert olmo["norm_epsilon"] == 1e-5 and olmo["norm_type"] == "layer"
-    assert architectures.model_options({**OLMO_2, "architectures": ["Qwen3ForCausalLM"]})["head_width"] == 0
-    narrow = {**OLMO_2, "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "num_key_value_heads": 8}
-    assert architectures.model_options(narrow)["head_width"] == 128
+    assert config_json.model_options(of_family("Qwen3ForCausalLM"))["head_width"] == 0
+    narrow = {**of_family("Qwen3ForCausalLM"), "hidden_size": 1024, "num_key_value_heads": 8}
+    assert config_json.model_options(narrow)["head_width"] == 128
 
 
 @pytest.mark.parametrize(
@@ -112,8 +130,9 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
         ({"mlp_bias": True}, "True"),
         ({"use_sliding_window": True}, "True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "0"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "yarn"),
         ({"partial_rotary_factor": 0.5}, "0.5"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -127,7 +146,7 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
 )
 def test_what_our_decoder_lacks_is_one_line_with_key_value_and_allowed(changed, value):
     with pytest.raises(UserError) as error:
-        architectures.model_options({**OLMO_2, **changed})
+        config_json.model_options({**OLMO_2, **changed})
     message = str(error.value)
     assert next(iter(changed)) in message and value in message and "allowed is" in message and "\n" not in message
 
@@ -136,8 +155,8 @@ def test_what_our_decoder_lacks_is_one_line_with_key_value_and_allowed(changed, 
 def test_config_json_of_a_decoder_gives_it_back(name):
     config = decoder(name)
     assert architectures.architecture_of(config) == name
-    described = json.loads(json.dumps(architectures.config_json(config)))
-    again = ModelConfig(**architectures.model_options(described), sequence_length=12, base_width=16, base_depth=2)
+    described = json.loads(json.dumps(config_json.described(config)))
+    again = ModelConfig(**config_json.model_options(described), sequence_length=12, base_width=16, base_depth=2)
     assert again == config
 
 
@@ -355,7 +374,7 @@ def test_what_cannot_be_imported_or_exported_leaves_no_workdir(trained, tiny_con
             import_model(tmp_path / "model", new, tokens, tiny_config(**options), *length)
         assert "\n" not in str(error.value) and not new.exists()
     (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: No such file"):
         import_model(tmp_path / "model", new, 1e6, tiny_config())
     with pytest.raises(UserError, match="--out="):
         export_run(workdir, tmp_path / "model")
@@ -408,7 +427,7 @@ def test_logits_of_a_model_made_by_transformers_are_the_same_here(name, transfor
     import torch
 
     torch.manual_seed(0)
-    ours = architectures.config_json(decoder(name), initializer_range=0.3, bos_token_id=None, eos_token_id=0)
+    ours = config_json.described(decoder(name), initializer_range=0.3, bos_token_id=None, eos_token_id=0)
     # Only what a user would write; max_position_embeddings and defaults are transformers'.
     config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**{**ours, "pad_token_id": None})
     theirs = getattr(transformers, name)(config)

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from odd_values import TEXTS
 
 ROOT = Path(__file__).parent.parent
 STUDY, RUN = ("launch/slurm_study.sbatch", "launch/slurm_run.sbatch")
-AWKWARD = ["--config=my study.py", "--workdir=w", '--config.data.root=it\'s $(a) "dir"', ""]
+AWKWARD = ["--config=my study.py", "--workdir=w", *(f"--config.data.root={text}" for text in TEXTS)]
 
 
 def bash(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -28,8 +29,8 @@ def test_the_dry_run_of_a_study_prints_what_each_task_runs():
 
 
 def test_the_dry_run_of_a_run_prints_its_step():
-    done = bash(RUN, "--dry_run", "-m", "precision_scaling.train", *AWKWARD, PYTHON="/opt/my python")
-    step = ["srun", "--kill-on-bad-exit=1", "/opt/my python", "-m", "precision_scaling.train", *AWKWARD]
+    done = bash(RUN, "--dry_run", "-m", "precision_scaling.train", *AWKWARD, "", PYTHON="/opt/my python")
+    step = ["srun", "--kill-on-bad-exit=1", "/opt/my python", "-m", "precision_scaling.train", *AWKWARD, ""]
     assert shlex.split(done.stdout) == step
 
 
@@ -38,8 +39,8 @@ def test_the_dry_run_of_a_run_prints_its_step():
     [
         (STUDY, [], "the study is missing"),
         (STUDY, ["--config=x"], "submit it with sbatch --array"),
-        (STUDY, ["--config=x", "--shard=0/2"], "--shard=0/2: every task"),
-        (STUDY, ["--config=x", "--dry_run"], "--tasks=: allowed is a whole number"),
+        (STUDY, ["--config=x", "--shard=0/2"], "--shard=0/2: every process"),
+        (STUDY, ["--config=x", "--dry_run"], "--tasks=N is missing"),
         (STUDY, ["--config=x", "--tasks=8"], "sbatch has --array=0-7"),
         (RUN, [], "the command is missing"),
         (RUN, ["-m", "precision_scaling.train"], "submit it with sbatch"),
@@ -89,6 +90,18 @@ while true; do sleep 0.1; done
 """
 
 
+@pytest.mark.parametrize("script", [STUDY, RUN])
+def test_the_copy_that_slurm_runs_finds_the_rest_where_it_was_submitted(tmp_path, script):
+    copy = shutil.copy(ROOT / script, tmp_path / "slurm_script")
+    arguments = ["--dry_run", "--tasks=1", "--config=x"] if script == STUDY else ["--dry_run", "x"]
+    done = bash(str(copy), *arguments)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == bash(script, *arguments).stdout
+    lost = subprocess.run(["bash", copy, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert lost.returncode == 2 and lost.stdout == ""
+    (line,) = lost.stderr.splitlines()
+    assert line == f"error: no launch/slurm_job.sh in {tmp_path}: submit from the project's directory"
+
+
 def test_asked_to_stop_a_task_saves_and_goes_back_into_the_queue(tmp_path):
     saved, started, calls = (tmp_path / name for name in ("saved", "started", "calls"))
     python = executable(tmp_path / "python", SAVES.format(saved=saved, started=started))
@@ -102,6 +115,19 @@ def test_asked_to_stop_a_task_saves_and_goes_back_into_the_queue(tmp_path):
     job.communicate(timeout=30)
     assert saved.read_text() == "-m precision_scaling.study --config=x --shard=1/2\n"
     assert calls.read_text() == "requeue 7_1\n"
+
+
+def test_a_task_that_was_done_when_it_was_asked_to_stop_stays_so(tmp_path):
+    saved, started, calls = (tmp_path / name for name in ("saved", "started", "calls"))
+    python = executable(tmp_path / "python", SAVES.format(saved=saved, started=started).replace("exit 143", "exit 0"))
+    executable(tmp_path / "scontrol", f'#!/bin/sh\necho "$@" >>"{calls}"\nkill -KILL $PPID\n')
+    environment = {**os.environ, **array(1, 0, 1, 2), "PYTHON": str(python)}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    job = subprocess.Popen(["bash", STUDY, "--config=x"], cwd=ROOT, env=environment)
+    wait_for(started.exists)
+    job.terminate()
+    assert job.wait(timeout=30) == 0
+    assert saved.exists() and not calls.exists()
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,17 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from odd_values import TEXTS
 
 ROOT = Path(__file__).parent.parent
-AWKWARD = ["it's", 'a "quoted" word', "$(exit 9) `exit 9`", "back\\slash", "semi;colon & | > <", "*", "", "é\nline"]
+AWKWARD = [text for text in TEXTS if text != "-h"]  # which is asked of the scripts themselves
 # Writes its arguments down beside its workdir, then does what its first argument says.
 PROGRAM = """
 import json, os, pathlib, sys, time
@@ -70,6 +72,11 @@ class Cloud:
 
     def queued(self, action: str) -> list[list[str]]:
         return self.calls("compute", "tpus", "queued-resources", action)
+
+
+def copy_launch(project: Path) -> None:
+    """Puts the scripts where a worker has them."""
+    shutil.copytree(ROOT / "launch", project / "launch")
 
 
 @pytest.fixture
@@ -175,12 +182,12 @@ def test_run_again_waits_for_the_command_that_is_still_running(cloud):
     """The side that waits was stopped; the slice works on, and is not disturbed."""
     project = cloud.home / "slice" / "worker0" / "precision_scaling"
     (cloud.home / "slice" / "worker1").mkdir(parents=True)
-    (project / "launch").mkdir(parents=True)
     (cloud.home / "slice" / "states").write_text("ACTIVE")
-    (project / "launch" / "tpu_worker.sh").write_bytes((ROOT / "launch" / "tpu_worker.sh").read_bytes())
+    copy_launch(project)
     gate = cloud.home / "gate"
     program = (
-        f"import os, time; open('started', 'a').write('x')\nwhile not os.path.exists({str(gate)!r}): time.sleep(.05)"
+        "import itertools, os, time; open('started', 'a').write('x'); "
+        f"any(os.path.exists({str(gate)!r}) or time.sleep(.05) for _ in itertools.count())"
     )
     command = ["", "", "-c", program]
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -204,13 +211,11 @@ def test_run_again_waits_for_the_command_that_is_still_running(cloud):
 @pytest.mark.slow
 def test_stop_lets_the_command_save_and_the_copy_go_out(cloud):
     project = cloud.home / "alone"
-    (project / "launch").mkdir(parents=True)
-    (project / "launch" / "tpu_worker.sh").write_bytes((ROOT / "launch" / "tpu_worker.sh").read_bytes())
+    copy_launch(project)
     saves = (
-        "import signal, sys, time, pathlib\n"
-        "def save(*_):\n    pathlib.Path('w/saved').touch(); sys.exit(3)\n"
-        "signal.signal(signal.SIGTERM, save); pathlib.Path('w').mkdir(exist_ok=True); pathlib.Path('w/up').touch()\n"
-        "time.sleep(60)"
+        "import signal, sys, time, pathlib; "
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('w/saved').touch(), sys.exit(3))); "
+        "pathlib.Path('w').mkdir(exist_ok=True); pathlib.Path('w/up').touch(); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHON": sys.executable, "FAKE_GCLOUD": str(cloud.home)}
     environment["PATH"] = f"{cloud.home / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -285,7 +290,7 @@ def test_a_dry_run_calls_nothing_and_its_lines_are_the_commands(cloud):
         ),
         ("tpu_study.sh", ["run", "--name=a"], "--slices=: allowed is a whole number"),
         ("tpu_study.sh", ["run", "--name=a", "--slices=2"], "the study is missing"),
-        ("tpu_study.sh", ["run", "--name=a", "--slices=2", "--", "--shard=0/2"], "--shard=0/2: every slice"),
+        ("tpu_study.sh", ["run", "--name=a", "--slices=2", "--", "--shard=0/2"], "--shard=0/2: every process"),
     ],
 )
 def test_a_mistake_is_one_line_and_calls_nothing(cloud, script, arguments, said):

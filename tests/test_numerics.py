@@ -11,6 +11,7 @@ from scipy import stats
 
 from precision_scaling import formats, numerics
 from precision_scaling.formats import Kind, parse
+from precision_scaling.ptq import grid as ptq_grid
 
 CASTS = {
     "e3m4": ml_dtypes.float8_e3m4,
@@ -202,10 +203,71 @@ def test_a_nan_or_infinity_makes_everything_under_its_scale_nan(name, bad):
         assert np.all(np.isfinite(y[1])) and np.all(np.isfinite(y[0, :start]))
 
 
-def test_magnitudes_beyond_what_a_scale_can_invert_are_nan_not_zero():
-    x = np.float32([3e38, 1e38, 0.0])
-    assert np.all(np.isnan(fake_quant(x, "int2")))
-    np.testing.assert_allclose(fake_quant(x, "int8"), x, rtol=0.01)
+HUGE, TINY = float(np.finfo(np.float32).max), 2.0**-126  # the largest float32, and the smallest that is not flushed
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "expected"),
+    [
+        # The largest magnitude is a level of its own scale, up to float32's largest number.
+        ("int2", [3e38, 1e38, -2e38], [3e38, 0, -3e38]),
+        ("int3", [3e38, 1e38, -2e38], [3e38, 1e38, -2e38]),  # levels 0, ±1, ±2, ±3 thirds of 3e38
+        ("int8", [3e38, 1e38, -1e36], [3e38, 3e38 * 42 / 127, 0]),
+        ("e1m2", [3.5e37, 3e37, 0], [3.5e37, 3e37, 0]),  # levels 0, 0.5, ..., 3.5
+        ("int8", [HUGE, -HUGE, HUGE / 2], [HUGE, -HUGE, HUGE * 64 / 127]),  # 63.5 steps: to the even one
+        ("e5m10", [HUGE, HUGE / 4], [HUGE, HUGE / 4]),
+        ("e2m1", [HUGE, HUGE / 6, HUGE / 12], [HUGE, HUGE / 6, HUGE / 12]),
+        ("binary", [3e38, -1e38], [2e38, -2e38]),  # the sum of the magnitudes is no float32, their mean is
+        ("ternary", [3e38, 0.9e38, -3e38], [2.3e38, 0, -2.3e38]),
+        ("e8m7", [2.0**127, HUGE], [2.0**127, (2 - 2**-7) * 2.0**127]),
+        # E8M0: 2^floor(log2 largest) over the element's, from 2^-127 to 2^127; mantissas above saturate.
+        ("mxint8", [3e38, 2.0**127, 2.0**121], [113 * 2.0**121, 2.0**127, 2.0**121]),  # 3e38 / 2^127 = 112.8 / 64
+        ("mxint8", [HUGE, 0], [127 * 2.0**121, 0]),
+        ("mxfp4", [3e38, 2.0**126, 2.0**125], [6 * 2.0**125, 2.0**126, 2.0**125]),  # scale 2^125, levels up to 6
+        ("mxfp8", [HUGE, -(2.0**120)], [448 * 2.0**119, -(2.0**120)]),
+        ("mxfp8_e5m2", [HUGE, 2.0**112], [57344 * 2.0**112, 2.0**112]),
+        ("mxfp6", [HUGE, 2.0**125], [7.5 * 2.0**125, 2.0**125]),
+        ("mxfp6_e3m2", [HUGE, 2.0**123], [28 * 2.0**123, 2.0**123]),
+        ("nvfp4", [HUGE, HUGE / 6], [HUGE, HUGE / 6]),
+        # Near the smallest number every level that is not flushed is there.
+        ("int4", [TINY, 3 * TINY, 7 * TINY], [TINY, 3 * TINY, 7 * TINY]),
+        ("int8", [100 * TINY, 1.6 * TINY], [100 * TINY, 2 * TINY]),  # the scale is no smaller than 2^-126
+        ("e4m3", [2 * TINY, TINY], [2 * TINY, TINY]),
+        ("mxfp4", [TINY, 2 * TINY, 3 * TINY], [TINY, 2 * TINY, 3 * TINY]),
+        ("mxfp8", [1.125 * TINY, TINY], [1.125 * TINY, TINY]),
+        ("mxint8", [1.5 * TINY, TINY], [1.5 * TINY, TINY]),
+        ("nvfp4", [6 * 2.0**-110, 2.0**-110], [6 * 2.0**-110, 2.0**-110]),
+        ("ternary", [TINY, -TINY], [TINY, -TINY]),
+        # Subnormal numbers are zero.
+        ("int4", [1e-39, -1e-39], [0, 0]),
+        ("mxfp4", [1e-39, -1e-45], [0, 0]),
+        ("e4m3", [1.0, 1e-39], [1, 0]),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extremes_of_every_scale_have_the_values_of_their_format(name, x, expected, sign):
+    size = parse(name).block_size
+    x = sign * (np.float64(x + [0.0] * (size - len(x))) if size else np.resize(x, 30))  # one compiled shape for all
+    y = np.asarray(fake_quant(np.float32(x), name, -1), np.float64)
+    np.testing.assert_allclose(y[: len(expected)], sign * np.float64(expected), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *PAPER_FLOATS, "e2m1", "e4m3fn", "e7m8", "ternary", "binary", *BLOCKS])
+def test_finite_inputs_have_finite_results_with_and_without_noise(name):
+    width = parse(name).block_size or 16
+    rng = np.random.default_rng(0)
+    top = np.nextafter(np.float32(HUGE) * (1 - rng.integers(0, 9, (40, width)) * 2.0**-24), np.float32(0))
+    x = np.concatenate([np.full((1, width), HUGE), top, rng.uniform(-1, 1, (40, width)) * HUGE]).astype(np.float32)
+    for options in ({}, {"rounding": "stochastic", "key": jax.random.key(0)}):
+        y = np.asarray(fake_quant(x, name, -1, **options), np.float64)
+        assert np.all(np.isfinite(y)) and np.all(np.abs(y) <= HUGE)
+        assert np.all(np.isfinite(np.asarray(fake_quant(x * TINY, name, -1, **options))))
+
+
+def test_scales_whose_inverse_is_flushed_are_nan_where_others_divide_by_them():
+    x = np.float32([[3e38, 1e38]])
+    codes = ptq_grid.quantize(x.T, ptq_grid.find(x.T, parse("int2").grid()))[0]
+    assert np.all(np.isnan(codes))
 
 
 @pytest.mark.parametrize("name", ["int4", "e4m3", "mxfp4", "ternary"])

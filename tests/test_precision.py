@@ -149,6 +149,17 @@ def test_mistakes_are_one_line_with_key_value_and_what_is_allowed(leaves, words)
     assert all(word in message for word in words), message
 
 
+def test_a_part_is_named_once_beside_what_a_preset_says():
+    default = options()
+    for text in ("w4_w5", "kv4_k3", "k3_kv4", "g4_g8", "qat_w5_w6"):
+        with pytest.raises(ConfigError, match="twice"):
+            parse(text, default)
+    assert parse("qat_w5", default).describe() == "w=int5/channel/nearest"
+    assert parse("w5", options(preset="qat", weights="int3")).describe() == "w=int5/channel/nearest"
+    assert parse("k3_v4", default).describe() == "k=int3/tensor/nearest v=int4/tensor/nearest"
+    assert parse("wmxfp6_e3m2_a8", default).describe() == "w=mxfp6_e3m2/group:32/nearest a=int8/tensor/nearest"
+
+
 @pytest.mark.parametrize("text", ("x4", "w", "w4__a4", "fp8x", "w4_", "", "_w4", "wint1", "fp8_", "w4/token"))
 def test_shorthand_that_says_nothing_is_refused(text):
     with pytest.raises(ConfigError, match="allowed is"):

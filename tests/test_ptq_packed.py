@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from precision_scaling import files
 from precision_scaling.errors import UserError
 from precision_scaling.formats import parse
 from precision_scaling.model import ModelConfig
@@ -143,8 +144,8 @@ def test_what_cannot_be_read_is_one_line(quantized, tmp_path):
     path = tmp_path / "q"
     packed.save(path, quantized("rtn")[3], "rtn", 3)
     description = path / packed.DESCRIPTION
-    text = description.read_text()
-    description.write_text(json.dumps({**json.loads(text), "version": 99}))
+    text, record = description.read_text(), files.read_sealed(description)
+    files.write_sealed(description, {**record, "version": 99})
     with pytest.raises(UserError, match="version 99"):
         packed.load(path)
     for broken in ("{", "[]", "{}", text.replace("uint8", "cheese")):
@@ -152,6 +153,9 @@ def test_what_cannot_be_read_is_one_line(quantized, tmp_path):
         with pytest.raises(UserError, match="not the description") as raised:
             packed.load(path)
         assert "\n" not in str(raised.value)
+    files.write_sealed(description, json.loads(json.dumps(record).replace("uint8", "cheese")))
+    with pytest.raises(UserError, match="not the description"):
+        packed.load(path)
     description.write_text(text)
     for file in (path / "arrays").glob("**/d/*"):
         file.write_bytes(b"\0" * file.stat().st_size)

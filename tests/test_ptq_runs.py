@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_told_before_anything_is_quantized(one_run):
     for methods, changed, message in (
         (("kv_cache",), {"save": True}, "methods that quantize weights"),
         (("rtn",), {"options": {"group_size": 7}}, "a divisor of"),
-        (("magic",), {}, "any of gptq"),
+        (("magic",), {}, "one of gptq"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             quantize_missing(bench, methods, (3,), **changed)

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from precision_scaling import results
+from precision_scaling import files, results
 from precision_scaling.errors import UserError
 
 
@@ -49,6 +49,6 @@ def test_a_file_that_is_not_rows_is_one_clear_line(tmp_path):
 def test_a_write_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "new" / "file"
     for text in ("a longer text", "short"):
-        results.atomic_write(path, text)
+        files.atomic_write(path, text)
         assert path.read_text() == text
     assert list(path.parent.iterdir()) == [path]

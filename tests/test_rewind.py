@@ -22,7 +22,7 @@ def test_rewinds_are_kept_and_count_in_batches_of_the_stream(tmp_path):
     assert rewind.left_out(tmp_path) == ()
     assert [rewind.leave_out(tmp_path, step) for step in (5, 5, 2)] == [5, 6, 2]
     assert rewind.left_out(tmp_path) == (2, 5, 6)
-    assert json.loads((tmp_path / rewind.FILE).read_text())[1] == {"step": 5, "batch": 6}
+    assert json.loads((tmp_path / rewind.FILE).read_text())["rewinds"][1] == {"step": 5, "batch": 6}
 
 
 @pytest.mark.parametrize("text", ["", "{}}", '[{"step": 3}]', "7"])

@@ -73,10 +73,10 @@ def test_equal_points_of_the_grid_are_one_run(finished_study):
     runs = bench.experiment.runs
     assert len({run.id for run in runs}) == len(runs) == 4
     assert {run.id.rsplit("-", 1)[0]: run.ptq for run in runs} == {
-        "25k-D768-bf16-s0": True,
-        "25k-D448-bf16-s0": True,
-        "25k-D768-wint4-s0": True,  # only one of the two parts that name it asks for PTQ
-        "25k-D768-wint3_aint4_kint4_vint4-s0": False,
+        "4.43k-D768-bf16-s0": True,
+        "4.43k-D448-bf16-s0": True,
+        "4.43k-D768-wint4-s0": True,  # only one of the two parts that name it asks for PTQ
+        "4.43k-D768-wint3_aint4_kint4_vint4-s0": False,
     }
 
 
@@ -127,7 +127,8 @@ def test_only_what_is_missing_is_measured(workdir_of_two, study_config, finished
     path = workdir / "runs" / lost.id / "rows-trained.json"
     ptq = workdir / "runs" / lost.id / "rows-rtn.json"
     path.unlink()
-    ptq.write_text(ptq.read_text().replace('"P_post": 4', '"P_post": 5'))
+    rows = results.read_rows(workdir / "runs" / lost.id, "rtn")
+    results.write_rows(ptq.parent, "rtn", [row | {"P_post": {3: 3, 4: 5}[row["P_post"]]} for row in rows])
     before = files(workdir / "runs")
     study.train_missing(bench)
     quantize_missing(bench, ("rtn",), (3, 4))
@@ -168,6 +169,7 @@ def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_conf
     path = tmp_path / "config.json"
     claim = json.loads(path.read_text())
     del claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
+    del claim["fingerprint"]
     path.write_text(json.dumps(claim))
     assert bench_lib.reopen_bench(tmp_path).experiment.config.train.rewinds == 0
     path.write_text(json.dumps(claim))

@@ -21,6 +21,7 @@ from analysis.figures.style import (
     panels,
     ramp,
     thin,
+    words,
 )
 from analysis.law import HIGH_PRECISION_BITS
 from analysis.table import Table
@@ -166,11 +167,11 @@ def methods(evidence: Evidence) -> Figure:
         span = [pairs[:, 1:].min() * 0.8, pairs[:, 1:].max() * 1.25]
         axis.plot(span, span, color="#888888", lw=1)
         better = np.mean(pairs[:, 2] < pairs[:, 1])
-        axis.set_title(f"{other} is below {reference} in {better:.0%} of {len(pairs)}")
+        axis.set_title(f"{words(other)} is below {words(reference)} in {better:.0%} of {len(pairs)}")
         log_axis(axis, "x", pairs[:, 1:])
         log_axis(axis, "y", pairs[:, 1:])
-        axis.set_xlabel(f"δ by {reference} (nats per token)")
-        axis.set_ylabel(f"δ by {other} (nats per token)")
+        axis.set_xlabel(f"δ by {words(reference)} (nats per token)")
+        axis.set_ylabel(f"δ by {words(other)} (nats per token)")
     if not drawn:
         raise Skipped("no run was quantized to the same bits by two methods")
     axes[0, -1].legend(title="P_post", loc="lower right")
@@ -240,7 +241,8 @@ def schedules(evidence: Evidence) -> Figure:
         shown = (deltas["P_post"] == p_post) & (deltas["delta"] > 0)
         for series, name in enumerate(names):
             mine = shown & (deltas["schedule"] == name)
-            axis.plot(ratio[mine], deltas["delta"][mine], marker(series), color=CATEGORIES[series], mec=INK, label=name)
+            points = {"color": CATEGORIES[series], "mec": INK, "label": words(name)}
+            axis.plot(ratio[mine], deltas["delta"][mine], marker(series), **points)
         log_axis(axis, "x", ratio[shown])
         log_axis(axis, "y", deltas["delta"][shown])
         axis.set_title(f"P_post = {p_post:g}")

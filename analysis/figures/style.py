@@ -105,6 +105,11 @@ def _plain(value: float, _) -> str:
     return f"$10^{{{power}}}$" if digit == 1 else rf"${digit}\cdot 10^{{{power}}}$"
 
 
+def words(text: str) -> str:
+    """Text of a table as it stands there: between two dollar signs Matplotlib would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def bits_axis(axis, values, most: int = 8) -> None:
     """Whole bits as ticks, about eight of them."""
     low, high = math.floor(np.min(values)), math.ceil(np.max(values))

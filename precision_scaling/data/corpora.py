@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from precision_scaling import files
 from precision_scaling.data import DataError, shards
 
 PYTHON_STDLIB = "python_stdlib"
@@ -92,13 +94,12 @@ def source_files(root: Path | str) -> Iterator[tuple[str, bytes]]:
 
 
 def _files_below(root: str) -> Iterator[tuple[str, bytes]]:
-    for directory, subdirectories, files in os.walk(root):
+    for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
         prefix = directory[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-        for file in sorted(files):
+        for file in sorted(names):
             if file.endswith(".py"):
-                with open(os.path.join(directory, file), "rb", buffering=0) as handle:
-                    yield (f"{prefix}/{file}" if prefix else file), handle.read()
+                yield (f"{prefix}/{file}" if prefix else file), files.read(os.path.join(directory, file))
 
 
 def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
@@ -112,7 +113,7 @@ def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
 
 
 def _find_python_sources(root: str, tfds_dir: Path) -> Source:
-    directory = Path(root or sysconfig.get_path("stdlib")).expanduser().resolve()
+    directory = (files.expanded(root, "data.root") if root else Path(sysconfig.get_path("stdlib"))).resolve()
     return _python_source(
         "tree" if root else f"stdlib-py{platform.python_version()}", os.fspath(directory), root, tfds_dir
     )
@@ -148,8 +149,8 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
     # A release of TFDS may move a name to a new version of its dataset.
     request = f"{name}\0{tfds_dir}\0{importlib.metadata.version('tensorflow-datasets')}"
     note = cache_dir / "resolved" / f"{hashlib.blake2b(request.encode(), digest_size=8).hexdigest()}.json"
-    if note.exists():
-        dataset_dir = epath.Path(json.loads(note.read_text())["dataset_dir"])
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none yet, an older one, or damaged
+        dataset_dir = epath.Path(files.read_sealed(note)["dataset_dir"])
         if (dataset_dir / "dataset_info.json").exists():
             return dataset_dir
     import tensorflow_datasets as tfds
@@ -158,9 +159,7 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
         with _one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
             builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record", try_gcs=False)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"name": name, "dataset_dir": os.fspath(builder.data_dir)}))
-        temporary.replace(note)
+        files.write_sealed(note, {"name": name, "dataset_dir": os.fspath(builder.data_dir)})
         return epath.Path(builder.data_dir)
 
 
@@ -170,7 +169,7 @@ def _dataset_fingerprint(dataset_dir: Any) -> str:
     for file in sorted(dataset_dir.iterdir()):
         digest.update(f"{file.name}\0{file.stat().length}\0".encode())
         if file.suffix == ".json":
-            digest.update(file.read_bytes())
+            digest.update(file.read_bytes() if "://" in os.fspath(file) else files.read(os.fspath(file)))
     return digest.hexdigest()
 
 
@@ -189,7 +188,9 @@ def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
         return source
     dataset_dir = epath.Path(source.dataset_dir)
     with exclusive(lock_dir / f"{source.name.partition('/')[0]}.lock"):
-        if not (dataset_dir / "dataset_info.json").exists():
+        if not _is_sound(source.dataset_dir):
+            if dataset_dir.exists():
+                dataset_dir.rmtree()
             if dataset_dir.parent.exists():
                 for leftover in dataset_dir.parent.glob("incomplete.*"):  # of a process that was killed
                     leftover.rmtree()
@@ -200,7 +201,44 @@ def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
                     dolma.prepare(source.dataset_dir, shards.find_files(source.root)[0], beam_options)
             else:
                 _build_python_sources(source)
+            _seal(source.dataset_dir)
     return dataclasses.replace(source, root="")
+
+
+def _is_sound(dataset_dir: str) -> bool:
+    """Whether a dataset is there, and as it was prepared: its description and the sizes of its files.
+
+    ArrayRecord has checksums of what is in them. An object store keeps what it is given.
+    """
+    from etils import epath
+
+    if not (epath.Path(dataset_dir) / "dataset_info.json").exists():
+        return False
+    if "://" in dataset_dir:
+        return True
+    try:
+        record = files.read_sealed(_seal_path(dataset_dir))
+    except FileNotFoundError:  # an older one: from now on it has one
+        _seal(dataset_dir)
+        return True
+    except ValueError as error:
+        logging.warning("%s: damaged (%s); preparing the dataset again", _seal_path(dataset_dir), error)
+        return False
+    sound = record == {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}
+    if not sound:
+        logging.warning("%s: is not as it was prepared; preparing it again", dataset_dir)
+    return sound
+
+
+def _seal(dataset_dir: str) -> None:
+    from etils import epath
+
+    if "://" not in dataset_dir:
+        files.write_sealed(_seal_path(dataset_dir), {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))})
+
+
+def _seal_path(dataset_dir: str) -> Path:
+    return Path(f"{dataset_dir}.json")
 
 
 class Documents:
@@ -253,8 +291,7 @@ def _build_python_sources(source: Source) -> None:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Holds a lock among the processes of a machine, so that one does the work and the others find it done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
+    with files.open_lock(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the kernel when the holder dies
         yield
 

@@ -1,24 +1,103 @@
-"""A token stream kept in several files: memory-mapped, read across their boundaries. Between `tokens` and `loader`."""
+"""A token stream kept in several files: memory-mapped, read across their boundaries, and checked against the digest it
+was written with. Between `tokens` and `loader`.
+"""
 
+import concurrent.futures
+import hashlib
+import logging
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from precision_scaling import files
+from precision_scaling.progress import progress_bar
 
-def open_tokens(paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype) -> "np.ndarray | TokenParts":
+# Token files up to this size are read and checked whenever they are opened, which takes about a second.
+ALWAYS_CHECKED_BYTES = 1 << 30
+_READ_BYTES = 1 << 22
+
+
+class Content(NamedTuple):
+    """A file of so many token ids."""
+
+    path: Path
+    count: int
+    dtype: np.dtype
+
+    def check_size(self) -> None:
+        """Raises ValueError for a file of another size, NotAFile, and OSError where there is none."""
+        files.check_regular(self.path)
+        found, wanted = self.path.stat().st_size, self.count * self.dtype.itemsize
+        if found != wanted:
+            raise ValueError(f"{self.path.name} has {found} bytes, not {wanted}")
+
+    def digest(self, vocab_size: int | None = None) -> str:
+        """Of the bytes: BLAKE2b of 16 bytes in hex. ValueError for an id that is not in the vocabulary."""
+        self.check_size()
+        digest, buffer = hashlib.blake2b(digest_size=16), bytearray(_READ_BYTES)
+        with files.naming(self.path), files.open_regular(self.path) as file:
+            while size := file.readinto(buffer):
+                block = memoryview(buffer)[:size]
+                digest.update(block)
+                if vocab_size is not None and (largest := int(np.frombuffer(block, self.dtype).max())) >= vocab_size:
+                    raise ValueError(f"{self.path.name} has the id {largest}, the vocabulary is {vocab_size}")
+        return digest.hexdigest()
+
+
+def digests(contents: Sequence[Content], vocab_size: int, note: Path) -> list[str]:
+    """`Content.digest` of every file, read by several threads.
+
+    Where they are larger than ALWAYS_CHECKED_BYTES together, a digest is kept in the file `note`, and holds as long as
+    size, times and inode of its file are the same: terabytes are read once. A bit that a disk loses later is not seen.
+    """
+    large = sum(one.count * one.dtype.itemsize for one in contents) > ALWAYS_CHECKED_BYTES
+    known = _noted(note) if large else {}
+    identities = [[vocab_size, *_identity(one.path)] for one in contents]
+
+    def digest(one: Content, identity: list[int]) -> str:
+        before = known.get(one.path.name)
+        return before[1] if before and before[0] == identity else one.digest(vocab_size)
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        bar = {"total": len(contents), "desc": "checking tokens", "unit": " files", "disable": None if large else True}
+        found = list(progress_bar(threads.map(digest, contents, identities), **bar))
+    noted = {one.path.name: [*pair] for one, *pair in zip(contents, identities, found, strict=True)}
+    if large and noted != known:
+        try:
+            files.write_sealed(note, noted)
+        except OSError as error:
+            logging.warning("%s; the tokens will be read and checked again by the next process", error)
+    return found
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    try:
+        return files.read_sealed(note)
+    except (OSError, ValueError):  # none yet, or damaged: all is read again
+        return {}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with the content of a file, short of a fault of the disk."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def open_tokens(contents: Sequence[Content], dtype: np.dtype) -> "np.ndarray | TokenParts":
     """The tokens of consecutive files, memory-mapped; an array where one file holds them all.
 
     Raises:
       ValueError: a file's size is not its count of tokens. OSError: a file is missing.
     """
     parts = []
-    for path, count in zip(paths, counts, strict=True):
-        if path.stat().st_size != count * dtype.itemsize:
-            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {count * dtype.itemsize}")
-        if count:
-            parts.append(np.memmap(path, dtype, mode="r", shape=(count,)))
+    for one in contents:
+        one.check_size()
+        if one.count:
+            parts.append(np.memmap(one.path, dtype, mode="r", shape=(one.count,)))
     if not parts:
         return np.zeros(0, dtype)
     return parts[0] if len(parts) == 1 else TokenParts(parts)

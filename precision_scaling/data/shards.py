@@ -8,10 +8,10 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import fsspec
 
+from precision_scaling import files
 from precision_scaling.data import DataError
 
 _SUFFIX = ".json.gz"
@@ -38,12 +38,12 @@ def find_files(root: str) -> tuple[tuple[str, ...], str]:
       DataError: no shard there, two of one name, or a place that cannot be read.
     """
     try:
-        files = _files(root)
-        sizes = [_size(file) for file in files]
+        found = _files(root)
+        sizes = [_size(file) for file in found]
     except (OSError, ValueError, ImportError) as error:  # ValueError, ImportError: no such protocol, no driver for it
         raise DataError(f"data.root={root!r}: {type(error).__name__}: {error}; allowed is {_ALLOWED}") from error
-    names = [file.rsplit("/", 1)[-1] for file in files]
-    if not files:
+    names = [file.rsplit("/", 1)[-1] for file in found]
+    if not found:
         raise DataError(f"data.root={root!r}: no {_SUFFIX} file there; allowed is {_ALLOWED}")
     if len(set(names)) < len(names):  # the key of a document, and so its place in the order, begins with the name
         repeated = next(name for name in names if names.count(name) > 1)
@@ -51,18 +51,24 @@ def find_files(root: str) -> tuple[tuple[str, ...], str]:
     digest = hashlib.blake2b(digest_size=16)
     for name, size in sorted(zip(names, sizes, strict=True)):
         digest.update(f"{name}\0{size}\0".encode())
-    return tuple(files), digest.hexdigest()
+    return tuple(found), digest.hexdigest()
 
 
 def _files(root: str) -> list[str]:
+    root = root if "://" in root else str(files.expanded(root, "data.root"))
     if root.endswith(".txt"):
-        with fsspec.open(str(Path(root).expanduser()) if "://" not in root else root, "rt") as lines:
+        _size(root)
+        with fsspec.open(root, "rt") as lines:
             return sorted(line.strip() for line in lines if line.strip())
-    system, path = fsspec.core.url_to_fs(root if "://" in root else str(Path(root).expanduser()))
+    system, path = fsspec.core.url_to_fs(root)
     found = system.glob(path) if any(sign in path for sign in "*?[") else system.find(path)
     return sorted(system.unstrip_protocol(file) for file in found if file.endswith(_SUFFIX))
 
 
 def _size(file: str) -> int:
+    """Bytes of a file. ValueError for what is none: a pipe on this machine would be waited for without end."""
     system, path = fsspec.core.url_to_fs(file)
-    return system.size(path)
+    found = system.info(path)
+    if found["type"] != "file":
+        raise ValueError(f"{file}: is no file")
+    return found["size"]

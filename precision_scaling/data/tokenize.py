@@ -4,22 +4,24 @@ Two passes over the documents: `scan` leaves what tells duplicates and sides, `w
 documents make up a part depends on the corpus alone, so the same bytes are written by any number of processes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from precision_scaling.data import corpora
+from precision_scaling import files
+from precision_scaling.data import DataError, corpora
 from precision_scaling.data import tokenizer as tokenizers
+from precision_scaling.data.parts import Content
+from precision_scaling.progress import progress_bar
 
 SIDES = ("train", "validation")
 TRAIN, VALIDATION, DROPPED = range(3)
@@ -27,6 +29,7 @@ _ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at a time: enough for it
 _SCAN_DOCUMENTS = 4096  # documents of one scan at least; at most 4096 scans
 _PART_BYTES = 16 << 20  # text of one part at least; at most 1024 parts
 _PROCESS_BYTES = 32 << 20  # text that is worth a process of its own
+_DIGEST_BYTES = 16
 _LEARN_BYTES = 1 << 30  # text that a BPE is learned from, at most: the first documents
 
 # What one document leaves in the first pass.
@@ -86,13 +89,16 @@ def plan(texts: Sequence[Texts], directory: Path, run, progress: bool) -> Plan:
     for i, (one, length) in enumerate(zip(texts, lengths, strict=True)):
         step = max(_SCAN_DOCUMENTS, -(-length // 4096))
         for start in range(0, length, step):
-            tasks.append((one, start, min(start + step, length), directory / f"scan-{i}-{start:012}.npy"))
-    missing = [task for task in tasks if not task[3].exists()]
-    with tqdm(total=sum(lengths), desc="reading", unit=" documents", disable=_hidden(progress)) as bar:
-        bar.update(sum(stop - start for _, start, stop, path in tasks if path.exists()))
+            tasks.append((one, start, min(start + step, length), directory / f"scan-{i}-{start:012}.bin"))
+    missing = [task for task in tasks if _scanned(*task[1:]) is None]
+    with progress_bar(total=sum(lengths), desc="reading", unit=" documents", disable=not progress) as bar:
+        bar.update(sum(lengths) - sum(stop - start for _, start, stop, _ in missing))
         for count in run(scan, missing):
             bar.update(count)
-    found = np.concatenate([np.load(task[3]) for task in tasks] or [np.zeros(0, _SCANNED)])
+    scanned = [_scanned(*task[1:]) for task in tasks]
+    if any(one is None for one in scanned):
+        raise OSError(f"{directory}: what was written there cannot be read back")
+    found = np.concatenate([*scanned, np.zeros(0, _SCANNED)])
     empty = found["bytes"] == 0
     repeated = _repeated(found["digest"]) & ~empty
     undecodable = (found["decodable"] == 0) & ~empty & ~repeated
@@ -130,11 +136,24 @@ def scan(texts: Texts, start: int, stop: int, path: Path) -> int:
             row["decodable"] = 1
         except UnicodeDecodeError:
             pass
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, found)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        file.write(found)
+        file.write(hashlib.blake2b(found, digest_size=_DIGEST_BYTES).digest())
     return stop - start
+
+
+def _scanned(start: int, stop: int, path: Path) -> np.ndarray | None:
+    """What a task of the first pass has left; None where it has not, or that was damaged since."""
+    try:
+        content = files.read(path)
+    except (OSError, files.NotAFile):
+        return None
+    found, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.blake2b(found, digest_size=_DIGEST_BYTES).digest() != digest:
+        return None
+    if len(found) != (stop - start) * _SCANNED.itemsize:
+        return None
+    return np.frombuffer(found, _SCANNED)
 
 
 def training_documents(texts: Sequence[Texts], plan: Plan) -> Iterator[bytes]:
@@ -150,29 +169,38 @@ def training_documents(texts: Sequence[Texts], plan: Plan) -> Iterator[bytes]:
                     return
 
 
+def text_of_tokenizer(directory: Path, learn: Callable[[], str]) -> str:
+    """The text of a tokenizer that is learned once and kept in `directory`."""
+    path = directory / "learned.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return files.read_sealed(path)["text"]
+    text = learn()
+    files.write_sealed(path, {"text": text})
+    return text
+
+
 def write(
     texts: Sequence[Texts], plan: Plan, spec: str, directory: Path, dtype: np.dtype, run, progress: bool
 ) -> list[dict[str, Any]]:
     """Second pass: writes the parts that are missing in `directory`; returns what every part says of itself.
 
-    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows a
-    bar on a terminal.
+    `spec` names the tokenizer, whose tokenizer.json is in `directory`; `run` is of `workers.pool`; `progress` shows how
+    far it is.
     """
-    records = [directory / f"part-{i:05}.json" for i in range(len(plan.parts))]
     missing, there, total = [], 0, 0
     for number, (i, first, stop) in enumerate(plan.parts):
         sides = plan.sides[i][first:stop]
         size = int(plan.bytes[i][first:stop][sides != DROPPED].sum())
         total += size
-        if records[number].exists():
+        if _record(directory, number, dtype):
             there += size
         else:
             missing.append((texts[i], first, sides.tobytes(), spec, directory, number, dtype.name))
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": _hidden(progress)}
-    with tqdm(total=total, initial=there, desc="tokenizing", **options) as bar:
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": not progress}
+    with progress_bar(total=total, initial=there, desc="tokenizing", **options) as bar:
         for size in run(write_part, missing):
             bar.update(size)
-    return [json.loads(record.read_text()) for record in records]
+    return [files.read_sealed(_record_path(directory, number)) for number in range(len(plan.parts))]
 
 
 def write_part(texts: Texts, first: int, sides: bytes, spec: str, directory: Path, number: int, dtype: str) -> int:
@@ -181,22 +209,41 @@ def write_part(texts: Texts, first: int, sides: bytes, spec: str, directory: Pat
     record = {key: dict.fromkeys(SIDES, 0) for key in ("tokens", "documents", "bytes")}
     digests = [hashlib.blake2b(digest_size=16) for _ in SIDES]
     paths = [directory / part_name(side, number) for side in SIDES]
-    with open(paths[TRAIN], "wb") as train, open(paths[VALIDATION], "wb") as validation:
+    with files.replacing(paths[TRAIN]) as train, files.replacing(paths[VALIDATION]) as validation:
         for block in _blocks(sides, _documents(texts).read(first, first + len(sides))):
             for side, file in enumerate((train, validation)):
                 kept = [text for text_side, text in block if text_side == side]
-                stream = _join(tokenizer.encode(kept), tokenizer.end_of_text, np.dtype(dtype))
-                stream.tofile(file)
+                encoded = tokenizer.encode(kept)
+                if (largest := max((int(ids.max()) for ids in encoded if len(ids)), default=0)) >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"data.tokenizer={spec!r}: gives the id {largest}, its vocabulary is {tokenizer.vocab_size}"
+                    )
+                stream = _join(encoded, tokenizer.end_of_text, np.dtype(dtype))
+                with files.naming(paths[side]):
+                    file.write(stream)
                 digests[side].update(stream)
                 for key, value in (("tokens", stream.size), ("documents", len(kept)), ("bytes", sum(map(len, kept)))):
                     record[key][SIDES[side]] += value
     record["hash"] = {side: digest.hexdigest() for side, digest in zip(SIDES, digests, strict=True)}
-    for path in paths:
-        sync(path)
-    temporary = directory / f"part-{number:05}.tmp"
-    temporary.write_text(json.dumps(record))
-    temporary.replace(directory / f"part-{number:05}.json")
+    files.write_sealed(_record_path(directory, number), record)
     return sum(record["bytes"].values())
+
+
+def _record_path(directory: Path, number: int) -> Path:
+    return directory / f"part-{number:05}.json"
+
+
+def _record(directory: Path, number: int, dtype: np.dtype) -> dict[str, Any] | None:
+    """What a part that was written says of itself; None where it was not, or its files were damaged since."""
+    try:
+        record = files.read_sealed(_record_path(directory, number))
+        for side in SIDES:
+            content = Content(directory / part_name(side, number), record["tokens"][side], dtype)
+            if content.digest() != record["hash"][side]:
+                return None
+        return record
+    except (OSError, ValueError):
+        return None
 
 
 def part_name(side: str, number: int) -> str:
@@ -257,7 +304,3 @@ def forget() -> None:
     """Closes what the tasks of this process have opened."""
     _documents.cache_clear()
     _tokenizer.cache_clear()
-
-
-def _hidden(progress: bool) -> bool | None:
-    return None if progress else True

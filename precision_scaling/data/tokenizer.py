@@ -11,16 +11,23 @@ from typing import Protocol
 
 import numpy as np
 
+from precision_scaling import files
 from precision_scaling.data import DataError, byte_level
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_ALLOWED = "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json"
+_ALLOWED = (
+    "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json, "
+    "'file:PATH?end_of_text=ID'"
+)
 _MIN_BPE = 257  # the 256 bytes and end-of-text
 
 
 class Tokenizer(Protocol):
-    """vocab_size counts end_of_text. encode: UTF-8 documents -> one array of ids each; decode: ids -> UTF-8 bytes."""
+    """vocab_size counts end_of_text. encode: UTF-8 documents -> one array of ids each; decode: ids -> UTF-8 bytes.
+
+    text: what `from_file` reads.
+    """
 
     vocab_size: int
     end_of_text: int
@@ -29,7 +36,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes: ...
 
-    def save(self, path: Path) -> None: ...
+    def text(self) -> str: ...
 
 
 class ByteTokenizer:
@@ -45,23 +52,31 @@ class ByteTokenizer:
         ids = np.asarray(ids)
         return ids[ids != self.end_of_text].astype(np.uint8).tobytes()
 
-    def save(self, path: Path) -> None:
-        """Nothing to keep: bytes need no file."""
+    def text(self) -> str:
+        """Nothing: bytes need no file."""
+        return ""
 
 
 class LearnedTokenizer:
-    """A tokenizer of the `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library.
+
+    usual_ends: ids of its tokens with a usual name of end-of-text. The first is end_of_text where `source`, the spec,
+    gives no id.
+    """
 
     def __init__(self, tokenizer, source: str):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # a document that spells a special token must not end itself
-        ids = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
-        if not ids:
+        self.usual_ends = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
+        _, given = split_file(source)
+        if given is None and not self.usual_ends:
             raise DataError(f"data.tokenizer={source!r}: no end-of-text token, one of {list(_END_OF_TEXT_NAMES)}")
         self._tokenizer = tokenizer
         self._words = byte_level.of(tokenizer)
-        self.end_of_text = ids[0]
+        self.end_of_text = self.usual_ends[0] if given is None else given
+        if tokenizer.id_to_token(self.end_of_text) is None:
+            raise DataError(f"data.tokenizer={source!r}: no token has the id {given}; allowed is an id that one has")
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -74,8 +89,16 @@ class LearnedTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return self._tokenizer.decode([int(i) for i in ids if i != self.end_of_text]).encode("utf-8")
 
-    def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
+    def text(self) -> str:
+        return self._tokenizer.to_str(pretty=True)
+
+
+def split_file(spec: str) -> tuple[Path, int | None]:
+    """Path of 'file:PATH?end_of_text=ID', and the id, None where the tokenizer's names tell."""
+    path, mark, given = spec.removeprefix("file:").partition("?end_of_text=")
+    if mark and not (given.isdecimal() and int(given) < 2**31):
+        raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
+    return files.expanded(path, "data.tokenizer"), int(given) if mark else None
 
 
 def identify(spec: str) -> str:
@@ -90,10 +113,9 @@ def identify(spec: str) -> str:
     if kind == "bpe" and value.isdecimal() and int(value) >= _MIN_BPE:
         return f"bpe:{int(value)}"
     if kind == "file" and value:
-        path = Path(value).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.tokenizer={spec!r}: no such file; {_ALLOWED}")
-        return f"file:{hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}"
+        path, end_of_text = split_file(spec)
+        found = f"file:{hashlib.blake2b(_read(path, spec), digest_size=16).hexdigest()}"
+        return found if end_of_text is None else f"{found}?end_of_text={end_of_text}"
     raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
 
 
@@ -103,7 +125,7 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "file":
-        return from_file(Path(value).expanduser(), spec)
+        return given(spec)
     from tokenizers import Tokenizer as Trainable
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -120,8 +142,13 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     return LearnedTokenizer(tokenizer, spec)
 
 
+def given(spec: str) -> Tokenizer:
+    """The tokenizer that a spec of the kind "file:" names."""
+    return from_file(split_file(spec)[0], spec)
+
+
 def load(spec: str, path: Path) -> Tokenizer:
-    """The tokenizer of a spec, as `save` left it in `path`."""
+    """The tokenizer of a spec, whose text is in `path`."""
     return ByteTokenizer() if spec == "bytes" else from_file(path, spec)
 
 
@@ -129,8 +156,18 @@ def from_file(path: Path, spec: str) -> Tokenizer:
     """Loads a tokenizer.json; `spec` names it in errors."""
     from tokenizers import Tokenizer as Loadable
 
+    content = _read(path, spec)
     try:
-        tokenizer = Loadable.from_file(str(path))
+        tokenizer = Loadable.from_buffer(content)
     except Exception as error:  # the library raises bare Exception for a file it cannot parse
         raise DataError(f"data.tokenizer={spec!r}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
     return LearnedTokenizer(tokenizer, spec)
+
+
+def _read(path: Path, spec: str) -> bytes:
+    try:
+        return files.read(path)
+    except files.NotAFile as error:
+        raise DataError(f"data.tokenizer={spec!r}: {error}") from None
+    except OSError as error:
+        raise DataError(f"data.tokenizer={spec!r}: no such file ({path}: {error.strerror}); {_ALLOWED}") from None

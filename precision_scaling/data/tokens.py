@@ -2,14 +2,19 @@
 
 Documents (`corpora`) and a tokenizer come in; `prepare` leaves one directory per (content, tokenizer, split) with
 train-00000.bin and so on, validation-00000.bin and so on and meta.json, and returns what `loader` cuts into batches.
+
+Everything in the directory is checked when it is opened: meta.json by its fingerprint, the tokens and the tokenizer by
+the digests in it. See `parts.digests` for what that costs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import platform
+import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -18,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from precision_scaling import files
 from precision_scaling.data import DataError, corpora, remote, tokenize
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data import workers as workers_lib
-from precision_scaling.data.parts import TokenParts, open_tokens
+from precision_scaling.data.parts import Content, TokenParts, digests, open_tokens
 from precision_scaling.data.tokenize import SIDES
 
 _LAYOUT = 1  # stands in every name: raise it when the same options would give other tokens
@@ -82,7 +88,7 @@ def prepare(
     files are then stored there and copied to this machine's own cache.
 
     Safe to call from several processes at once: one writes, the others wait and read. A directory appears complete or
-    not at all; one that was damaged since is written again.
+    not at all; one that was damaged since is written again, which a warning says.
 
     Raises:
       DataError: an option or corpus that cannot be used.
@@ -94,7 +100,8 @@ def prepare(
         raise DataError(f"data.workers={workers}: allowed is 0 (one per core) or more")
     # Token files on an object store are read from a copy on this machine.
     far = cache_dir if remote.is_remote(cache_dir) else ""
-    cache = Path((not far and cache_dir) or _user_cache()).expanduser()
+    option = "data.cache_dir"
+    cache = files.expanded(cache_dir, option) if cache_dir and not far else files.user_cache(option)
     salt = f"split/{split_seed}".encode()
     try:
         source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir)
@@ -106,12 +113,12 @@ def prepare(
         label = f"{name}-{tokenizer_id}"[:48].translate(str.maketrans("/:", "__"))
         directory = cache / "tokens" / f"{label}-{key}"
         far = far and f"{far.rstrip('/')}/tokens/{directory.name}"
-        if (corpus := _open(directory)) is not None:
+        if (corpus := _open(directory, key)) is not None:
             return corpus
         with corpora.exclusive(directory.with_name(f"{directory.name}.lock")):
-            if (corpus := _open(directory)) is not None:  # another process was first
+            if (corpus := _open(directory, key)) is not None:  # another process was first
                 return corpus
-            if far and remote.fetch(far, directory) and (corpus := _open(directory)) is not None:
+            if far and _fetch(far, directory) and (corpus := _open(directory, key)) is not None:
                 return corpus
             source = corpora.prepared(source, cache / "tfds", beam_options)
             options = {
@@ -132,9 +139,11 @@ def prepare(
                     tokenize.Texts(source, split, "data.split", feature, 0, 0.0, b""),
                 ]
             _write(directory, texts, options, workers, progress)
+            if (corpus := _open(directory, key)) is None:
+                raise DataError(f"{directory}: what was written there cannot be read back; is the disk sound?")
             if far:
                 remote.store(directory, far)
-            return _open(directory)
+            return corpus
     except OSError as error:  # no permission, disk full; the message names the file
         raise DataError(f"data.name={name!r}, data.cache_dir={str(cache)!r}: {error}") from error
 
@@ -146,18 +155,16 @@ def _write(
 
     What a process that was killed had finished is kept there and used: `directory` says all that the tokens depend on.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = _partial(directory)
     try:
         size = tokenize.size(texts)
         with workers_lib.pool(tokenize.processes(workers, size)) as run:
             plan = tokenize.plan(texts, partial, run, progress)
             spec = options["tokenizer"]
-            if not (partial / "tokenizer.json").exists():
-                tokenizer = tokenizers.build(spec, lambda: tokenize.training_documents(texts, plan))
-                tokenizer.save(partial / "tokenizer.tmp")
-                if spec != "bytes":
-                    (partial / "tokenizer.tmp").replace(partial / "tokenizer.json")
+            learn = lambda: tokenizers.build(spec, lambda: tokenize.training_documents(texts, plan)).text()
+            text = tokenize.text_of_tokenizer(partial, learn)
+            if text:
+                files.atomic_write(partial / "tokenizer.json", text)
             tokenizer = tokenizers.load(spec, partial / "tokenizer.json")
             dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
             parts = tokenize.write(texts, plan, spec, partial, dtype, run, progress)
@@ -168,6 +175,7 @@ def _write(
             "dtype": dtype.name,
             **{key: {side: sum(part[key][side] for part in parts) for side in SIDES} for key in _SUMS},
             "content_hash": {side: _digest(part["hash"][side] for part in parts) for side in SIDES},
+            "tokenizer_hash": _digest([text]),
             **plan.counts,
             "parts": {side: [part["tokens"][side] for part in parts] for side in SIDES},
             "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
@@ -185,41 +193,94 @@ def _write(
         raise
     finally:
         tokenize.forget()
-    for pattern in ("scan-*", "part-*", "*.tmp"):
-        for path in partial.glob(pattern):
-            path.unlink()
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    tokenize.sync(partial / "meta.json")
+    files.write_sealed(partial / "meta.json", meta)
+    kept = {"meta.json", *(one.path.name for one in _contents(partial, meta))}
+    _install(partial, directory, kept | ({"tokenizer.json"} if text else set()))
+
+
+def _fetch(url: str, directory: Path) -> bool:
+    """Copies the directory at `url` from an object store; False where there is none. The caller holds the lock."""
+    partial = _partial(directory)
+    names = remote.fetch(url, partial)
+    if names:
+        _install(partial, directory, set(names))
+    return bool(names)
+
+
+def _partial(directory: Path) -> Path:
+    """A directory beside it to write in, or what a process of the same user that was killed has left there."""
+    partial = directory.with_name(f".{directory.name}.{os.geteuid()}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    found = partial.lstat()
+    if not partial.is_dir() or partial.is_symlink() or found.st_uid != os.geteuid():
+        raise DataError(f"{partial}: is not a directory of this user; delete it")
+    return partial
+
+
+def _install(partial: Path, directory: Path, kept: set[str]) -> None:
+    """Gives the finished files their directory's name, and removes everything else there and beside it."""
+    for path in partial.iterdir():
+        if path.name not in kept:
+            _remove(path)
     tokenize.sync(partial)
-    if directory.exists():  # damaged, or _open would have taken it
-        directory.rename(directory.with_name(f".{directory.name}.damaged"))
+    if os.path.lexists(directory):  # damaged, or it would have been taken
+        directory.rename(directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.damaged"))
     partial.rename(directory)
     tokenize.sync(directory.parent)
-    for leftover in directory.parent.glob(f".{directory.name}.*"):
-        shutil.rmtree(leftover)
+    for leftover in directory.parent.iterdir():
+        if leftover.name.startswith(f".{directory.name}."):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; what belongs to another user stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(PermissionError):
+            path.unlink()
 
 
 def _digest(hashes: Iterable[str]) -> str:
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
-def _open(directory: Path) -> Corpus | None:
-    """The corpus in a directory, or None where there is none or its files are not what meta.json says."""
+def _contents(directory: Path, meta: dict[str, Any], sides: Sequence[str] = SIDES) -> list[Content]:
+    """The token files of these sides."""
+    dtype = np.dtype(meta["dtype"])
+    return [
+        Content(directory / tokenize.part_name(side, i), count, dtype)
+        for side in sides
+        for i, count in enumerate(meta["parts"][side])
+    ]
+
+
+def _open(directory: Path, key: str) -> Corpus | None:
+    """The corpus in a directory, or None where there is none or its files are not what was written.
+
+    key: of what was asked for.
+    """
     try:
-        meta = json.loads((directory / "meta.json").read_text())
-        dtype = np.dtype(meta["dtype"])
-        tokens = {}
+        meta = files.read_sealed(directory / "meta.json", older=lambda found: "tokenizer_hash" not in found)
+        if meta["hash"] != key:
+            raise ValueError(f"meta.json is that of {meta['hash']}")
+        tokens = {side: open_tokens(_contents(directory, meta, [side]), np.dtype(meta["dtype"])) for side in SIDES}
+        contents = _contents(directory, meta)
+        found = digests(contents, meta["vocab_size"], directory.with_name(f"{directory.name}.checked"))
         for side in SIDES:
-            counts = meta["parts"][side]
-            paths = [directory / tokenize.part_name(side, i) for i in range(len(counts))]
-            tokens[side] = open_tokens(paths, counts, dtype)
-        ids = {key: meta[key] for key in ("vocab_size", "end_of_text")}
+            hashes = [digest for one, digest in zip(contents, found, strict=True) if one.path.name.startswith(side)]
+            if _digest(hashes) != meta["content_hash"][side]:
+                raise ValueError(f"the {side} tokens are not those that were written")
+        text = "" if meta["tokenizer"] == "bytes" else files.read(directory / "tokenizer.json").decode("utf-8")
+        if "tokenizer_hash" not in meta:  # older: from now on it has one, and a fingerprint
+            meta["tokenizer_hash"] = _digest([text])
+            with contextlib.suppress(OSError):  # another user's
+                files.write_sealed(directory / "meta.json", meta)
+        if _digest([text]) != meta["tokenizer_hash"]:
+            raise ValueError("tokenizer.json is not what was written")
+        ids = {name: meta[name] for name in ("vocab_size", "end_of_text")}
         return Corpus(**tokens, **ids, directory=directory, meta=meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if directory.exists():
-            logging.warning("%s is damaged (%s): writing it again", directory, error)
+        if os.path.lexists(directory):
+            logging.warning("%s is damaged (%s): making it again", directory, error)
         return None
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "precision_scaling"

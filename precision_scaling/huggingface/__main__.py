@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from configs import pretrained
-from precision_scaling import errors, results
+from precision_scaling import command_flags, errors, files, results
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import workdir as workdir_lib
 
@@ -21,7 +20,7 @@ def _required(*names: str) -> list[Path]:
     for name in names:
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing; `python -m precision_scaling.huggingface --help` tells of all flags")
-    return [Path(flags.FLAGS[name].value).expanduser() for name in names]
+    return [files.expanded(flags.FLAGS[name].value, f"--{name}") for name in names]
 
 
 def _import() -> str:
@@ -55,8 +54,8 @@ if __name__ == "__main__":
     _COMMAND = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
     _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", pretrained.__file__, "import: corpus and evaluation; its model section gives dtype and remat."
+    _CONFIG = command_flags.define_config(
+        pretrained.__file__, "import: corpus and evaluation; its model section gives dtype and remat."
     )
     _SEQUENCE_LENGTH = flags.DEFINE_integer(
         "sequence_length", 0, "import: of evaluation and calibration; 0: the model's, at most 1024.", lower_bound=0

@@ -1,11 +1,12 @@
-"""Which Hugging Face decoders are ours: what their config.json says in our options, and their tensors as views of ours.
+"""Which Hugging Face decoders are ours, and their tensors as views of our parameters.
 
-Pure functions between the files (`directory`) and the decoder (`model`); each serves reading and writing.
+Pure functions between the files (`directory`) and the decoder (`model`); each serves reading and writing. What a
+config.json says is read in `config_json`.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,13 @@ from precision_scaling.model import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A family of decoders, by what it has in common.
+    """A family of decoders: what its members have in common, and its defaults where they are not those of all.
 
-    norms: names of a layer's norms of attention and of the MLP. epsilon: of the norms where config.json has none.
-    head_dim: whether config.json can give a head dimension other than hidden_size / num_attention_heads, and its
-    default (0: that quotient); None where it cannot.
+    norms: names of a layer's norms of attention and of the MLP. qkv_bias: q, k and v have biases. epsilon: of the norms
+    where config.json has none. kv_heads: heads of keys where it has none; 0 is num_attention_heads. head_dim: head
+    dimension where it has none; 0 is hidden_size / num_attention_heads. theta: base of the rotary embedding where it
+    has none. window: "none", "all" (sliding_window counts for every layer), "used" (where use_sliding_window is true)
+    or "layers" (where layer_types says so, by default three layers of four).
     """
 
     model_type: str
@@ -28,109 +31,45 @@ class Architecture:
     qk_norm: str
     norms: tuple[str, str]
     epsilon: float
-    head_dim: int | None
+    qkv_bias: bool = False
+    kv_heads: int = 0
+    head_dim: int = 0
+    theta: float = 10_000.0
+    window: str = "none"
 
 
 _PRE = ("input_layernorm", "post_attention_layernorm")
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
-# By the name in config.json's `architectures`.
+# By the name in config.json's `architectures`. Where two compute the same, a decoder is written as the first.
 ARCHITECTURES = {
-    "OlmoForCausalLM": Architecture("olmo", "pre", "layer", "none", _PRE, 1e-5, None),
-    "Olmo2ForCausalLM": Architecture("olmo2", "post", "rms", "projection", _POST, 1e-5, None),
-    "LlamaForCausalLM": Architecture("llama", "pre", "rms", "none", _PRE, 1e-6, 0),
-    "Qwen3ForCausalLM": Architecture("qwen3", "pre", "rms", "head", _PRE, 1e-6, 128),
+    "OlmoForCausalLM": Architecture("olmo", "pre", "layer", "none", _PRE, 1e-5),
+    "Olmo2ForCausalLM": Architecture("olmo2", "post", "rms", "projection", _POST, 1e-5),
+    "Olmo3ForCausalLM": Architecture("olmo3", "post", "rms", "projection", _POST, 1e-5, theta=5e5, window="layers"),
+    "LlamaForCausalLM": Architecture("llama", "pre", "rms", "none", _PRE, 1e-6),
+    "MistralForCausalLM": Architecture("mistral", "pre", "rms", "none", _PRE, 1e-6, kv_heads=8, window="all"),
+    "Qwen2ForCausalLM": Architecture("qwen2", "pre", "rms", "none", _PRE, 1e-6, True, kv_heads=32, window="used"),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", "pre", "rms", "head", _PRE, 1e-6, kv_heads=32, head_dim=128, window="used"
+    ),
 }
-# Keys that change what a model computes, with the only value that our decoder computes; absent is that value, too.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "clip_qkv": None,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-
-
-def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `config.model` (and fields of `ModelConfig` of the same names) that a config.json describes.
-
-    Raises UserError for an architecture or an option that our decoder does not have, naming key, value and allowed.
-    """
-    name = (config.get("architectures") or [None])[0]
-    if name not in ARCHITECTURES:
-        raise _refused("architectures", name, f"one of {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[name]
-    for key, only in _ONLY.items():
-        if config.get(key, only) != only:
-            raise _refused(key, config[key], f"{only!r}, or the key left out")
-    layer_types = set(config.get("layer_types") or ())
-    if layer_types - {"full_attention"}:
-        raise _refused("layer_types", sorted(layer_types), "full_attention for every layer")
-
-    def count(key: str, default: int | None = None) -> int:
-        value = config.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _refused(key, config.get(key), "a whole number from 1")
-        return value
-
-    width, heads = count("hidden_size"), count("num_attention_heads")
-    kv_heads, head_dim = count("num_key_value_heads", heads), count("head_dim", architecture.head_dim or width // heads)
-    if heads % kv_heads:
-        raise _refused("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
-    if head_dim % 2:
-        raise _refused("head_dim", head_dim, "an even number")
-    epsilon = architecture.epsilon
-    if architecture.norm_type == "rms":
-        epsilon = config.get("rms_norm_eps", epsilon)
-    return {
-        "vocab_size": count("vocab_size"),
-        "width": width,
-        "depth": count("num_hidden_layers"),
-        "heads": heads,
-        "hidden": count("intermediate_size"),
-        "kv_heads": 0 if kv_heads == heads else kv_heads,
-        "head_width": 0 if head_dim * heads == width else head_dim,
-        "rope_theta": _rope_theta(config),
-        "norm_epsilon": float(epsilon),
-        "norm_placement": architecture.norm_placement,
-        "norm_type": architecture.norm_type,
-        "qk_norm": architecture.qk_norm,
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-    }
-
-
-def longest_sequence(config: Mapping[str, Any]) -> int | None:
-    """Positions that a config.json allows; None where it does not say."""
-    return config.get("max_position_embeddings")
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """Base of the wavelengths; older config.json have it at the top, newer ones in rope_parameters."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise _refused(key, dict(rope), "none, or rope_type 'default'")
-    return float((config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10_000.0)))
-
-
-def _refused(key: str, value: object, allowed: str) -> UserError:
-    return UserError(f"config.json: {key} = {value!r}: allowed is {allowed}")
+# Their code gives no way to set a head dimension of its own.
+_QUOTIENT_ONLY = ("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Qwen2ForCausalLM")
 
 
 def architecture_of(model: ModelConfig) -> str:
     """The name of the architecture that computes what our decoder does. UserError where there is none."""
-    wanted = (model.norm_placement, model.norm_type, model.qk_norm)
-    known = {(a.norm_placement, a.norm_type, a.qk_norm): name for name, a in ARCHITECTURES.items()}
+    wanted = (model.norm_placement, model.norm_type, model.qk_norm, model.qkv_bias)
+    known: dict[tuple[Any, ...], str] = {}
+    for name, a in ARCHITECTURES.items():
+        known.setdefault((a.norm_placement, a.norm_type, a.qk_norm, a.qkv_bias), name)
     if wanted not in known:
-        allowed = "; ".join(f"{', '.join(key)} ({name})" for key, name in known.items())
+        allowed = "; ".join(f"{', '.join(map(str, key))} ({name})" for key, name in known.items())
         raise UserError(
-            f"model.norm_placement, norm_type, qk_norm = {', '.join(wanted)}: no Hugging Face architecture has that; "
-            f"allowed is {allowed}"
+            f"model.norm_placement, norm_type, qk_norm, qkv_bias = {', '.join(map(str, wanted))}: no Hugging Face "
+            f"architecture has that; allowed is {allowed}"
         )
     name = known[wanted]
-    if model.head_width and ARCHITECTURES[name].head_dim is None:
+    if model.head_width and name in _QUOTIENT_ONLY:
         raise UserError(f"model.head_width = {model.head_width}: allowed is width / heads for {name}")
     if model.norm_type == "layer" and model.norm_epsilon != ARCHITECTURES[name].epsilon:
         raise UserError(
@@ -139,63 +78,68 @@ def architecture_of(model: ModelConfig) -> str:
     return name
 
 
-def config_json(model: ModelConfig, **more: Any) -> dict[str, Any]:
-    """The config.json of a decoder whose depth-µP multipliers are 1; `more` adds keys."""
-    name = architecture_of(model)
-    own = {} if ARCHITECTURES[name].head_dim is None else {"head_dim": model.head_dim}
-    return {
-        "architectures": [name],
-        "model_type": ARCHITECTURES[name].model_type,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.hidden,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.key_heads,
-        **own,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.sequence_length,
-        "rope_theta": model.rope_theta,
-        **({"rms_norm_eps": model.norm_epsilon} if model.norm_type == "rms" else {}),
-        "attention_bias": False,
-        "tie_word_embeddings": model.tie_embeddings,
-        **more,
-    }
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint is among our parameters.
+
+    shape: in the checkpoint, where a projection is (out, in); it is (in, out) here. path: of our parameter. layer: its
+    index there. columns: its outputs, where several projections stand side by side.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    layer: int | None = None
+    columns: slice = slice(None)
+
+
+def places(model: ModelConfig) -> Iterator[Place]:
+    """Every tensor of a checkpoint, layer by layer. Nothing is computed ahead: the depth may be anything."""
+    yield Place("model.embed_tokens.weight", (model.vocab_size, model.width), ("embedding", "embedding"))
+    for layer in range(model.depth):
+        yield from _layer_places(model, layer)
+    if model.norm_type == "rms":
+        yield Place("model.norm.weight", (model.width,), ("final_norm", "scale"))
+    if not model.tie_embeddings:
+        yield Place("lm_head.weight", (model.vocab_size, model.width), ("head", "kernel"))
+
+
+def _layer_places(model: ModelConfig, layer: int) -> Iterator[Place]:
+    q, kv, width, hidden = model.heads * model.head_dim, model.key_heads * model.head_dim, model.width, model.hidden
+
+    def place(name: str, shape: tuple[int, ...], path: str, columns: slice = slice(None)) -> Place:
+        return Place(f"model.layers.{layer}.{name}", shape, ("layers", "block", *path.split("/")), layer, columns)
+
+    for name, start, stop in (("q", 0, q), ("k", q, q + kv), ("v", q + kv, q + 2 * kv)):
+        columns = slice(start, stop)
+        yield place(f"self_attn.{name}_proj.weight", (stop - start, width), "attention/qkv/kernel", columns)
+        if model.qkv_bias:
+            yield place(f"self_attn.{name}_proj.bias", (stop - start,), "attention/qkv_bias", columns)
+    yield place("self_attn.o_proj.weight", (width, q), "attention/out/kernel")
+    yield place("mlp.gate_proj.weight", (hidden, width), "mlp/gate_up/kernel", slice(0, hidden))
+    yield place("mlp.up_proj.weight", (hidden, width), "mlp/gate_up/kernel", slice(hidden, 2 * hidden))
+    yield place("mlp.down_proj.weight", (width, hidden), "mlp/down/kernel")
+    if model.norm_type == "rms":
+        for name, own in zip(ARCHITECTURES[architecture_of(model)].norms, ("attention_norm", "mlp_norm"), strict=True):
+            yield place(f"{name}.weight", (width,), f"{own}/scale")
+    if model.qk_norm != "none":
+        for name, size in (("q_norm", q), ("k_norm", kv)):
+            size = size if model.qk_norm == "projection" else model.head_dim
+            yield place(f"self_attn.{name}.weight", (size,), f"attention/{name}/scale")
+
+
+def view(params: Any, place: Place) -> np.ndarray:
+    """A tensor of a checkpoint as a view of our parameters, NumPy arrays: what is written to it is written to them."""
+    for key in place.path:
+        params = params[key]
+    found = params if place.layer is None else params[place.layer]
+    if place.path[-1] == "kernel":
+        return found.reshape(found.shape[0], -1)[:, place.columns].T
+    return found.reshape(-1)[place.columns] if len(place.shape) == 1 else found
 
 
 def views(model: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint by its name, as a view of our parameters: what is written to it is written to them.
-
-    params: those of `model`, NumPy arrays. A projection is (out, in) there and (in, out) here; rotary embeddings turn
-    the same halves of each head.
-    """
-    layers, found = params["layers"]["block"], {"model.embed_tokens.weight": params["embedding"]["embedding"]}
-    norms = ARCHITECTURES[architecture_of(model)].norms
-    q, kv = model.heads * model.head_dim, model.key_heads * model.head_dim
-    for i in range(model.depth):
-        qkv = layers["attention"]["qkv"]["kernel"][i].reshape(model.width, -1)
-        gate_up = layers["mlp"]["gate_up"]["kernel"][i].reshape(model.width, -1)
-        layer = {
-            "self_attn.q_proj": qkv[:, :q].T,
-            "self_attn.k_proj": qkv[:, q : q + kv].T,
-            "self_attn.v_proj": qkv[:, q + kv :].T,
-            "self_attn.o_proj": layers["attention"]["out"]["kernel"][i].T,
-            "mlp.gate_proj": gate_up[:, : model.hidden].T,
-            "mlp.up_proj": gate_up[:, model.hidden :].T,
-            "mlp.down_proj": layers["mlp"]["down"]["kernel"][i].T,
-        }
-        if model.norm_type == "rms":
-            layer |= {
-                name: layers[own]["scale"][i] for name, own in zip(norms, ("attention_norm", "mlp_norm"), strict=True)
-            }
-        if model.qk_norm != "none":
-            layer |= {f"self_attn.{name}": layers["attention"][name]["scale"][i] for name in ("q_norm", "k_norm")}
-        found |= {f"model.layers.{i}.{name}.weight": view for name, view in layer.items()}
-    if model.norm_type == "rms":
-        found["model.norm.weight"] = params["final_norm"]["scale"]
-    if not model.tie_embeddings:
-        found["lm_head.weight"] = params["head"]["kernel"].T
-    return found
+    """Every tensor of a checkpoint by its name, as a view of our parameters."""
+    return {place.name: view(params, place) for place in places(model)}
 
 
 def standardized(model: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:

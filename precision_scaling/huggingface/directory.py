@@ -1,32 +1,40 @@
 """A Hugging Face model directory (config.json, safetensors) as a decoder and its parameters, and back.
 
-Between the map of names (`architectures`), the files (`safetensors`) and the commands.
+Between what names mean (`architectures`, `config_json`), the files (`files`, `safetensors`) and the commands.
 """
 
 import dataclasses
 import json
+import math
+import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from precision_scaling import files, rope
 from precision_scaling import model as model_lib
-from precision_scaling import results
 from precision_scaling.errors import UserError
-from precision_scaling.huggingface import architectures, safetensors
+from precision_scaling.huggingface import architectures, config_json, reading, safetensors
+from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import ModelConfig
+from precision_scaling.progress import progress_bar
 
-# Tensors that hold nothing a model must be told: some writers keep what follows from config.json.
-_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+# Some writers keep the rotary embedding's frequencies, which follow from config.json.
+_FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_PIECE = 1 << 24  # elements that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model directory that was found to be one our decoder computes. tensors: mapped from its files, by name."""
+    """A model directory that was found to be one our decoder computes. tensors: mapped from its files, by name.
+
+    config: its config.json, with `tie_word_embeddings` as the tensors have it.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -34,28 +42,40 @@ class Pretrained:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Values of the options of `config.model`, see `architectures.model_options`."""
-        return architectures.model_options(self.config)
+        """Values of the options of `config.model`, see `config_json.model_options`."""
+        return config_json.model_options(self.config)
 
     def model(self, sequence_length: int, dtype: str = "float32") -> ModelConfig:
-        """The decoder, with depth-µP's multipliers all 1."""
+        """The decoder, with depth-µP's multipliers all 1. UserError for a length that the model was not made for."""
+        limit, key = config_json.longest_sequence(self.config) or (sequence_length, "")
+        if sequence_length > limit:
+            raise UserError(f"--sequence_length={sequence_length}: allowed is up to {key}, {limit}")
         own = self.options
         base = {"base_width": own["width"], "base_depth": own["depth"]}
         return ModelConfig(sequence_length=sequence_length, dtype=dtype, **base, **own)
 
     def params(self) -> Any:
         """Its parameters in float32, as NumPy arrays."""
-        params = _empty(self.model(1))
-        for name, view in architectures.views(self.model(1), params).items():
-            view[...] = self.tensors[name]
+        model = self.model(1)
+        params = _empty(model)
+        for place in _shown_as(architectures.places(model), "reading", len(self.tensors)):
+            architectures.view(params, place)[...] = self.tensors[place.name]
         return params
 
     @property
     def fingerprint(self) -> str:
-        """Name of the directory and eight characters that stand for the content of its tensors."""
+        """Name of the directory and eight characters that stand for the content of its tensors.
+
+        Raises UserError for a tensor that has something in it that is no number: nothing could be measured with it.
+        """
         checksum = 0
-        for name in sorted(self.tensors):
-            checksum = zlib.crc32(np.ascontiguousarray(self.tensors[name]).view(np.uint8), checksum)
+        for name in _shown_as(sorted(self.tensors), "checking", len(self.tensors)):
+            for piece in _pieces(self.tensors[name]):
+                checksum = zlib.crc32(piece.view(np.uint8), checksum)
+                with np.errstate(over="ignore"):
+                    numbers = np.isfinite(piece.astype(np.float32)).all()
+                if not numbers:
+                    raise UserError(f"{self.directory}: tensor {shown(name)} holds NaN or infinity; allowed is numbers")
         return f"{self.directory.name}@{checksum:08x}"
 
 
@@ -64,28 +84,99 @@ def open_pretrained(directory: Path) -> Pretrained:
 
     Raises UserError, one line, for what is missing, of another architecture, or has an option our decoder lacks.
     """
-    config = _json(directory / "config.json")
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
-    if index.exists():
-        files = [directory / part for part in sorted(set(_json(index).get("weight_map", {}).values()))]
+    config = reading.read_json(directory / "config.json")
     found = Pretrained(directory.absolute(), config, {})
-    model = found.model(1)  # says what our decoder lacks before any file is looked for
-    architecture = config["architectures"][0]
-    for path in files:
-        found.tensors.update(safetensors.read(path))
-    wanted = {name: view.shape for name, view in architectures.views(model, _empty(model)).items()}
-    for name, tensor in found.tensors.items():
-        # A tied head is the embedding, whether or not it was written a second time.
-        derived = _DERIVED.search(name) or (model.tie_embeddings and name == "lm_head.weight")
-        if name not in wanted and not derived:
-            raise UserError(f"{directory}: tensor {name} is not one of {architecture} as it is read here")
-        if not derived and tensor.shape != wanted[name]:
-            shapes = f"is of shape {tensor.shape}; allowed is {wanted[name]}, by config.json"
-            raise UserError(f"{directory}: tensor {name} {shapes}")
-    if missing := [name for name in wanted if name not in found.tensors]:
-        raise UserError(f"{directory}: no tensor {missing[0]}, which {architecture} has")
+    found.model(1)  # says what our decoder lacks before any file is looked for
+    if os.path.lexists(directory / "adapter_config.json"):
+        raise UserError(
+            f"{directory}: adapter_config.json: allowed is a model whose adapter is merged into its weights"
+        )
+    found.tensors.update(_tensors(directory))
+    found = _untied(found)
+    _check_tensors(found)
     return found
+
+
+def _tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a directory, from the files that the index names where there is one."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if not os.path.lexists(index):
+        return safetensors.read(single)
+    weight_map = reading.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map = {shown(weight_map)}: allowed is an object of tensor names and files")
+    for file in weight_map.values():
+        # A path could lead out of the directory.
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or not file.isprintable():
+            raise UserError(f"{index}: the file {shown(file)}: allowed is the name of a file beside the index")
+    parts = {file: safetensors.read(directory / file) for file in sorted(set(weight_map.values()))}
+    if single.name not in parts and os.path.lexists(single):
+        raise UserError(f"{index}: does not name {single.name}, which is there, too; allowed is one model")
+    for name, file in weight_map.items():
+        if name not in parts[file]:
+            raise UserError(f"{index}: tensor {shown(name)} is not in {file}; allowed is the file that holds it")
+    for file, tensors in parts.items():
+        if unnamed := [name for name in tensors if name not in weight_map]:
+            raise UserError(f"{index}: does not name tensor {shown(unnamed[0])} of {file}; allowed is all tensors")
+    return {name: parts[file][name] for name, file in weight_map.items()}
+
+
+def _untied(found: Pretrained) -> Pretrained:
+    """The model with its own head where the files hold one that is not the embedding, whatever config.json says.
+
+    So does transformers 5: who writes both means both.
+    """
+    head, embedding = (found.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    tied = found.options["tie_embeddings"]
+    if not tied or head is None or embedding is None or _same(head, embedding):
+        return found
+    return dataclasses.replace(found, config={**found.config, "tie_word_embeddings": False})
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are the same, bit by bit."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return all(
+        np.array_equal(*(piece.view(np.uint8) for piece in pair)) for pair in zip(_pieces(a), _pieces(b), strict=True)
+    )
+
+
+def _check_tensors(found: Pretrained) -> None:
+    """Every tensor that config.json asks for is there in its shape, and no other."""
+    directory, architecture = found.directory, found.config["architectures"][0]
+    model, wanted, parameters = found.model(1), set(), 0
+    for place in architectures.places(model):
+        if place.name not in found.tensors:
+            raise UserError(f"{directory}: no tensor {place.name}, which {architecture} has")
+        if (shape := found.tensors[place.name].shape) != place.shape:
+            shapes = f"is of shape {shape}; allowed is {place.shape}, by config.json"
+            raise UserError(f"{directory}: tensor {place.name} {shapes}")
+        wanted.add(place.name)
+        parameters += math.prod(place.shape)
+    for name in sorted(set(found.tensors) - wanted):
+        if model.tie_embeddings and name == "lm_head.weight":
+            continue  # it is the embedding
+        if not _FREQUENCIES.search(name):
+            raise UserError(f"{directory}: tensor {shown(name)} is not one of {architecture} as it is read here")
+        expected = np.asarray(rope.frequencies(model.head_dim, model.rope_theta, model.rope_scaling))
+        tensor = found.tensors[name].astype(np.float32)
+        if tensor.shape != expected.shape or not np.allclose(tensor, expected, rtol=0.01, atol=1e-6):
+            raise UserError(f"{directory}: tensor {shown(name)}: allowed is what config.json says of rotary embeddings")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * parameters > memory:
+        need = f"{4 * parameters / 1e9:.1f} GB of parameters in float32"
+        raise UserError(f"{directory}: {need}; allowed is what fits into this machine's {memory / 1e9:.1f} GB")
+
+
+def _pieces(tensor: np.ndarray) -> Iterable[np.ndarray]:
+    flat = tensor.reshape(-1)
+    return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
+
+
+def _shown_as(values: Iterable[Any], title: str, total: int) -> Iterable[Any]:
+    """The same, with a progress bar where someone is watching."""
+    return progress_bar(values, desc=title, unit=" tensors", total=total)
 
 
 def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: Any) -> None:
@@ -94,12 +185,12 @@ def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: A
     more: further keys of config.json. Raises UserError where no Hugging Face architecture computes what it does.
     """
     model, params = architectures.standardized(model, jax.tree.map(np.asarray, params))
-    config = architectures.config_json(model, dtype="float32", torch_dtype="float32", **more)
+    config = config_json.described(model, dtype="float32", torch_dtype="float32", **more)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # No reader takes a directory without config.json for a model, so it comes last.
         safetensors.write(directory / "model.safetensors", architectures.views(model, params))
-        results.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
+        files.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; allowed is a directory that can be written") from None
 
@@ -108,15 +199,3 @@ def _empty(model: ModelConfig) -> Any:
     """Parameters of a decoder whose values are not yet set; memory is used only where they are."""
     shapes = jax.eval_shape(lambda key: model_lib.init(model, key), jax.random.key(0))
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; allowed is a Hugging Face model directory") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; allowed is a Hugging Face model directory") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not an object; allowed is a Hugging Face model directory")
-    return found

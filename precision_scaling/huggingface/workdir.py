@@ -5,7 +5,6 @@ What `ptq` needs is then there: the config with the model's own tokenizer, a che
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import jax
 from tokenizers import Tokenizer
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, results, sharding
+from precision_scaling import checkpoint, files, results, sharding
 from precision_scaling.cohort import table_of
+from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import Run
-from precision_scaling.huggingface import architectures
+from precision_scaling.huggingface import config_json, reading
 from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
 
 # Longest sequences that are chosen unasked: the attention products grow with their square.
@@ -27,10 +27,11 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 def import_model(directory: Path, workdir: Path, tokens: float, config: Any, sequence_length: int = 0) -> Run:
     """Makes a workdir of a model directory: evaluates the model on the config's corpus and writes checkpoint and row.
 
+    Raises UserError for a directory, a config or a workdir that cannot be used, before anything is written.
+
     tokens: D, training tokens that the model has seen; its files do not say. config: like configs/base.py; of its
     `model` section dtype and remat are kept, the rest is the model's own. sequence_length: of evaluation and
     calibration; 0 is what the model allows, at most 1024.
-    Raises UserError for a directory, a config or a workdir that cannot be used, before anything is written.
     """
     pretrained = open_pretrained(directory)
     config = _config_of(pretrained, tokens, config, sequence_length)
@@ -53,23 +54,33 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
 
 def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_length: int) -> Any:
     """The config of the workdir."""
-    directory, longest = pretrained.directory, architectures.longest_sequence(pretrained.config)
-    tokenizer = directory / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise UserError(f"{tokenizer}: no such file; allowed is a model directory with its tokenizer.json")
-    if longest and sequence_length > longest:
-        raise UserError(f"--sequence_length={sequence_length}: allowed is up to max_position_embeddings, {longest}")
-    sequence_length = sequence_length or min(longest or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH)
+    tokenizer = _tokenizer_of(pretrained)
+    longest, _ = config_json.longest_sequence(pretrained.config) or (DEFAULT_SEQUENCE_LENGTH, "")
+    sequence_length = sequence_length or min(longest, DEFAULT_SEQUENCE_LENGTH)
+    pretrained.model(sequence_length)  # refuses a length that the model was not made for
     if not sequence_length <= tokens < math.inf:
         raise UserError(f"--tokens={tokens:g}: allowed is the training tokens of the model, {sequence_length} or more")
     config = config.copy_and_resolve_references()
-    config.data.tokenizer = f"file:{tokenizer}"
+    config.data.tokenizer = tokenizer
     config.model.update(pretrained.options)
     config.model.update({"size": "", "base_size": "", "sequence_length": sequence_length})
     config.model.imported = pretrained.fingerprint
     # Nothing is trained: a step of one sequence rounds D down by the least.
     config.train.update({"tokens": int(tokens), "batch_size": 1, "microbatches": 1, "seed": 0})
     return config
+
+
+def _tokenizer_of(pretrained: Pretrained) -> str:
+    """The tokenizer option: the model's own, with the end of text that its config.json names.
+
+    Of several that one counts which is named as an end of text usually is, or the first: others end an answer.
+    """
+    path, ends = pretrained.directory / "tokenizer.json", config_json.end_of_text(pretrained.config)
+    reading.regular_size(path)
+    spec = f"file:{path}"
+    named = f"{spec}?end_of_text={ends[0]}" if ends else spec
+    tokenizer = tokenizers.from_file(path, named)
+    return spec if tokenizer.usual_ends and tokenizer.usual_ends[0] in (ends or tokenizer.usual_ends) else named
 
 
 def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
@@ -95,8 +106,8 @@ def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
     write_pretrained(out, decoder, params, bos_token_id=None, eos_token_id=bench.corpus.end_of_text, pad_token_id=None)
     tokenizer = bench.corpus.directory / "tokenizer.json"
     if tokenizer.exists():  # bytes need none
-        shutil.copyfile(tokenizer, out / "tokenizer.json")
+        files.copy(tokenizer, out / "tokenizer.json")
         end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(bench.corpus.end_of_text)
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
-        results.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+        files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
     return run

@@ -3,25 +3,34 @@
 python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import errors, locks, results
+from precision_scaling import command_flags, errors, locks, options, results
 from precision_scaling.bench import Bench
 from precision_scaling.errors import UserError
-from precision_scaling.ptq import METHODS, layers, packed
+from precision_scaling.ptq import GRANULARITIES, METHODS, layers, packed
 from precision_scaling.ptq import setting as setting_lib
 from precision_scaling.ptq.runs import packed_directory, quantize_missing
 from precision_scaling.ptq.setting import Setting
 
 
 def _bits(texts: list[str]) -> list[int]:
-    for text in texts:
-        if not text.strip().isdigit() or not 2 <= int(text) <= 8:
+    for text in texts or [""]:
+        if text.strip() not in map(str, range(2, 9)):
             raise UserError(f"--bits={','.join(texts)}: {text!r} is not allowed, whole numbers from 2 to 8 are")
     return sorted({int(text) for text in texts})
+
+
+def _given() -> dict[str, object]:
+    """The method's options that the flags give; checked."""
+    given = {"group_size": _GROUP_SIZE.value, "act_order": _ACT_ORDER.value, "clip": _CLIP.value}
+    given |= {"symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value}
+    given |= {"smoothing": _SMOOTHING.value, "granularity": _GRANULARITY.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        options.check_option(f"ptq.{name}", value, shown=f"--{name}")
+    return given
 
 
 def _setting(method: str, config, given: dict[str, object]) -> Setting:
@@ -47,12 +56,8 @@ def _sizes(bench: Bench, setting: Setting, bits: list[int]) -> list[str]:
 
 def _main(argv) -> None:
     del argv
-    workdir, bits = Path(_WORKDIR.value).expanduser(), _bits(_BITS.value)
+    workdir, bits, given = _WORKDIR.value, _bits(_BITS.value), _given()
     bench = bench_lib.reopen_bench(workdir)
-    given = {"group_size": _GROUP_SIZE.value, "act_order": _ACT_ORDER.value, "clip": _CLIP.value}
-    given |= {"symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value}
-    given |= {"smoothing": _SMOOTHING.value, "granularity": _GRANULARITY.value}
-    given = {name: value for name, value in given.items() if value is not None}
     setting = _setting(_METHOD.value, bench.experiment.config.ptq, given)
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
@@ -66,7 +71,7 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of train or study.")
+    _WORKDIR = command_flags.define_workdir("A workdir of train or study.")
     _METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.")
     _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.")
     _SAVE = flags.DEFINE_bool("save", False, "Keep the quantized models, packed, in runs/<id>/quantized.")
@@ -77,7 +82,7 @@ if __name__ == "__main__":
     _CLIP = flags.DEFINE_bool("clip", None, "Shrink ranges to the least squared rounding error.")
     _SMOOTHING = flags.DEFINE_float("smoothing", None, "SmoothQuant: share of the range that is moved, alpha.")
     _GRANULARITY = flags.DEFINE_enum(
-        "granularity", None, setting_lib.GRANULARITIES, "What shares a scale in activations, keys and values."
+        "granularity", None, GRANULARITIES, "What shares a scale in activations, keys and values."
     )
     flags.mark_flags_as_required(["workdir"])
     errors.run(_main)

@@ -11,6 +11,7 @@ bit-widths are just more output columns. The loss is ½ tr(Eᵀ H E) = ½ Σ (R_
 """
 
 import functools
+import numbers
 import warnings
 from typing import NamedTuple
 
@@ -73,19 +74,20 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
     noise = 10 * jnp.finfo(h_IxI.dtype).eps
 
     def attempt(state):
-        tried, _, _ = state
-        fraction = jnp.where(tried < 0, damping, jnp.maximum(10 * tried, MIN_DAMPING))
+        _, fraction, *_ = state
         damped_I = jnp.where(diagonal_I == 0, 1, diagonal_I + fraction * mean)
         l_IxI = jax.lax.linalg.cholesky(_with_diagonal(h_IxI, damped_I), symmetrize_input=False)
         # A failed factorization is NaN all over, or from the bad pivot on.
-        return fraction, jnp.all(jnp.square(jnp.diagonal(l_IxI)) > noise * damped_I), l_IxI
+        ok = jnp.all(jnp.square(jnp.diagonal(l_IxI)) > noise * damped_I)
+        return fraction, jnp.maximum(10 * fraction, MIN_DAMPING), jnp.asarray(True), ok, l_IxI
 
     def failing(state):
-        tried, ok, _ = state
-        return usable & ~ok & (10 * tried <= 1.01 * MAX_DAMPING)
+        _, following, begun, ok, _ = state
+        return usable & ~ok & (~begun | (following <= 1.01 * MAX_DAMPING))
 
-    start = jnp.asarray(-1.0, h_IxI.dtype), jnp.asarray(False), jnp.zeros_like(h_IxI)
-    fraction, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
+    first = jnp.asarray(damping, h_IxI.dtype)
+    start = first, first, jnp.asarray(False), jnp.asarray(False), jnp.zeros_like(h_IxI)
+    fraction, _, _, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
     r_IxI = jnp.flip(l_IxI)
     r_I = jnp.where(ok, jnp.diagonal(r_IxI), 1)
     feedback_IxI = jnp.where(ok, jnp.triu(r_IxI / r_I, 1), 0)  # no feedback: rounding to nearest
@@ -257,8 +259,8 @@ def check(kernel, hessian, damping) -> None:
     if hessian.shape != (kernel.shape[0],) * 2:
         square = (kernel.shape[0],) * 2
         raise UserError(f"hessian has shape {hessian.shape}: allowed is {square} for a kernel {kernel.shape}")
-    if not 0 <= damping < np.inf:
-        raise UserError(f"damping = {damping}: allowed is a fraction of the mean diagonal, 0 or more")
+    if isinstance(damping, bool) or not isinstance(damping, numbers.Real) or not 0 <= damping < np.inf:
+        raise UserError(f"damping = {damping!r}: allowed is a fraction of the mean diagonal, 0 or more")
     kernel, hessian = kernel.astype(np.float64), hessian.astype(np.float64)
     for name, array in (("kernel", kernel), ("hessian", hessian)):
         if not np.all(np.isfinite(array)):

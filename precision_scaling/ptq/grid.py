@@ -134,8 +134,8 @@ def nearest_level(x, inverse_scale, zero, levels: formats.Grid, kind: formats.Ki
 
 
 def inverse(scale):
-    """1 / scale, and 0 for the scale 0 of a block whose stored scale underflowed."""
-    return jnp.where(scale == 0, 0.0, 1 / scale)
+    """1 / scale; 0 for the scale 0 of a block whose stored scale underflowed, NaN where the inverse would underflow."""
+    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale > numerics.LARGEST_INVERTIBLE, jnp.nan, scale))
 
 
 def code_dtype(kind: formats.Kind, symmetric: bool):

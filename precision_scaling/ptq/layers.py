@@ -3,7 +3,6 @@
 `runs` writes the file from what `apply` reports; the command draws it.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling import results
+from precision_scaling import files
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.apply import LINEARS, Report
 
@@ -34,7 +33,7 @@ def write(run_directory: Path, name: str, bits: Sequence[int], report: Report) -
     for k, b in enumerate(bits):
         found[str(b)] = {field: _plain(getattr(report, field)[k]) for field in Report._fields}
     ordered = dict(sorted(found.items(), key=lambda item: int(item[0])))
-    results.atomic_write(path, json.dumps({"projections": PROJECTIONS, "bits": ordered}) + "\n")
+    files.write_sealed(path, {"projections": PROJECTIONS, "bits": ordered}, indent=None)
 
 
 def draw(run_directory: Path, name: str) -> Path | None:
@@ -50,8 +49,8 @@ def draw(run_directory: Path, name: str) -> Path | None:
     if figure.exists() and figure.stat().st_mtime >= path.stat().st_mtime:
         return figure
     drawing = _figure(_read(path), name)
-    with results.replacing(figure) as temporary:
-        drawing.savefig(temporary, format="png", dpi=120)
+    with files.replacing(figure) as file:
+        drawing.savefig(file, format="png", dpi=120)
     return figure
 
 
@@ -74,7 +73,7 @@ def _figure(found: dict[str, Any], name: str):
     panels[0].set_ylabel("‖X(W − Q)‖² / ‖XW‖²")
     panels[-1].plot([], [], "--", color="grey", linewidth=1, label="rounded to nearest")
     drawing.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    drawing.suptitle(f"Relative output error of each projection: {name}")
+    drawing.suptitle(f"Relative output error of each projection: {name}", parse_math=False)
     return drawing
 
 
@@ -84,12 +83,25 @@ def _ticks(layers: int) -> list[int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not found["projections"] or not isinstance(found["bits"], dict):
-            raise ValueError
+        found = files.read_sealed(path, older=lambda found: set(found) == {"projections", "bits"})
+        _check(found)
         return found
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a file of errors by layer; delete it and its rows to measure them anew") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a file of errors by layer ({error}); delete it and its rows to measure them anew"
+        ) from None
+
+
+def _check(found: dict[str, Any]) -> None:
+    """Raises where a report has not a number, or null, for every layer and projection at its bits."""
+    shapes = set()
+    for bits, report in found["bits"].items():
+        int(bits)
+        if set(report) != set(Report._fields):
+            raise ValueError(f"fields {sorted(report)} at {bits} bits")
+        shapes |= {np.array(values, float).shape for values in report.values()}
+    if len(shapes) > 1 or any(shape[1:] != (len(found["projections"]),) for shape in shapes):
+        raise ValueError(f"shapes {sorted(shapes)} of {len(found['projections'])} projections")
 
 
 def _plain(array_LxP: np.ndarray) -> list[list[Any]]:

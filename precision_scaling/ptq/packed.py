@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from precision_scaling import checkpoint, results
+from precision_scaling import checkpoint, files
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.codes import Codes, QuantizedModel, each, is_codes
 
 DESCRIPTION = "quantized.json"
 VERSION = 1
+_KEYS = {"version", "method", "bits", "operands", "shapes", "arrays"}
 
 
 class Loaded(NamedTuple):
@@ -90,23 +91,23 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
         "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays),
     }
     # Last: without it the directory does not count.
-    results.atomic_write(path / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    files.write_sealed(path / DESCRIPTION, description)
 
 
 def load(path: Path) -> Loaded:
     """The model in a directory that `save` wrote. UserError, one line, where it cannot be read."""
     try:
-        found = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        found = files.read_sealed(path / DESCRIPTION, older=lambda found: set(found) == _KEYS)
         if found["version"] != VERSION:
             raise UserError(f"{path}: quantized model of version {found['version']}; allowed is {VERSION}")
         abstract, shapes = jax.tree.map(_abstract, found["arrays"]), found["shapes"]
         method, bits, operands = found["method"], found["bits"], tuple(found["operands"])
     except FileNotFoundError:
         raise UserError(f"{path}: no quantized model there; precision_scaling.ptq writes one with --save") from None
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path / DESCRIPTION}: not the description of a quantized model") from None
+        raise UserError(f"{path / DESCRIPTION}: not the description of a quantized model ({error})") from None
     arrays = checkpoint.restore(path / "arrays", abstract)
     kernels = {
         module: {name: _unpack_codes(arrays["kernels"][module][name], bits, shape) for name, shape in names.items()}

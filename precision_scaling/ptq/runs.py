@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from precision_scaling import bench as bench_lib
 from precision_scaling import results
@@ -19,6 +18,7 @@ from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
 from precision_scaling.experiment import WHOLE, Cohort, Run, Share
 from precision_scaling.formats import parse
+from precision_scaling.progress import progress_bar
 from precision_scaling.ptq import apply, codes, layers, packed
 from precision_scaling.ptq.setting import Setting, of_method
 from precision_scaling.step import Static
@@ -76,7 +76,7 @@ def quantize_missing(
                 if missing:
                     todo.append(_Job(group, run, setting, missing))
     warnings, unreadable = [], []
-    for job in tqdm(todo, desc="quantizing", unit="run", disable=not progress) if todo else ():
+    for job in progress_bar(todo, desc="quantizing", unit="run", disable=not progress) if todo else ():
         if stop is not None and stop.asked():
             raise Stopped(stop.reason)
         try:

@@ -8,13 +8,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from precision_scaling import options as options_lib
 from precision_scaling.errors import ConfigError
 from precision_scaling.formats import Kind
 from precision_scaling.model import ModelConfig
-from precision_scaling.ptq import METHODS
 from precision_scaling.quantize import Operand, Program
-
-GRANULARITIES = ("tensor", "token")
 
 # The options that a method has. The others do not touch it, so that one config can ask for several methods.
 # AWQ always searches for a clip of its own.
@@ -120,25 +118,12 @@ class Setting:
 
 def of_method(method: str, options: Mapping[str, Any]) -> Setting:
     """The setting of one method under the config's `ptq` section. Raises ConfigError for values not allowed."""
-    if method not in METHODS:
-        raise ConfigError("ptq.methods", method, f"any of {', '.join(METHODS)}")
-    size = options["group_size"]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0 or size == 1:
-        raise ConfigError("ptq.group_size", size, "0 (one scale per output channel) or a whole number from 2")
-    if not 0 <= options["smoothing"] <= 1:
-        raise ConfigError("ptq.smoothing", options["smoothing"], "a number from 0 to 1")
-    if options["granularity"] not in GRANULARITIES:
-        raise ConfigError("ptq.granularity", options["granularity"], f"one of {', '.join(GRANULARITIES)}")
+    options_lib.check_option("ptq.methods", (method,))
+    for name in ("group_size", "symmetric", "act_order", "clip", "smoothing", "granularity"):
+        options_lib.check_option(f"ptq.{name}", options[name])
     return Setting(method, **{name: options[name] for name in _OPTIONS[method]})
 
 
 def of_config(options: Mapping[str, Any]) -> tuple[Setting, ...]:
     """A setting for each of the config's methods. Raises ConfigError."""
     return tuple(of_method(method, options) for method in options["methods"])
-
-
-def check_bits(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for bit-widths that no method has."""
-    for bits in options["bits"]:
-        if isinstance(bits, bool) or bits not in range(2, 9):
-            raise ConfigError("ptq.bits", bits, "whole numbers from 2 to 8")

@@ -1,0 +1,245 @@
+"""Files that outlive a process: written whole or not at all, sealed with a fingerprint, and read if they are files.
+
+Everything that a run, a study or a token cache leaves behind is written and read through here. The directory may be
+shared with other users: nothing is written through a link that somebody else has put there, and nothing that never
+ends, such as a pipe, is read.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from absl import logging
+
+from precision_scaling.errors import UserError
+
+FINGERPRINT = "fingerprint"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+}
+
+
+class NotAFile(UserError):
+    """Something else stands where a regular file is expected."""
+
+    def __init__(self, path: Path | str, mode: int):
+        super().__init__(f"{path}: is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; allowed is a regular file")
+
+
+def read(path: Path | str) -> bytes:
+    """All of a regular file. NotAFile at once for anything else; OSError, which names the file, as ever."""
+    with naming(path), open_regular(path) as file:
+        return file.read()
+
+
+def check_regular(path: Path | str) -> None:
+    """Raises NotAFile where there is no regular file, or link to one."""
+    _refuse(path, os.stat(path).st_mode)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Opens a regular file to be read. NotAFile for anything else, a link to it included."""
+    check_regular(path)  # before it is opened, which some devices take for an order
+    return _open(path, os.O_RDONLY)
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """A file to add to, made where there is none. NotAFile for anything else, links included."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_other_than_file(path)
+        with _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW) as file:
+            yield file
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well: a reader, now or after a crash, sees all of
+    it or what was there before.
+
+    Until then it has a name that nobody can foresee, beside `path`. What processes that were killed have left of such
+    files is removed; a lock tells theirs from those of the living. NotAFile where `path` is no file. OSErrors name it.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink():  # a link itself is replaced, never what it points to
+            _refuse_other_than_file(path)
+        _remove_leftovers(path)
+        file, temporary = _new_beside(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file, so that the copy is there whole or not at all."""
+    with open_regular(source) as original, replacing(target) as file:
+        while block := original.read(1 << 20):
+            file.write(block)
+
+
+def write_sealed(path: Path, record: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Writes a record as a JSON object with the fingerprint of its content."""
+    plain = json.loads(json.dumps(record))  # tuples and keys as they will be read
+    atomic_write(path, json.dumps({**plain, FINGERPRINT: fingerprint(plain)}, indent=indent) + "\n")
+
+
+def read_sealed(path: Path, older: Callable[[Any], bool] = lambda found: False) -> Any:
+    """The record that `write_sealed` wrote.
+
+    older: whether what was found is a whole file of the time before there were fingerprints; such a file is taken as
+    it is, with a warning.
+
+    Raises:
+      ValueError: content that is not what was written; one line, without the path. NotAFile; OSError, which name it.
+    """
+    try:
+        found = json.loads(read(path).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if isinstance(found, dict) and FINGERPRINT in found:
+        written = found.pop(FINGERPRINT)
+        if written != fingerprint(found):
+            raise ValueError("the content does not have the fingerprint it was written with")
+        return found
+    if not older(found):
+        raise ValueError("no fingerprint")
+    message = "%s: written before files had fingerprints; it, and others as old, are read unchecked"
+    logging.log_first_n(logging.WARNING, message, 1, path)
+    return found
+
+
+def fingerprint(plain: Any) -> str:
+    """16 hex digits that stand for a value of JSON, however it is laid out."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """A file to hold locks on, made where there is none. NotAFile for anything else, links included."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_other_than_file(path)
+        try:
+            return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        except PermissionError:  # of another user: a lock on it can be had all the same
+            return _open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether a lock could be had at once. OSError where the file system has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """OSErrors raised in it name the file: those of a write to a full disk do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or _TEMPORARY.search(os.fsdecode(error.filename))):
+            error.filename = os.fspath(path)
+        raise
+
+
+def expanded(path: str, option: str) -> Path:
+    """A path that a user gave, with the home directory for "~". UserError for one that cannot be a path of one line."""
+    if any(ord(character) < 32 for character in path):
+        raise UserError(f"{option}={path!r}: allowed is a path without line breaks and control characters")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{option}={path}: there is no such home directory; allowed is a path without ~") from None
+
+
+def user_cache(option: str) -> Path:
+    """The user's cache directory of this project: below XDG_CACHE_HOME, or below ~/.cache.
+
+    option: of the config, that names a directory instead. UserError where there is no home directory.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # its specification: relative ones are to be ignored
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        allowed = "a directory, or the environment variable XDG_CACHE_HOME set to one"
+        raise UserError(f"config.{option} = '': there is no home directory; allowed is {allowed}")
+    return Path(base) / "precision_scaling"
+
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
+
+
+def _new_beside(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file, locked, with a name of its own."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        file = _open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # without locks leftovers stay
+            try_lock(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()  # taken for a leftover before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and _TEMPORARY.search(name):
+            leftover = path.with_name(name)
+            try:
+                with _open(leftover, os.O_RDWR | os.O_NOFOLLOW) as file:
+                    if try_lock(file):
+                        leftover.unlink()
+            except (OSError, NotAFile):  # it is gone, another user's, or there are no locks
+                pass
+
+
+def _open(path: Path | str, flags: int) -> BinaryIO:
+    # O_NONBLOCK: a pipe that was put there in this moment is not waited for.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        _refuse(path, os.fstat(descriptor).st_mode)
+        mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "w+b"}[flags & os.O_ACCMODE]
+        return os.fdopen(descriptor, "ab" if flags & os.O_APPEND else mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _refuse(path, os.lstat(path).st_mode)
+
+
+def _refuse(path: Path | str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise NotAFile(path, mode)

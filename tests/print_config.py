@@ -1,0 +1,16 @@
+"""A command that prints its config, options of one line each: what the command line makes of a value."""
+
+from precision_scaling import command_flags, errors, options
+
+
+def _main(argv) -> None:
+    del argv
+    options.check(_CONFIG.value)
+    for section, values in _CONFIG.value.to_dict().items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            print(f"{section}.{name} = {value!r}")
+
+
+if __name__ == "__main__":
+    _CONFIG = command_flags.define_config()
+    errors.run(_main)

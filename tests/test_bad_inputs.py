@@ -1,0 +1,137 @@
+"""Every wrong input is one clear line and an exit status, before anything is compiled or written: `bad_inputs`."""
+
+import functools
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import base
+from precision_scaling import experiment, options, quantize
+from precision_scaling.errors import UserError
+from precision_scaling.formats import FormatError
+from tests import forked
+from tests.bad_inputs import CASES, FAKE_QUANT, OPTIONS, RIGHT, STUDIED, TRAIN, ZERO_IS_RIGHT, Case, wrong_values
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 10.0  # that no refusal takes, on a machine with much else to do
+
+
+def refuse(case: Case, tmp: Path, study: Path | None = None) -> None:
+    for name, content in case.files.items():
+        if content is None:
+            (tmp / name).mkdir()
+        else:
+            (tmp / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = sorted(tmp.rglob("*"))
+    places = {"tmp": str(tmp), "workdir": str(tmp / "new"), "study": str(study)}
+    argv = [_filled(argument, places) for argument in case.argv]
+    done = forked.run(case.module, argv, ROOT, timeout=SECONDS)
+    line = forked.refusal(done)
+    missing = [words for words in case.said if words not in line]
+    assert not missing, f"{missing} not in: {line}"
+    assert done.code == 2 and len(line) < 900
+    assert [path for path in sorted(tmp.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+def _filled(argument: str, places: dict[str, str]) -> str:
+    for name, place in places.items():
+        argument = argument.replace(f"{{{name}}}", place)
+    return argument
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_command_refuses(case, tmp_path):
+    refuse(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STUDIED, ids=str)
+def test_a_command_refuses_for_a_workdir_with_runs(case, tmp_path, finished_study):
+    refuse(case, tmp_path, finished_study[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workdir", ["/proc/nothing", "/dev/null/x", "/proc/self/x/y"])
+def test_a_workdir_that_cannot_be_written_is_one_line(workdir, data_options):
+    data = [f"--config.data.{name}={value}" for name, value in data_options.items()]
+    data += ["--config.evaluate.sequences=8", "--config.evaluate.batch_size=8", "--config.ptq.calibration_sequences=8"]
+    done = forked.run(TRAIN, ["--config=configs/base.py", f"--workdir={workdir}", *data], ROOT, timeout=120)
+    line = forked.refusal(done)
+    assert "--workdir" in line and "allowed is" in line
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_refuses_what_it_cannot_be(name):
+    for value in wrong_values(name, OPTIONS[name]):
+        config = base.get_config()
+        *sections, leaf = name.split(".")
+        with config.unlocked(), config.ignore_type():
+            functools.reduce(getattr, sections, config)[leaf] = value
+        with pytest.raises(UserError) as error:
+            experiment.resolve(config, 257)
+        said = str(error.value)
+        assert f"config.{name}" in said and "allowed is" in said and "\n" not in said, (value, said)
+
+
+def test_zero_is_a_value_of_the_options_that_have_it():
+    for name in ZERO_IS_RIGHT:
+        options.check_option(name, type(OPTIONS[name])(0))
+
+
+def test_every_number_has_a_rule():
+    numbers = {name for name, default in OPTIONS.items() if type(default) in (int, float, tuple)}
+    assert numbers <= set(options.RULES), "add the option's values to options.RULES"
+    assert set(options.RULES) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize(("override", "line"), RIGHT, ids=[override for override, _ in RIGHT])
+def test_values_may_be_written_as_people_write_them(override, line):
+    done = forked.run("tests.print_config", ["--config=configs/base.py", f"--config.{override}"], ROOT)
+    assert done.code == 0, done.stderr
+    assert line in done.stdout.splitlines()
+
+
+def test_an_option_that_is_given_twice_counts_as_the_last_and_a_list_is_joined():
+    argv = ["--config=configs/base.py", "--config.model.width=-1", "--config.model.width=64"]
+    done = forked.run("tests.print_config", [*argv, "--config.ptq.methods=gptq", "--config.ptq.methods=awq,rtn"], ROOT)
+    assert done.code == 0, done.stderr
+    assert {"model.width = 64", "ptq.methods = ('gptq', 'awq', 'rtn')"} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("arguments", "said"), FAKE_QUANT, ids=[str(arguments)[:50] for arguments, _ in FAKE_QUANT])
+def test_fake_quant_refuses(arguments, said):
+    with pytest.raises(FormatError) as error:
+        quantize.fake_quant(**{"x": np.ones((12, 64), np.float32), "fmt": 4} | arguments)
+    message = str(error.value)
+    assert said in message and "allowed" in message and "\n" not in message
+
+
+HELP = {
+    "precision_scaling.train": "config workdir time_limit profile coordinator_address num_processes distributed",
+    "precision_scaling.study": "config workdir shard only dry_run rows settings time_limit profile process_id",
+    "precision_scaling.ptq": "workdir method bits save group_size asymmetric act_order clip smoothing granularity",
+    "precision_scaling.layer_stats": "workdir run precision sequences",
+    "precision_scaling.huggingface": "config workdir model tokens sequence_length run out",
+}
+
+
+@pytest.mark.parametrize("module", HELP)
+def test_help_shows_every_flag_of_its_command(module):
+    done = forked.run(module, ["--help"], ROOT)
+    assert done.code == 0 and not done.stderr
+    shown = set(re.findall(r"^ +--(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
+    assert set(HELP[module].split()) <= shown
+    # No module of the project has flags that only --helpfull tells of.
+    headings = [line for line in forked.run(module, ["--helpfull"], ROOT).stdout.splitlines() if line.endswith(":")]
+    assert [line for line in headings if line.startswith("precision_scaling.")] == []
+
+
+def test_the_harness_is_of_the_size_it_should_be_and_fast(tmp_path):
+    assert len(CASES) + len(STUDIED) + len(FAKE_QUANT) >= 200
+    started = time.monotonic()
+    for case in CASES[:10]:
+        refuse(case, tmp_path)
+    assert time.monotonic() - started < SECONDS
