@@ -145,8 +145,8 @@ def _figure(drawn: Drawn) -> str:
     entry = drawn.entry
     return (
         f'<figure id="{entry.name}"><h3>{_escape(entry.title)}</h3>'
-        f'<img alt="{_escape(entry.caption)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{_escape(entry.caption)}</figcaption></figure>"
+        f'<img alt="{_escape(drawn.caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{_escape(drawn.caption)}</figcaption></figure>"
     )
 
 
