@@ -28,7 +28,7 @@ from analysis.compare import to_csv
 from analysis.evidence import Evidence, main_rows
 from analysis.figures.gallery import draw_all
 from analysis.findings import Finding, all_findings, growth_sentence
-from analysis.page import page
+from analysis.page import interval_of, notes_of, page
 from analysis.report_laws import COMPARED, LAWS, make
 from analysis.search import least_resamples
 from analysis.table import Table
@@ -142,10 +142,10 @@ def describe(report: Report) -> str:
             if value is None:
                 lines.append(f"  {parameter:<10} not told by this table: {fit.refused.get(parameter, '')}")
             elif parameter not in (fit.reporting.get("fixed") or {}):
-                ends = fit.ci.get(parameter)
+                ends = interval_of(fit, parameter)
                 interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)
                 lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
-        lines += [f"  note: {note}" for note in fit.notes]
+        lines += [f"  note: {note}" for note in notes_of(fit)]
     lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
     lines += ["", *(f"{f.key}: {f.verdict}. {f.by_table}" for f in report.findings)]
     lines += ["", report.sentence]
