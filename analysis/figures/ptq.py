@@ -207,8 +207,7 @@ def methods(evidence: Evidence) -> Figure:
             axis.plot(mine[:, 1], mine[:, 2], marker(series), color=colors[series], mec=INK, label=f"{p_post:g} bits")
         span = [pairs[:, 1:].min() * 0.8, pairs[:, 1:].max() * 1.25]
         axis.plot(span, span, color="#888888", lw=1)
-        better = np.mean(pairs[:, 2] < pairs[:, 1])
-        axis.set_title(f"{words(other)} is below {words(reference)} in {better:.0%} of {len(pairs)}")
+        axis.set_title(f"{words(other)} is below {words(reference)} in {better:.0%} of {every}")
         log_axis(axis, "x", pairs[:, 1:])
         log_axis(axis, "y", pairs[:, 1:])
         axis.set_xlabel(f"δ by {words(reference)} (nats per token)")
