@@ -111,7 +111,12 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 
 def held_out(
-    setup: Setup, theta_F: np.ndarray, schemes=SCHEMES, seed: int = 0, more: tuple[Split, ...] = ()
+    setup: Setup,
+    theta_F: np.ndarray,
+    schemes=SCHEMES,
+    seed: int = 0,
+    more: tuple[Split, ...] = (),
+    starts: int = STARTS_PER_FOLD,
 ) -> dict[str, HeldOut]:
     """Out-of-fold errors by every scheme that leaves something to fit, and by the splits of `more`; theta is the
     optimum on all rows.
@@ -122,7 +127,7 @@ def held_out(
     rows_n = np.arange(setup.problem.rows)
     weight_Mxn = np.array([split.kept_m[rows_n] for split in every], float)
     # a fold starts from the optimum on all rows, which knows the answer only where the refit finds nothing better
-    starts_KxF = np.vstack([theta_F, start_grid(setup, STARTS_PER_FOLD, seed)])
+    starts_KxF = np.vstack([theta_F, start_grid(setup, starts, seed)])
     start_SxF = np.tile(starts_KxF, (len(every), 1))
     which_S = np.repeat(np.arange(len(every)), len(starts_KxF))
     found = solve(setup.problem, start_SxF, weight_Mxn, which_S, tolerance=1e-9)

@@ -166,7 +166,7 @@ def low_precision_loses_less(evidence: Evidence) -> Finding:
         "more": sum(p.loses == MORE for p in found),
     }
     return Finding(
-        "F4", f"{LESS_CLAIM[:-1]}, at P_post below P_w.", verdict, ONE_FORM, " ".join(said), numbers, pair_rows(every)
+        "F4", f"{LESS_CLAIM[:-1]}, at P_post below P_w.", verdict, ONE_FORM, "\n".join(said), numbers, pair_rows(every)
     )
 
 
@@ -195,7 +195,7 @@ def served_at_home(evidence: Evidence) -> Finding:
     where = ", ".join(f"{method.upper() or 'PTQ'} at {side}" for method, side in bad)
     why = f"It fails for {where}." if bad else ""
     numbers = {f"{m or 'PTQ'}, {side}": share for (m, side), share in wrong.items()}
-    return Finding("F4 at home", NOTHING_CLAIM, verdict, ONE_FORM, " ".join([*said, why]).strip(), numbers)
+    return Finding("F4 at home", NOTHING_CLAIM, verdict, ONE_FORM, "\n".join([*said, why]).strip(), numbers)
 
 
 def _home_words(method: str, side: str, found: Sequence[Pair]) -> str:
