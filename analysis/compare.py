@@ -32,7 +32,7 @@ from analysis.nested import NestedTest, ratio_test
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
 from analysis.reporting import r_squared
-from analysis.search import DEFAULT_STARTS, LEAST_RUNS, search
+from analysis.search import LEAST_RUNS, search
 from precision_scaling.results import atomic_write
 
 FILES = ("compare.csv", "compare.json")
@@ -259,8 +259,7 @@ def _judge(
             raise FitError("no bias is informed: on this table the form with biases has none either")
     best = search(setup, starts, seed)
     verdict = identify(setup, best.theta_F, profile=False)
-    per_fold = min(crossval.STARTS_PER_FOLD, max(2, (starts or DEFAULT_STARTS) // 32))
-    held = crossval.held_out(setup, best.theta_F, seed=seed, more=more, starts=per_fold)
+    held = crossval.held_out(setup, best.theta_F, seed=seed, more=more)
     error_n = residuals(setup.problem, best.theta_F)
     n, k = len(error_n), len(setup.free)
     if options.loss == "huber":

@@ -20,7 +20,7 @@ CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
 MOST_SETTINGS = 32  # of more settings of precision than this some share a fold
 LARGEST_SHARE = 0.2  # of the runs are the largest ones held out by the compute scheme
-STARTS_PER_FOLD = 8
+STARTS_PER_FOLD = 8  # with 4 a law of many optima may be caught in a worse one
 UNSEEN = 1e-7  # of the largest singular value: directions below it leave the kept rows as they are
 
 
@@ -111,12 +111,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 
 def held_out(
-    setup: Setup,
-    theta_F: np.ndarray,
-    schemes=SCHEMES,
-    seed: int = 0,
-    more: tuple[Split, ...] = (),
-    starts: int = STARTS_PER_FOLD,
+    setup: Setup, theta_F: np.ndarray, schemes=SCHEMES, seed: int = 0, more: tuple[Split, ...] = ()
 ) -> dict[str, HeldOut]:
     """Out-of-fold errors by every scheme that leaves something to fit, and by the splits of `more`; theta is the
     optimum on all rows.
@@ -127,7 +122,7 @@ def held_out(
     rows_n = np.arange(setup.problem.rows)
     weight_Mxn = np.array([split.kept_m[rows_n] for split in every], float)
     # a fold starts from the optimum on all rows, which knows the answer only where the refit finds nothing better
-    starts_KxF = np.vstack([theta_F, start_grid(setup, starts, seed)])
+    starts_KxF = np.vstack([theta_F, start_grid(setup, STARTS_PER_FOLD, seed)])
     start_SxF = np.tile(starts_KxF, (len(every), 1))
     which_S = np.repeat(np.arange(len(every)), len(starts_KxF))
     found = solve(setup.problem, start_SxF, weight_Mxn, which_S, tolerance=1e-9)
