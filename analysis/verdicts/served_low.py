@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from analysis.evidence import Evidence
 from analysis.law import HIGH_PRECISION_BITS
@@ -20,7 +21,7 @@ from analysis.verdicts.optimum_by_law import near_best
 
 LESS, MORE, ALIKE = "less", "more", "within noise"
 BELOW, AT, ABOVE = "P_post < P_w", "P_post = P_w", "P_post > P_w"
-MOST = 0.9  # share of the rows that differ beyond the noise that counts as all but a few
+FEW = 0.1  # share of the rows that may differ from 0 beyond the noise where they are said not to
 LEAST_ROWS = 5
 
 LESS_CLAIM = "Models trained in low precision lose less under PTQ than 16-bit ones."
@@ -171,11 +172,11 @@ def low_precision_loses_less(evidence: Evidence) -> Finding:
 
 
 def _less(loses: Counter) -> str:
-    told = loses[LESS] + loses[MORE]
-    if told < LEAST_ROWS:
-        return UNDECIDED
-    share = loses[LESS] / told
-    return SUPPORTED if share >= MOST else CONTRADICTED if share <= 0.5 else UNDECIDED
+    """By the rows beyond the noise on either side, more of them than the noise itself puts there."""
+    rows = sum(loses.values())
+    beyond = lambda count: stats.binomtest(count, rows, (1 - LEVEL) / 2, "greater").pvalue < 1 - LEVEL
+    less, more = beyond(loses[LESS]), beyond(loses[MORE])
+    return UNDECIDED if less == more else SUPPORTED if less else CONTRADICTED
 
 
 def served_at_home(evidence: Evidence) -> Finding:
@@ -190,7 +191,7 @@ def served_at_home(evidence: Evidence) -> Finding:
             if mine:
                 wrong[method, side] = sum(p.changes == MORE for p in mine) / len(mine)
                 said.append(_home_words(method, side, mine))
-    bad = [key for key, share in wrong.items() if share > 1 - MOST]
+    bad = [key for key, share in wrong.items() if share > FEW]
     verdict = SUPPORTED if not bad else CONTRADICTED
     where = ", ".join(f"{method.upper() or 'PTQ'} at {side}" for method, side in bad)
     why = f"It fails for {where}." if bad else ""
