@@ -78,9 +78,9 @@ class Forecast:
         low, high = (100 * end for end in self.mean_ci)
         return (
             f"{self.law} puts {self.above} of {len(self.errors)} joint losses too high (sign test p = "
-            f"{self.sign_p:.2g}), "
-            f"mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % rms (on its own runs "
-            f"{100 * self.rms_of_its_own:.2f} %)"
+            f"{self.sign_p:.2g}), mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % "
+            f"rms (on its own runs "
+            f"{100 * self.rms_of_its_own:.2f} %; {self.starts_at_best:.0%} of starts at its best fit)"
         )
 
 
