@@ -15,7 +15,7 @@ from precision_scaling.data.shards import find_files, read_shard
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     **{"name": "dolma", "split": "train", "validation_split": "", "feature": "text", "tokenizer": "bytes"},
-    **{"validation_fraction": 0.3, "split_seed": 0, "tfds_dir": "", "workers": 1, "beam_options": ""},
+    **{"validation_fraction": 0.3, "split_seed": 0, "hash": "", "tfds_dir": "", "workers": 1, "beam_options": ""},
     "progress": False,
 }
 
