@@ -66,8 +66,13 @@ class Bench:
 
     def parameters(self, run: Run) -> Any:
         """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
-        abstract = jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0)))
-        return checkpoint.restore(self.directory(run) / "checkpoint", self.layout.abstract(abstract))
+        abstract = self.layout.abstract(_abstract_parameters(run.shape.model))
+        return checkpoint.restore(self.directory(run) / "checkpoint", abstract)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(config: model.ModelConfig) -> Any:
+    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
 
 
 def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
@@ -79,7 +84,7 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
-    names = optimizer.parameter_names(planned.runs[0].shape.model)
+    names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
     patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
     for group in planned.cohorts:
         programs.check_memory(layout, group.shape.model)

@@ -217,17 +217,14 @@ def _is_sound(dataset_dir: str) -> bool:
     if "://" in dataset_dir:
         return True
     try:
-        record = files.read_sealed(_seal_path(dataset_dir))
-    except FileNotFoundError:  # an older one: from now on it has one
-        _seal(dataset_dir)
+        if not _seal_path(dataset_dir).exists():  # an older one: from now on it has one
+            _seal(dataset_dir)
+        if files.read_sealed(_seal_path(dataset_dir)) != {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}:
+            raise ValueError("not as it was prepared")
         return True
     except ValueError as error:
-        logging.warning("%s: damaged (%s); preparing the dataset again", _seal_path(dataset_dir), error)
+        logging.warning("%s is damaged (%s): preparing it again", dataset_dir, error)
         return False
-    sound = record == {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}
-    if not sound:
-        logging.warning("%s: is not as it was prepared; preparing it again", dataset_dir)
-    return sound
 
 
 def _seal(dataset_dir: str) -> None:
