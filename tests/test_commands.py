@@ -33,20 +33,6 @@ def test_a_misspelt_option(run_command, tmp_path):
     assert "widht" in said(run_command(*arguments, "--config.model.widht=3"), workdir)
 
 
-@pytest.mark.slow
-def test_other_mistakes_on_the_command_line(run_command, tmp_path):
-    workdir = tmp_path / "w"
-    train = ("precision_scaling.train", "--config=configs/base.py", f"--workdir={workdir}")
-    assert "workdri" in said(run_command(*train, "--workdri=x"), workdir)
-    assert "int1" in said(run_command(*train, "--config.precision.weights=int1"), workdir)
-    missing = ("precision_scaling.train", "--config=configs/none.py", f"--workdir={workdir}")
-    assert "none.py" in said(run_command(*missing), workdir)
-    assert "--config" in said(run_command("precision_scaling.train", f"--workdir={workdir}"), workdir)
-    single = ("precision_scaling.study", "--config=configs/base.py", f"--workdir={workdir}")
-    assert "study.grid" in said(run_command(*single), workdir)
-    assert "no config.json there" in said(run_command("precision_scaling.ptq", f"--workdir={workdir}"), workdir)
-
-
 def test_bits_that_cannot_be_and_files_that_are_no_configs(tmp_path):
     assert ptq_command._bits(["4", "3", "4"]) == [3, 4]
     for texts in (["3", "1"], ["9"], ["4.5"], ["four"], [""]):
