@@ -42,6 +42,9 @@ def test_other_mistakes_on_the_command_line(run_command, tmp_path):
     missing = ("precision_scaling.train", "--config=configs/none.py", f"--workdir={workdir}")
     assert "none.py" in said(run_command(*missing), workdir)
     assert "--config" in said(run_command("precision_scaling.train", f"--workdir={workdir}"), workdir)
+    for letter in "\n\t\x1b\u2028":
+        line = said(run_command("precision_scaling.ptq", f"--workdir={workdir}{letter}x"), workdir)
+        assert "allowed is one line" in line and letter not in line
     single = ("precision_scaling.study", "--config=configs/base.py", f"--workdir={workdir}")
     assert "study.grid" in said(run_command(*single), workdir)
     assert "no config.json there" in said(run_command("precision_scaling.ptq", f"--workdir={workdir}"), workdir)
