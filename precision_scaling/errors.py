@@ -47,6 +47,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        for argument in argv[1:]:
+            if any(letter < " " or letter in "\x7f\x85\u2028\u2029" for letter in argument):
+                fail(f"the argument {argument!a:.200}: allowed is one line without control characters")
         if HELP & set(argv[1:]):  # anywhere, and before a config is read
             print(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
             sys.exit(0)

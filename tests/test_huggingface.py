@@ -297,8 +297,10 @@ def test_directories_that_do_not_fit_their_config_are_refused(written, tmp_path)
     refused({key: value for key, value in tensors.items() if key != name}, f"no tensor {name}")
     refused({**tensors, name: np.zeros(4, np.float32)}, r"is of shape \(4,\); allowed is \(16,\)")
     refused({**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, "q_proj.bias")
-    # What follows from config.json may stand there.
-    safetensors.write(path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)})
+    # What follows from config.json may stand there, and nothing else.
+    frequencies = np.array([1, 500**-0.5], np.float32)
+    refused({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": 2 * frequencies}, "inv_freq")
+    safetensors.write(path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies})
     before = open_pretrained(directory).fingerprint
     safetensors.write(path, {**tensors, name: tensors[name] * np.float32(1.001)})
     assert open_pretrained(directory).fingerprint != before

@@ -185,16 +185,12 @@ def _rope(config: Mapping[str, Any], family: Architecture) -> tuple[float, str]:
     if family.window != "layers":
         return _one_rope(config, key, parameters, family)
     # One set for each kind of layer; ours are all alike.
-    nested = [parameters[kind] for kind in _LAYER_KINDS if kind in parameters]
+    nested = [parameters[kind] for kind in _LAYER_KINDS if kind in parameters and key == "rope_parameters"]
     if not nested:
         # Of one set for all, transformers 5 takes parts for one kind of layer and its defaults for the other.
         if _one_rope(config, key, parameters, family) != (family.theta, ""):
-            given = parameters or config.get("rope_theta")
-            raise _refused(
-                key if parameters else "rope_theta",
-                given,
-                f"{family.theta:g}, or one set for each of {', '.join(_LAYER_KINDS)}",
-            )
+            allowed = f"rope_theta {family.theta:g} and no more, or a set for each of {' and '.join(_LAYER_KINDS)}"
+            raise _refused(key, {"rope_theta": config.get("rope_theta"), **parameters}, allowed)
         return family.theta, ""
     found = {_one_rope(config, key, one, family) for one in nested}
     if len(found) > 1 or set(parameters) != set(_LAYER_KINDS):
@@ -245,7 +241,8 @@ def _number(key: str, value: Any) -> float:
 
 
 def _refused(key: str, value: Any, allowed: str) -> UserError:
-    return UserError(f"config.json: {shown(key)} = {shown(value)}: allowed is {allowed}")
+    name = key if key.isprintable() and len(key) < 80 else shown(key)
+    return UserError(f"config.json: {name} = {shown(value)}: allowed is {allowed}")
 
 
 def described(model: ModelConfig, **more: Any) -> dict[str, Any]:

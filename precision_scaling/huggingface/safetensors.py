@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; allowed is a safetensors file") from None
     except ValueError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: {error}; allowed is a whole safetensors file") from None
 
 
 def _check_metadata(metadata: Any) -> None:
