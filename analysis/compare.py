@@ -133,16 +133,18 @@ def compare(
     for text in (fit_where, test_where):
         if text is not None:
             rows_where(text, table.deltas())
+    names = names or all_names()
+    high = low and sum(_of_high_precision(named(name).law) for name in names) > 1
     fitted: list[Judged] = []
     skipped = {}
-    for name in names or all_names():
+    for name in names:
         form = named(name)
         of_law = dataclasses.replace(
             _options_for(form.law, options),
             biased=form.biased and options.biased,
             freed=tuple(dict.fromkeys((*form.freed, *_options_for(form.law, options).freed))),
         )
-        for law, kind in _kinds(form.law, low):
+        for law, kind in _kinds(form.law, low, high):
             try:
                 fitted.append(_judge(law, kind, table, of_law, starts, seed, name, (fit_where, test_where)))
             except (FitError, LawError) as err:
@@ -213,16 +215,21 @@ def _options_for(law: Law, options: Options) -> Options:
     )
 
 
-def _kinds(law: Law, low: bool) -> list[tuple[Law, str]]:
+def _of_high_precision(law: Law) -> bool:
+    """Whether it is a law of the loss that knows 16 bits alone."""
+    return law.high_precision_only and law.log_delta is None
+
+
+def _kinds(law: Law, low: bool, high: bool) -> list[tuple[Law, str]]:
     """The kinds that a law is judged in. Of laws of 16 bits alone chinchilla stands among the others, too, as the law
-    without an effect of precision, where these see rows of low precision.
+    without an effect of precision, where these see rows of low precision; `high`: there are several to compare.
     """
     if law.log_delta is not None:
         return [(law, "delta" if law.log_loss is None else "both")]
-    if not (low and law.high_precision_only):
+    if not (low and _of_high_precision(law)):
         return [(law, "loss")]
     everywhere = [(dataclasses.replace(law, high_precision_only=False), "loss")] if law.name == "chinchilla" else []
-    return [*everywhere, (law, "high")]
+    return [*everywhere, *([(law, "high")] if high or not everywhere else [])]
 
 
 def _judge(

@@ -103,7 +103,7 @@ class LogPrediction:
                 log_served = jnp.log(data["before"] + jnp.exp(log_delta))
                 blocks.append(transform(self.residual, log_served, None, jnp))
             else:
-                blocks.append(transform(self.delta_residual, log_delta, data["floor"], jnp))
+                blocks.append(transform(self.delta_residual, log_delta, data.get("floor"), jnp))
         return jnp.concatenate(blocks) * data["scale"]
 
 

@@ -108,7 +108,7 @@ def table(law: str, noise: float = 0.0, seed: int = 0, params: Mapping[str, floa
     columns = grid(law.name)
     base_law, base = ("precision", laws.PUBLISHED) if law.target == "delta" else (law, params)
     if law.target == "delta":
-        base = {name: base[name] for name in laws.get(base_law).names}
+        base = {name: base[name] for name in laws.get(base_law).names if name in base}
     loss = laws.predict(base_law, base, **columns)
     loss = loss * np.exp(noise * rng.standard_normal(loss.shape))
     count = len(loss)

@@ -62,7 +62,7 @@ def test_held_out_error_is_that_of_a_fit_without_the_fold():
     held = crossval.held_out(setup, theta_F, ("N",))["N"]
     without = set_up("precision", table.select(table["N"] != 220e6))
     theta_without = search(without, 32).theta_F
-    out = table.select(table["N"] == 220e6)
+    out = setup.rows.select(setup.rows["N"] == 220e6)
     expected = np.log(laws.predict("precision", without.values(theta_without), **out.columns) / out["loss"])
     np.testing.assert_allclose(held.error_n[setup.rows["N"] == 220e6], expected, atol=2e-5)
     assert held.folds == 3 and held.impossible == 0
