@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, model, results, study
+from precision_scaling import checkpoint, experiment, model, results, study
 from precision_scaling.cohort import Finished
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.huggingface import architectures, config_json, safetensors
@@ -313,6 +313,14 @@ def test_directories_that_do_not_fit_their_config_are_refused(written, tmp_path)
 
 
 # Workdirs
+
+
+def test_a_model_from_outside_may_have_seen_more_tokens_than_could_be_trained_on_here(tiny_config):
+    tokens = 36_000_000_000_000  # Qwen 3
+    (run,) = experiment.resolve(tiny_config(train__tokens=tokens, model__imported="x", train__batch_size=1), 257).runs
+    assert run.tokens == tokens
+    with pytest.raises(ConfigError, match=r"train\.tokens"):
+        experiment.resolve(tiny_config(train__tokens=tokens, train__batch_size=1), 257)
 
 
 @pytest.fixture(scope="module")

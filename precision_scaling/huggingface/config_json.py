@@ -21,13 +21,14 @@ _READ = (
 # What has no part in the logits of given tokens.
 _NO_EFFECT = (
     # Names and versions.
-    *("_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "tokenizer_class"),
-    *("unsloth_version", "unsloth_fixed"),
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+    *("tokenizer_class", "unsloth_version", "unsloth_fixed"),
     # Training: dropout, initialization, what is recomputed.
     *("attention_dropout", "initializer_range", "neftune_noise_alpha", "gradient_checkpointing"),
     "use_reentrant_checkpointing",
     # Tokens with other parts to play.
-    *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "prefix"),
+    *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
+    *("decoder_start_token_id", "prefix"),
     # How the same is computed: types, parts, what is kept and what is returned besides.
     *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "pretraining_tp", "_attn_implementation_autoset"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),

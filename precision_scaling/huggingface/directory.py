@@ -177,8 +177,8 @@ def _pieces(tensor: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _shown_as(values: Iterable[Any], title: str, total: int) -> Iterable[Any]:
-    """The same, with a progress bar where someone is watching."""
-    return progress_bar(values, desc=title, unit=" tensors", total=total)
+    """The same, with a progress bar while it takes time."""
+    return progress_bar(values, desc=title, unit=" tensors", total=total, leave=False)
 
 
 def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: Any) -> None:
