@@ -76,13 +76,13 @@ class Row:
     aic: float
     bic: float
     held_out: Mapping[str, float | None]
-    served: Mapping[str, float | None]
     r2_held_out: float | None
     difference: tuple[float, float | None, float | None] | None
     starts_at_best: float
     condition: float
     seconds: float
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # reason -> rows of the table not used
+    served: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

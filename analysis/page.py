@@ -226,7 +226,7 @@ def _comparison(comparison: Comparison | None) -> str:
             continue
         body = []
         for row in rows:
-            held = ["–" if v is None else f"{100 * v:.2f}" for v in row.held_out.values()]
+            held = ["–" if v is None else f"{100 * v:.2f}" for v in map(row.held_out.get, HELD_OUT)]
             gap = "–" if row is not rows[0] else "best"
             if row.difference is not None:
                 mean, low, high = row.difference

@@ -71,7 +71,7 @@ def judged(law, kind, held, aic):
 
 def comparison():
     """Three laws of loss, of which one cannot predict a precision, and one law of δ alone."""
-    held = {"N": 0.02, "D": 0.03, "P": 0.04, "compute": 0.05, "largest_N": 0.06}
+    held = {"N": 0.02, "D": 0.03, "P": 0.04, "compute": 0.05, "joint": 0.055, "largest_N": 0.06}
     rows = (judged("precision", "loss", held, -300.0), judged("d_eff", "loss", held, -290.0))
     rows += (judged("capacity", "loss", {**held, "P": None}, -200.0), judged("ptq", "delta", held, 5.0))
     return Comparison(rows, {}, None, "no joint runs", {}, ())

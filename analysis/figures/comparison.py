@@ -49,7 +49,8 @@ def _names(axis, rows: list[Row], labels: bool) -> np.ndarray:
 def _held_out(axis, rows: list[Row]) -> None:
     y, drawn = _names(axis, rows, labels=True), []
     for series, (scheme, label) in enumerate(HELD_OUT.items()):
-        error = np.array([np.nan if row.held_out[scheme] is None else 100 * row.held_out[scheme] for row in rows])
+        found = [row.held_out.get(scheme) for row in rows]
+        error = np.array([np.nan if value is None else 100 * value for value in found])
         if np.isfinite(error).any():
             shift = 0.13 * (series - (len(HELD_OUT) - 1) / 2)  # of a row; keeps marks of equal error apart
             axis.plot(error, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label)
