@@ -24,7 +24,7 @@ from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
 
