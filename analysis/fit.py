@@ -25,7 +25,6 @@ from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
 from precision_scaling import files
-from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
 
@@ -81,7 +80,7 @@ class Fit:
 
     def save(self, path: str | Path) -> None:
         """Writes fit.json in one step, so that a reader never sees half a file."""
-        atomic_write(Path(path), self.to_json())
+        files.atomic_write(Path(path), self.to_json())
 
 
 def load(path: str | Path) -> Fit:

@@ -26,7 +26,7 @@ from analysis.optimum import Budget, BudgetError, Point, Surface, evaluate, mini
 from analysis.search import NO_INTERVALS, least_resamples
 from analysis.surface import SurfaceError
 from analysis.wording import count_label, interval_text
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 ALTERNATIVES = tuple(float(bits) for bits in range(4, 17))  # bits compared at the same cost
 MOST_DRAWS = 200  # bootstrap samples whose own optimum is found

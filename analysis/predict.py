@@ -23,7 +23,7 @@ from analysis.optimize import stay_off_accelerators
 from analysis.problem import FitError, with_derived
 from analysis.residual import measurement
 from analysis.table import BASE, MODEL, Table
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 MEASURED, PREDICTED = "measured", "predicted"
 BLOCK = 1000  # rows whose draws are held in memory at once

@@ -34,7 +34,7 @@ from analysis.search import least_resamples
 from analysis.table import Table
 from analysis.wording import fixed
 from precision_scaling.errors import UserError
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 LAWS = ("chinchilla", "ptq", "precision", "unified")
 # on held-out rows: the paper's laws against its alternatives (Table 1), a free capacity, and another law of δ

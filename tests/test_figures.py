@@ -15,7 +15,7 @@ from analysis.evidence import Evidence, main_rows
 from analysis.figures import fits as fit_figures
 from analysis.figures import planning, precision, ptq, style
 from analysis.figures.gallery import GALLERY, draw_all
-from analysis.findings import effective_share
+from analysis.figures.precision import effective_share
 from analysis.fit import Fit
 from analysis.table import from_columns
 
