@@ -1,5 +1,6 @@
 """Directories that are damaged, odd or hostile: each is refused in one line, at once, and nothing is written."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from precision_scaling import bench as bench_lib
+from precision_scaling import results
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, safetensors
@@ -20,6 +22,7 @@ from precision_scaling.huggingface.architectures import places
 from precision_scaling.huggingface.directory import open_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
 from precision_scaling.model import ModelConfig
+from precision_scaling.ptq.runs import quantize_missing
 
 MODEL = ModelConfig(
     vocab_size=29,
@@ -420,3 +423,21 @@ def test_an_end_of_text_that_is_no_id_is_refused(given, whole):
     with pytest.raises(UserError, match="end_of_text") as error:
         tokenizers.from_file(*tokenizers.split_file(spec)[:1], spec)
     assert "allowed" in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_biases_are_there_after_quantization(whole, tiny_config, tmp_path):
+    model = dataclasses.replace(MODEL, qkv_bias=True, rope_scaling="llama3:8,1,4,8")
+    shutil.copytree(whole, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_json.described(model, eos_token_id=3)))
+    safetensors.write(tmp_path / "model" / "model.safetensors", random_tensors(model))
+    run = import_model(tmp_path / "model", tmp_path / "w", 1e6, tiny_config())
+    (imported,) = results.read_rows(tmp_path / "w" / "runs" / run.id, "trained")
+    quantize_missing(bench_lib.reopen_bench(tmp_path / "w"), ("rtn", "gptq"), (8,))
+    for method in ("rtn", "gptq"):
+        (row,) = results.read_rows(tmp_path / "w" / "runs" / run.id, method)
+        assert abs(row["loss"] - imported["loss"]) < 0.01 * imported["loss"]
+    # Without them the model is another.
+    parameters = bench_lib.reopen_bench(tmp_path / "w").parameters(run)
+    assert np.std(parameters["layers"]["block"]["attention"]["qkv_bias"]) > 0.5
