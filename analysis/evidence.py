@@ -11,6 +11,7 @@ import numpy as np
 from analysis.compare import Comparison
 from analysis.fit import Fit
 from analysis.law import HIGH_PRECISION_BITS
+from analysis.seed_noise import Noise, noise_of
 from analysis.table import PRECISIONS, Table
 
 
@@ -39,10 +40,47 @@ class Evidence:
         return self.deltas.select(self.deltas.high_precision)
 
     @cached_property
+    def every_row(self) -> Table:
+        """The rows of every PTQ method of weights and every schedule, of integer formats."""
+        return (self.table if self.whole is None else self.whole).ptq_of_weights().integer_formats()
+
+    @cached_property
     def deltas_by_schedule(self) -> Table:
         """δ of the models that were trained in 16 bits or more, under every learning-rate schedule."""
-        deltas = (self.table if self.whole is None else self.whole).one_method().deltas()
+        deltas = self.every_row.one_method().deltas()
         return deltas.select(deltas.high_precision)
+
+    @cached_property
+    def deltas_by_method(self) -> dict[str, Table]:
+        """δ under every PTQ method of weights and one schedule, the method of the fits first."""
+        return _by_method(self.every_row.one_schedule().deltas(), self.main_method)
+
+    @property
+    def main_method(self) -> str:
+        """The PTQ method of the fits; "" where the table names none."""
+        return self.table.main_method or ""
+
+    @cached_property
+    def loss_noise(self) -> Noise | None:
+        """How far losses before PTQ of two seeds lie apart."""
+        return noise_of(self.every_row.before_ptq())
+
+    @cached_property
+    def _after_ptq(self) -> dict[str, Table]:
+        return _by_method(self.every_row.deltas(), self.main_method)
+
+    @cached_property
+    def _noises(self) -> dict[tuple[str, str, float], Noise | None]:
+        return {}
+
+    def noise_after_ptq(self, method: str, p_post: float, column: str = "delta") -> Noise | None:
+        """How far δ (or, by column="loss", the losses as served) of two seeds lie apart at these bits."""
+        key = (column, method, p_post)
+        if key not in self._noises:
+            rows = self._after_ptq.get(method)
+            rows = None if rows is None else rows.select(rows["P_post"] == p_post)
+            self._noises[key] = None if rows is None else noise_of(rows, column)
+        return self._noises[key]
 
     def part_alone(self, part: str) -> Table:
         """Rows before PTQ in which no part but `part` (P_w, P_a, P_kv) was trained below 16 bits; 16-bit rows
@@ -59,6 +97,15 @@ class Evidence:
     def loss_fit(self) -> Fit | None:
         """The fit that predicts loss before PTQ with the most precision in it."""
         return self.fit_of("precision", "unified", "chinchilla")
+
+
+def _by_method(deltas: Table, first: str) -> dict[str, Table]:
+    if not len(deltas):
+        return {}
+    if deltas.methods is None:
+        return {"": deltas}
+    names = sorted(set(deltas.methods), key=lambda name: (name != first, name))
+    return {str(name): deltas.select(deltas.methods == name) for name in names}
 
 
 def main_rows(table: Table) -> tuple[Table, str | None]:

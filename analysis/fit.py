@@ -24,6 +24,7 @@ from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
+from precision_scaling import files
 from precision_scaling.results import atomic_write
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
@@ -86,7 +87,7 @@ class Fit:
 def load(path: str | Path) -> Fit:
     """Read fit.json. Raises FitError in one line where it is missing or not a fit."""
     try:
-        return Fit.from_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        return Fit.from_json(files.read(Path(path).expanduser()).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as err:
         raise FitError(f"cannot read fit {path}: {getattr(err, 'strerror', None) or err}") from None
     except (FitError, LawError) as err:

@@ -57,18 +57,28 @@ LAW = dataclasses.replace(
 )
 
 
-def multiplicativity(
-    table: Table, options: Options | None = None, resamples: int = 500, starts: int | None = None, seed: int = 0
-) -> Multiplicativity:
+def is_joint(table: Table) -> np.ndarray:
+    """True for rows trained with two or more parts below 16 bits."""
+    return np.asarray(_joint(table.columns, np))
+
+
+def require_marginals(table: Table) -> None:
     """Raises FitError where the table has no joint runs, or lacks runs that vary each of their parts alone."""
-    table = table.before_ptq()
-    joint_n = np.asarray(_joint(table.columns, np))
+    joint_n = is_joint(table)
     if not joint_n.any():
         raise FitError("no run was trained with two or more parts below 16 bits")
     for column in PRECISION_COLUMNS:
         alone = (table[column] < HIGH_PRECISION_BITS) & ~joint_n
         if (table[column][joint_n] < HIGH_PRECISION_BITS).any() and not alone.any():
             raise FitError(f"joint runs lower {column}, but no run lowers {column} alone")
+
+
+def multiplicativity(
+    table: Table, options: Options | None = None, resamples: int = 500, starts: int | None = None, seed: int = 0
+) -> Multiplicativity:
+    """Raises FitError where the table has no joint runs, or lacks runs that vary each of their parts alone."""
+    table = table.before_ptq()
+    require_marginals(table)
     setup = _staged(set_up(LAW, table, options))
     best = search(setup, starts, seed)
     draws = bootstrap(setup, best.theta_F, resamples, seed)

@@ -11,7 +11,7 @@ from analysis import laws
 from analysis.compare import HELD_OUT, KINDS, Comparison
 from analysis.evidence import Evidence
 from analysis.figures.gallery import Drawn
-from analysis.findings import NOT_TESTABLE, REFUTED, SUPPORTED, Finding
+from analysis.findings import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED, Finding
 from analysis.fit import Fit
 from analysis.wording import count_label, fixed
 
@@ -31,9 +31,11 @@ nav { margin: 1rem 0 0; font-size: .9rem; } nav a { margin-right: 1rem; } a { co
   padding: .6rem .9rem; margin: .7rem 0; break-inside: avoid; }
 .finding p { margin: .25rem 0; }
 .supported { border-left-color: #009e73; } 
-.refuted { border-left-color: #d55e00; } .open { border-left-color: #8a929a; }
+.contradicted { border-left-color: #d55e00; } .forced { border-left-color: #cc79a7; }
+.open { border-left-color: #8a929a; }
 .verdict { font-weight: 700; font-size: .8rem; letter-spacing: .03em; text-transform: uppercase; margin-left: .5rem; }
-.supported .verdict { color: #00714f; } .refuted .verdict { color: #a94700; } .open .verdict { color: #59636e; }
+.supported .verdict { color: #00714f; } .contradicted .verdict { color: #a94700; }
+.forced .verdict { color: #8a3f68; } .open .verdict { color: #59636e; }
 figure { margin: 1.4rem 0 2rem; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 48rem; }
@@ -51,7 +53,7 @@ ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
   .scroll { overflow: visible; } th, td { overflow-wrap: anywhere; } }
 @page { margin: 16mm; }
 """
-KIND = {SUPPORTED: "supported", REFUTED: "refuted", NOT_TESTABLE: "open"}
+KIND = {SUPPORTED: "supported", CONTRADICTED: "contradicted", UNDECIDED: "open", FORCED: "forced"}
 
 
 def page(
@@ -105,16 +107,36 @@ def _summary(evidence: Evidence) -> str:
 
 
 def _findings(findings: Iterable[Finding]) -> str:
-    cards = (
-        f'<div class="finding {KIND[f.verdict]}"><p><strong>{_escape(f.key)}</strong>'
-        f'<span class="verdict">{_escape(f.verdict)}</span></p><p>{_escape(f.claim)}</p>'
-        f'<p class="soft">{_escape(f.statistic)}</p></div>'
-        for f in findings
-    )
     return (
         '<p class="soft">Claims of <em>Scaling Laws for Precision</em> (arXiv 2411.04330) put to this table. '
-        "Not testable: the table cannot tell either way. Intervals are 95 %.</p>" + "".join(cards)
+        "By the form: what the law says whatever its constants are, so that no table can show it. By the table: "
+        "what the rows show. "
+        "Undecided: the table cannot tell either way. Noise is what lies between runs that differ in their seed alone; "
+        "a difference below its 95 % limit is called noise. Intervals are 95 %.</p>" + "".join(map(_finding, findings))
     )
+
+
+def _finding(finding: Finding) -> str:
+    rows = ""
+    if finding.rows:
+        rows = f"<details><summary>The numbers</summary>{_records(finding.rows)}</details>"
+    return (
+        f'<div class="finding {KIND[finding.verdict]}"><p><strong>{_escape(finding.key)}</strong>'
+        f'<span class="verdict">{_escape(finding.verdict)}</span></p><p>{_escape(finding.claim)}</p>'
+        f'<p class="soft"><em>By the form:</em> {_escape(finding.by_form)}</p>'
+        f'<p class="soft"><em>By the table:</em> {_escape(finding.by_table)}</p>{rows}</div>'
+    )
+
+
+def _records(records: Sequence[Mapping[str, object]]) -> str:
+    """Records of the same or differing keys as one table, numbers to the right."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    cell = lambda value: (
+        f'<td class="number">{value:g}</td>' if isinstance(value, int | float) else f"<td>{_escape(value or '')}</td>"
+    )
+    head = "".join(f"<th>{_escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(cell(record.get(name)) for name in names)}</tr>" for record in records)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _figure(drawn: Drawn) -> str:

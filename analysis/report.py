@@ -167,7 +167,7 @@ def describe(report: Report) -> str:
                 lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
         lines += [f"  note: {note}" for note in fit.notes]
     lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
-    lines += ["", *(f"{f.key}: {f.verdict}. {f.statistic}" for f in report.findings)]
+    lines += ["", *(f"{f.key}: {f.verdict}. {f.by_table}" for f in report.findings)]
     lines += ["", report.sentence]
     return "\n".join(lines)
 

@@ -3,12 +3,11 @@
 import json
 import os
 
-import bad_tables
-import forked
 import numpy as np
 import pytest
 
 from analysis import laws
+from tests import bad_tables, forked
 
 TRUTH = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
 DELTA = {"C_T": 0.01, "gamma_D": 0.4, "gamma_N": 0.3, "gamma_post": 0.7}

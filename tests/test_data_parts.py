@@ -21,7 +21,7 @@ from precision_scaling.data.tokens import Corpus
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     **{"name": "python_stdlib", "split": "train", "validation_split": "", "feature": "text", "tokenizer": "bpe:300"},
-    **{"validation_fraction": 0.25, "split_seed": 0, "tfds_dir": "", "beam_options": "", "progress": False},
+    **{"validation_fraction": 0.25, "split_seed": 0, "hash": "", "tfds_dir": "", "beam_options": "", "progress": False},
 }
 
 

@@ -171,7 +171,9 @@ def write_files(directory, tensors, shards):
     weight_map = {name: files[i % 2] for i, name in enumerate(names)}
     for file in files:
         safetensors.write(directory / file, {name: tensors[name] for name in names if weight_map[name] == file})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from analysis.figures.style import (
     ramp,
     thin,
 )
-from analysis.findings import effective_share
+from analysis.fit import Fit
 from analysis.law import HIGH_PRECISION_BITS, fraction
 from analysis.table import PRECISIONS, Table
 from analysis.wording import count_label
@@ -89,6 +89,23 @@ def loss_by_bits(evidence: Evidence) -> Figure:
     ]  # fmt: skip
     figure.legend(handles=handles, title="N, D", loc="outside right center")
     return figure
+
+
+def effective_share(fit: Fit, losses: Table) -> np.ndarray:
+    """N_eff/N of every row before PTQ: the fitted law solved for N at the measured loss, over that of the 16-bit rows
+    of equal N and D, so that the misfit of its Chinchilla part cancels. NaN where there is none or the loss is below
+    the floor.
+    """
+    p = fit.values
+    rest = losses["loss"] - p["B"] * losses["D"] ** -p["beta"] - p["E"]
+    n_eff = np.where(rest > 0, (np.where(rest > 0, rest, 1.0) / p["A"]) ** (-1.0 / p["alpha"]), np.nan)
+    share = np.full(len(losses), np.nan)
+    high = losses.high_precision & np.isfinite(n_eff)
+    for n, d in set(zip(losses["N"], losses["D"], strict=True)):
+        here = (losses["N"] == n) & (losses["D"] == d)
+        if (here & high).any():
+            share[here] = n_eff[here] / np.exp(np.mean(np.log(n_eff[here & high])))
+    return share
 
 
 def capacity_by_part(evidence: Evidence) -> Figure:

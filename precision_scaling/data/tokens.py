@@ -214,6 +214,9 @@ def _partial(directory: Path) -> Path:
     found = partial.lstat()
     if not partial.is_dir() or partial.is_symlink() or found.st_uid != os.geteuid():
         raise DataError(f"{partial}: is not a directory of this user; delete it")
+    for path in partial.iterdir():
+        if not path.is_file():
+            _remove(path)
     return partial
 
 

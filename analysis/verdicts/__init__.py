@@ -1,0 +1,1 @@
+"""The claims of Scaling Laws for Precision put to a table, one module a claim."""
