@@ -128,6 +128,10 @@ def fit(
             f"bootstrap is {bootstrap_resamples}: a {100 * level:g} % interval takes at least {least_resamples(level)} "
             "resamples, 0 is for none"
         )
+    checks = checks or Checks()
+    options = options or Options()
+    if checks.test_where is not None and options.fit_where is None:
+        options = dataclasses.replace(options, fit_where=f"not ({checks.test_where})")
     setup = set_up(law, table, options)
     best = search(setup, starts, seed, progress)
     if not np.isfinite(best.objective):
@@ -147,7 +151,7 @@ def fit(
     samples = {name: tuple(float(f"{d[name]:.8g}") for d in draws) for name in setup.law.names} if draws else {}
     fitted = {*setup.free, *setup.tied}
     quality = reporting.metrics(setup, best.theta_F)
-    quality |= (checks or Checks()).run(setup, best.theta_F, table, starts, seed)
+    quality |= checks.run(setup, best.theta_F, table, starts, seed)
     ci = {}
     for name in setup.law.names if draws else ():
         ci[name] = (
@@ -181,9 +185,9 @@ def fit(
 class Checks:
     """What else to try on a fit, for its `metrics`.
 
-    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (with fit_where alone:
-    on the rows that it leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas and
-    drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
+    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (one of the two alone
+    takes the rows that the other leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas
+    and drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
     """
 
     test_where: str | None = None
@@ -193,7 +197,7 @@ class Checks:
 
     def run(self, setup: Setup, theta_F: np.ndarray, table: tables.Table, starts, seed: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        if setup.options.fit_where is not None or self.test_where is not None:
+        if setup.options.fit_where is not None:
             out["test"] = _test_errors(setup, theta_F, table, self.test_where)
         if self.held:
             out["likelihood_ratio"] = _ratio_test(setup, theta_F, table, self.held, starts, seed)
@@ -346,7 +350,7 @@ _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
 how_to_fit = fit_options.define(FLAGS)
 _text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
-_text("test_where", None, "Rows to predict and judge the fit by (those that --fit_where leaves).")
+_text("test_where", None, "Rows to judge the fit by, which it does not see (those that --fit_where leaves).")
 _many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
 _many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
 _count(

@@ -258,7 +258,7 @@ def _notes(given: Sequence[Fit], table: Table) -> tuple[str, ...]:
     notes = []
     for fit in given:
         if table.sha256 and fit.reporting.get("table_sha256") == table.sha256:
-            notes.append(f"the fit of {fit.law} was made from this very table: its errors here are not predictions")
+            notes.append(f"the fit of {fit.law} was made from rows of this very table: their errors are no predictions")
         if not fit.samples:
             notes.append(f"the fit of {fit.law} has no bootstrap: its predictions have no intervals")
         elif not fit.residuals:
