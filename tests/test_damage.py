@@ -29,6 +29,7 @@ from precision_scaling.ptq import codes, layers, packed
 from precision_scaling.ptq.apply import Report
 from precision_scaling.ptq.runs import quantize_missing
 from precision_scaling.stopping import Stop, Stopped
+from tests import forked
 
 SECONDS = 30  # for one damage; most take milliseconds
 
@@ -341,6 +342,21 @@ def test_token_files_on_an_object_store(tmp_path, tree, monkeypatch):
         shutil.rmtree(tmp_path / "another")
         assert content(prepare(url, tree)) == wanted  # what is stored was mended, too
         shutil.rmtree(tmp_path / "another")
+
+
+@pytest.mark.slow
+def test_the_command_says_one_line_about_checkpoints_that_are_damaged(finished_study, tmp_path):
+    shutil.copytree(finished_study[1], tmp_path / "study")
+    checkpoints = sorted((tmp_path / "study").glob("runs/*/checkpoint"))
+    assert len(checkpoints) == 4
+    for path, pattern in zip(checkpoints, ("array_metadatas/*", "manifest.ocdbt", "ocdbt*/d/*", "d/*"), strict=True):
+        for file in path.glob(pattern):
+            file.write_bytes(file.read_bytes()[:50])
+    arguments = [f"--workdir={tmp_path / 'study'}", "--method=rtn", "--bits=5"]
+    done = forked.run("precision_scaling.ptq", arguments, forked.ROOT, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("quantizing")]
+    assert done.code == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and "damaged" in lines[0] and "4 of the runs could not be" in lines[0]
 
 
 class StopOnceThere(Stop):
