@@ -157,7 +157,10 @@ def compare(
         rows += _with_differences(group, table.models, resamples, seed)
     test, why = None, None
     try:
-        test = multiplicativity(table, starts=starts, seed=seed)
+        if any(entry.row.kind == "loss" for entry in fitted):
+            test = multiplicativity(table, starts=starts, seed=seed)
+        else:
+            why = "no law of training precision was compared"
     except FitError as err:
         why = str(err)
     notes = []

@@ -18,6 +18,7 @@ SCHEMES = ("N", "D", "P", "compute", "joint")
 ONE_FOLD = ("compute", "joint")  # schemes that hold out one set of rows
 CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
+MOST_SETTINGS = 32  # of more settings of precision than this some share a fold
 LARGEST_SHARE = 0.2  # of the runs are the largest ones held out by the compute scheme
 STARTS_PER_FOLD = 8
 UNSEEN = 1e-7  # of the largest singular value: directions below it leave the kept rows as they are
@@ -57,7 +58,7 @@ def folds(setup: Setup, scheme: str) -> np.ndarray:
         return _bins(np.log(rows[scheme]))
     if scheme == "P":
         settings = np.stack([rows[c] for c in (*PRECISION_COLUMNS, "P_post")], axis=1)
-        return np.unique(np.nan_to_num(settings), axis=0, return_inverse=True)[1].ravel()
+        return np.unique(np.nan_to_num(settings), axis=0, return_inverse=True)[1].ravel() % MOST_SETTINGS
     if scheme == "joint":
         low = np.sum([rows[c] < HIGH_PRECISION_BITS for c in PRECISION_COLUMNS], axis=0)
         return np.where(low > 1, 0, -1)

@@ -23,6 +23,7 @@ class Evidence:
     fits: Mapping[str, Fit] = dataclasses.field(default_factory=dict)
     whole: Table | None = None  # the same table with the rows of every PTQ method and schedule
     comparison: Comparison | None = None
+    forecasts: Mapping[str, object] | None = None  # analysis.verdicts.multiply.forecasts, where made beforehand
 
     @cached_property
     def losses(self) -> Table:
@@ -70,17 +71,18 @@ class Evidence:
         return _by_method(self.every_row.deltas(), self.main_method)
 
     @cached_property
-    def _noises(self) -> dict[tuple[str, str, float], Noise | None]:
+    def memo(self) -> dict[object, object]:
+        """What several findings and figures work out of this evidence, so that it is done once."""
         return {}
 
     def noise_after_ptq(self, method: str, p_post: float, column: str = "delta") -> Noise | None:
         """How far δ (or, by column="loss", the losses as served) of two seeds lie apart at these bits."""
         key = (column, method, p_post)
-        if key not in self._noises:
+        if key not in self.memo:
             rows = self._after_ptq.get(method)
             rows = None if rows is None else rows.select(rows["P_post"] == p_post)
-            self._noises[key] = None if rows is None else noise_of(rows, column)
-        return self._noises[key]
+            self.memo[key] = None if rows is None else noise_of(rows, column)
+        return self.memo[key]
 
     def part_alone(self, part: str) -> Table:
         """Rows before PTQ in which no part but `part` (P_w, P_a, P_kv) was trained below 16 bits; 16-bit rows

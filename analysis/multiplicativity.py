@@ -74,7 +74,7 @@ def require_marginals(table: Table) -> None:
 
 
 def multiplicativity(
-    table: Table, options: Options | None = None, resamples: int = 500, starts: int | None = None, seed: int = 0
+    table: Table, options: Options | None = None, resamples: int = 200, starts: int | None = None, seed: int = 0
 ) -> Multiplicativity:
     """Raises FitError where the table has no joint runs, or lacks runs that vary each of their parts alone."""
     table = table.before_ptq()

@@ -7,6 +7,8 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from analysis import laws
 from analysis.compare import HELD_OUT, KINDS, Comparison
 from analysis.evidence import Evidence
@@ -44,6 +46,8 @@ table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; font-varia
 th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+details { font-size: .9rem; } summary { cursor: pointer; color: var(--soft); }
+.symbols th { white-space: nowrap; } .symbols td { max-width: 40rem; }
 td.name code { overflow-wrap: normal; white-space: nowrap; }
 code { background: var(--wash); padding: .05rem .3rem; border-radius: .2rem; font-size: .88em;
   overflow-wrap: anywhere; }
@@ -53,6 +57,19 @@ ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
   .scroll { overflow: visible; } th, td { overflow-wrap: anywhere; } }
 @page { margin: 16mm; }
 """
+SYMBOLS = (
+    ("N, D", "parameters without embeddings, and training tokens (counts); D/N is tokens per parameter"),
+    ("P_w, P_a, P_kv", "bits in training of weights, activations and keys and values; 16 stands for 16 and more"),
+    ("P_post", "bits of the weights after post-training quantization (PTQ); the model is served so"),
+    ("L", "validation loss, nats per token"),
+    ("δ", "L after PTQ minus L of the same model before it; may be negative"),
+    ("C", "training cost, 6/16 · N · D · P: FLOP-equivalents at 16 bits, linear in bits"),
+    ("P*", "the P of all parts with the least loss for its cost, N and D being free"),
+    ("f(P), N_eff", "share of N that training at P bits leaves by a law, N_eff = N f_w f_a f_kv"),
+    ("κ", "power of that product that fits runs with several low parts; 1: effects multiply"),
+    ("D_crit", "D past which more data makes the quantized model worse"),
+    ("rms, held out", "root mean square of log errors on rows that a fit has not seen"),
+)
 KIND = {SUPPORTED: "supported", CONTRADICTED: "contradicted", UNDECIDED: "open", FORCED: "forced"}
 
 
@@ -68,6 +85,8 @@ def page(
     """The whole report as HTML text."""
     shown = [d for d in drawn if d.paths]
     sections = [
+        ("Symbols", _symbols()),
+        ("Noise", _noise(evidence)),
         ("Findings", _findings(findings)),
         ("Figures", "".join(map(_figure, shown)) or "<p>No figure could be drawn.</p>"),
         ("Fitted laws", _fits(evidence, not_fitted)),
@@ -104,6 +123,40 @@ def _summary(evidence: Evidence) -> str:
         f"{len(table)} measured losses of {runs} training runs ({quantized} after PTQ), N {span('N')} parameters, "
         f"D {span('D')} tokens."
     )
+
+
+def _symbols() -> str:
+    rows = "".join(f"<tr><th>{_escape(symbol)}</th><td>{_escape(meaning)}</td></tr>" for symbol, meaning in SYMBOLS)
+    return f'<table class="symbols"><tbody>{rows}</tbody></table>'
+
+
+def _noise(evidence: Evidence) -> str:
+    """What lies between seeds, before PTQ and after it by method and bits, and how many δ are not above 0."""
+    if evidence.loss_noise is None:
+        before = "No setting was run with enough seeds to tell the noise of the loss; differences count as they are."
+    else:
+        before = "Runs that differ in their seed alone have losses before PTQ that differ by "
+        before += f"{evidence.loss_noise.words}, standard deviation."
+    records = []
+    for method, deltas in evidence.deltas_by_method.items():
+        for p_post in sorted(set(deltas["P_post"])):
+            here, noise = deltas["delta"][deltas["P_post"] == p_post], evidence.noise_after_ptq(method, float(p_post))
+            told = (
+                {} if noise is None else {"noise of δ (nats)": f"{noise.sd:.2g}", "degrees of freedom": noise.freedom}
+            )
+            beyond = None if noise is None else int(np.sum(np.abs(here) > noise.t * noise.sd))
+            records.append(
+                {
+                    "PTQ": method or "not named",
+                    "P_post": float(p_post),
+                    "δ": len(here),
+                    "0 or less": int(np.sum(here <= 0)),
+                    **told,
+                    "told from 0": beyond,
+                }
+            )
+    rows = _records([{k: v for k, v in record.items() if v is not None} for record in records]) if records else ""
+    return f"<p>{_escape(before)}</p>{rows}"
 
 
 def _findings(findings: Iterable[Finding]) -> str:
@@ -145,8 +198,8 @@ def _figure(drawn: Drawn) -> str:
     entry = drawn.entry
     return (
         f'<figure id="{entry.name}"><h3>{_escape(entry.title)}</h3>'
-        f'<img alt="{_escape(entry.caption)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{_escape(entry.caption)}</figcaption></figure>"
+        f'<img alt="{_escape(drawn.caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{_escape(drawn.caption)}</figcaption></figure>"
     )
 
 
@@ -176,22 +229,28 @@ def _fit(fit: Fit) -> str:
         )
     if {"C_T", "b"} <= set(fit.values) and fit.params.get("C_T") is not None:
         rows.append(_amplitude_row(fit))
-    share = "" if not fit.starts_at_best else f", {fit.starts_at_best:.0%} of {fit.starts} starts at the best optimum"
-    notes = "".join(f"<li>{_escape(note)}</li>" for note in fit.notes)
+    share = "" if not fit.starts_at_best else f", {fit.starts_at_best:.1%} of {fit.starts} starts at the best optimum"
+    notes = "".join(f"<li>{_escape(note)}</li>" for note in notes_of(fit))
     return (
         f"<h3>{_escape(fit.law)}</h3><p><code>{_escape(law.formula)}</code></p>"
         f'<p class="soft">R² {fixed(fit.r2, 4)} on {fit.n} rows{share}. '
-        f"Intervals: {_escape(fit.reporting.get('intervals', 'none'))}.</p>"
+        f"Intervals: {_escape(_kind_of_interval(fit))}.</p>"
         '<div class="scroll"><table><thead><tr><th>constant</th><th class="number">fitted</th>'
         '<th class="number">95 % interval</th><th class="number">published</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>" + (f"<ul>{notes}</ul>" if notes else "")
     )
 
 
+def _kind_of_interval(fit: Fit) -> str:
+    if fit.ci or not fit.identifiability.get("profile"):
+        return fit.reporting.get("intervals", "none")
+    return "95 % profile likelihood"
+
+
 def _amplitude_row(fit: Fit) -> str:
     """C_T e^b, the one amplitude of δ that data identify: C_T and b of two fits can only be compared through it."""
     amplitude = lambda values: values["C_T"] * math.exp(values.get("b", 0.0))
-    ends = fit.ci.get("C_T")
+    ends = interval_of(fit, "C_T")
     scale = math.exp(fit.values["b"])
     interval = " to ".join("open" if end is None else f"{end * scale:.5g}" for end in ends) if ends else "none"
     return (
@@ -200,10 +259,20 @@ def _amplitude_row(fit: Fit) -> str:
     )
 
 
+def interval_of(fit: Fit, name: str) -> tuple[float | None, float | None] | None:
+    """The one interval of a constant that a report shows: of the bootstrap where there is one, else of its profile."""
+    return fit.ci.get(name) if fit.ci else (fit.identifiability.get("profile") or {}).get(name)
+
+
+def notes_of(fit: Fit) -> list[str]:
+    """The notes of a fit; without those on profiles where the intervals shown are of the bootstrap."""
+    return [note for note in fit.notes if not (fit.ci and "% profile)" in note)]
+
+
 def _ends(fit: Fit, name: str) -> str:
     if name in (fit.reporting.get("fixed") or {}):
         return "fixed"
-    interval = fit.ci.get(name)
+    interval = interval_of(fit, name)
     if not interval:
         return "none"
     return " to ".join("open" if end is None else f"{end:.5g}" for end in interval)

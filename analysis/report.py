@@ -11,6 +11,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -23,23 +24,20 @@ from absl import flags
 from analysis import command
 from analysis import fit as fits
 from analysis import table as tables
-from analysis.compare import compare, to_csv
+from analysis.compare import to_csv
 from analysis.evidence import Evidence, main_rows
 from analysis.figures.gallery import draw_all
 from analysis.findings import Finding, all_findings, growth_sentence
-from analysis.fit import Fit, FitError
-from analysis.law import LawError
-from analysis.page import page
+from analysis.page import interval_of, notes_of, page
+from analysis.report_laws import COMPARED, LAWS, make
 from analysis.search import least_resamples
 from analysis.table import Table
 from analysis.wording import fixed
 from precision_scaling.errors import UserError
 from precision_scaling.files import atomic_write
 
-LAWS = ("chinchilla", "ptq", "precision", "unified")
-# on held-out rows: the paper's laws against its alternatives (Table 1), a free capacity, and another law of δ
-COMPARED = ("chinchilla", "precision", "precision_unbiased", "d_eff", "power_laws", "capacity", "ptq", "qid")
 LEAST_RESAMPLES = least_resamples(0.95)
+LAW_FILES = tuple(f"fit_{name}.json" for name in dict.fromkeys((*LAWS, *(n for group in COMPARED for n in group))))
 PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -58,20 +56,6 @@ class Report:
     index: Path
 
 
-def fit_all(table: Table, names: Sequence[str], bootstrap: int, seed: int) -> tuple[dict[str, Fit], dict[str, str]]:
-    """The fits of these laws, and why the others could not be fitted to this table."""
-    found, reasons = {}, {}
-    for name in names:
-        if name == "precision" and table.before_ptq().high_precision.all():
-            reasons[name] = "no run was trained below 16 bits"
-            continue
-        try:
-            found[name] = fits.fit(name, table, bootstrap_resamples=bootstrap, seed=seed)
-        except (FitError, LawError) as err:
-            reasons[name] = str(err)
-    return found, reasons
-
-
 def write(
     table: Table,
     out: Path,
@@ -81,20 +65,18 @@ def write(
     names: Sequence[str] = LAWS,
     line: str = "",
     tell: Callable[[str], None] = lambda text: None,
+    processes: int = 1,
 ) -> Report:
     """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance.
 
-    `tell` is given what the report says before anything is written. Raises ReportError where `out` cannot be written.
+    `tell` is given what the report says before anything is written. With two or more `processes` the main module of
+    the caller is imported again in each. Raises ReportError where `out` cannot be written.
     """
     began = time.monotonic()
     main, method = main_rows(table)
-    fitted, not_fitted = fit_all(main, names, bootstrap, seed)
-    try:
-        comparison = compare(main, COMPARED, seed=seed)
-    except FitError:
-        comparison = None
-    evidence = Evidence(main, fitted, table, comparison)
-    report = Report(evidence, all_findings(evidence), not_fitted, growth_sentence(evidence), out / "index.html")
+    made = make(main, names, bootstrap, seed, processes)
+    evidence = Evidence(main, made.fits, table, made.comparison, made.forecasts)
+    report = Report(evidence, all_findings(evidence), made.not_fitted, growth_sentence(evidence), out / "index.html")
     tell(describe(report))
     provenance = {
         "command": line or "analysis.report.write",
@@ -108,23 +90,21 @@ def write(
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
     }
     try:
-        _write_files(report, names, provenance)
+        _write_files(report, provenance)
     except OSError as err:
         raise ReportError(f"--out={out} cannot be written: {err.strerror or err}") from None
     return report
 
 
-def _write_files(report: Report, names: Sequence[str], provenance: Mapping[str, str]) -> None:
+def _write_files(report: Report, provenance: Mapping[str, str]) -> None:
     """The fits, the comparison, the figures, the findings and the page; those of an earlier table that this one does
     not give go."""
     out, evidence = report.index.parent, report.evidence
     out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        path = out / f"fit_{name}.json"
-        if name in evidence.fits:
-            evidence.fits[name].save(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in LAW_FILES:
+        (out / name).unlink(missing_ok=True)
+    for name, fit in evidence.fits.items():
+        fit.save(out / f"fit_{name}.json")
     if evidence.comparison is None:
         (out / "compare.csv").unlink(missing_ok=True)
     else:
@@ -162,10 +142,10 @@ def describe(report: Report) -> str:
             if value is None:
                 lines.append(f"  {parameter:<10} not told by this table: {fit.refused.get(parameter, '')}")
             elif parameter not in (fit.reporting.get("fixed") or {}):
-                ends = fit.ci.get(parameter)
+                ends = interval_of(fit, parameter)
                 interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)
                 lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
-        lines += [f"  note: {note}" for note in fit.notes]
+        lines += [f"  note: {note}" for note in notes_of(fit)]
     lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
     lines += ["", *(f"{f.key}: {f.verdict}. {f.by_table}" for f in report.findings)]
     lines += ["", report.sentence]
@@ -183,7 +163,10 @@ _BOOTSTRAP = _whole(
     upper_bound=command.MOST_REPEATS,
 )
 _SEED = _whole("seed", 0, "seed of starts and bootstrap", lower_bound=0)
-_LAWS = flags.DEFINE_list("laws", list(LAWS), "laws to fit", flag_values=FLAGS)
+_PROCESSES = _whole("processes", 2, "processes that fit side by side; no more than there are CPUs", lower_bound=1)
+_LAWS = flags.DEFINE_list(
+    "laws", list(LAWS), "laws to fit, besides those near the best on held-out rows", flag_values=FLAGS
+)
 _WHERE = flags.DEFINE_multi_string("where", [], "keep rows with COLUMN=VALUE; may be repeated", flag_values=FLAGS)
 
 
@@ -197,11 +180,13 @@ def main() -> None:
         raise ReportError(
             f"--bootstrap={_BOOTSTRAP.value}: allowed is {LEAST_RESAMPLES} or more, or 0 for no intervals"
         )
-    names = (*(f"fit_{name}.json" for name in LAWS), "compare.csv", "findings.json", "index.html")
-    out = command.output("out", _OUT.value, names, reads=[_RUNS.value])
+    files = (*LAW_FILES, "compare.csv", "findings.json", "index.html")
+    out = command.output("out", _OUT.value, files, reads=[_RUNS.value])
     table = tables.load(_RUNS.value).where(**fits.pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
-    write(table, out, bootstrap=_BOOTSTRAP.value, seed=_SEED.value, names=_LAWS.value, line=line, tell=print)
+    processes = min(_PROCESSES.value, os.cpu_count() or 1)
+    options = {"bootstrap": _BOOTSTRAP.value, "seed": _SEED.value, "names": _LAWS.value, "processes": processes}
+    write(table, out, line=line, tell=print, **options)
     print(f"report: {out / 'index.html'}")
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.evidence import Evidence
 from analysis.figures import comparison, fits, planning, precision, ptq
+from analysis.figures.bands import said
 from analysis.figures.style import Skipped, house_style, save
 
 
@@ -26,28 +27,30 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """An entry with its files (png, svg), or with the reason why there are none."""
+    """An entry with its files (png, svg) and caption, or with the reason why there are none."""
 
     entry: Entry
     paths: tuple[Path, ...] = ()
     skipped: str | None = None
+    said: str = ""  # what is true of this very figure
+
+    @property
+    def caption(self) -> str:
+        return f"{self.entry.caption} {self.said}".strip()
 
 
 GALLERY = (
     Entry(
         "delta_vs_tokens",
         "Loss added by PTQ against training length",
-        "Loss added by post-training quantization (δ) against tokens per parameter, by model size and bits. "
-        "Points are "
-        "measured, lines the fitted law δ = C_T D^γ_D / N^γ_N · exp(-P_post/γ_post).",
+        "Loss added by post-training quantization (δ) against tokens per parameter, by model size and bits; points are "
+        "measured.",
         ptq.degradation,
     ),
     Entry(
         "loss_after_ptq",
         "Loss after PTQ against training tokens",
-        "Loss before (open circles) and after quantization. Where a curve turns up, more data makes the "
-        "quantized model "
-        "worse: D_crit.",
+        "Loss before (open circles) and after quantization.",
         ptq.after_ptq,
     ),
     Entry(
@@ -60,24 +63,21 @@ GALLERY = (
     Entry(
         "loss_vs_precision",
         "Loss against training precision",
-        "One part of the model in low precision at a time, the others in 16 bits. Points are measured, lines the "
-        "fitted law.",
+        "One part of the model in low precision at a time, the others in 16 bits; points are measured.",
         precision.loss_by_bits,
     ),
     Entry(
         "effective_parameters",
         "Effective parameters by part and bits",
-        "N_eff/N against training precision. Points solve the fitted law for N_eff at the measured loss, "
-        "relative to the "
-        "16-bit runs of equal N and D; lines are the fitted f(P) = 1 - exp(-P/γ + n).",
+        "N_eff/N against training precision, relative to the 16-bit runs of equal N and D.",
         precision.capacity_by_part,
     ),
     Entry(
         "iso_loss",
         "Iso-loss contours over size and precision",
-        "Models along a contour are equally good: fewer bits are paid for in parameters. Left from the measured "
-        "grid, right from the fitted law; points carry the measured loss in both. Along a dashed line training costs "
-        "the same (N·P at equal D), and the star is the best precision for that cost.",
+        "Models along a contour are equally good: fewer bits are paid for in parameters. Along a dashed line training "
+        "costs the same (N·P at equal D), and a star is the best precision for that cost by the law, where it lies "
+        "inside.",
         precision.iso_loss,
     ),
     Entry(
@@ -89,29 +89,28 @@ GALLERY = (
     Entry(
         "cost_matched",
         "Precision at equal cost",
-        "Left: loss at equal N·P by the law, above its own best precision. Right: measured runs with these parts "
-        "tied, "
+        "Left: loss at equal N·P by the law, above its own best precision. Right: measured runs with these parts tied, "
         "against their training cost.",
         planning.cost_matched,
     ),
     Entry(
         "fixed_size_precision",
         "Best precision of a model of fixed size",
-        "With N fixed, the cost-optimal training precision rises with tokens per parameter. Grey: D/N in this table.",
+        "With N fixed and D free, the cost-optimal training precision by the law against tokens per parameter.",
         planning.fixed_size_precision,
     ),
     Entry(
         "compute_optimal",
         "Compute-optimal size, tokens and precision",
-        "What the law advises for a budget when precision is free and when it is held at 16 bits. Grey: budgets "
-        "in this table.",
+        "What laws advise for a budget: N and D with precision free and held at 16 bits, and the best precision by "
+        "every "
+        "law that predicts held-out rows as well as the best, and by the paper's.",
         planning.compute_optimal,
     ),
     Entry(
         "training_precision_and_ptq",
         "PTQ of models trained in low precision",
-        "δ against the precision the weights were trained in. Zero where a model is served in the bits it was "
-        "trained in.",
+        "δ against the precision the weights were trained in; points are measured.",
         ptq.training_precision,
     ),
     Entry(
@@ -125,7 +124,7 @@ GALLERY = (
     Entry(
         "schedules",
         "δ by learning-rate schedule",
-        "Whether δ grows with data at equal schedule, or with how far the learning rate has decayed.",
+        "δ of runs matched in N, D, seed and bits: whether it grows with data, or with how far the rate has decayed.",
         ptq.schedules,
     ),
     Entry(
@@ -167,7 +166,8 @@ def draw_all(evidence: Evidence, directory: Path, gallery: tuple[Entry, ...] = G
     with house_style():
         for entry in gallery:
             try:
-                drawn.append(Drawn(entry, tuple(save(entry.draw(evidence), directory, entry.name))))
+                figure = entry.draw(evidence)
+                drawn.append(Drawn(entry, tuple(save(figure, directory, entry.name)), said=said(figure)))
             except Skipped as reason:
                 for stale in (directory / f"{entry.name}.png", directory / f"{entry.name}.svg"):
                     stale.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from analysis import laws
 from analysis.evidence import Evidence, informs
+from analysis.figures.bands import band, band_words, say
 from analysis.figures.style import (
     CATEGORIES,
     INK,
@@ -74,8 +75,11 @@ def loss_by_bits(evidence: Evidence) -> Figure:
             axis.plot(x, y, marker(series), color=colors[key], mec=INK, ls="" if curve else ":", lw=0.8)
             if curve:
                 p = np.linspace(x.min(), SHOWN_BITS, 150)
-                predicted = laws.predict(fit.law, fit.values, N=key[0], D=key[1], **{part: p})
-                axis.plot(p, predicted, color=colors[key], ls=line(series))
+                law = lambda fit, p=p, key=key, part=part: laws.predict(
+                    fit.law, fit.values, N=key[0], D=key[1], **{part: p}
+                )
+                axis.plot(p, law(fit), color=colors[key], ls=line(series))
+                band(axis, p, law, [fit], colors[key])
         axis.set_title(PARTS[part][0])
         axis.set_xlabel(f"{part}, training precision (bits)")
         bits_axis(axis.xaxis, np.append(table[part], SHOWN_BITS).clip(max=SHOWN_BITS))
@@ -88,7 +92,10 @@ def loss_by_bits(evidence: Evidence) -> Figure:
         for i, key in enumerate(every)
     ]  # fmt: skip
     figure.legend(handles=handles, title="N, D", loc="outside right center")
-    return figure
+    lines = f"Lines are the fitted law {fit.law}." if fit else "No law of training precision was fitted."
+    noise = evidence.loss_noise
+    seeds = f"Seeds differ by {noise.words}." if noise is not None else ""
+    return say(figure, lines, band_words([fit]), seeds)
 
 
 def effective_share(fit: Fit, losses: Table) -> np.ndarray:
@@ -129,11 +136,13 @@ def capacity_by_part(evidence: Evidence) -> Figure:
             axis.plot(bits + offset, share, mark, color=color, mec=INK, alpha=0.8)
             lowest, drawn = min(lowest, bits.min()), True
         if fit is not None and informs(fit, part):
-            x = np.linspace(max(lowest - 0.5, 1.0), SHOWN_BITS, 200)
+            x = np.linspace(table[part].min(), SHOWN_BITS, 200)
             name = part.removeprefix("P_")
-            axis.plot(
-                x, fraction(x, fit.values[f"gamma_{name}"], fit.values.get(f"n_{name}", 0.0)), color=color, ls=style
+            share = lambda fit, x=x, name=name: fraction(
+                x, fit.values[f"gamma_{name}"], fit.values.get(f"n_{name}", 0.0)
             )
+            axis.plot(x, share(fit), color=color, ls=style)
+            band(axis, x, share, [fit], color)
             drawn = True
         curve = fit is not None and informs(fit, part)
         axis.plot([], [], mark, color=color, mec=INK, ls=style if curve else "", label=label)
@@ -147,7 +156,8 @@ def capacity_by_part(evidence: Evidence) -> Figure:
     axis.set_ylabel("effective share of the parameters, N_eff/N")
     bits_axis(axis.xaxis, [lowest, SHOWN_BITS])
     axis.legend(title="part in low precision", loc="lower right")
-    return figure
+    lines = "Lines are the fitted f(P) = 1 - exp(-P/γ + n)." if fit else ""
+    return say(figure, f"Points solve the fitted law {solved.law} for N_eff.", lines, band_words([fit or solved]))
 
 
 def _widest_plane(evidence: Evidence) -> tuple[str, float, Table]:
@@ -217,7 +227,12 @@ def iso_loss(evidence: Evidence) -> Figure:
     left.set_ylabel(f"{part}, training precision of {PARTS[part][0]} (bits)")
     bits_axis(left.yaxis, bits)
     figure.colorbar(shown if not full else filled, ax=axes, label="loss (nats per token)", format="%.2f")
-    return figure
+    left_words = (
+        "Left from the measured grid, right from the fitted law"
+        if full
+        else "Left the measured runs, right the fitted law"
+    )
+    return say(figure, f"{left_words} ({fit.law}), which has no interval here; points carry the measured loss in both.")
 
 
 def _iso_cost(axis, n, p, predict) -> None:

@@ -105,6 +105,17 @@ def forecast(law: str, losses: Table, seed: int = 0) -> Forecast:
     )
 
 
+def forecasts(losses: Table, seed: int = 0) -> dict[str, Forecast | str]:
+    """The forecast of every law in PREDICTORS, or why it could not be made."""
+    made: dict[str, Forecast | str] = {}
+    for law in PREDICTORS:
+        try:
+            made[law] = forecast(law, losses, seed)
+        except (FitError, LawError) as err:
+            made[law] = str(err)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Sum:
     """What one joint setting costs over its 16-bit model, beside the sum of what its parts cost alone, in nats.
@@ -189,20 +200,15 @@ def effects_multiply(evidence: Evidence) -> Finding:
     joint_runs = int(np.sum(is_joint(losses)))
     if joint_runs < LEAST_JOINT_RUNS:
         return undecided("F2", CLAIM, FORM, f"{joint_runs} joint runs are too few to tell, want {LEAST_JOINT_RUNS}.")
-    forecasts, failed = {}, {}
-    for law in PREDICTORS:
-        try:
-            forecasts[law] = forecast(law, losses)
-        except (FitError, LawError) as err:
-            failed[law] = str(err)
+    made = forecasts(losses) if evidence.forecasts is None else evidence.forecasts
+    told = {law: found for law, found in made.items() if isinstance(found, Forecast)}
+    failed = {law: why for law, why in made.items() if law not in told}
     sums = sums_of_parts(evidence)
-    said = [f"{f.words}." for f in forecasts.values()]
+    said = [f"{f.words}." for f in told.values()]
     said += [f"{law} could not be fitted to runs with one low part: {why}." for law, why in failed.items()]
     said += [words for words in (_kappa_words(evidence), _sum_words(sums)) if words]
-    verdict, why = _verdict(forecasts.get("precision"), _kappa(evidence), sums)
-    return Finding(
-        "F2", CLAIM, verdict, FORM, " ".join([*said, why]), _numbers(evidence, forecasts, sums), _rows(forecasts)
-    )
+    verdict, why = _verdict(told.get("precision"), _kappa(evidence), sums)
+    return Finding("F2", CLAIM, verdict, FORM, " ".join([*said, why]), _numbers(evidence, told, sums), _rows(told))
 
 
 def _verdict(product: Forecast | None, kappa, sums: Sums) -> tuple[str, str]:

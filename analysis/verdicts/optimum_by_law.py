@@ -117,23 +117,24 @@ def budgets_of(evidence: Evidence) -> tuple[float, ...]:
     losses = evidence.losses
     bits = np.mean([np.minimum(losses[name], HIGH_PRECISION_BITS) for name in PRECISIONS], axis=0)
     cost = CostModel().training(losses["N"], losses["D"], bits)
-    low, high = float(cost.min()), float(cost.max())
-    rounded = [float(f"{x:.0e}") for x in np.geomspace(low, high, 3)]
-    return tuple(sorted(set(rounded)))
+    low, high = (10.0 ** np.floor(np.log10(end)) for end in (cost.min(), cost.max()))
+    low, high = np.ceil(cost.min() / low) * low, np.floor(cost.max() / high) * high
+    if low > high:
+        low, high = cost.min(), cost.max()
+    middle = float(f"{np.sqrt(low * high):.0e}")
+    return tuple(sorted({float(low), middle, float(high)}))
 
 
 def optima(evidence: Evidence) -> list[Optimum]:
     """P* by every fitted law near the best and by the paper's, where the table informs all three parts."""
-    near = near_best(evidence.comparison)
-    names = dict.fromkeys((*near, "precision"))
-    found = []
-    for name in names:
-        fit = evidence.fits.get(name)
-        if fit is None or len(surfaces.informed_parts(fit)) < len(surfaces.PARTS):
-            continue
-        constant = laws.get(fit.law).by_form == FIXED_OPTIMUM
-        found.append(_optimum(fit, name, budgets_of(evidence), constant, name in near))
-    return found
+    if optima not in evidence.memo:
+        near = near_best(evidence.comparison)
+        evidence.memo[optima] = [
+            _optimum(fit, name, budgets_of(evidence), laws.get(name).by_form == FIXED_OPTIMUM, name in near)
+            for name in dict.fromkeys((*near, "precision"))
+            if (fit := evidence.fits.get(name)) and len(surfaces.informed_parts(fit)) == len(surfaces.PARTS)
+        ]
+    return evidence.memo[optima]
 
 
 def _optimum(fit: Fit, name: str, budgets: tuple[float, ...], constant: bool, near: bool) -> Optimum:
