@@ -44,6 +44,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def _check_metadata(metadata: Any) -> None:
     """Other frameworks than PyTorch may write the same names with other layouts."""
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"__metadata__ = {shown(metadata)}; allowed is an object of strings")
     if metadata.get("format", "pt") not in ("pt", "np"):
