@@ -72,7 +72,7 @@ def test_a_table_of_another_study_is_refused(finished_study, tmp_path, change, w
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n")])
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n", mtime=0)])
 def test_a_table_that_cannot_be_read_is_one_line(finished_study, tmp_path, content):
     bench, _ = finished_study
     table = tmp_path / "runs.csv.gz"
