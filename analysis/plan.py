@@ -101,7 +101,8 @@ def plan(
     budget = _with_choices(surface, budget)
     chosen = _choose(surface, budget, fmt)
     best, bits = chosen.point, chosen.budget.serve_bits
-    near = options.existing_formats(surface, budget, best)
+    listed = options.existing_formats(surface, budget, best.p)
+    near = [option for one in listed if (option := options.in_format(surface, budget, best, one)) is not None]
     beside = [*options.whole_bits(surface, budget, best), *near]
     spans = intervals(chosen, beside, budget)
     rows = [options.row(option, chosen, ci) for option, ci in zip(beside, spans.options, strict=True)]
@@ -112,8 +113,10 @@ def plan(
         served.by_bits(surface, budget) if None not in (budget.memory_bytes, budget.flops) else [], opinions,
         turning_point(chosen.surface, best.n, best.p, bits) if bits is not None else None, far, [],
     )  # fmt: skip
+    without = [one.name for one in listed if one.name not in {option.fmt.name for option in near}]
     uninformed = surfaces.uninformed_parts(surface.fit) if parts is None else ()
-    return dataclasses.replace(found, warnings=warnings(found.chosen, budget, far, uninformed, spans.loss is not None))
+    words = warnings(chosen, budget, far, uninformed, spans.loss is not None)
+    return dataclasses.replace(found, warnings=[*words, *text.about_formats(surface, budget, near, without)])
 
 
 def _with_parts(surface: Surface, parts: Sequence[str] | None) -> Surface:

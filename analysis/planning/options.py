@@ -39,6 +39,12 @@ class Option:
         return float(self.budget.served_at(self.point.p))
 
     @property
+    def fills_memory(self) -> bool:
+        """Whether more memory would allow a larger model."""
+        limit = self.budget.memory_bytes
+        return limit is not None and self.budget.n is None and self.memory > limit * (1 - 1e-6)
+
+    @property
     def memory(self) -> float:
         """Bytes as served."""
         return float(self.budget.serving.total(self.point.n, self.bits, self.point.p))
@@ -54,17 +60,16 @@ def whole_bits(surface: Surface, budget: Budget, best: Point) -> list[Option]:
     return found
 
 
-def existing_formats(surface: Surface, budget: Budget, best: Point) -> list[Option]:
-    """The best N and D of every format that exists near the planned precision, and of bf16; of rising bits. None where
-    the law knows 16 bits alone, or one precision.
+def existing_formats(surface: Surface, budget: Budget, p: float) -> list[Format]:
+    """The formats that exist near a precision, and bf16; of rising bits. None where the law knows 16 bits alone, or one
+    precision.
     """
     if not surface.parts or surface.law.bits_given:
         return []
     named = {fmt.name: fmt for fmt in map(formats.parse, (*formats.names(), *STANDARD_FLOATS))}
-    near = [f for f in named.values() if best.p / NEAR <= f.bits <= best.p * NEAR and f.name not in ONLY_SIMULATED]
+    near = [f for f in named.values() if p / NEAR <= f.bits <= p * NEAR and f.name not in ONLY_SIMULATED]
     listed = {fmt.name: fmt for fmt in (*near, named["bf16"]) if budget.cost.has(fmt)}
-    found = [in_format(surface, budget, best, fmt) for fmt in sorted(listed.values(), key=lambda f: (f.bits, f.name))]
-    return [option for option in found if option is not None]
+    return sorted(listed.values(), key=lambda fmt: (fmt.bits, fmt.name))
 
 
 def in_format(surface: Surface, budget: Budget, best: Point, fmt: Format) -> Option | None:
@@ -109,7 +114,7 @@ def row(option: Option, best: Option, ci: dict) -> dict:
         "P": point.p, "N": round(point.n), "D": round(point.d), "loss": point.loss, "delta": point.delta,
         "flops": point.flops, "extra_loss": point.loss - best.point.loss,
         "N_factor": _make_up_factor(surface, best.point, point.p), "outside": outside,
-        "memory_bytes": option.memory, **ci,
+        "memory_bytes": option.memory, "fills_memory": option.fills_memory, **ci,
     }  # fmt: skip
     share = surface.share(point.p, point.n, point.d)
     if share is not None:

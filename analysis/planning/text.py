@@ -11,7 +11,10 @@ from analysis.planning.memory import bytes_label
 from analysis.wording import count_label, interval_text
 
 if TYPE_CHECKING:
+    from analysis.optimum import Budget
     from analysis.plan import Plan
+    from analysis.planning.options import Option
+    from analysis.surface import Surface
 
 OUTSIDE = "*"  # behind a number beyond the fit's table
 
@@ -106,12 +109,26 @@ def _formats(plan: Plan) -> list[str]:
 def _format_row(row: dict) -> tuple[str, ...]:
     mark = lambda name: OUTSIDE if name in row["outside"] else ""
     extra = f"{row['extra_loss']:+.4f}{_beside(row.get('extra_loss_ci'), '{:+.4f}'.format)}"
-    seen = "not in the fit's table" if row["seen"] is False else ""
+    notes = ["fills the memory"] * row["fills_memory"] + ["not in the fit's table"] * (row["seen"] is False)
     return (
         row["format"], f"{row['P']:.4g}{mark('P')}", f"{count_label(row['N'])}{mark('N')}",
         f"{count_label(row['D'])}{mark('D')}", f"{row['loss']:.4f}", extra,
-        "-" if row["N_factor"] is None else f"x {row['N_factor']:.2f}", bytes_label(row["memory_bytes"]), seen,
+        "-" if row["N_factor"] is None else f"x {row['N_factor']:.2f}", bytes_label(row["memory_bytes"]),
+        ", ".join(notes),
     )  # fmt: skip
+
+
+def about_formats(surface: Surface, budget: Budget, listed: Sequence[Option], without: Sequence[str]) -> list[str]:
+    """What the list of formats does not show. `without`: those for which there is no plan."""
+    found = []
+    if without and budget.memory_bytes is not None:
+        found.append(f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}")
+    if any(name.startswith("s_") for name in surface.law.columns) and any(o.fmt.family == "block" for o in listed):
+        found.append(
+            f"the steps that law {surface.name} reads compare formats whose scales are shared by as many values: what "
+            "blocks gain by scales of their own is not counted"
+        )
+    return found
 
 
 def _serving(plan: Plan) -> list[str]:
