@@ -138,6 +138,11 @@ def _with_choices(surface: Surface, budget: Budget) -> Budget:
     fit = surface.fit
     if budget.serve_bits is not None and surface.delta_fit is None:
         raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={fit.law}.json,ptq.json or a fit of unified")
+    if budget.serve_bits is not None and fit.serve_bits is not None:
+        raise SurfaceError(
+            f"--serve-bits={budget.serve_bits:g}: law {fit.law} is one of losses after PTQ to {fit.serve_bits:g} bits "
+            "already; leave the flag out"
+        )
     in_16_bits_only = budget.p is not None and not surface.parts and not laws.get(fit.law).bits_given
     if in_16_bits_only and budget.p < HIGH_PRECISION_BITS:
         raise SurfaceError(f"--precision={budget.p:g}: law {fit.law} as fitted knows training in 16 bits only")

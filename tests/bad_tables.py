@@ -263,11 +263,15 @@ def cases_of_arguments():
     yield "compare", ("--laws=ptq,ptq",), "ptq stands there more than once"
     yield "compare", ("--laws=ptq_unbiased",), "has no biases"
     yield "report", ("--laws=nope",), "'nope' is not one of"
-    yield "plan", ("--fit=delta.json",), "laws of the loss"
+    yield "plan", ("--fit=delta.json",), "no law of the loss"
     yield "plan", ("--fit=paper", "--flops=1e-3"), "--flops=0.001: want 1 to 1e+40"
     yield "plan", ("--fit=paper", "--flops=10"), "no model meets"
     yield "plan", ("--parts=w,x",), "'x' is not one of w, a, kv"
     yield "plan", ("--parts=w",), "--parts"
+    yield "plan", ("--memory=1kB", "--vocab=32000"), "no model meets --flops=1e+15 --memory=1kB"
+    yield "plan", ("--fit=loss.json,loss.json,delta.json",), "the same fit of the loss twice"
+    yield "plan", ("--fit=loss.json,delta.json,delta.json",), "more than one law of δ"
+    yield "plan", ("--precision=nvfp4",), "knows training in 16 bits only"
     yield "predict", ("--before=guessed",), "before"
 
 

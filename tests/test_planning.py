@@ -286,6 +286,14 @@ def test_fits_that_do_not_go_together_are_refused(other_laws):
             plan(given, Budget(flops=1e21))
 
 
+def test_a_law_of_losses_after_ptq_is_not_given_ptq_again(other_laws):
+    served = dataclasses.replace(other_laws[0], serve_bits=4.0)
+    found = plan([served], Budget(flops=1e21))
+    assert any("losses after PTQ to 4 bits" in warning for warning in found.warnings)
+    with pytest.raises(surface.SurfaceError, match="already"):
+        plan([served, of("ptq", laws.published("ptq"))], Budget(flops=1e21, serve_bits=4.0))
+
+
 # --- extrapolation
 
 

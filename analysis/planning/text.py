@@ -143,7 +143,8 @@ def _serving(plan: Plan) -> list[str]:
             count_label(point.d), f"{point.loss:.4f}", f"{point.delta:.4f}", bytes_label(found["weights_bytes"]),
             bytes_label(found["kv_cache_bytes"]), "best" if option is best else "",
         ))  # fmt: skip
-    return [f"Bits to serve in within {bytes_label(plan.budget.memory_bytes)}, P free:", *_table(rows)]
+    free = ", P free" if plan.budget.p is None else ""
+    return [f"Bits to serve in within {bytes_label(plan.budget.memory_bytes)}{free}:", *_table(rows)]
 
 
 def _spread(plan: Plan) -> list[str]:

@@ -34,6 +34,8 @@ def warnings(
         found.append(
             "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
         )
+    if fit.serve_bits is not None:
+        found.append(f"law {fit.law} was fitted to losses after PTQ to {fit.serve_bits:g} bits: this is one of these")
     kv_bits = budget.serving.kv_bits
     if kv_bits is not None and kv_bits < (best.p if "kv" in surface.parts else HIGH_PRECISION_BITS):
         found.append(f"no law here says what rounding the cache to {kv_bits:g} bits after training costs: not counted")
@@ -45,7 +47,8 @@ def warnings(
         if refused:
             found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
         found += [f"{one.law}: {note}" for note in one.notes]
-    if (form := laws.get(fit.law).by_form) and serve_bits is budget.p is budget.n is budget.d is None:
+    given = (serve_bits, budget.p, budget.n, budget.d, budget.memory_bytes)
+    if (form := laws.get(fit.law).by_form) and not any(given):
         found.append(f"by the form of law {fit.law} alone, {form}")
     if budget.p is None and not precisions(budget) and budget.flops is not None:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
