@@ -175,13 +175,22 @@ def cases_of_numbers():
         yield "fit", f"--drop_worst={value}", "drop_worst"
     for value in ("nan", "inf", "x", "-1", "1e99"):
         yield "fit", f"--fixed=E={value}", "E"
-    for flag in ("flops", "params", "tokens", "inference-tokens", "memory-gb", "serve-bits"):
+    for flag in ("flops", "params", "tokens", "inference-tokens", "serve-bits", "context", "batch"):
         for value in ("nan", "inf", "-1", "1e400", "x"):
             yield "plan", f"--{flag}={value}", flag
-    for flag in ("flops", "params", "tokens", "memory-gb", "serve-bits"):
+    for flag in ("flops", "params", "tokens", "serve-bits", "batch"):
         yield "plan", f"--{flag}=0", flag
     for value in ("0", "-4", "nan", "inf", "33", "x", ""):
         yield "plan", f"--precision={value}", f"--precision={value}: format"
+    for value in ("0", "nan", "fp", "33"):
+        yield "plan", f"--kv-bits={value}", f"--kv-bits={value}: format"
+    for value in ("", "24", "0GB", "-1GB", "24Gib", "24 gigabytes", "nanGB", "1e400GB", "1e99GB", "GiB", "1e13TB"):
+        yield "plan", f"--memory={value}", f"--memory={value}: want"
+    for value in ("", "32", "32x8", "32x8x0", "32x8x128x2", "32xfewx128", "-1x8x128", "32x8x1e3", "999999x8x128"):
+        yield "plan", f"--layout={value}", f"--layout={value}: want layers x KV heads"
+    for flag in ("vocab", "serve-group"):
+        for value in ("-1", "1.5", "nan", "x", "1000000000"):
+            yield "plan", f"--{flag}={value}", flag
     for value in ("bf16", "bf16:nan", "bf16:-1", "bf16:0", "bf16:inf", "bf16:1,fp16:2", ":1", "fp8:1e400"):
         yield "plan", f"--speeds={value}", "--speeds="
     for value in ("group_size", "group_size:", "group_size:nan", "group_size:inf", "group_size:-1", ":3", "foo:x"):
@@ -254,11 +263,15 @@ def cases_of_arguments():
     yield "compare", ("--laws=ptq,ptq",), "ptq stands there more than once"
     yield "compare", ("--laws=ptq_unbiased",), "has no biases"
     yield "report", ("--laws=nope",), "'nope' is not one of"
-    yield "plan", ("--fit=delta.json",), "laws of the loss"
+    yield "plan", ("--fit=delta.json",), "no law of the loss"
     yield "plan", ("--fit=paper", "--flops=1e-3"), "--flops=0.001: want 1 to 1e+40"
     yield "plan", ("--fit=paper", "--flops=10"), "no model meets"
     yield "plan", ("--parts=w,x",), "'x' is not one of w, a, kv"
     yield "plan", ("--parts=w",), "--parts"
+    yield "plan", ("--memory=1kB", "--vocab=32000"), "no model meets --flops=1e+15 --memory=1kB"
+    yield "plan", ("--fit=loss.json,loss.json,delta.json",), "the same fit of the loss twice"
+    yield "plan", ("--fit=loss.json,delta.json,delta.json",), "more than one law of δ"
+    yield "plan", ("--precision=nvfp4",), "knows training in 16 bits only"
     yield "predict", ("--before=guessed",), "before"
 
 
