@@ -136,4 +136,3 @@ class CostModel:
         speed.
         """
         return INFERENCE_FLOPS_PER_PARAMETER_TOKEN * n * tokens * self.relative(precision)
-

@@ -207,10 +207,7 @@ UNIFIED = Law(
     ("N", "D", *PRECISION_COLUMNS, "P_post"),
     _precision,
     _unified_delta,
-    needs=OUTER_NEEDS
-    + fraction_needs()
-    + _PTQ_NEEDS
-    + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
+    needs=OUTER_NEEDS + fraction_needs() + _PTQ_NEEDS + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
     stages=(
         _CHINCHILLA_STAGE,
         LawStage("loss", _FRACTION_NAMES),

@@ -54,7 +54,7 @@ def grid_optimum(fmt, flops, serve_bits=None, memory=np.inf):
     n, share = np.meshgrid(np.geomspace(1e3, 1e7, 4000), np.linspace(0.3, 1.0, 41), indexing="ij")
     d = share * flops * 16 / (6 * n * fmt.bits)
     steps = {"s_w": "channel", "s_a": "tensor", "s_kv": "tensor"}
-    steps = {name: relative_step(fmt.name, granularity) for name, granularity in steps.items()}
+    steps = {name: relative_step(fmt.name, usual=granularity) for name, granularity in steps.items()}
     loss = laws.predict("noise", NOISE, N=n, D=d, **steps)
     rounded = serve_bits is not None and int(fmt.bits) > serve_bits
     if rounded:

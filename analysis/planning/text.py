@@ -123,11 +123,6 @@ def about_formats(surface: Surface, budget: Budget, listed: Sequence[Option], wi
     found = []
     if without and budget.memory_bytes is not None:
         found.append(f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}")
-    if any(name.startswith("s_") for name in surface.law.columns) and any(o.fmt.family == "block" for o in listed):
-        found.append(
-            f"the steps that law {surface.name} reads compare formats whose scales are shared by as many values: what "
-            "blocks gain by scales of their own is not counted"
-        )
     return found
 
 
