@@ -19,6 +19,7 @@ from absl import flags
 
 from analysis import caveats, command, crossval, fit_file, fit_options, laws, nested, reporting, sensitivity
 from analysis import table as tables
+from analysis.expression import rows_where
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
@@ -131,8 +132,11 @@ def fit(
     checks = checks or Checks()
     options = options or Options()
     if checks.test_where is not None and options.fit_where is None:
+        if rows_where(checks.test_where, table).all():
+            raise FitError(f"test_where={checks.test_where!r}: leaves no row of {laws.get(law).name} to fit")
         options = dataclasses.replace(options, fit_where=f"not ({checks.test_where})")
     setup = set_up(law, table, options)
+    checks.check(setup, table)
     best = search(setup, starts, seed, progress)
     if not np.isfinite(best.objective):
         raise FitError(f"law {setup.law.name}: no constants give finite predictions for every row of {table.source}")
@@ -195,6 +199,13 @@ class Checks:
     huber_deltas: tuple[float, ...] = ()
     drop_worst: int = 0
 
+    def check(self, setup: Setup, table: tables.Table) -> None:
+        """Raises FitError or LawError for what can't be checked, before the search."""
+        if setup.options.fit_where is not None:
+            crossval.chosen(setup.on(table, None), setup.options.fit_where, self.test_where)
+        if self.held:
+            _held(setup, table, self.held)
+
     def run(self, setup: Setup, theta_F: np.ndarray, table: tables.Table, starts, seed: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         if setup.options.fit_where is not None:
@@ -225,11 +236,16 @@ def _rms(error_n: np.ndarray) -> float | None:
     return float(np.sqrt(np.nanmean(error_n**2))) if np.isfinite(error_n).any() else None
 
 
-def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
-    """The likelihood-ratio test of the fit against the one with these constants held."""
+def _held(setup: Setup, table: tables.Table, held: Mapping[str, float]) -> Setup:
+    """The smaller fit, in which these constants are held."""
     kept = tuple(name for name in setup.options.freed if name not in held)
     options = dataclasses.replace(setup.options, fixed={**setup.options.fixed, **held}, freed=kept)
-    small = set_up(setup.law, table, options)
+    return set_up(setup.law, table, options)
+
+
+def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
+    """The likelihood-ratio test of the fit against the one with these constants held."""
+    small = _held(setup, table, held)
     names = (", ".join(f"{name} = {value:g}" for name, value in held.items()), setup.law.name)
     small_F = search(small, starts, seed).theta_F
     return dataclasses.asdict(nested.ratio_test(small, small_F, setup, theta_F, names))

@@ -47,6 +47,8 @@ def read(path: Path) -> tuple[pd.DataFrame, str]:
         raw = files.read(path)
     except FileNotFoundError:
         raise TableError(f"no table at {path}") from None
+    except files.NotAFile as err:
+        raise TableError(str(err)) from None
     except OSError as err:
         raise _unreadable(path, err.strerror) from None
     text = _text(path, raw)
