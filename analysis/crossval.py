@@ -20,7 +20,7 @@ CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
 MOST_SETTINGS = 32  # of more settings of precision than this some share a fold
 LARGEST_SHARE = 0.2  # of the runs are the largest ones held out by the compute scheme
-STARTS_PER_FOLD = 8
+STARTS_PER_FOLD = 8  # with 4 a law of many optima may be caught in a worse one
 UNSEEN = 1e-7  # of the largest singular value: directions below it leave the kept rows as they are
 
 

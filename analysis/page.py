@@ -46,6 +46,9 @@ table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; font-varia
 th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+.laws table { font-size: .78rem; } .laws th, .laws td { padding-right: .55rem; }
+.laws th.number { white-space: normal; }
+details table { font-size: .78rem; } details th, details td { padding-right: .6rem; }
 details { font-size: .9rem; } summary { cursor: pointer; color: var(--soft); }
 .symbols th { white-space: nowrap; } .symbols td { max-width: 40rem; }
 td.name code { overflow-wrap: normal; white-space: nowrap; }
@@ -170,14 +173,14 @@ def _findings(findings: Iterable[Finding]) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    rows = ""
+    rows, table = "", "".join(f"<li>{_escape(line)}</li>" for line in finding.by_table.splitlines() if line)
     if finding.rows:
         rows = f"<details><summary>The numbers</summary>{_records(finding.rows)}</details>"
     return (
         f'<div class="finding {KIND[finding.verdict]}"><p><strong>{_escape(finding.key)}</strong>'
         f'<span class="verdict">{_escape(finding.verdict)}</span></p><p>{_escape(finding.claim)}</p>'
         f'<p class="soft"><em>By the form:</em> {_escape(finding.by_form)}</p>'
-        f'<p class="soft"><em>By the table:</em> {_escape(finding.by_table)}</p>{rows}</div>'
+        f'<p class="soft"><em>By the table:</em></p><ul class="soft">{table}</ul>{rows}</div>'
     )
 
 
@@ -307,7 +310,7 @@ def _comparison(comparison: Comparison | None) -> str:
         names = "".join(f'<th class="number">{name}</th>' for name in head)
         parts.append(
             f"<h3>{_escape(title)}, {rows[0].n} rows</h3>"
-            f'<div class="scroll"><table><thead><tr><th>law</th>{names}</tr></thead>'
+            f'<div class="scroll laws"><table><thead><tr><th>law</th>{names}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>"
         )
     notes = [*(f"{law}: {why}" for law, why in comparison.skipped.items()), *comparison.notes]

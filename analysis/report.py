@@ -147,7 +147,7 @@ def describe(report: Report) -> str:
                 lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
         lines += [f"  note: {note}" for note in notes_of(fit)]
     lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
-    lines += ["", *(f"{f.key}: {f.verdict}. {f.by_table}" for f in report.findings)]
+    lines += ["", *(f"{f.key}: {f.verdict}. {' '.join(f.by_table.split())}" for f in report.findings)]
     lines += ["", report.sentence]
     return "\n".join(lines)
 

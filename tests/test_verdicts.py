@@ -4,6 +4,7 @@ by the form of the law.
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -378,6 +379,14 @@ def test_f4_is_told_apart_below_at_and_above_the_bits_of_training():
     assert served_low.served_at_home(evidence(low_models(0.2, 0.0, 0.0))).verdict == SUPPORTED
     assert served_low.low_precision_loses_less(evidence(low_models(0.4, 0.0, 0.0))).verdict == CONTRADICTED
     assert served_low.low_precision_loses_less(evidence(low_models(0.3001, 0.0, 0.0))).verdict == UNDECIDED  # noise
+
+
+def test_f4_does_not_count_what_noise_alone_puts_beyond_its_limit():
+    # 200 rows: 2.5 % on either side are to be expected
+    assert served_low._less(Counter({"less": 9, "more": 5, "within noise": 186})) == UNDECIDED
+    assert served_low._less(Counter({"less": 19, "more": 7, "within noise": 174})) == SUPPORTED
+    assert served_low._less(Counter({"less": 19, "more": 19, "within noise": 162})) == UNDECIDED
+    assert served_low._less(Counter({"less": 4, "more": 30, "within noise": 166})) == CONTRADICTED
 
 
 def test_f4_is_told_method_by_method():

@@ -59,7 +59,7 @@ def band_words(fits: Sequence[Fit | None]) -> str:
         if min(surfaces.draws(fit) for fit in shown) >= LEAST_DRAWS
         else "Without a bootstrap the lines have no bands."
     )
-    shares = [f"{fit.law} {fit.starts_at_best:.0%}" for fit in shown if fit.starts_at_best is not None]
+    shares = [f"{fit.law} {fit.starts_at_best:.1%}" for fit in shown if fit.starts_at_best is not None]
     return words + (f" Starts that ended at the best fit: {', '.join(shares)}." if shares else "")
 
 

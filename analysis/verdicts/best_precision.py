@@ -83,7 +83,7 @@ def optimal_precision(evidence: Evidence) -> Finding:
         "groups_of_equal_cost": len(by_size),
     }
     rows = match_rows([*by_size, *by_budget]) or _law_rows(found)
-    return Finding("F3", CLAIM, verdict, _form(found), " ".join(said), numbers, rows)
+    return Finding("F3", CLAIM, verdict, _form(found), "\n".join(filter(None, said)), numbers, rows)
 
 
 def _law_words(found: Sequence[Optimum]) -> list[str]:
@@ -103,7 +103,7 @@ def _law_rows(found: Sequence[Optimum]) -> list[dict[str, object]]:
                 f"P* at {budget:.0e} FLOPs": f"{bits:.1f} {interval_text(o.interval(i), '{:.1f}'.format)}".strip()
                 for i, (budget, bits) in enumerate(zip(o.budgets, o.bits, strict=True))
             },
-            "starts at the best fit": "" if o.starts_at_best is None else f"{o.starts_at_best:.0%}",
+            "starts at the best fit": "" if o.starts_at_best is None else f"{o.starts_at_best:.1%}",
         }
         for o in found
     ]

@@ -68,8 +68,8 @@ class Match:
 
 
 def matches(evidence: Evidence) -> tuple[list[Match], list[Match]]:
-    """Groups of three precisions or more at equal N·D·P: at each N, and over all N of a budget (the best N of each P,
-    over the N that were measured at most precisions).
+    """Groups of three precisions or more at equal N·D·P: of one N each, and for each budget over the N of such groups
+    (the best of them for each P).
     """
     cells, noise = tied_cells(evidence.losses, evidence.loss_noise), evidence.loss_noise
     by_size, by_budget = [], []
@@ -79,8 +79,6 @@ def matches(evidence: Evidence) -> tuple[list[Match], list[Match]]:
         by_size += [_match(found, noise, n) for n, found in wide.items()]
         if wide:
             by_budget.append(_match([c for found in wide.values() for c in found], noise, None))
-        elif len({c.p for c in budget}) >= LEAST_PRECISIONS:
-            by_budget.append(_match(budget, noise, None))
     return by_size, by_budget
 
 

@@ -14,6 +14,7 @@ from analysis.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED,
 from analysis.wording import count_label, interval_text
 
 CLAIM = "Training below 4 bits needs more than 4 times the parameters."
+LEAST_TOLD = 2  # models that say something of the factor
 FORM = "N_eff = N f(P) makes the factor f(16)/f(P) the same at every N and D; the rows need not."
 
 
@@ -34,7 +35,10 @@ def few_bits_cost_parameters(evidence: Evidence) -> Finding:
     )
     said += f"; {bounds} are worse than the smallest 16-bit model, which gives a lower bound only." if bounds else "."
     said = f"{said} {_factor_by_fit(evidence)}".strip()
-    verdict = SUPPORTED if more == len(shown) and below else CONTRADICTED if less > len(shown) / 2 else UNDECIDED
+    told = [f for f in shown if np.isfinite(f.value) or f.low > 4]  # a bound below 4 tells nothing
+    verdict = UNDECIDED
+    if below and len(told) >= LEAST_TOLD:
+        verdict = SUPPORTED if more == len(told) else CONTRADICTED if less > len(told) / 2 else UNDECIDED
     numbers = {"models": len(shown), "more_than_4": more, "less_than_4": less}
     return Finding("F3 few bits", CLAIM, verdict, FORM, said, numbers, _rows(found))
 

@@ -16,8 +16,8 @@ LEVEL = 0.95
 class Finding:
     """A claim and the verdict of the table on it.
 
-    by_form: what the law says whatever its constants are. by_table: what the rows show. rows: the numbers behind the
-    verdict as a small table, one record a line. numbers: those of the sentences.
+    by_form: what the law says whatever its constants are. by_table: what the rows show, a line for each sentence or
+    method. rows: the numbers behind the verdict as a small table, one record a line. numbers: those of the sentences.
     """
 
     key: str

@@ -73,7 +73,7 @@ def degradation_grows(evidence: Evidence) -> Finding:
     verdict = verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED
     law = _fitted_exponent(evidence)
     sentences += [law] if law else []
-    return Finding("F1", GROWS, verdict, GROWS_FORM, " ".join(sentences), numbers, growth_rows(series))
+    return Finding("F1", GROWS, verdict, GROWS_FORM, "\n".join(sentences), numbers, growth_rows(series))
 
 
 def _grows(series: Sequence[Series], fitted) -> str:

@@ -78,9 +78,9 @@ class Forecast:
         low, high = (100 * end for end in self.mean_ci)
         return (
             f"{self.law} puts {self.above} of {len(self.errors)} joint losses too high (sign test p = "
-            f"{self.sign_p:.2g}), "
-            f"mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % rms (on its own runs "
-            f"{100 * self.rms_of_its_own:.2f} %)"
+            f"{self.sign_p:.2g}), mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % "
+            f"rms (on its own runs "
+            f"{100 * self.rms_of_its_own:.2f} %; {self.starts_at_best:.0%} of starts at its best fit)"
         )
 
 
@@ -208,7 +208,9 @@ def effects_multiply(evidence: Evidence) -> Finding:
     said += [f"{law} could not be fitted to runs with one low part: {why}." for law, why in failed.items()]
     said += [words for words in (_kappa_words(evidence), _sum_words(sums)) if words]
     verdict, why = _verdict(told.get("precision"), _kappa(evidence), sums)
-    return Finding("F2", CLAIM, verdict, FORM, " ".join([*said, why]), _numbers(evidence, told, sums), _rows(told))
+    return Finding(
+        "F2", CLAIM, verdict, FORM, "\n".join([*said, why]).strip(), _numbers(evidence, told, sums), _rows(told)
+    )
 
 
 def _verdict(product: Forecast | None, kappa, sums: Sums) -> tuple[str, str]:
@@ -284,7 +286,7 @@ def _rows(forecasts: dict[str, Forecast]) -> list[dict[str, object]]:
             "mean %": f"{100 * f.mean:+.2f} [{100 * f.mean_ci[0]:+.2f}, {100 * f.mean_ci[1]:+.2f}]",
             "rms %": f"{100 * f.rms:.2f}",
             "rms % of its own runs": f"{100 * f.rms_of_its_own:.2f}",
-            "starts at the best fit": f"{f.starts_at_best:.0%}",
+            "starts at the best fit": f"{f.starts_at_best:.1%}",
         }
         for f in forecasts.values()
     ]

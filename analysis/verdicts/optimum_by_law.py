@@ -106,10 +106,11 @@ class Optimum:
         each = [
             f"{bits:.1f} {interval_text(self.interval(i), '{:.1f}'.format)}".strip() for i, bits in enumerate(self.bits)
         ]
+        starts = "" if self.starts_at_best is None else f" ({self.starts_at_best:.1%} of starts at its best fit)"
         if self.constant:
-            return f"{self.law}: {each[0]} bits at every budget, by its form"
+            return f"{self.law}: {each[0]} bits at every budget, by its form{starts}"
         at = ", ".join(f"{budget:.0e}".replace("e+", "e") for budget in self.budgets)
-        return f"{self.law}: {', '.join(each)} bits at {at} FLOPs"
+        return f"{self.law}: {', '.join(each)} bits at {at} FLOPs{starts}"
 
 
 def budgets_of(evidence: Evidence) -> tuple[float, ...]:

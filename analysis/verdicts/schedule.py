@@ -168,14 +168,14 @@ def schedule_or_data(evidence: Evidence) -> Finding:
         return Finding("Challenge", CLAIM, UNDECIDED, FORM, why, {}, matched_rows(found))
     named = found[0].method.upper() or "PTQ"
     said = f"Exponent of D in δ at matched settings ({named}): {'; '.join(s.words for s in told)}."
-    said += f" {_ratio_words(found, found[0].method)}"
+    said += f"\n{_ratio_words(found, found[0].method)}"
     for method in dict.fromkeys(m.method for m in found[1:] if m.method != found[0].method):
         other = shares(found, method)
         each = "; ".join(f"{s.decaying} {s.decayed:.2f}, constant {s.constant:.2f} ({s.series} pairs)" for s in other)
-        said += f" {method.upper()}: {each}." if other else ""
+        said += f"\n{method.upper()}: {each}." if other else ""
     verdict = _verdict(told)
     if min(s.units for s in told) < LEAST_UNITS:
-        said += f" Fewer than {LEAST_UNITS} matched N and seeds decide nothing."
+        said += f"\nFewer than {LEAST_UNITS} matched N and seeds decide nothing."
     numbers = {s.decaying: dataclasses.asdict(s) for s in told}
     return Finding("Challenge", CLAIM, verdict, FORM, said, numbers, matched_rows(found))
 

@@ -70,7 +70,7 @@ def more_data_hurts(evidence: Evidence) -> Finding:
         verdict = CONTRADICTED
     else:
         verdict = UNDECIDED
-    return Finding("F1 D_crit", WORSE, verdict, WORSE_FORM, f"{said}. {fit.words}".strip(), numbers, turn_rows(series))
+    return Finding("F1 D_crit", WORSE, verdict, WORSE_FORM, f"{said}.\n{fit.words}".strip(), numbers, turn_rows(series))
 
 
 def _by_bits(series: Sequence[Series]) -> str:
