@@ -250,6 +250,7 @@ def described(model: ModelConfig, **more: Any) -> dict[str, Any]:
     """The config.json of a decoder whose depth-µP multipliers are 1; `more` adds keys."""
     name = architecture_of(model)
     kind, values = rope.parse(model.rope_scaling)
+    plain = {key: int(value) if value.is_integer() else value for key, value in values.items()}  # lengths are int
     return {
         "architectures": [name],
         "model_type": ARCHITECTURES[name].model_type,
@@ -263,7 +264,7 @@ def described(model: ModelConfig, **more: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
         "rope_theta": model.rope_theta,
-        **({"rope_scaling": {"rope_type": kind, **values}} if kind else {}),
+        **({"rope_scaling": {"rope_type": kind, **plain}} if kind else {}),
         **({"rms_norm_eps": model.norm_epsilon} if model.norm_type == "rms" else {}),
         **({} if model.qkv_bias else {"attention_bias": False}),
         "tie_word_embeddings": model.tie_embeddings,
