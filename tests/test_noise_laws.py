@@ -136,7 +136,8 @@ def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
     assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
     one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
     assert "only D =" in set_up("chinchilla_outer", rows.select(rows["D"] == rows["D"].min())).refused["g"]
-    one_size = set_up("shannon", table("shannon").select(table("shannon")["N"] == 1e8), Options(fixed={"e": 2e4}))
+    channel = table("shannon")
+    one_size = set_up("shannon", channel.select(channel["N"] == channel["N"].min()))
     assert set(one_size.refused) == {"alpha", "c", "gamma"}
     served = table("unified_noise")
     served = served.select(~served.quantized | (served["P_post"] == 4))
