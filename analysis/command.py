@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
+from precision_scaling import files
 from precision_scaling.errors import DISK_ERRORS, HELP, UserError, help_text
 
 MOST_REPEATS = 100_000  # starts or resamples that a command takes
@@ -58,15 +59,15 @@ def finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def output(flag: str, text: str, files: Sequence[str] = (), reads: Sequence[str] = ()) -> Path:
-    """The path of an output, known to be writable; with `files`, the directory in which they will be written.
+def output(flag: str, text: str, within: Sequence[str] = (), reads: Sequence[str] = ()) -> Path:
+    """The path of an output, known to be writable; with `within`, the directory in which such files will be written.
 
     Raises UserError before any work is done, and leaves nothing behind. An output that would replace one of the files
     that the command reads is refused, and so is one that is no file.
     """
-    path = Path(text).expanduser()
+    path = files.expanded(text, f"--{flag}")
     try:
-        for file in [path / name for name in files] or [path]:
+        for file in [path / name for name in within] or [path]:
             if why := _why_not(file, [Path(name).expanduser() for name in reads]):
                 raise UserError(f"--{flag}={text} cannot be written: {why}")
     except OSError as err:
@@ -78,7 +79,7 @@ def _why_not(path: Path, reads: Sequence[Path]) -> str | None:
     if path.is_dir():
         return f"{path} is a directory"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.lstat(path.with_name(f".{path.name}.{os.getpid()}.tmp"))  # raises where the name is too long
+        os.lstat(path.with_name(f".{path.name}.{'0' * 16}.tmp"))  # raises where the name is too long
     if path.exists() and not path.is_file():
         return f"{path} is not a regular file"
     if any(path.exists() and other.exists() and path.samefile(other) for other in reads):

@@ -33,7 +33,7 @@ from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import FitError, Options, Setup, set_up
 from analysis.reporting import r_squared
 from analysis.search import LEAST_RUNS, search
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 FILES = ("compare.csv", "compare.json")
 ROW = "row of the table"  # a column that tells which rows of two laws are the same

@@ -12,7 +12,10 @@ import re
 
 import numpy as np
 
+from analysis import command
+from precision_scaling import formats
 from precision_scaling.errors import UserError
+from precision_scaling.formats import Format
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward and backward of a dense model (Kaplan et al. 2020), as in law 5 of the paper
 INFERENCE_FLOPS_PER_PARAMETER_TOKEN = 2.0  # the forward pass alone
@@ -24,17 +27,26 @@ class CostError(UserError):
     """A cost that cannot be computed: an unknown format, a speed that is not positive, a precision without a speed."""
 
 
-def bits_of_format(name: str) -> float:
-    """Bits of a number format by its name: `bf16`, `fp8`, `int4`, `e4m3` (sign, exponent and mantissa), or a bare
-    number.
-    """
+USUAL_FLOATS = {"fp8": "e4m3fn", "fp6": "e2m3", "fp4": "e2m1"}  # the floats that machines multiply by these names
+
+
+def named_format(name: str) -> Format | None:
+    """The number format of that name; None for a bare number and for names that say no more than the bits."""
     text = name.strip().lower()
-    if small_float := re.fullmatch(r"e(\d+)m(\d+)", text):
-        bits = 1.0 + int(small_float[1]) + int(small_float[2])
-    elif plain := re.fullmatch(r"(?:bf|fp|int|float)?(\d+(?:\.\d+)?)", text):
+    try:
+        return None if command.finite(text) is not None else formats.parse(USUAL_FLOATS.get(text, text))
+    except formats.FormatError:
+        return None
+
+
+def bits_of_format(name: str) -> float:
+    """Bits of a number format by its name, scales of blocks included: `bf16`, `fp8`, `mxfp4`, or a bare number."""
+    if fmt := named_format(name):
+        bits = float(fmt.bits)
+    elif plain := re.fullmatch(r"(?:bf|fp|int|float)?(\d+(?:\.\d+)?)", name.strip().lower()):
         bits = float(plain[1])
     else:
-        raise CostError(f"format {name!r}: want bf16, fp32, fp8, int8, e4m3, ... or a number of bits")
+        raise CostError(f"format {name!r}: want bf16, fp32, fp8, int8, e4m3, nvfp4, ... or a number of bits")
     if not 1 <= bits <= MAX_BITS:
         raise CostError(f"format {name!r}: has {bits:g} bits, want 1 to {MAX_BITS:g}")
     return bits
@@ -93,6 +105,13 @@ class CostModel:
         """The name in the table of speeds of this precision; None for the linear model."""
         return next((name for name, _ in self.speeds if bits_of_format(name) == bits), None)
 
+    def has(self, fmt: Format) -> bool:
+        """Whether the cost of a format is known: always where it is linear in bits, else where a speed is given for its
+        bits and kind (fp8 for every float of 8 bits, a bare 8 for all formats of 8).
+        """
+        named = [(name, named_format(name)) for name, _ in self.speeds if bits_of_format(name) == fmt.bits]
+        return self.linear or any(given is None or given.family == fmt.family for _, given in named)
+
     def relative(self, precision):
         """Cost of a FLOP at `precision` bits over one at 16 bits; array in, array out. Raises CostError where no
         speed is known.
@@ -117,8 +136,3 @@ class CostModel:
         speed.
         """
         return INFERENCE_FLOPS_PER_PARAMETER_TOKEN * n * tokens * self.relative(precision)
-
-
-def weight_bytes(n, precision):
-    """Memory of N weights at P bits, in bytes (scales and embeddings not counted: N is non-embedding parameters)."""
-    return n * precision / 8.0

@@ -94,7 +94,7 @@ def _steps(part: str, columns: Mapping[str, object], strict: bool) -> np.ndarray
     squares, usual = np.zeros(shape), USUAL_GRANULARITY[part]
     for text in texts:
         found = [
-            step if not fmt else _or_nan(strict, relative_step, fmt, shared.split(",")[0] or usual, length)
+            step if not fmt else _or_nan(strict, relative_step, fmt, shared.split(",")[0], length, usual)
             for fmt, shared, length, step in zip(text.flat, sharing.flat, lengths.flat, by_bits.flat, strict=True)
         ]
         squares = squares + np.reshape(found, shape) ** 2 / len(texts)

@@ -19,12 +19,13 @@ from absl import flags
 
 from analysis import caveats, command, crossval, fit_file, fit_options, laws, nested, reporting, sensitivity
 from analysis import table as tables
+from analysis.expression import rows_where
 from analysis.identify import Identifiability, identify
 from analysis.law import Law, LawError
 from analysis.optimize import residuals, stay_off_accelerators
 from analysis.problem import STAGES, FitError, Options, Setup, set_up
 from analysis.search import LARGE_TABLE, bootstrap, least_resamples, search, too_few_runs
-from precision_scaling.results import atomic_write
+from precision_scaling import files
 
 __all__ = ["Fit", "FitError", "Options", "fit", "load", "published"]
 
@@ -80,13 +81,13 @@ class Fit:
 
     def save(self, path: str | Path) -> None:
         """Writes fit.json in one step, so that a reader never sees half a file."""
-        atomic_write(Path(path), self.to_json())
+        files.atomic_write(Path(path), self.to_json())
 
 
 def load(path: str | Path) -> Fit:
     """Read fit.json. Raises FitError in one line where it is missing or not a fit."""
     try:
-        return Fit.from_json(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        return Fit.from_json(files.read(Path(path).expanduser()).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as err:
         raise FitError(f"cannot read fit {path}: {getattr(err, 'strerror', None) or err}") from None
     except (FitError, LawError) as err:
@@ -128,7 +129,14 @@ def fit(
             f"bootstrap is {bootstrap_resamples}: a {100 * level:g} % interval takes at least {least_resamples(level)} "
             "resamples, 0 is for none"
         )
+    checks = checks or Checks()
+    options = options or Options()
+    if checks.test_where is not None and options.fit_where is None:
+        if rows_where(checks.test_where, table).all():
+            raise FitError(f"test_where={checks.test_where!r}: leaves no row of {laws.get(law).name} to fit")
+        options = dataclasses.replace(options, fit_where=f"not ({checks.test_where})")
     setup = set_up(law, table, options)
+    checks.check(setup, table)
     best = search(setup, starts, seed, progress)
     if not np.isfinite(best.objective):
         raise FitError(f"law {setup.law.name}: no constants give finite predictions for every row of {table.source}")
@@ -147,7 +155,7 @@ def fit(
     samples = {name: tuple(float(f"{d[name]:.8g}") for d in draws) for name in setup.law.names} if draws else {}
     fitted = {*setup.free, *setup.tied}
     quality = reporting.metrics(setup, best.theta_F)
-    quality |= (checks or Checks()).run(setup, best.theta_F, table, starts, seed)
+    quality |= checks.run(setup, best.theta_F, table, starts, seed)
     ci = {}
     for name in setup.law.names if draws else ():
         ci[name] = (
@@ -181,9 +189,9 @@ def fit(
 class Checks:
     """What else to try on a fit, for its `metrics`.
 
-    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (with fit_where alone:
-    on the rows that it leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas and
-    drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
+    test_where: an expression; errors on the rows that satisfy it, which fit_where must exclude (one of the two alone
+    takes the rows that the other leaves). held: constants of a smaller fit, for a likelihood-ratio test. huber_deltas
+    and drop_worst: refits with other values of Huber's delta and without the rows of largest residual.
     """
 
     test_where: str | None = None
@@ -191,9 +199,16 @@ class Checks:
     huber_deltas: tuple[float, ...] = ()
     drop_worst: int = 0
 
+    def check(self, setup: Setup, table: tables.Table) -> None:
+        """Raises FitError or LawError for what can't be checked, before the search."""
+        if setup.options.fit_where is not None:
+            crossval.chosen(setup.on(table, None), setup.options.fit_where, self.test_where)
+        if self.held:
+            _held(setup, table, self.held)
+
     def run(self, setup: Setup, theta_F: np.ndarray, table: tables.Table, starts, seed: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
-        if setup.options.fit_where is not None or self.test_where is not None:
+        if setup.options.fit_where is not None:
             out["test"] = _test_errors(setup, theta_F, table, self.test_where)
         if self.held:
             out["likelihood_ratio"] = _ratio_test(setup, theta_F, table, self.held, starts, seed)
@@ -221,11 +236,16 @@ def _rms(error_n: np.ndarray) -> float | None:
     return float(np.sqrt(np.nanmean(error_n**2))) if np.isfinite(error_n).any() else None
 
 
-def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
-    """The likelihood-ratio test of the fit against the one with these constants held."""
+def _held(setup: Setup, table: tables.Table, held: Mapping[str, float]) -> Setup:
+    """The smaller fit, in which these constants are held."""
     kept = tuple(name for name in setup.options.freed if name not in held)
     options = dataclasses.replace(setup.options, fixed={**setup.options.fixed, **held}, freed=kept)
-    small = set_up(setup.law, table, options)
+    return set_up(setup.law, table, options)
+
+
+def _ratio_test(setup: Setup, theta_F: np.ndarray, table: tables.Table, held, starts, seed: int) -> dict[str, Any]:
+    """The likelihood-ratio test of the fit against the one with these constants held."""
+    small = _held(setup, table, held)
     names = (", ".join(f"{name} = {value:g}" for name, value in held.items()), setup.law.name)
     small_F = search(small, starts, seed).theta_F
     return dataclasses.asdict(nested.ratio_test(small, small_F, setup, theta_F, names))
@@ -346,7 +366,7 @@ _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
 how_to_fit = fit_options.define(FLAGS)
 _text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
-_text("test_where", None, "Rows to predict and judge the fit by (those that --fit_where leaves).")
+_text("test_where", None, "Rows to judge the fit by, which it does not see (those that --fit_where leaves).")
 _many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
 _many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
 _count(

@@ -72,7 +72,9 @@ def read(text: str, known: Iterable[str]) -> dict[str, Any]:
 def _check_reporting(fields: Mapping[str, Any]) -> None:
     """What a plan reads of how the fit was made, and the numbers that stand there once more."""
     reporting, metrics = fields["reporting"], fields["metrics"]
-    _mapping("reporting.ranges", reporting.get("ranges") or {}, None, _ends)
+    _mapping("reporting.ranges", reporting.get("ranges", {}), None, _range)
+    for name in ("ptq_method", "delta_residual"):
+        _of_type(f"reporting.{name}", reporting.get(name) or "", str, "a text or null")
     if "r2" in metrics and not _alike(metrics["r2"], fields["r2"]):
         raise FitError(f"r2 is {fields['r2']}, but metrics.r2 is {metrics['r2']}")
     rows = [reporting.get(name) for name in ("rows_before_ptq", "rows_after_ptq")]
@@ -165,6 +167,12 @@ def _ends(key: str, value: Any) -> tuple[float | None, float | None]:
     if low is not None and high is not None and low > high:
         raise FitError(f"{key} is {_shown(value)}: it must be [low, high]")
     return low, high
+
+
+def _range(key: str, value: Any) -> tuple[float, float]:
+    if None in (ends := _ends(key, value)):
+        raise FitError(f"{key} is {_shown(value)}: it must be [least, most]")
+    return ends
 
 
 def _samples(law: Law, value: Any) -> dict[str, tuple[float, ...]]:

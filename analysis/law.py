@@ -219,6 +219,7 @@ def outer_exponent(fit: bool = True) -> Parameter:
 
 
 CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))
+OUTER_NEEDS = (*CHINCHILLA_NEEDS, Need("N", 2, ("g",)), Need("D", 2, ("g",)))  # a power of one term is a power
 
 
 def fraction_parameters(

@@ -12,6 +12,7 @@ from analysis.law import (
     FIXED_OPTIMUM,
     HIGH_PRECISION_BITS,
     MIN_FRACTION,
+    OUTER_NEEDS,
     PRECISION_COLUMNS,
     Law,
     LawError,
@@ -144,7 +145,7 @@ def _share(p, c, xp):
 
 
 def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=None, biases=_BIASES, **plan) -> Law:
-    needs = CHINCHILLA_NEEDS + fraction_needs() if needs is None else needs
+    needs = OUTER_NEEDS + fraction_needs() if needs is None else needs
     later = tuple(p.name for p in effects)
     return Law(
         name,
@@ -187,7 +188,7 @@ PRECISION = Law(
     _CHINCHILLA + _FRACTIONS + _OUTER,
     ("N", "D", *PRECISION_COLUMNS),
     _precision,
-    needs=CHINCHILLA_NEEDS + fraction_needs(),
+    needs=OUTER_NEEDS + fraction_needs(),
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _FRACTION_NAMES)),
     biases=_BIASES,
     share=_share,
@@ -206,10 +207,7 @@ UNIFIED = Law(
     ("N", "D", *PRECISION_COLUMNS, "P_post"),
     _precision,
     _unified_delta,
-    needs=CHINCHILLA_NEEDS
-    + fraction_needs()
-    + _PTQ_NEEDS
-    + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
+    needs=OUTER_NEEDS + fraction_needs() + _PTQ_NEEDS + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
     stages=(
         _CHINCHILLA_STAGE,
         LawStage("loss", _FRACTION_NAMES),
@@ -237,7 +235,7 @@ N_AND_D_EFF_UNTIED = _alternative(
     "L = A N_eff^-alpha + B D_eff^-beta + E, f with parameters gamma_x, n_x on N and gamma_x_D, n_x_D on D",
     _n_and_d_eff_untied,
     _FRACTIONS + fraction_parameters({}, suffix="_D"),
-    CHINCHILLA_NEEDS + fraction_needs() + fraction_needs(suffix="_D"),
+    OUTER_NEEDS + fraction_needs() + fraction_needs(suffix="_D"),
     _BIASES + tuple(f"{n}_D" for n in _BIASES),
     share=_share,
     holds=("n_and_d_eff",),
@@ -255,7 +253,7 @@ POWER_LAWS = _alternative(
             Parameter(f"rho_{x}", 0.0, 20.0, (1.0, 2.0, 4.0), held=1.0),
         )
     ),
-    CHINCHILLA_NEEDS
+    OUTER_NEEDS
     + tuple(Need(f"P_{x}", 2, (f"C_{x}", f"rho_{x}")) for x in PARTS)
     + tuple(Need(f"P_{x}", 3, (f"rho_{x}",)) for x in PARTS),
     (),

@@ -8,7 +8,7 @@ from and what they were tested on stands in docs/analysis.md.
 import numpy as np
 
 from analysis.law import (
-    CHINCHILLA_NEEDS,
+    OUTER_NEEDS,
     Law,
     LawStage,
     Need,
@@ -88,7 +88,7 @@ CHINCHILLA_OUTER = Law(
     _CHINCHILLA,
     ("N", "D"),
     lambda p, c, xp: log_chinchilla(p, c["N"], c["D"], xp),
-    needs=CHINCHILLA_NEEDS,
+    needs=OUTER_NEEDS,
     high_precision_only=True,
     holds=("chinchilla",),
 )
@@ -108,7 +108,7 @@ NOISE = Law(
     ("N", "D", *STEPS),
     _noise,
     needs=(
-        *CHINCHILLA_NEEDS,
+        *OUTER_NEEDS,
         *_AMPLITUDE_NEEDS,
         Need("D", 2, ("d",), "low"),
         Need("N", 2, ("nu",), "low"),
@@ -122,7 +122,7 @@ _CAPACITY = (
     Parameter("p", 0.1, 8.0, (1.0, 1.6, 2.2), held=2.0),
     *_amplitudes((1e-6, 1e-4, 1e-2, 1.0), "parameters^-m"),
 )
-_CAPACITY_NEEDS = (*CHINCHILLA_NEEDS, *_AMPLITUDE_NEEDS, Need("N", 2, ("m",), "low"), Need(STEPS, 3, ("p",)))
+_CAPACITY_NEEDS = (*OUTER_NEEDS, *_AMPLITUDE_NEEDS, Need("N", 2, ("m",), "low"), Need(STEPS, 3, ("p",)))
 _CAPACITY_FORMULA = "L = E + (A N_eff^-alpha + B D^-beta)^g, N_eff = N / (1 + N^m sum_x c_x s_x^p)"
 CAPACITY_NOISE = Law(
     "capacity_noise",
@@ -167,7 +167,7 @@ UNIFIED_NOISE = Law(
     ("N", "D", *STEPS, "s_post"),
     _capacity_noise,
     _unified_delta,
-    needs=(*_CAPACITY_NEEDS, *_GROWTH_NEEDS, Need("s_w", 2, ("k", "M"), "delta")),
+    needs=(*_CAPACITY_NEEDS, *_GROWTH_NEEDS, Need("s_w", 2, ("k", "M"), "delta"), Need("s_post", 2, ("M",), "delta")),
     share=_noisy_share,
     share_varies=True,
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_CAPACITY)), LawStage("delta", _names(_SERVED))),
@@ -205,7 +205,7 @@ SHANNON = Law(
     ),
     ("N", "D"),
     _shannon,
-    needs=(Need("N", 2, ("alpha",)), Need("D", 2, ("beta",))),
+    needs=(Need("N", 2, ("alpha", "c", "gamma")), Need("D", 2, ("beta",)), Need("D", 3, ("d", "delta"))),
     high_precision_only=True,
 )
 

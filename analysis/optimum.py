@@ -1,21 +1,25 @@
 """Minimizes a fitted loss over N, D and P under a budget of training and serving, by the law itself and no closed
 form.
 
-A `Surface` is the loss as one or two fits say; a `Budget` says what is spent and what is fixed; `minimize` gives the
-point.
+A `Surface` (analysis/surface.py) is the loss as one or two fits say; a `Budget` says what is spent and what is fixed;
+`minimize` gives the point.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.cost import CostModel, weight_bytes
+from analysis.cost import CostModel
+from analysis.planning.memory import Serving, bytes_label
 from precision_scaling.errors import UserError
 
-LINEAR_COST = CostModel()
+if TYPE_CHECKING:
+    from analysis.surface import Surface
+
+LINEAR_COST, WEIGHTS_ALONE = CostModel(), Serving()
 SMALLEST_N = 1e3  # parameters; below anything a law was fitted on, so that the bound never shapes a plan
 P_RANGE = (2.0, 16.0)  # bits searched where P is free; a precision given by hand may be higher
 GRID = {0: 1, 1: 41, 2: 25, 3: 13}  # free quantities -> points of each per round of the search
@@ -28,21 +32,8 @@ class BudgetError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Surface:
-    """Loss before PTQ and degradation under it, functions of arrays: N (count), D (tokens), P (bits)[, P_post]."""
-
-    loss: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-    delta: Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray] | None = None
-
-    def served(self, n, d, p, serve_bits: float | None):
-        """Loss in nats per token as served: after PTQ to `serve_bits`, or as trained where that is None."""
-        loss = self.loss(n, d, p)
-        return loss if serve_bits is None else loss + self.delta(n, d, p, serve_bits)
-
-
-@dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a plan may spend (FLOP-equivalents at 16 bits, bytes of weights) and which of N, D, P are given."""
+    """What a plan may spend (FLOP-equivalents at 16 bits, bytes of memory as served) and which of N, D, P are given."""
 
     flops: float | None = None
     n: float | None = None
@@ -51,6 +42,7 @@ class Budget:
     serve_bits: float | None = None
     inference_tokens: float = 0.0
     memory_bytes: float | None = None
+    serving: Serving = WEIGHTS_ALONE
     cost: CostModel = LINEAR_COST
     p_range: tuple[float, float] = P_RANGE
     p_choices: tuple[float, ...] = ()  # the only precisions to choose from, where the law knows no others
@@ -59,7 +51,7 @@ class Budget:
         """Training plus serving; without PTQ the model is served at the precision it was trained in."""
         total = self.cost.training(n, d, p)
         if self.inference_tokens:
-            total = total + self.cost.inference(n, self.inference_tokens, self._served_at(p))
+            total = total + self.cost.inference(n, self.inference_tokens, self.served_at(p))
         return total
 
     def most_tokens(self, n, p):
@@ -68,7 +60,7 @@ class Budget:
         """
         left = self.flops
         if self.inference_tokens:
-            left = left - self.cost.inference(n, self.inference_tokens, self._served_at(p))
+            left = left - self.cost.inference(n, self.inference_tokens, self.served_at(p))
         return left / self.cost.training(n, 1.0, p)
 
     def most_parameters(self, p):
@@ -77,16 +69,17 @@ class Budget:
         """
         n = self.flops / self.spent(1.0, 1.0 if self.d is None else self.d, p)
         if self.memory_bytes is not None:
-            n = np.minimum(n, 8.0 * self.memory_bytes / self._served_at(p))
+            n = np.minimum(n, self.serving.most_parameters(self.memory_bytes, self.served_at(p), p))
         return n
 
     def fits_memory(self, n, p):
         if self.memory_bytes is None:
             return np.full(np.broadcast(n, p).shape, True)
-        return weight_bytes(n, self._served_at(p)) <= self.memory_bytes * (1 + 1e-9)
+        return self.serving.total(n, self.served_at(p), p) <= self.memory_bytes * (1 + 1e-9)
 
-    def _served_at(self, p):
-        return np.asarray(p if self.serve_bits is None else self.serve_bits, np.float64)
+    def served_at(self, p):
+        """Bits of the served weights of a model trained at P bits: it is never rounded to more bits than it has."""
+        return np.minimum(p, np.inf if self.serve_bits is None else self.serve_bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +143,7 @@ def _search(surface: Surface, budget: Budget, p_range: tuple[float, float]) -> P
     """
     sizes_free = budget.n is None and budget.d is None  # with D given a larger model never hurts
     tokens_free = budget.d is None and budget.serve_bits is not None  # without PTQ more tokens never hurt
-    smallest = np.log(SMALLEST_N / max(budget.most_parameters(np.float64(p)) for p in p_range)) if sizes_free else 0.0
+    smallest = np.log(SMALLEST_N / _largest(budget, p_range)) if sizes_free else 0.0
     if smallest > 0:
         return None
     boxes = np.array([(smallest, 0.0), p_range, (np.log(1e-6) if tokens_free else 0.0, 0.0)], np.float64)
@@ -181,6 +174,10 @@ def _search(surface: Surface, budget: Budget, p_range: tuple[float, float]) -> P
     return evaluate(surface, budget, n, d, p)
 
 
+def _largest(budget: Budget, p_range: tuple[float, float]) -> float:
+    return max(1e-300, *(float(budget.most_parameters(np.float64(p))) for p in p_range))
+
+
 def evaluate(surface: Surface, budget: Budget, n: float, d: float, p: float) -> Point:
     """Loss, δ and cost at one point, budget or not."""
     n, d, p = np.float64(n), np.float64(d), np.float64(p)
@@ -209,8 +206,9 @@ def _why_impossible(budget: Budget) -> str:
     parts = [f"--{name}={value:g}" for name, value in (
         ("flops", budget.flops), ("params", budget.n), ("tokens", budget.d), ("precision", budget.p),
         ("inference-tokens", budget.inference_tokens or None),
-        ("memory-gb", None if budget.memory_bytes is None else budget.memory_bytes / 1e9),
     ) if value is not None]  # fmt: skip
+    if budget.memory_bytes is not None:
+        parts.append(f"--memory={bytes_label(budget.memory_bytes).replace(' ', '')}")
     return f"no model meets {' '.join(parts)}: raise the budget or free one of them"
 
 

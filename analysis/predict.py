@@ -23,7 +23,7 @@ from analysis.optimize import stay_off_accelerators
 from analysis.problem import FitError, with_derived
 from analysis.residual import measurement
 from analysis.table import BASE, MODEL, Table
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 MEASURED, PREDICTED = "measured", "predicted"
 BLOCK = 1000  # rows whose draws are held in memory at once
@@ -258,7 +258,7 @@ def _notes(given: Sequence[Fit], table: Table) -> tuple[str, ...]:
     notes = []
     for fit in given:
         if table.sha256 and fit.reporting.get("table_sha256") == table.sha256:
-            notes.append(f"the fit of {fit.law} was made from this very table: its errors here are not predictions")
+            notes.append(f"the fit of {fit.law} was made from rows of this very table: their errors are no predictions")
         if not fit.samples:
             notes.append(f"the fit of {fit.law} has no bootstrap: its predictions have no intervals")
         elif not fit.residuals:

@@ -436,7 +436,7 @@ def _where(loss_rows: Table | None, delta_rows: Table | None, text: str):
         mask = rows_where(text, rows) if rows is not None else None
         kept.append(None if rows is None else rows.select(mask))
         dropped += 0 if rows is None else int(np.sum(~mask))
-    return (*kept, {f"not {text}": dropped} if dropped else {})
+    return (*kept, {f"outside of {text}": dropped} if dropped else {})
 
 
 def concatenated(first: Table, second: Table) -> Table:

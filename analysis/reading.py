@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from precision_scaling import files
 from precision_scaling.errors import UserError
 
 GZIP = b"\x1f\x8b"
@@ -43,9 +44,11 @@ class TableError(UserError):
 def read(path: Path) -> tuple[pd.DataFrame, str]:
     """The cells of a CSV table (gzipped or not) as text, and the SHA-256 of the file. Raises TableError."""
     try:
-        raw = path.read_bytes()
+        raw = files.read(path)
     except FileNotFoundError:
         raise TableError(f"no table at {path}") from None
+    except files.NotAFile as err:
+        raise TableError(str(err)) from None
     except OSError as err:
         raise _unreadable(path, err.strerror) from None
     text = _text(path, raw)

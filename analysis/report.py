@@ -34,7 +34,7 @@ from analysis.search import least_resamples
 from analysis.table import Table
 from analysis.wording import fixed
 from precision_scaling.errors import UserError
-from precision_scaling.results import atomic_write
+from precision_scaling.files import atomic_write
 
 LEAST_RESAMPLES = least_resamples(0.95)
 LAW_FILES = tuple(f"fit_{name}.json" for name in dict.fromkeys((*LAWS, *(n for group in COMPARED for n in group))))

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis.law import PRECISION_COLUMNS
+from analysis.law import HIGH_PRECISION_BITS, PRECISION_COLUMNS
 from analysis.problem import Setup
 from analysis.search import LARGE_TABLE, Best, few_runs
-from analysis.table import Table
+from analysis.table import FORMAT_COLUMNS, Table
+from precision_scaling import formats
 
 
 def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
@@ -55,6 +56,34 @@ def _residuals_in_words(setup: Setup) -> list[str]:
     return words
 
 
+def _ranges(rows: Table) -> dict[str, tuple[float, float]]:
+    """Smallest and largest N, D, training cost C (6/16 N D P) and bits of the rows."""
+    bits = np.mean([np.minimum(rows[name], HIGH_PRECISION_BITS) for name in PRECISION_COLUMNS], axis=0)
+    columns = {name: rows[name] for name in ("N", "D", *PRECISION_COLUMNS, "P_post")}
+    columns["C"] = 6 * rows["N"] * rows["D"] * bits / HIGH_PRECISION_BITS
+    known = {name: column for name, column in columns.items() if not np.isnan(column).all()}
+    return {name: (float(np.nanmin(column)), float(np.nanmax(column))) for name, column in known.items()}
+
+
+def trained_formats(rows: Table) -> dict[str, list[str]]:
+    """The number formats that each part was trained in, by the names of the registry where it has them; no entry for a
+    part whose formats the table does not name.
+    """
+    found = {}
+    for part, columns in FORMAT_COLUMNS.items():
+        texts = {text for name in columns if name in rows for text in rows[name].astype(str)} - {"", "nan"}
+        if texts:
+            found[part] = sorted({_canonical(text) for text in texts})
+    return found
+
+
+def _canonical(text: str) -> str:
+    try:
+        return formats.parse(text).name
+    except formats.FormatError:
+        return text
+
+
 def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
     """What a reader needs to judge or repeat the fit."""
     options, law = setup.options, setup.law
@@ -93,11 +122,8 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         "C": "6/16 N D P FLOP-equivalents, P the mean training precision; not used by the fit",
         "checkpoints": "every row of the table, less those left out; one loss per run before PTQ",
         "bits": "bf16 and wider count as the P in the table, 16 or more, in the formula too",
-        "ranges": {
-            name: (float(np.nanmin(setup.rows[name])), float(np.nanmax(setup.rows[name])))
-            for name in ("N", "D", *PRECISION_COLUMNS, "P_post")
-            if not np.isnan(setup.rows[name]).all()
-        },
+        "ranges": _ranges(setup.rows),
+        "formats": trained_formats(setup.rows),
         "ptq_method": setup.rows.main_method,
         "residual": options.residual,
         "delta_residual": setup.delta_residual if law.log_delta is not None else None,

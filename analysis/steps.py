@@ -2,8 +2,9 @@
 
 The symmetric integers of b bits divide their largest value into 2^(b-1) - 1 equal steps, so that their relative step is
 1/(2^(b-1) - 1). Any other format has the step of the integers, thought continuous in b, that make the same root mean
-square error on Gaussian data when as many values share a scale. A law of rounding noise then needs one constant for a
-part of the model, whatever the format.
+square error on Gaussian data, each under the scales that it is used with, the integers under those that are usual for
+the part. A law of rounding noise then needs one constant for a part of the model, whatever the format, and what a block
+gains by a scale of its own counts.
 """
 
 import functools
@@ -29,21 +30,22 @@ def integer_step(bits) -> np.ndarray:
 
 
 @functools.cache
-def relative_step(name: str, granularity: str = "channel", length: float = 0) -> float:
+def relative_step(name: str, granularity: str = "", length: float = 0, usual: str = "channel") -> float:
     """The relative step of the format of that name.
 
-    granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values. length: values
-    along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
+    granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values; "": as usual.
+    length: values along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
+    usual: what shares the scale of the integers that it is held against.
     Raises LawError for formats and granularities that do not exist.
     """
     try:
         fmt = formats.parse(name)
         if fmt.family == "none":
             return 0.0
-        if fmt.family == "int":
+        count, reference = fmt.block_size or _sharing(granularity or usual, length), _sharing(usual, length)
+        if fmt.family == "int" and count == reference:
             return float(integer_step(fmt.bits))
-        count = fmt.block_size or _sharing(granularity, length)
-        return _on_integer_curve(_error(fmt, count), count)
+        return _on_integer_curve(_error(fmt, count), reference)
     except UserError as err:
         raise LawError(str(err)) from None
 
@@ -69,8 +71,8 @@ def _error(fmt: formats.Format, count: int) -> float:
 
 
 def _on_integer_curve(error: float, count: int) -> float:
-    """The step of the integers with that error: log step linear in log error between whole bits, and in proportion
-    beyond them.
+    """The step of the integers with that error, `count` of them sharing a scale: log step linear in log error between
+    whole bits, and in proportion beyond them.
     """
     errors = _integer_errors(count)[::-1]
     steps = integer_step(REFERENCE_BITS)[::-1]

@@ -26,7 +26,7 @@ GROUP_SIZES = (32, 128, 512)
 # token budgets as in its source, arXiv 2501.02423, and exponent and mantissa bits from 3 bits up.
 FLOAT_SIZES, FLOAT_TOKENS = (41e6, 85e6, 154e6, 679e6), (10e9, 20e9, 50e9, 100e9)
 # Of the law with a channel's capacity, whose three noise terms no four sizes within a factor of ten tell apart.
-CHANNEL_SIZES, CHANNEL_TOKENS = (1e7, 1e8, 1e9, 1e10), (1e8, 1e9, 1e10, 1e11, 1e12)
+CHANNEL_SIZES, CHANNEL_TOKENS = tuple(np.geomspace(1e7, 1e10, 8)), tuple(np.geomspace(1e8, 1e12, 12))
 FORMATS = ((1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1), (2, 3), (4, 3))
 _OUTER = {"A": 2e6, "alpha": 0.7, "B": 1e7, "beta": 0.7, "E": 1.2, "g": 0.4}
 _NOISY = {**_OUTER, "m": 0.3, "p": 1.7, "c_w": 0.02, "c_a": 0.08, "c_kv": 0.02}

@@ -14,6 +14,7 @@ Three minutes on two CPU cores for the check, fifteen for the transfer test.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from configs import base
-from precision_scaling import compilation, errors, optimizer, quantize, schedule, sizes
+from precision_scaling import compilation, errors, files, optimizer, quantize, schedule, sizes
 from precision_scaling import step as step_lib
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import prepare
@@ -159,7 +160,8 @@ def draw(found, path: str) -> None:
         panels[row, 0].set_ylabel("root mean square")
     panels[0, 0].legend(fontsize="x-small")
     drawing.suptitle("Activations (–) and their change since t = 0 (···) after t steps", fontsize="medium")
-    drawing.savefig(path, dpi=72)
+    with files.replacing(Path(path)) as file:
+        drawing.savefig(file, format=Path(path).suffix.removeprefix(".") or "png", dpi=72)
 
 
 def losses(config: ModelConfig, loader: Loader) -> np.ndarray:

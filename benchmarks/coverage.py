@@ -17,7 +17,7 @@ from absl import flags
 from analysis import laws, synthetic
 from analysis.problem import Options, set_up
 from analysis.search import bootstrap, search
-from precision_scaling import errors
+from precision_scaling import errors, files
 from precision_scaling.progress import progress_bar
 
 _LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.")
@@ -66,7 +66,7 @@ def main(argv) -> None:
             repeats.append(repeat(name, seed))
             record[name] = {**summary(name, repeats), "intervals": repeats}
             if out:
-                out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+                files.atomic_write(out, json.dumps(record) + "\n")
         shown = ", ".join(f"{k} {v:.1%}" for k, v in record[name]["coverage"].items())
         print(f"{name} ({len(repeats)} repeats, {time.perf_counter() - began:.0f} s): {shown}", flush=True)
 

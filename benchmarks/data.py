@@ -22,7 +22,7 @@ from precision_scaling import errors
 from precision_scaling.data import corpora, tokens
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.loader import Loader
-from precision_scaling.data.parts import TokenParts
+from precision_scaling.data.parts import TokenParts, digests
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe:8192", "bpe:VOCAB or file:PATH.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens in a window.", lower_bound=1)
@@ -62,6 +62,7 @@ def main(_) -> None:
                 print(f"{name}, {spec}: {run.stdout.strip()}", flush=True)
         corpus = tokens.prepare(**{**data, "tokenizer": _TOKENIZER.value})
         measure_tokenizer(corpus.load_tokenizer())
+        measure_check(corpus)
         measure_batches(corpus)
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
@@ -78,6 +79,14 @@ def measure_tokenizer(tokenizer: tokenizers.LearnedTokenizer) -> None:
     for name, function in rates.items():
         rate = size / seconds(function, repeats=3, clock=time.process_time)
         print(f"tokenizing {size:.1f} MB {name}: {rate:.1f} MB per processor second", flush=True)
+
+
+def measure_check(corpus: tokens.Corpus) -> None:
+    """What every open of the token files takes."""
+    contents = tokens.contents(corpus.directory, corpus.meta)
+    size = sum(one.count * one.dtype.itemsize for one in contents) / 1e9
+    check = lambda: digests(contents, corpus.vocab_size, corpus.directory / "none")
+    print(f"checking {size * 1e3:.0f} MB: {seconds(check, clock=time.process_time) / size:.2f} processor seconds a GB")
 
 
 def measure_batches(corpus: tokens.Corpus) -> None:

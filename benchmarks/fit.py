@@ -9,6 +9,7 @@ and its time is scaled up.
 import json
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -19,7 +20,7 @@ from analysis import table as tables
 from analysis.identify import identify
 from analysis.problem import set_up
 from analysis.search import bootstrap, search, start_grid
-from precision_scaling import errors
+from precision_scaling import errors, files
 
 _SHARE = flags.DEFINE_float(
     "scipy_share", 1 / 15, "Share of the starts that SciPy runs.", lower_bound=0.001, upper_bound=1
@@ -132,8 +133,7 @@ def main(argv) -> None:
     out["peak_memory_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps(out, indent=1))
     if _OUT.value:
-        with open(_OUT.value, "w", encoding="utf-8") as file:
-            json.dump(out, file, indent=1)
+        files.atomic_write(Path(_OUT.value), json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

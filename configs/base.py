@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.validation_fraction = 0.05  # share of documents held out, chosen by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents
     c.data.hash = ""  # hash that the corpus must have (the column `corpus` of the table); empty: any
-    c.data.cache_dir = ""  # token files and datasets; empty: ~/.cache/precision_scaling
+    c.data.cache_dir = ""  # token files and datasets; empty: precision_scaling below $XDG_CACHE_HOME or ~/.cache
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
     c.data.beam_options = ""  # flags of Apache Beam, which prepares dolma, e.g. "--runner=DataflowRunner --project=..."
     c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
@@ -179,7 +179,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.fsdp = 1  # the same, and a part of the parameters and of the optimizer's state
     c.mesh.tensor = 1  # each has a part of every layer's heads and hidden units; divides the heads
 
-    c.compilation_cache = ""  # compiled programs; empty: ~/.cache/precision_scaling/xla, "none": no cache
+    c.compilation_cache = ""  # compiled programs; empty: xla beside the token files, "none": no cache
     c.lock()  # a misspelt option in a config that starts from this one is an error
     c.study.grid.unlock()
     return c

@@ -1,4 +1,4 @@
-"""A model from a Hugging Face directory on disk (OLMo, OLMo 2, Llama, Qwen 3): its loss, then its loss when quantized.
+"""A model from a Hugging Face directory on disk (OLMo, Llama, Mistral, Qwen): its loss, then its loss when quantized.
 
     python -m precision_scaling.huggingface import --model=OLMo-2-0425-1B --tokens=4e12 --workdir=runs/olmo2
     python -m precision_scaling.ptq --workdir=runs/olmo2 --method=gptq --bits=3,4,5,6

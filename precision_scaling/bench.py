@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from configs import base
 from precision_scaling import (
@@ -33,6 +34,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus, prepare
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.experiment import Experiment, Run
+from precision_scaling.progress import progress_bar
 from precision_scaling.ptq.setting import of_config
 from precision_scaling.quantize import Program
 from precision_scaling.sharding import BATCH, Layout
@@ -66,8 +68,13 @@ class Bench:
 
     def parameters(self, run: Run) -> Any:
         """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
-        abstract = jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0)))
-        return checkpoint.restore(self.directory(run) / "checkpoint", self.layout.abstract(abstract))
+        abstract = self.layout.abstract(_abstract_parameters(run.shape.model))
+        return checkpoint.restore(self.directory(run) / "checkpoint", abstract)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(config: model.ModelConfig) -> Any:
+    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
 
 
 def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
@@ -79,7 +86,7 @@ def open_bench(config, workdir: Path, layout: Layout | None = None) -> Bench:
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
-    names = optimizer.parameter_names(planned.runs[0].shape.model)
+    names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
     patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
     for group in planned.cohorts:
         programs.check_memory(layout, group.shape.model)
@@ -156,17 +163,28 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for key, value in items for name, leaf in _flatten(value, key).items()}
 
 
-def evaluator(bench: Bench, shape: experiment.Shape, program: Program) -> Callable[[Any, Any], float]:
-    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program."""
+def evaluator(
+    bench: Bench, shape: experiment.Shape, program: Program, progress: bool = False
+) -> Callable[[Any, Any], float]:
+    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program.
+
+    progress: a bar, for which each batch is a dispatch of its own.
+    """
     config = bench.experiment.config.evaluate
     windows_NxS1 = bench.loader(shape).validation_windows(config.sequences)
     windows_NxBxS1 = windows_NxS1.reshape(-1, config.batch_size, windows_NxS1.shape[-1])
+    parts = np.split(windows_NxBxS1, len(windows_NxBxS1) if progress else 1)
     # Every axis that a batch can be split over has its share of the work, whatever it is for in training.
-    place = bench.layout.of_shape(windows_NxBxS1.shape, None, ("run", *BATCH))
-    tokens = jax.make_array_from_callback(windows_NxBxS1.shape, place, lambda index: windows_NxBxS1[index])
+    place = bench.layout.of_shape(parts[0].shape, None, ("run", *BATCH))
+    tokens = [jax.make_array_from_callback(part.shape, place, part.__getitem__) for part in parts]
     loss = _validation_loss(Static(shape.model, program, bench.experiment.optimizer), bench.layout)
-    in_place = lambda params: jax.device_put(params, bench.layout.of_tree(params))  # they are, after training
-    return lambda params, table: float(loss(in_place(params), table, tokens))
+
+    def mean_loss(params, table) -> float:
+        params = jax.device_put(params, bench.layout.of_tree(params))  # in place they are, after training
+        bar = progress_bar(tokens, desc="evaluating", unit=" batches", disable=not progress)
+        return float(np.mean([float(loss(params, table, part)) for part in bar]))
+
+    return mean_loss
 
 
 @functools.lru_cache(maxsize=8)

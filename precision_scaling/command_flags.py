@@ -93,8 +93,8 @@ class _ConfigFile(flags.ArgumentParser):
 def _load(path: str, arguments: list[str]) -> Any:
     """What get_config() in a file returns. UserError, with the line, for whatever goes wrong in there."""
     allowed = "allowed is a Python file with a function get_config(), e.g. configs/base.py"
-    if not os.path.isfile(path):
-        raise UserError(f"there is no such file; {allowed}")
+    if not os.path.isfile(path):  # a pipe or a device would be waited for
+        raise UserError(f"{'it is no regular' if os.path.exists(path) else 'there is no such'} file; {allowed}")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module

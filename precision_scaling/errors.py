@@ -1,7 +1,6 @@
 """Errors that a user can mend: one line that names the key, the value and what is allowed."""
 
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -48,10 +47,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        for argument in argv[1:]:
+            if any(letter < " " or letter in "\x7f\x85\u2028\u2029" for letter in argument):
+                fail(f"the argument {argument!a:.200}: allowed is one line without control characters")
         if HELP & set(argv[1:]):  # anywhere, and before a config is read
             print(help_text(sys.modules["__main__"].__doc__ or "", _own_flags()))
             sys.exit(0)
-        _refuse_endless_config(argv)
         try:
             return flags.FLAGS(argv)
         except SystemExit:  # --helpfull was printed; absl would exit with 1
@@ -83,15 +84,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=parse)
-
-
-def _refuse_endless_config(argv: Sequence[str]) -> None:
-    """Ends with one line where the config is a pipe or a device, which would be waited for while the flags are read."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, value = word.lstrip("-").partition("=")
-        path = (value or following).partition(":")[0]  # PATH:ARGUMENT
-        if word.startswith("-") and name == "config" and os.path.exists(path) and not os.path.isfile(path):
-            fail(f"--config={path}: is no regular file")
 
 
 def help_text(description: str, values: flags.FlagValues) -> str:

@@ -235,7 +235,7 @@ def _steps(config, tokens: float) -> int:
     steps = int(tokens) // tokens_per_step
     if steps < 1:
         raise ConfigError("train.tokens", tokens, f"at least one batch, {tokens_per_step} tokens")
-    if steps > options.INT32:
+    if steps > options.INT32 and not config.model.imported:  # which takes no step here
         raise ConfigError("train.tokens", tokens, f"at most {options.INT32:,} batches of {tokens_per_step} tokens")
     return steps
 

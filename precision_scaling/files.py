@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,7 +73,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     it or what was there before.
 
     Until then it has a name that nobody can foresee, beside `path`. What processes that were killed have left of such
-    files is removed; a lock tells theirs from those of the living. NotAFile where `path` is no file. OSErrors name it.
+    files is removed: their age and a lock tell them from those of the living. NotAFile where `path` is no file.
+    OSErrors name it.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,19 +198,22 @@ def user_cache(option: str) -> Path:
     return Path(base) / "precision_scaling"
 
 
+_LEFT_SECONDS = 3600  # that nothing was written to a leftover: of another machine's locks not all file systems know
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
 def _new_beside(path: Path) -> tuple[BinaryIO, Path]:
-    """A new file, locked, with a name of its own."""
+    """A new file with a name of its own, locked where the file system has locks."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         file = _open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
-        with contextlib.suppress(OSError):  # without locks leftovers stay
-            try_lock(file)
-        if os.fstat(file.fileno()).st_nlink:
+        try:
+            locked = try_lock(file)
+        except OSError:
+            locked = True
+        if locked and os.path.lexists(temporary):
             return file, temporary
-        file.close()  # taken for a leftover before it was locked
+        file.close()  # another process takes it for a leftover
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -217,7 +222,7 @@ def _remove_leftovers(path: Path) -> None:
             leftover = path.with_name(name)
             try:
                 with _open(leftover, os.O_RDWR | os.O_NOFOLLOW) as file:
-                    if try_lock(file):
+                    if time.time() - os.fstat(file.fileno()).st_mtime > _LEFT_SECONDS and try_lock(file):
                         leftover.unlink()
             except (OSError, NotAFile):  # it is gone, another user's, or there are no locks
                 pass

@@ -19,6 +19,7 @@ from precision_scaling.experiment import Run
 from precision_scaling.ptq.setting import of_config
 
 TRAINED = "trained"
+_GZIP = b"\x1f\x8b"  # begins what is gzipped, whatever its name
 _TEXTS = ("run", "status", "method")
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
@@ -50,13 +51,21 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     try:
         content = files.read(table)
-        text = (gzip.decompress(content) if table.suffix == ".gz" else content).decode("utf-8")
+        text = (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8")
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
             raise ValueError
         for row in reader:
             row = {name: _value(name, text) for name, text in row.items()}
-            found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, []).append(row)
+            rows = found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, [])
+            if row in rows:
+                continue
+            if any(row["P_post"] == other["P_post"] for other in rows):
+                what = f"{row['run']}, method {row['method']!r}, P_post {row['P_post']!r}"
+                raise UserError(f"--rows={table}: different rows of {what}; allowed is one")
+            rows.append(row)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--rows={table}: {error.strerror or error}") from None
     except (ValueError, csv.Error, EOFError, TypeError, zlib.error):

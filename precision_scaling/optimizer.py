@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 
-from precision_scaling import model as model_lib
 from precision_scaling.model import ModelConfig
 
 # Depth-µP for Adam (Yang et al. 2023, arXiv 2310.02244, table 1): (regex on the parameter's path, power of width / base
@@ -37,9 +36,8 @@ def _path(key_path) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in key_path)
 
 
-def parameter_names(model: ModelConfig) -> list[str]:
+def parameter_names(params: Any) -> list[str]:
     """What `decayed` is searched in."""
-    params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
     return [_path(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 

@@ -30,6 +30,7 @@ HESSIAN = P(("fsdp", "tensor"))  # (inputs, inputs) of a projection: rows, over 
 RULES = (
     (r"embedding/embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
     (r"attention/qkv/kernel$", P("fsdp", "tensor", None)),  # (width, heads of q, k and v, head dimension)
+    (r"attention/qkv_bias$", P("tensor", "fsdp")),  # (heads of q, k and v, head dimension)
     (r"mlp/gate_up/kernel$", P("fsdp", None, "tensor")),  # (width, 2, hidden)
     (r"(attention/out|mlp/down)/kernel$", P("tensor", "fsdp")),  # (heads x head dimension or hidden, width)
     (r"head/kernel$", P("fsdp", "tensor")),  # (width, vocabulary)

@@ -76,7 +76,7 @@ def check(names: Sequence[str]) -> None:
         if name not in PACKAGES:
             raise ConfigError("train.sinks", tuple(names), f"any of {', '.join(PACKAGES)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            allowed = f"none, or {name} after pip install {PACKAGES[name]} (the extra [{name}])"
+            allowed = f"none, or {name} after pip install -e '.[{name}]'"
             raise ConfigError("train.sinks", tuple(names), allowed)
 
 

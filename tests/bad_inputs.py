@@ -4,10 +4,12 @@
 by being there; what is right for a few of them is listed here by hand, and not taken from the code's own rules.
 """
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from configs import base
+from precision_scaling import files
 
 TRAIN, STUDY = "precision_scaling.train", "precision_scaling.study"
 PTQ, LAYER_STATS = "precision_scaling.ptq", "precision_scaling.layer_stats"
@@ -59,7 +61,10 @@ FREE_TEXTS = {
 # Options that any text that is not empty may be the value of, as long as nobody looks for what it names.
 NAMES = {"data.name", "data.split", "data.feature", "data.tokenizer"}
 # Empty means something.
-EMPTY_IS_RIGHT = {"model.size", "model.base_size", *(name for name in OPTIONS if name.startswith("precision."))}
+EMPTY_IS_RIGHT = {
+    *("model.size", "model.base_size", "model.rope_scaling"),
+    *(name for name in OPTIONS if name.startswith("precision.")),
+}
 
 
 def wrong_values(name: str, default: object) -> list[object]:
@@ -306,9 +311,10 @@ CONFIG_FILES = [
         for text, said in _PARTS.items()
     ),
     Case(TRAIN, _IN_TMP, ("config.py", "no such file", "configs/base.py")),
-    Case(TRAIN, _IN_TMP, ("config.py", "no such file"), {"config.py": None}),
+    Case(TRAIN, _IN_TMP, ("config.py", "no regular file"), {"config.py": None}),
     Case(TRAIN, _IN_TMP, ("config.py", "null bytes"), {"config.py": b"x = 1\0\n"}),
     Case(TRAIN, _IN_TMP, ("config.py", "SyntaxError"), {"config.py": b"x = '\xff'\n"}),
+    Case(TRAIN, ("--config=/dev/zero", "--workdir={workdir}"), ("--config=/dev/zero", "no regular file")),
     Case(TRAIN, ("--config=", "--workdir={workdir}"), ("--config=", "no such file")),
     Case(TRAIN, ("--config=configs/base.py:small", "--workdir={workdir}"), ("TypeError", "argument")),
     Case(TRAIN, ("--config", "--workdir={workdir}"), ("no such file",)),
@@ -408,21 +414,32 @@ _MORE = {
     "--save=x": (),
     "--damping=1": (),
 }
+
+
+def _sealed(config: object) -> str:
+    """The text of a workdir's config.json with these options in it, as it is written."""
+    record = {"config": config, "corpus": ""}
+    return json.dumps({**record, files.FINGERPRINT: files.fingerprint(record)})
+
+
 _CLAIMS = {
     "": "not a config",
     "[]": "not a config",
     "{}": "not a config",
     "3": "not a config",
     '{"config": {}': "not a config",
-    '{"config": 3, "corpus": ""}': "not a config",
-    '{"config": {"model": 3}, "corpus": ""}': "config.model = 3",
-    '{"config": {"model": {"width": "wide"}}, "corpus": ""}': "config.model.width = 'wide'",
-    '{"config": {"model": {"width": 1.5}}, "corpus": ""}': "config.model.width = 1.5",
-    '{"config": {"model": {"widht": 64}}, "corpus": ""}': "did you mean config.model.width?",
-    '{"config": {"optimizer": {"peak_rate": NaN}}, "corpus": ""}': "config.optimizer.peak_rate = nan",
-    '{"config": {"ptq": {"damping": -1}}, "corpus": ""}': "config.ptq.damping = -1",
-    '{"config": {"ptq": {"methods": "gptq"}}, "corpus": ""}': "config.ptq.methods = 'gptq'",
-    '{"config": {"study": {"grid": {"one": {"sizes": "25k"}}}}, "corpus": ""}': "config.study.grid.one.sizes = '25k'",
+    _sealed(3): "not a config",
+    # An edited one has another fingerprint.
+    _sealed({"model": {"width": 64}}).replace("64", "96"): "fingerprint",
+    # Of another version of this program, or of a config that was checked less.
+    _sealed({"model": 3}): "config.model = 3",
+    _sealed({"model": {"width": "wide"}}): "config.model.width = 'wide'",
+    _sealed({"model": {"width": 1.5}}): "config.model.width = 1.5",
+    _sealed({"model": {"widht": 64}}): "did you mean config.model.width?",
+    _sealed({"optimizer": {"peak_rate": float("nan")}}): "config.optimizer.peak_rate = nan",
+    _sealed({"ptq": {"damping": -1}}): "config.ptq.damping = -1",
+    _sealed({"ptq": {"methods": "gptq"}}): "config.ptq.methods = 'gptq'",
+    _sealed({"study": {"grid": {"one": {"sizes": "25k"}}}}): "config.study.grid.one.sizes = '25k'",
 }
 WORKDIRS = [
     *_flags(PTQ, ("--workdir={tmp}",), {f"--bits={text}": ("whole numbers from 2 to 8",) for text in _BITS}),
@@ -491,7 +508,7 @@ FAKE_QUANT = [
     *(({"axis": axis}, repr(axis)) for axis in ("a", 1.5, True, (0, "b"), (0, 0), (0, -2), 2, -3, (0, 2))),
     *(({"group_size": size}, repr(size)) for size in (True, "16", -1, 0, 7, 128, float("nan"), 2.5)),
     *(({"x": x}, said) for x, said in (("abc", "str"), (None, "NoneType"), ([[1.0], [2.0, 3.0]], "list"), (3, "int"))),
-    *(({"x": x}, said) for x, said in (([True], "bool"), ([1j], "complex"), (object(), "object"))),
+    *(({"x": x}, said) for x, said in (([True], "bool"), ([1j], "complex"), (len, "builtin"))),
     *(({"rounding": rounding}, repr(rounding)) for rounding in (None, "Nearest", 1, "up")),
     *(({"rounding": "stochastic", "key": key}, "key") for key in (None, 3, "k", [0, 1], (0, 1), 1.5)),
 ]

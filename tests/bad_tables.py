@@ -95,7 +95,7 @@ def cases_of_tables():
     yield text('N,D,loss\n"1e6,1e8,3.1\n'), "not a readable CSV"
     yield text('"N,D,loss\n1e6,1e8,3.1\n'), "not a readable CSV"
     yield cell(3, "seed", '"0'), "not a readable CSV"
-    yield every(cell(3, "seed", '"0'), cell(5, "run", 'a"')), "row 4 has a line break in column 'seed'"
+    yield every(cell(3, "seed", '"0'), cell(5, "seed", '0"')), "row 4 has a line break in column 'seed'"
     yield text("1e6,1e8,3.1\n2e6,1e8,3.0\n"), "missing column N, D, loss"
     yield text("<html><body>Not found</body></html>"), "missing column"
     yield text('{"N": 3}'), "missing column"
@@ -166,15 +166,31 @@ def cases_of_numbers():
         yield "fit", f"--huber_delta={value}", "huber_delta"
     for value in ("nan", "inf", "-4", "0", "5"):
         yield "fit", f"--serve_bits={value}", "serve_bits" if value in ("nan", "inf") else "bits"
+    for value in ("nan", "inf", "-1", "0", "x"):
+        yield "fit", f"--delta_floor={value}", "delta_floor"
+        yield "compare", f"--huber_delta={value}", "huber_delta"
+    for value in ("nan", "-inf", "-1", "0", "x", ""):
+        yield "fit", f"--sweep_huber=1,{value}", "sweep_huber"
+    for value in ("nan", "-1", "1.5", "100000"):
+        yield "fit", f"--drop_worst={value}", "drop_worst"
     for value in ("nan", "inf", "x", "-1", "1e99"):
         yield "fit", f"--fixed=E={value}", "E"
-    for flag in ("flops", "params", "tokens", "inference-tokens", "memory-gb", "serve-bits"):
+    for flag in ("flops", "params", "tokens", "inference-tokens", "serve-bits", "context", "batch"):
         for value in ("nan", "inf", "-1", "1e400", "x"):
             yield "plan", f"--{flag}={value}", flag
-    for flag in ("flops", "params", "tokens", "memory-gb", "serve-bits"):
+    for flag in ("flops", "params", "tokens", "serve-bits", "batch"):
         yield "plan", f"--{flag}=0", flag
     for value in ("0", "-4", "nan", "inf", "33", "x", ""):
         yield "plan", f"--precision={value}", f"--precision={value}: format"
+    for value in ("0", "nan", "fp", "33"):
+        yield "plan", f"--kv-bits={value}", f"--kv-bits={value}: format"
+    for value in ("", "24", "0GB", "-1GB", "24Gib", "24 gigabytes", "nanGB", "1e400GB", "1e99GB", "GiB", "1e13TB"):
+        yield "plan", f"--memory={value}", f"--memory={value}: want"
+    for value in ("", "32", "32x8", "32x8x0", "32x8x128x2", "32xfewx128", "-1x8x128", "32x8x1e3", "999999x8x128"):
+        yield "plan", f"--layout={value}", f"--layout={value}: want layers x KV heads"
+    for flag in ("vocab", "serve-group"):
+        for value in ("-1", "1.5", "nan", "x", "1000000000"):
+            yield "plan", f"--{flag}={value}", flag
     for value in ("bf16", "bf16:nan", "bf16:-1", "bf16:0", "bf16:inf", "bf16:1,fp16:2", ":1", "fp8:1e400"):
         yield "plan", f"--speeds={value}", "--speeds="
     for value in ("group_size", "group_size:", "group_size:nan", "group_size:inf", "group_size:-1", ":3", "foo:x"):
@@ -206,7 +222,9 @@ def cases_of_arguments():
         yield command, ("--runs=",), "--runs is required"
         yield command, ("--out=",), "--out is required"
         yield command, ("--runs=missing.csv",), "no table at missing.csv"
-        yield command, ("--runs=.",), "not a readable CSV table: Is a directory"
+        yield command, ("--runs=.",), "a directory"
+        yield command, ("--runs=pipe",), "pipe"
+        yield command, ("--runs=/dev/null",), "/dev/null: is a device"
         yield command, ("--where=P_w",), "--where=P_w: allowed is name=value"
         yield command, ("--where=colour=red",), "no column colour"
         yield command, ("--where=N=many",), "column N holds numbers"
@@ -215,10 +233,11 @@ def cases_of_arguments():
     for command in ("plan", "predict"):
         yield command, ("--fit=",), "--fit is required"
         yield command, ("--fit=missing.json",), "cannot read fit missing.json: No such file"
-        yield command, ("--fit=.",), "cannot read fit .: Is a directory"
+        yield command, ("--fit=.",), "a directory"
+        yield command, ("--fit=pipe",), "pipe: is a pipe"
         yield command, ("--fit=runs.csv",), "runs.csv is not a fit: not JSON"
         yield command, ("--fit=loss.json,loss.json",), "loss"
-        yield command, ("--fit=loss.json,",), "cannot read fit"
+        yield command, ("--fit=loss.json,",), "."
     yield "fit", ("--law=",), "--law is required"
     yield "fit", ("--law=chinchila",), "unknown law 'chinchila'"
     yield "fit", ("--loss=l1",), "loss"
@@ -232,14 +251,27 @@ def cases_of_arguments():
     yield "fit", ("--tied=beta=beta",), "the left one follows"
     yield "fit", ("--law=quartet",), "no row was trained below 16 bits"
     yield "fit", ("--law=qat",), "needs column group_size"
+    yield "fit", ("--sigma_column=sigma",), "sigma"
+    yield "fit", ("--sigma_column=run",), "run"
+    yield "fit", ("--test=F=1",), "no parameter 'F'"
+    yield "fit", ("--test=E",), "--test=E: allowed is name=value"
+    for flag in ("fit_where", "test_where"):
+        yield "fit", (f"--{flag}=N < 1e99",), "leaves no row of chinchilla"
+        for expression in ("N <", "colour == 3", "N", "import os", "__class__", "N < (", "", "1", "run"):
+            yield "fit", (f"--{flag}={expression}",), f"expression {expression!r}"
     yield "compare", ("--laws=precisoin",), "unknown law 'precisoin'"
     yield "compare", ("--laws=ptq,ptq",), "ptq stands there more than once"
     yield "compare", ("--laws=ptq_unbiased",), "has no biases"
     yield "report", ("--laws=nope",), "'nope' is not one of"
-    yield "plan", ("--fit=delta.json",), "laws of the loss"
-    yield "plan", ("--fit=paper", "--flops=1e-3"), "no model meets"
+    yield "plan", ("--fit=delta.json",), "no law of the loss"
+    yield "plan", ("--fit=paper", "--flops=1e-3"), "--flops=0.001: want 1 to 1e+40"
+    yield "plan", ("--fit=paper", "--flops=10"), "no model meets"
     yield "plan", ("--parts=w,x",), "'x' is not one of w, a, kv"
     yield "plan", ("--parts=w",), "--parts"
+    yield "plan", ("--memory=1kB", "--vocab=32000"), "no model meets --flops=1e+15 --memory=1kB"
+    yield "plan", ("--fit=loss.json,loss.json,delta.json",), "the same fit of the loss twice"
+    yield "plan", ("--fit=loss.json,delta.json,delta.json",), "more than one law of δ"
+    yield "plan", ("--precision=nvfp4",), "knows training in 16 bits only"
     yield "predict", ("--before=guessed",), "before"
 
 
@@ -303,6 +335,9 @@ def cases_of_fits():
     yield entry("reporting.ranges", {"N": [1]}), "reporting.ranges.N is [1]"
     yield entry("reporting.ranges", {"N": 4}), "reporting.ranges.N is 4"
     yield entry("reporting.ranges", [1]), "reporting.ranges is [1]"
+    yield entry("reporting.ranges", None), "reporting.ranges is null"
+    yield entry("reporting.ranges", {"N": [None, 1]}), "reporting.ranges.N is [null, 1]: it must be [least, most]"
+    yield entry("reporting.ptq_method", 3), "reporting.ptq_method is 3"
     yield entry("samples", [1]), "samples is [1]"
     yield entry("samples.A", 1), "samples.A is 1: it must be a list of numbers"
     yield entry("samples.A", ["x"]), "samples.A[0] is"

@@ -16,7 +16,7 @@ from tests import forked
 from tests.bad_inputs import CASES, FAKE_QUANT, OPTIONS, RIGHT, STUDIED, TRAIN, ZERO_IS_RIGHT, Case, wrong_values
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 10.0  # that no refusal takes, on a machine with much else to do
+SECONDS = 60.0  # a command that takes longer hangs, on a machine with much else to do, too
 
 
 def refuse(case: Case, tmp: Path, study: Path | None = None) -> None:

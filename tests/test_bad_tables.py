@@ -3,12 +3,11 @@
 import json
 import os
 
-import bad_tables
-import forked
 import numpy as np
 import pytest
 
 from analysis import laws
+from tests import bad_tables, forked
 
 TRUTH = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
 DELTA = {"C_T": 0.01, "gamma_D": 0.4, "gamma_N": 0.3, "gamma_post": 0.7}
@@ -85,7 +84,12 @@ def test_there_are_more_than_a_hundred_cases_and_every_command_has_some():
         assert sum(case[0] == command for case in CASES) >= 20
 
 
-@pytest.mark.parametrize("command", bad_tables.GOOD)
+SLOW = ("compare", "report")  # they fit several laws
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in bad_tables.GOOD]
+)
 def test_the_good_files_are_taken(command, tmp_path):
     make(tmp_path, {})
     done = forked.run(f"analysis.{command}", bad_tables.GOOD[command], tmp_path, timeout=120)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import checkpoint
+from precision_scaling import checkpoint, files
 from precision_scaling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +99,25 @@ def test_the_newest_readable_state_of_a_cohort_is_restored(tmp_path, caplog):
     (directories[0] / "lanes.json").write_text('[{"run":')
     checkpoints.clear()
     assert checkpoints.restore(abstract) is None and not (tmp_path / "cohort").exists()
+
+
+def test_a_lane_at_another_step_than_its_state_is_refused(tmp_path, caplog):
+    checkpoints = checkpoint.CohortCheckpoints(tmp_path / "cohort")
+    for step in (32, 33):
+        checkpoints.save([{"run": "a", "step": step}, {"run": None, "step": 0}], tree(step))
+    newest = tmp_path / "cohort" / "2" / "lanes.json"
+    text = newest.read_text()
+    newest.write_text(text.replace("33", "73"))  # what is written is sealed
+    assert checkpoints.restore(abstract)[0][0]["step"] == 32
+    assert "fingerprint" in caplog.text
+    files.write_sealed(newest, {"lanes": [{"run": "a", "step": 73}, {"run": None, "step": 0}]})
+    assert checkpoints.restore(abstract)[0][0]["step"] == 32
+    assert "the state of a is at step 33, not 73" in caplog.text
+    # Of the time before there were fingerprints.
+    newest.write_text(json.dumps([{"run": "a", "step": 33}, {"run": None, "step": 0}]))
+    assert checkpoints.restore(abstract)[0][0]["step"] == 33
+    newest.write_text(json.dumps([{"run": "a", "step": 73}, {"run": None, "step": 0}]))
+    assert checkpoints.restore(abstract)[0][0]["step"] == 32
 
 
 CONFIG = """
@@ -221,7 +240,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(killed
 def test_a_directory_that_cannot_be_made_is_one_line_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"cohorts: cannot be written \(FileExistsError") as error:
+    with pytest.raises(UserError, match=r"cohorts: cannot be written \(File exists\)") as error:
         checkpoint.save(tmp_path / "file" / "cohorts", {"x": np.zeros(3)})
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 5

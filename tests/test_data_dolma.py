@@ -15,7 +15,7 @@ from precision_scaling.data.shards import find_files, read_shard
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     **{"name": "dolma", "split": "train", "validation_split": "", "feature": "text", "tokenizer": "bytes"},
-    **{"validation_fraction": 0.3, "split_seed": 0, "tfds_dir": "", "workers": 1, "beam_options": ""},
+    **{"validation_fraction": 0.3, "split_seed": 0, "hash": "", "tfds_dir": "", "workers": 1, "beam_options": ""},
     "progress": False,
 }
 
@@ -140,5 +140,5 @@ def test_a_broken_shard_leaves_no_dataset(tmp_path):
 def test_without_beam_one_line_says_what_to_install(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     monkeypatch.setitem(sys.modules, "apache_beam.options.pipeline_options", None)
-    with pytest.raises(DataError, match=r"pip install 'precision_scaling\[beam\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[beam\]'"):
         tokens.prepare(**OPTIONS, root=str(shards), cache_dir=str(tmp_path))

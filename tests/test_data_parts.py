@@ -1,6 +1,8 @@
 """Tokens in many parts, written by many processes: the same as in one, whatever was killed on the way."""
 
+import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -13,15 +15,18 @@ import fsspec
 import numpy as np
 import pytest
 
-from precision_scaling.data import DataError, remote, tokenize, tokens, workers
+from precision_scaling import files
+from precision_scaling.data import DataError, parts, remote, tokenize, tokens, workers
+from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.parts import Content, TokenParts, open_tokens
 from precision_scaling.data.tokens import Corpus
+from precision_scaling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
     **{"name": "python_stdlib", "split": "train", "validation_split": "", "feature": "text", "tokenizer": "bpe:300"},
-    **{"validation_fraction": 0.25, "split_seed": 0, "tfds_dir": "", "beam_options": "", "progress": False},
+    **{"validation_fraction": 0.25, "split_seed": 0, "hash": "", "tfds_dir": "", "beam_options": "", "progress": False},
 }
 
 
@@ -140,6 +145,82 @@ def test_files_that_are_not_what_they_should_be_are_refused(tmp_path):
         open_tokens(of_counts(3, 3), dtype)
     with pytest.raises(FileNotFoundError):
         open_tokens(of_counts(3, 2, 1), dtype)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    np.array([0, 299, 7], np.uint16).tofile(tmp_path / "a.bin")
+    content = Content(tmp_path / "a.bin", 3, np.dtype(np.uint16))
+    written = hashlib.blake2b((tmp_path / "a.bin").read_bytes(), digest_size=16).hexdigest()
+    assert content.digest() == content.digest(300) == written
+    with pytest.raises(ValueError, match=r"a\.bin has the id 299, the vocabulary is 299"):
+        content.digest(299)
+
+
+def test_a_tokenizer_that_leaves_its_vocabulary_is_named(tmp_path, tree, monkeypatch):
+    encode = tokenizers.ByteTokenizer.encode
+    beyond = lambda self, texts: [np.where(ids == 32, 257, ids.astype(np.uint16)) for ids in encode(self, texts)]
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "encode", beyond)
+    with pytest.raises(DataError, match=r"data.tokenizer='bytes': gives the id 257, its vocabulary is 257"):
+        prepare(tmp_path, tree, tokenizer="bytes")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_large_token_files_are_read_once_and_again_when_they_were_touched(tmp_path, tree, whole, monkeypatch):
+    corpus = prepare(tmp_path, tree)
+    read = []
+    digest = Content.digest
+    monkeypatch.setattr(Content, "digest", lambda self, *most: read.append(self.path.name) or digest(self, *most))
+    prepare(tmp_path, tree)
+    count = len(read)
+    assert count == 2 * len(corpus.meta["parts"]["train"])  # small ones: always
+    monkeypatch.setattr(parts, "ALWAYS_CHECKED_BYTES", 0)
+    prepare(tmp_path, tree)
+    assert len(read) == 2 * count
+    assert same(prepare(tmp_path, tree), whole) and len(read) == 2 * count
+    first = corpus.directory / "train-00000.bin"
+    content = first.read_bytes()
+    os.utime(first)
+    assert same(prepare(tmp_path, tree), whole) and read[2 * count :] == [first.name]
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert same(prepare(tmp_path, tree), whole) and first.read_bytes() == content
+    # A note that is damaged is made anew.
+    note = corpus.directory.with_name(f"{corpus.directory.name}.checked")
+    note.write_text(note.read_text().replace("0", "1"))
+    del read[:]
+    assert same(prepare(tmp_path, tree), whole) and len(read) == count
+    assert same(prepare(tmp_path, tree), whole) and len(read) == count
+
+
+def test_token_files_without_a_fingerprint_are_checked_by_their_hashes_and_sealed(tmp_path, tree, whole, monkeypatch):
+    corpus = prepare(tmp_path, tree)
+    path = corpus.directory / "meta.json"
+    older = {name: value for name, value in corpus.meta.items() if name != "tokenizer_hash"}
+    monkeypatch.setattr(tokens, "_write", None)  # nothing is written again
+    path.write_text(json.dumps(older))
+    assert same(prepare(tmp_path, tree), whole)
+    assert files.read_sealed(path) == corpus.meta
+    monkeypatch.undo()
+    path.write_text(json.dumps(older))
+    first = corpus.directory / "train-00000.bin"
+    content = first.read_bytes()
+    first.write_bytes(bytes(2) + content[2:])
+    assert same(prepare(tmp_path, tree), whole) and first.read_bytes() == content
+
+
+def test_what_is_no_file_among_what_is_tokenized_is_refused(tmp_path, tree):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"data.tokenizer='file:.*is a pipe"):
+        prepare(tmp_path / "cache", tree, tokenizer=f"file:{tmp_path / 'tokenizer.json'}")
+    shutil.copytree(tree, tmp_path / "tree")
+    os.mkfifo(tmp_path / "tree" / "module.py")
+    with pytest.raises(UserError, match=r"module\.py: is a pipe"):
+        prepare(tmp_path / "cache", tmp_path / "tree")
+    os.mkfifo(tmp_path / "shard.json.gz")
+    with pytest.raises(DataError, match=r"shard.json.gz: is no file"):
+        prepare(tmp_path / "cache", tmp_path / "shard*", name="dolma")
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(DataError, match=r"list.txt: is no file"):
+        prepare(tmp_path / "cache", tmp_path / "list.txt", name="dolma")
 
 
 def test_token_files_on_an_object_store_are_made_once_for_all_machines(tmp_path, tree, whole, small_parts, monkeypatch):

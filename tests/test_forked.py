@@ -1,7 +1,8 @@
 """The runner of commands in forks: exit codes, output and timeouts as those of `python -m`."""
 
-import forked
 import pytest
+
+from tests import forked
 
 
 def test_exit_codes_and_output_are_those_of_the_command(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, model, results, study
+from precision_scaling import checkpoint, experiment, model, results, study
 from precision_scaling.cohort import Finished
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.huggingface import architectures, config_json, safetensors
@@ -297,8 +297,10 @@ def test_directories_that_do_not_fit_their_config_are_refused(written, tmp_path)
     refused({key: value for key, value in tensors.items() if key != name}, f"no tensor {name}")
     refused({**tensors, name: np.zeros(4, np.float32)}, r"is of shape \(4,\); allowed is \(16,\)")
     refused({**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, "q_proj.bias")
-    # What follows from config.json may stand there.
-    safetensors.write(path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)})
+    # What follows from config.json may stand there, and nothing else.
+    frequencies = np.array([1, 500**-0.5], np.float32)
+    refused({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": 2 * frequencies}, "inv_freq")
+    safetensors.write(path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies})
     before = open_pretrained(directory).fingerprint
     safetensors.write(path, {**tensors, name: tensors[name] * np.float32(1.001)})
     assert open_pretrained(directory).fingerprint != before
@@ -313,6 +315,14 @@ def test_directories_that_do_not_fit_their_config_are_refused(written, tmp_path)
 # Workdirs
 
 
+def test_a_model_from_outside_may_have_seen_more_tokens_than_could_be_trained_on_here(tiny_config):
+    tokens = 36_000_000_000_000  # Qwen 3
+    (run,) = experiment.resolve(tiny_config(train__tokens=tokens, model__imported="x", train__batch_size=1), 257).runs
+    assert run.tokens == tokens
+    with pytest.raises(ConfigError, match=r"train\.tokens"):
+        experiment.resolve(tiny_config(train__tokens=tokens, train__batch_size=1), 257)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_config, tmp_path_factory):
     """(workdir, run, row) of a run in the shape of OLMo 2 as it ends, with depth-µP's multipliers away from 1; to save
@@ -325,9 +335,7 @@ def trained(tiny_config, tmp_path_factory):
     (run,) = group.runs
     assert run.shape.model.residual_scale != 1 and run.shape.model.logit_scale != 1
     params = jax.jit(lambda: model.init(run.shape.model, jax.random.key(0)))()
-    program = group.program.evaluation()
-    evaluate = bench_lib.evaluator(bench, group.shape, program)
-    study._record(bench, Finished(run, params, None), evaluate, program)()
+    study._record(bench, group, [], Finished(run, params, None))()
     (row,) = results.read_rows(bench.directory(run), "trained")
     return workdir, run, row
 

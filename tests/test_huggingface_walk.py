@@ -171,7 +171,9 @@ def write_files(directory, tensors, shards):
     weight_map = {name: files[i % 2] for i, name in enumerate(names)}
     for file in files:
         safetensors.write(directory / file, {name: tensors[name] for name in names if weight_map[name] == file})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
 
 
 @functools.cache
@@ -234,3 +236,63 @@ def test_each_step_gives_the_logits_of_transformers_or_is_refused(name, transfor
     print(name, counts)
     # Neither all is refused nor all is taken.
     assert counts["equal"] > STEPS / 4 and counts["refused"] > STEPS / 10, counts
+
+
+def mutated(rng, header, data):
+    """A file whose header or data has one thing changed."""
+    header = json.loads(json.dumps(header))
+    entry, kind = header[rng.choice(("a", "b", "c"))], rng.randrange(9)
+    if kind == 0:
+        entry["dtype"] = rng.choice(("F32", "F16", "BF16", "F64", "I32", "F99", 3, None))
+    elif kind == 1:
+        entry["shape"] = rng.choice(([2], [3], [2, 1], [], [0], [-2], [2.0], [True], "2", None, [2**62, 4], [1] * 3))
+    elif kind == 2:
+        start, stop = entry["data_offsets"]
+        entry["data_offsets"] = rng.choice(([start + 4, stop + 4], [stop, start], [start], [-4, 4], [0, 8], "x"))
+    elif kind == 3:
+        entry[rng.choice(("dtype", "shape", "data_offsets", "more"))] = rng.choice((1, "F32", [2]))
+    elif kind == 4:
+        header["__metadata__"] = rng.choice(({}, {"format": "pt"}, {"a": 1}, [], None, {"a": "b"}))
+    elif kind == 5:
+        data = rng.choice((data[:-1], data + b"x", b"", data[4:]))
+    text = json.dumps(header)
+    if kind == 6:
+        text = rng.choice((text[:-1], text + " ", text + "{}", "[" + text, text.replace("[", "[[", 1), "[" * 5000))
+    if kind == 7:
+        text = text.replace('"b"', '"a"')
+    encoded = text.encode()
+    length = len(encoded) + (rng.choice((-1, 1, 1000, 2**40)) if kind == 8 else 0)
+    return length.to_bytes(8, "little") + encoded + data
+
+
+def test_a_file_is_read_as_the_formats_own_package_reads_it_or_is_refused(tmp_path):
+    own = pytest.importorskip("safetensors")
+    rng, counts, path = random.Random(0), {"read": 0, "refused": 0, "refused here alone": 0}, tmp_path / "x.safetensors"
+    data = np.arange(7, dtype=np.float32).tobytes()
+    header = {
+        name: {"dtype": "F32", "shape": [size], "data_offsets": [4 * start, 4 * (start + size)]}
+        for name, start, size in (("a", 0, 2), ("b", 2, 2), ("c", 4, 3))
+    }
+    for _ in range(1000):
+        path.write_bytes(mutated(rng, header, data))
+        try:
+            with own.safe_open(path, framework="np") as file:
+                expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception:
+            expected = None
+        try:
+            found = safetensors.read(path)
+        except UserError as error:
+            message = str(error)
+            assert "\n" not in message and "allowed" in message
+            # Types that no weight has, and keys that the format does not know.
+            stricter = "has the type" in message or "dtype, shape and data_offsets" in message
+            assert expected is None or stricter, message
+            counts["refused" if expected is None else "refused here alone"] += 1
+            continue
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            np.testing.assert_array_equal(found[name], tensor)
+        counts["read"] += 1
+    assert all(counts.values()), counts

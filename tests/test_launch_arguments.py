@@ -137,7 +137,7 @@ def test_files_that_are_sourced_say_what_they_are_and_do_nothing(project, script
     assert project.state() == before and not project.calls()
 
 
-@pytest.mark.parametrize("script", LINES.keys() - {"test.sh", "slurm_run.sbatch"})
+@pytest.mark.parametrize("script", sorted(LINES.keys() - {"test.sh", "slurm_run.sbatch"}))
 def test_an_unknown_option_is_one_line(project, script):
     """The two others cannot know the options of pytest and of the command."""
     before, line = project.state(), LINES[script]

@@ -36,6 +36,18 @@ def test_a_study_goes_on_elsewhere_from_its_rows_alone(finished_study, tmp_path,
     assert {path: path.stat().st_mtime_ns for path in here.workdir.glob("runs/*/rows-*.json")} == kept
 
 
+def test_a_table_is_read_by_its_content_and_its_rows_count_once(finished_study, tmp_path):
+    bench, there = finished_study
+    header, *rows = (there / "runs.csv").read_text().splitlines(keepends=True)
+    for i, content in enumerate([header + "".join(rows * 2), gzip.compress((header + "".join(rows)).encode())]):
+        table = tmp_path / "runs.csv"
+        table.write_bytes(content if isinstance(content, bytes) else content.encode())
+        here = bench_lib.open_bench(bench.experiment.config, tmp_path / f"here {i}")
+        assert measured.take_over(table, here) == 4
+        results.gather(here.workdir)
+        assert (here.workdir / "runs.csv").read_bytes() == (there / "runs.csv").read_bytes()
+
+
 def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
     bench, there = finished_study
     lost = next(run for run in bench.experiment.runs if "D448" in run.id)
@@ -57,6 +69,7 @@ def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
         (lambda text: text.replace(",768,", ",769,"), "has D = '769' there and '768' here"),
         (lambda text: text.replace(",4.43k,", ",4.44k,"), "has size = '4.44k' there and '4.43k' here"),
         (lambda text: "no table\x00", "not a table"),
+        (lambda text: text + text.splitlines()[1].replace(",cpu,", ",gpu,") + "\n", "different rows of"),
         (lambda text: "N,D,loss\n1,2,3\n", "not a table"),
     ],
 )
@@ -72,7 +85,7 @@ def test_a_table_of_another_study_is_refused(finished_study, tmp_path, change, w
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n")])
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n", mtime=0)])
 def test_a_table_that_cannot_be_read_is_one_line(finished_study, tmp_path, content):
     bench, _ = finished_study
     table = tmp_path / "runs.csv.gz"

@@ -30,12 +30,14 @@ def table_of(**bits):
     return {name: parse(bits.get(name, 16)).grid() for name in quantize.OPERANDS}
 
 
-# What OLMo, OLMo 2, Llama and Qwen 3 do otherwise, mixed so that every option meets two values of the others.
+# What OLMo, OLMo 2, Llama 3 and Qwen 2 and 3 do otherwise, mixed so that every option meets two values of the others.
 VARIANTS = {
     "grouped_queries": {"kv_heads": 2, "head_width": 6, "tie_embeddings": True},
     "one_key_head": {"kv_heads": 1, "norm_placement": "post", "qk_norm": "projection"},
     "layer_norm": {"norm_type": "layer", "tie_embeddings": True},
     "head_norm": {"kv_heads": 2, "head_width": 10, "qk_norm": "head", "norm_placement": "post"},
+    "biases": {"kv_heads": 2, "qkv_bias": True, "head_width": 8, "rope_theta": 20.0, "rope_scaling": "llama3:8,1,4,12"},
+    "stretched": {"rope_scaling": "linear:2.5", "norm_type": "layer"},
 }
 
 
@@ -45,11 +47,13 @@ def variant(name):
 
 def initial(config):
     found = jax.jit(functools.partial(model_lib.init, config))(jax.random.key(3))
-    # Gains away from 1 and from each other, so that a norm that forgets them shows.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x * (1 + 0.1 * np.sin(np.arange(x.size).reshape(x.shape))) if path[-1].key == "scale" else x,
-        found,
-    )
+
+    def away(path, x):
+        """Gains away from 1 and biases from 0, and from each other, so that it shows where one is forgotten."""
+        wave = np.sin(np.arange(x.size).reshape(x.shape))
+        return {"scale": x * (1 + 0.1 * wave), "qkv_bias": x + 0.3 * wave}.get(path[-1].key, x)
+
+    return jax.tree_util.tree_map_with_path(away, found)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +86,26 @@ def numpy_decoder(params, tokens, c):
             return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_epsilon)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_epsilon) * gain["scale"]
 
-    def heads_of(h, kernel, gain):
+    def frequency(i):
+        """Of the i-th pair of a head, by wavelengths as Llama's own code has it."""
+        found = c.rope_theta ** (-2 * i / head_dim)
+        kind, _, numbers = c.rope_scaling.partition(":")
+        if kind == "linear":
+            return found / float(numbers)
+        if kind == "llama3":
+            factor, low, high, original = map(float, numbers.split(","))
+            wavelength = 2 * math.pi / found
+            if wavelength < original / high:
+                return found
+            if wavelength > original / low:
+                return found / factor
+            smooth = (original / wavelength - low) / (high - low)
+            return (1 - smooth) * found / factor + smooth * found
+        return found
+
+    def heads_of(h, kernel, bias, gain):
         """Query or key heads (L, H, K) of the branch's input."""
-        heads = np.stack([h @ kernel[:, i] for i in range(kernel.shape[1])], axis=1)
+        heads = np.stack([h @ kernel[:, i] + bias[i] for i in range(kernel.shape[1])], axis=1)
         if c.qk_norm == "projection":
             heads = norm(heads.reshape(len(h), -1), gain).reshape(heads.shape)
         if c.qk_norm == "head":
@@ -95,7 +116,7 @@ def numpy_decoder(params, tokens, c):
         out = vector.copy()
         half = head_dim // 2
         for i in range(half):
-            angle = position * c.rope_theta ** (-2 * i / head_dim)
+            angle = position * frequency(i)
             a, b = vector[i], vector[i + half]
             out[i] = a * math.cos(angle) - b * math.sin(angle)
             out[i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -104,12 +125,14 @@ def numpy_decoder(params, tokens, c):
     def attention(h, block):
         kernel = block["attention"]["qkv"]["kernel"]  # (D, heads of q, then of k, then of v, K)
         q_kernel, k_kernel, v_kernel = np.split(kernel, [c.heads, c.heads + kv_heads], axis=1)
-        q = heads_of(h, q_kernel, block["attention"].get("q_norm"))
-        k = heads_of(h, k_kernel, block["attention"].get("k_norm"))
+        bias = block["attention"].get("qkv_bias", np.zeros(kernel.shape[1:]))
+        q_bias, k_bias, v_bias = np.split(bias, [c.heads, c.heads + kv_heads])
+        q = heads_of(h, q_kernel, q_bias, block["attention"].get("q_norm"))
+        k = heads_of(h, k_kernel, k_bias, block["attention"].get("k_norm"))
         mixed = np.zeros((len(h), c.heads, head_dim))
         for head in range(c.heads):
             shared = head // (c.heads // kv_heads)
-            v = h @ v_kernel[:, shared]
+            v = h @ v_kernel[:, shared] + v_bias[shared]
             for i in range(len(h)):
                 scores = k[: i + 1, shared] @ q[i, head] / math.sqrt(head_dim)
                 weights = np.exp(scores - scores.max())
@@ -150,7 +173,7 @@ def test_variants_equal_the_numpy_decoder(name, tokens, logits_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one_key_head", "layer_norm"])
+@pytest.mark.parametrize("name", ["one_key_head", "layer_norm", "biases"])
 def test_a_block_cut_at_its_projections_is_the_block(name):
     config = variant(name)
     params = jax.tree.map(lambda x: x[1], initial(config)["layers"]["block"])

@@ -15,6 +15,7 @@ from analysis.steps import integer_step, relative_step
 from analysis.synthetic import constants, table
 from precision_scaling.gaussian import gaussian_mse
 from precision_scaling.numerics import fake_quant_array
+from precision_scaling.quantize import fake_quant
 
 OUTER = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5, "g": 2.0}  # (4 + 3)^2 + 1.5 at N 1e4, D 1e8
 HERE = {"N": 1e4, "D": 1e8}
@@ -82,9 +83,20 @@ def test_a_format_has_the_step_of_the_integers_that_err_as_much():
     assert gaussian_mse("int9", "absmax", 64) ** 0.5 / gaussian_mse("int8", "absmax", 64) ** 0.5 == pytest.approx(
         127 / 255, rel=1e-3
     )
-    assert relative_step("bf16") == 0 and relative_step("int4", "tensor") == pytest.approx(1 / 7)
-    assert relative_step("mxfp4") == relative_step("mxfp4", "tensor")  # blocks share their own scales
-    assert relative_step("e4m3", "group:32") > relative_step("e4m3", "tensor")
+    assert relative_step("bf16") == 0 and relative_step("int4", usual="tensor") == pytest.approx(1 / 7)
+    # Scales of their own count: a group of 32 integers errs less than a channel of them, as sampled.
+    x = np.random.default_rng(1).standard_normal((4096, 1024)).astype(np.float32)
+    rms = lambda name, group: float(np.std(np.asarray(fake_quant(x, name, 1, group_size=group)) - x))
+    bits = np.log([1 / 31, 1 / 15, 1 / 7])
+    channels = np.log([rms("int6", None), rms("int5", None), rms("int4", None)])
+    for name, granularity, error in (
+        ("int4", "group:32", rms("int4", 32)),
+        ("mxfp4", "tensor", rms("mxfp4", None)),
+        ("nvfp4", "", rms("nvfp4", None)),
+    ):
+        expected = np.exp(np.interp(np.log(error), channels, bits))
+        assert relative_step(name, granularity, 1024) == pytest.approx(expected, rel=0.03), name
+    assert relative_step("nvfp4") < relative_step("mxfp4") < relative_step("int4")
     with pytest.raises(LawError, match="granularity 'row'"):
         relative_step("e4m3", "row")
 
@@ -95,12 +107,12 @@ def test_steps_come_from_formats_where_the_table_names_them_and_from_bits_elsewh
     np.testing.assert_allclose(got[[0, 2, 3]], [1 / 7, 0, 1 / 3])
     assert got[1] == relative_step("e2m1", "channel", 256)
     grouped = {**columns, "w_granularity": ["group:32"] * 4}
-    assert derived.column("s_w", grouped)[1] == relative_step("e2m1", "group:32")
+    assert derived.column("s_w", grouped)[1] == relative_step("e2m1", "group:32", 256)
     # keys and values by their root mean square, over heads of 256/4
     cache = {"P_kv": [4.0], "k_format": ["int4"], "v_format": ["int3"], "width": [256.0], "heads": [4.0]}
     assert derived.column("s_kv", cache)[0] == pytest.approx(np.sqrt((1 / 49 + 1 / 9) / 2))
     per_head = {**cache, "k_format": ["e2m1"], "v_format": ["e2m1"], "attention_granularity": ["token"]}
-    assert derived.column("s_kv", per_head)[0] == relative_step("e2m1", "token", 64)
+    assert derived.column("s_kv", per_head)[0] == relative_step("e2m1", "token", 64, "tensor")
     np.testing.assert_allclose(derived.column("s_post", {"P_post": [np.nan, 3.0]}), [np.nan, 1 / 3])
     with pytest.raises(LawError, match="P_w = 1: symmetric integers have more than 1 bit; name the format"):
         derived.column("s_w", {"P_w": [1.0, 4.0]})
@@ -123,6 +135,13 @@ def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
     assert set(refused) == {"c_a", "c_kv", "q"}
     assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
     one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
+    assert "only D =" in set_up("chinchilla_outer", rows.select(rows["D"] == rows["D"].min())).refused["g"]
+    channel = table("shannon")
+    one_size = set_up("shannon", channel.select(channel["N"] == channel["N"].min()))
+    assert set(one_size.refused) == {"alpha", "c", "gamma"}
+    served = table("unified_noise")
+    served = served.select(~served.quantized | (served["P_post"] == 4))
+    assert "only s_post" in set_up("unified_noise", served).refused["M"]
     assert "training below 16 bits" in set_up("noise", one_budget).refused["d"]
 
 

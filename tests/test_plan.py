@@ -14,7 +14,8 @@ from analysis import closed_forms, command, laws, surface
 from analysis.cost import CostError, CostModel, bits_of_format
 from analysis.fit import Fit
 from analysis.optimum import Budget, BudgetError, minimize, turning_point
-from analysis.plan import FLAGS, advice, describe, main, plan
+from analysis.plan import FLAGS, main, plan
+from analysis.planning.text import advice, describe
 
 PAPER = {**laws.published("precision"), **laws.published("ptq")}
 P_16 = 16.0
@@ -32,7 +33,7 @@ def ground(fits):
 
 @pytest.fixture(scope="module")
 def capacity(fits):
-    return surface.capacity(surface.loss_law(fits))
+    return surface.capacity(fits[0])
 
 
 def hand_loss(n, d, p):
@@ -53,7 +54,7 @@ def test_capacity_of_all_parts_at_paper_precisions(capacity, p, product):
 
 @pytest.mark.parametrize(("part", "zero"), [("a", 3.11), ("kv", 2.32), ("w", 0.81)])
 def test_capacity_of_a_part_vanishes_at_its_zero(fits, part, zero):
-    f = surface.capacity(surface.loss_law(fits), (part,))
+    f = surface.capacity(fits[0], (part,))
     others = f(24.0) / (1 - math.exp(-24 / PAPER[f"gamma_{part}"] + PAPER[f"n_{part}"]))
     assert f(zero - 0.05) == pytest.approx(1e-3 * others, rel=1e-6)  # clipped below the zero
     assert 1e-3 < f(zero + 0.05) < 0.06
@@ -67,7 +68,7 @@ def test_cost_optimal_precision_is_seven_bits_at_every_budget(ground, flops):
 
 def test_cost_optimal_precision_with_the_mean_of_the_three_parts(fits):
     gamma, bias = (np.mean([PAPER[f"{k}_{x}"] for x in ("w", "a", "kv")]) for k in ("gamma", "n"))
-    loss = surface.loss_law(fits)
+    loss = fits[0]
     mean = {**loss.values, **{f"gamma_{x}": gamma for x in surface.PARTS}, **{f"n_{x}": bias for x in surface.PARTS}}
     point = minimize(surface.build([dataclasses.replace(loss, values=mean)]), Budget(flops=1e21))
     assert point.p == pytest.approx(7.64, abs=5e-3)
@@ -75,7 +76,7 @@ def test_cost_optimal_precision_with_the_mean_of_the_three_parts(fits):
 
 def test_tied_unbiased_optimum_is_1_904_gamma_whatever_the_exponents_and_the_budget(fits):
     assert closed_forms.tied_unbiased_optimum() == pytest.approx(1.904, abs=5e-4)
-    loss = surface.loss_law(fits)
+    loss = fits[0]
     for gamma, alpha, beta, flops in ((2.0, 0.4965, 0.4965, 1e21), (3.1, 0.3, 0.6, 1e19), (1.7, 0.7, 0.25, 1e23)):
         tied = {**loss.values, **{f"n_{x}": 0.0 for x in surface.PARTS}, **{f"gamma_{x}": gamma for x in surface.PARTS}}
         ground = surface.build([dataclasses.replace(loss, values={**tied, "alpha": alpha, "beta": beta})])
@@ -118,7 +119,7 @@ def test_tokens_past_which_the_quantized_model_gets_worse(ground, bits, per_para
 
 def test_precision_of_the_weights_grows_like_beta_gamma_log_flops_at_fixed_size(fits):
     gamma, beta = PAPER["gamma_w"], PAPER["beta"]
-    weights = surface.capacity(surface.loss_law(fits), ("w",))
+    weights = surface.capacity(fits[0], ("w",))
     # the condition α A (f N)^-α f'/f = β B D^-β / P leaves P/γ - (1 - β) ln P = β ln C once f is near 1
     pure = lambda p: p / gamma - (1 - beta) * math.log(p)
     grid = np.linspace(2, 80, 8000)
@@ -257,9 +258,9 @@ def test_extrapolation_is_said_in_words(fits):
 
 def test_a_part_without_data_stays_at_sixteen_bits_and_is_named(fits):
     fit = dataclasses.replace(
-        surface.loss_law(fits),
-        params={**surface.loss_law(fits).params, "gamma_kv": None, "n_kv": None},
-        values={**surface.loss_law(fits).values, "gamma_kv": 0.05, "n_kv": 0.0},
+        fits[0],
+        params={**fits[0].params, "gamma_kv": None, "n_kv": None},
+        values={**fits[0].values, "gamma_kv": 0.05, "n_kv": 0.0},
         refused={"gamma_kv": "no row", "n_kv": "no row"},
     )
     found = plan([fit], Budget(flops=1e21))
@@ -290,9 +291,9 @@ def test_a_free_capacity_law_chooses_among_the_precisions_it_has_seen():
 
 def test_intervals_come_from_the_samples_of_the_fit(fits):
     rng = np.random.default_rng(1)
-    values = surface.loss_law(fits).values
+    values = fits[0].values
     fit = dataclasses.replace(
-        surface.loss_law(fits),
+        fits[0],
         n=100,
         samples={"E": tuple(values["E"] + rng.normal(0, 0.01, 400)), "A": (values["A"],) * 400},
     )
@@ -305,7 +306,7 @@ def test_intervals_come_from_the_samples_of_the_fit(fits):
 @pytest.mark.parametrize(("budget", "why"), [
     (Budget(), "--params and --tokens"), (Budget(n=1e9), "--params and --tokens"),
     (Budget(flops=1e8, n=1e9), "no model meets --flops=1e[+]08"),
-    (Budget(flops=1e21, n=1e9, memory_bytes=1e6), "memory-gb"),
+    (Budget(flops=1e21, n=1e9, memory_bytes=1e6), "--memory=1MB"),
 ])  # fmt: skip
 def test_impossible_budgets_are_refused(ground, budget, why):
     with pytest.raises(BudgetError, match=why):
@@ -330,7 +331,7 @@ def test_command_prints_the_plan_and_writes_it(tmp_path):
 @pytest.mark.parametrize("options", [
     ("--flops=1e21",), ("--fit=missing.json", "--flops=1e21"), ("--fit=paper", "--flops=-1"),
     ("--fit=paper", "--flops=1e21", "--parts=q"), ("--fit=paper", "--flops=1e21", "--columns=group_size"),
-    ("--fit=paper", "--flops=1e21", "--memory-gb=0"),
+    ("--fit=paper", "--flops=1e21", "--memory=0"),
     ("--fit=paper", "--flops=1e21", "--serve-bits=0"),
     ("--fit=paper", "--flop=1e21"),
     ("--fit=paper", "--flops=many"),

@@ -99,6 +99,27 @@ def test_intervals_widen_beyond_the_rows_of_the_fit_and_rows_there_are_named():
     assert width[1] > width[0] > 0
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"delta_residual": "log_delta"}, 9 + 0.5 / 9 * np.exp(0.2)),
+        ({"delta_residual": "log_loss", "residual": "log_loss"}, (9 + 0.5 / 9) * np.exp(0.2)),
+        ({"delta_residual": "log_loss", "residual": "loss"}, 9 + 0.5 / 9 + 0.2),
+        ({"delta_residual": "floored", "delta_floor": 0.1}, 9 + 0.2 * np.sinh(np.arcsinh(0.5 / 9 / 0.2) + 0.2)),
+    ],
+)
+def test_the_noise_in_an_interval_is_that_of_what_the_fit_compared(how, expected):
+    """One draw of the constants and one residual: both ends are the prediction with it."""
+    one = known("ptq_noise", DELTA, samples={name: (value,) for name, value in DELTA.items()})
+    made = dataclasses.replace(one, residuals={"after": (0.2,)}, reporting=how)
+    found = predict.predict((made,), planned(P_post=[np.nan, 3.0], loss=[9.0, 9.1]))
+    assert (found.low[1], found.high[1]) == pytest.approx((expected, expected))
+    before = known("chinchilla", LOSS, samples={name: (value,) for name, value in LOSS.items()})
+    before = dataclasses.replace(before, residuals={"before": (-0.1,)}, reporting={"residual": "loss"})
+    alone = predict.predict((before,), planned(P_post=[np.nan]))
+    assert (alone.low[0], alone.high[0]) == pytest.approx((8.4, 8.4))
+
+
 def run(*arguments):
     for name in FLAGS:
         FLAGS[name].unparse()

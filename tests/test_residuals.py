@@ -61,6 +61,7 @@ def test_the_floor_is_the_spread_over_seeds_at_the_most_bits():
         noise_floor(delta_rows([(0.5, 0.001), (0.7, 0.003)], (3, 8)).deltas())
 
 
+@pytest.mark.slow
 def test_a_fit_of_delta_above_its_floor_keeps_every_row_and_the_truth():
     params = {"C": 0.003, "gamma_D": 0.5, "gamma_N": 0.35}
     table = synthetic.table("ptq_noise", params=params)
@@ -119,7 +120,7 @@ def test_rows_to_fit_and_rows_to_test_are_those_of_the_expressions():
         checks=Checks("N > 5e8 and D > 1e9"),
     )
     part = fit("chinchilla", table.select(table["N"] < 5e8), starts=32, profile=False)
-    assert whole.n == 24 and whole.left_out == {"not N < 5e8": 6}
+    assert whole.n == 24 and whole.left_out == {"outside of N < 5e8": 6}
     for name, value in part.params.items():
         assert whole.params[name] == pytest.approx(value, rel=1e-6)
     rest = table.select((table["N"] > 5e8) & (table["D"] > 1e9))
@@ -127,6 +128,8 @@ def test_rows_to_fit_and_rows_to_test_are_those_of_the_expressions():
     test = whole.metrics["test"]
     assert test["rows"] == len(rest) and test["rms_log_error_served"] is None
     assert test["rms_log_error"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
+    alone = fit("chinchilla", table, starts=32, profile=False, checks=Checks("not N < 5e8"))
+    assert alone.n == 24 and alone.params["E"] == pytest.approx(part.params["E"], rel=1e-6)
     with pytest.raises(FitError, match="share 6 rows"):
         fit("chinchilla", table, Options(fit_where="N < 5e8"), starts=4, profile=False, checks=Checks("N < 2e6"))
 

@@ -140,7 +140,7 @@ def test_missing_and_undecodable_files_are_refused_in_one_line(tmp_path):
     (tmp_path / "bytes.csv").write_bytes(b"\xfa\xff\xfa\x00")
     with pytest.raises(TableError, match="not a readable CSV"):
         tables.load(tmp_path / "bytes.csv")
-    with pytest.raises(TableError, match="not a readable CSV"):
+    with pytest.raises(TableError, match="is a directory; allowed is a regular file"):
         tables.load(tmp_path)
 
 

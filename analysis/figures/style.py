@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from analysis.wording import count_label
+from precision_scaling import files
 
 # Okabe & Ito (2008), without its yellow, which vanishes on white paper.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#882255")
@@ -132,7 +133,9 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     figure.set_dpi(160)
-    FigureCanvasAgg(figure).print_png(paths[0], metadata={"Software": None})
+    with files.replacing(paths[0]) as file:
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     figure.set_layout_engine("none")  # the panels stay where the first drawing put them
-    FigureCanvasSVG(figure).print_svg(paths[1], metadata={"Date": None})
+    with files.replacing(paths[1]) as file:
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     return paths

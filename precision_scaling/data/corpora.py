@@ -167,9 +167,11 @@ def _dataset_fingerprint(dataset_dir: Any) -> str:
     """Digest of a prepared dataset's description and the names and sizes of its files (shards may be terabytes)."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(dataset_dir.iterdir()):
-        digest.update(f"{file.name}\0{file.stat().length}\0".encode())
+        far = "://" in os.fspath(file)
+        size = file.stat().length if far else os.stat(file).st_size  # epath's would ask for the owner's name
+        digest.update(f"{file.name}\0{size}\0".encode())
         if file.suffix == ".json":
-            digest.update(file.read_bytes() if "://" in os.fspath(file) else files.read(os.fspath(file)))
+            digest.update(file.read_bytes() if far else files.read(os.fspath(file)))
     return digest.hexdigest()
 
 
@@ -217,17 +219,14 @@ def _is_sound(dataset_dir: str) -> bool:
     if "://" in dataset_dir:
         return True
     try:
-        record = files.read_sealed(_seal_path(dataset_dir))
-    except FileNotFoundError:  # an older one: from now on it has one
-        _seal(dataset_dir)
+        if not _seal_path(dataset_dir).exists():  # an older one: from now on it has one
+            _seal(dataset_dir)
+        if files.read_sealed(_seal_path(dataset_dir)) != {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}:
+            raise ValueError("not as it was prepared")
         return True
     except ValueError as error:
-        logging.warning("%s: damaged (%s); preparing the dataset again", _seal_path(dataset_dir), error)
+        logging.warning("%s is damaged (%s): preparing it again", dataset_dir, error)
         return False
-    sound = record == {"dataset": _dataset_fingerprint(epath.Path(dataset_dir))}
-    if not sound:
-        logging.warning("%s: is not as it was prepared; preparing it again", dataset_dir)
-    return sound
 
 
 def _seal(dataset_dir: str) -> None:

@@ -46,7 +46,7 @@ def prepare(dataset_dir: str, files: tuple[str, ...], beam_options: str) -> None
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise DataError("data.name='dolma' needs Apache Beam: pip install 'precision_scaling[beam]'") from error
+        raise DataError("data.name='dolma' needs Apache Beam: pip install -e '.[beam]'") from error
     data_dir, config = dataset_dir.rsplit("/", 3)[0], dataset_dir.rsplit("/", 2)[-2]
     builder = Dolma(data_dir=data_dir, config=Shards(name=config, files=files), file_format="array_record")
     builder.download_and_prepare(

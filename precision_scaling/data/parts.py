@@ -63,7 +63,7 @@ def digests(contents: Sequence[Content], vocab_size: int, note: Path) -> list[st
         return before[1] if before and before[0] == identity else one.digest(vocab_size)
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        bar = {"total": len(contents), "desc": "checking tokens", "unit": " files", "disable": None if large else True}
+        bar = {"total": len(contents), "desc": "checking tokens", "unit": " files", "disable": not large}
         found = list(progress_bar(threads.map(digest, contents, identities), **bar))
     noted = {one.path.name: [*pair] for one, *pair in zip(contents, identities, found, strict=True)}
     if large and noted != known:

@@ -160,7 +160,8 @@ def from_file(path: Path, spec: str) -> Tokenizer:
     try:
         tokenizer = Loadable.from_buffer(content)
     except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        raise DataError(f"data.tokenizer={spec!r}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data.tokenizer={spec!r}: not a tokenizer.json ({reason}); {_ALLOWED}") from error
     return LearnedTokenizer(tokenizer, spec)
 
 

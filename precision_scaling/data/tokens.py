@@ -194,7 +194,7 @@ def _write(
     finally:
         tokenize.forget()
     files.write_sealed(partial / "meta.json", meta)
-    kept = {"meta.json", *(one.path.name for one in _contents(partial, meta))}
+    kept = {"meta.json", *(one.path.name for one in contents(partial, meta))}
     _install(partial, directory, kept | ({"tokenizer.json"} if text else set()))
 
 
@@ -214,6 +214,9 @@ def _partial(directory: Path) -> Path:
     found = partial.lstat()
     if not partial.is_dir() or partial.is_symlink() or found.st_uid != os.geteuid():
         raise DataError(f"{partial}: is not a directory of this user; delete it")
+    for path in partial.iterdir():
+        if not path.is_file():
+            _remove(path)
     return partial
 
 
@@ -245,8 +248,8 @@ def _digest(hashes: Iterable[str]) -> str:
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
-def _contents(directory: Path, meta: dict[str, Any], sides: Sequence[str] = SIDES) -> list[Content]:
-    """The token files of these sides."""
+def contents(directory: Path, meta: dict[str, Any], sides: Sequence[str] = SIDES) -> list[Content]:
+    """The token files of these sides, in their order."""
     dtype = np.dtype(meta["dtype"])
     return [
         Content(directory / tokenize.part_name(side, i), count, dtype)
@@ -264,11 +267,11 @@ def _open(directory: Path, key: str) -> Corpus | None:
         meta = files.read_sealed(directory / "meta.json", older=lambda found: "tokenizer_hash" not in found)
         if meta["hash"] != key:
             raise ValueError(f"meta.json is that of {meta['hash']}")
-        tokens = {side: open_tokens(_contents(directory, meta, [side]), np.dtype(meta["dtype"])) for side in SIDES}
-        contents = _contents(directory, meta)
-        found = digests(contents, meta["vocab_size"], directory.with_name(f"{directory.name}.checked"))
+        tokens = {side: open_tokens(contents(directory, meta, [side]), np.dtype(meta["dtype"])) for side in SIDES}
+        everything = contents(directory, meta)
+        found = digests(everything, meta["vocab_size"], directory.with_name(f"{directory.name}.checked"))
         for side in SIDES:
-            hashes = [digest for one, digest in zip(contents, found, strict=True) if one.path.name.startswith(side)]
+            hashes = [digest for one, digest in zip(everything, found, strict=True) if one.path.name.startswith(side)]
             if _digest(hashes) != meta["content_hash"][side]:
                 raise ValueError(f"the {side} tokens are not those that were written")
         text = "" if meta["tokenizer"] == "bytes" else files.read(directory / "tokenizer.json").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Models from and for Hugging Face, directories on disk: OLMo, OLMo 2, Llama and Qwen 3 decoders.
+"""Models from and for Hugging Face, directories on disk: OLMo, Llama, Mistral and Qwen decoders.
 
 python -m precision_scaling.huggingface import --model=DIR --tokens=4e12 --workdir=DIR [--config.data.name=c4 ...]
 python -m precision_scaling.huggingface export --workdir=DIR [--run=ID] --out=DIR

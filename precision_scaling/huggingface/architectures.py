@@ -18,18 +18,17 @@ from precision_scaling.model import ModelConfig
 class Architecture:
     """A family of decoders: what its members have in common, and its defaults where they are not those of all.
 
-    norms: names of a layer's norms of attention and of the MLP. qkv_bias: q, k and v have biases. epsilon: of the norms
-    where config.json has none. kv_heads: heads of keys where it has none; 0 is num_attention_heads. head_dim: head
-    dimension where it has none; 0 is hidden_size / num_attention_heads. theta: base of the rotary embedding where it
-    has none. window: "none", "all" (sliding_window counts for every layer), "used" (where use_sliding_window is true)
-    or "layers" (where layer_types says so, by default three layers of four).
+    epsilon: of the norms where config.json has none. qkv_bias: q, k and v have biases. kv_heads: heads of keys where it
+    has none; 0 is num_attention_heads. head_dim: head dimension where it has none; 0 is hidden_size /
+    num_attention_heads. theta: base of the rotary embedding where it has none. window: "none", "all" (sliding_window
+    counts for every layer), "used" (where use_sliding_window is true) or "layers" (where layer_types says so, by
+    default three layers of four).
     """
 
     model_type: str
     norm_placement: str
     norm_type: str
     qk_norm: str
-    norms: tuple[str, str]
     epsilon: float
     qkv_bias: bool = False
     kv_heads: int = 0
@@ -38,21 +37,22 @@ class Architecture:
     window: str = "none"
 
 
-_PRE = ("input_layernorm", "post_attention_layernorm")
-_POST = ("post_attention_layernorm", "post_feedforward_layernorm")
+# Names of a layer's norms of attention and of the MLP, by their placement.
+_NORMS = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 # By the name in config.json's `architectures`. Where two compute the same, a decoder is written as the first.
 ARCHITECTURES = {
-    "OlmoForCausalLM": Architecture("olmo", "pre", "layer", "none", _PRE, 1e-5),
-    "Olmo2ForCausalLM": Architecture("olmo2", "post", "rms", "projection", _POST, 1e-5),
-    "Olmo3ForCausalLM": Architecture("olmo3", "post", "rms", "projection", _POST, 1e-5, theta=5e5, window="layers"),
-    "LlamaForCausalLM": Architecture("llama", "pre", "rms", "none", _PRE, 1e-6),
-    "MistralForCausalLM": Architecture("mistral", "pre", "rms", "none", _PRE, 1e-6, kv_heads=8, window="all"),
-    "Qwen2ForCausalLM": Architecture("qwen2", "pre", "rms", "none", _PRE, 1e-6, True, kv_heads=32, window="used"),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3", "pre", "rms", "head", _PRE, 1e-6, kv_heads=32, head_dim=128, window="used"
-    ),
+    "OlmoForCausalLM": Architecture("olmo", "pre", "layer", "none", 1e-5),
+    "Olmo2ForCausalLM": Architecture("olmo2", "post", "rms", "projection", 1e-5),
+    "Olmo3ForCausalLM": Architecture("olmo3", "post", "rms", "projection", 1e-5, theta=5e5, window="layers"),
+    "LlamaForCausalLM": Architecture("llama", "pre", "rms", "none", 1e-6),
+    "MistralForCausalLM": Architecture("mistral", "pre", "rms", "none", 1e-6, kv_heads=8, window="all"),
+    "Qwen2ForCausalLM": Architecture("qwen2", "pre", "rms", "none", 1e-6, True, kv_heads=32, window="used"),
+    "Qwen3ForCausalLM": Architecture("qwen3", "pre", "rms", "head", 1e-6, kv_heads=32, head_dim=128, window="used"),
 }
-# Their code gives no way to set a head dimension of its own.
+# Their config.json has no key for a head dimension of its own; where one has it all the same, transformers reads it.
 _QUOTIENT_ONLY = ("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "Qwen2ForCausalLM")
 
 
@@ -119,7 +119,7 @@ def _layer_places(model: ModelConfig, layer: int) -> Iterator[Place]:
     yield place("mlp.up_proj.weight", (hidden, width), "mlp/gate_up/kernel", slice(hidden, 2 * hidden))
     yield place("mlp.down_proj.weight", (width, hidden), "mlp/down/kernel")
     if model.norm_type == "rms":
-        for name, own in zip(ARCHITECTURES[architecture_of(model)].norms, ("attention_norm", "mlp_norm"), strict=True):
+        for name, own in zip(_NORMS[model.norm_placement], ("attention_norm", "mlp_norm"), strict=True):
             yield place(f"{name}.weight", (width,), f"{own}/scale")
     if model.qk_norm != "none":
         for name, size in (("q_norm", q), ("k_norm", kv)):

@@ -21,13 +21,14 @@ _READ = (
 # What has no part in the logits of given tokens.
 _NO_EFFECT = (
     # Names and versions.
-    *("_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "tokenizer_class"),
-    *("unsloth_version", "unsloth_fixed"),
+    *("_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+    *("tokenizer_class", "unsloth_version", "unsloth_fixed"),
     # Training: dropout, initialization, what is recomputed.
     *("attention_dropout", "initializer_range", "neftune_noise_alpha", "gradient_checkpointing"),
     "use_reentrant_checkpointing",
     # Tokens with other parts to play.
-    *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "prefix"),
+    *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
+    *("decoder_start_token_id", "prefix"),
     # How the same is computed: types, parts, what is kept and what is returned besides.
     *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "pretraining_tp", "_attn_implementation_autoset"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
@@ -185,16 +186,12 @@ def _rope(config: Mapping[str, Any], family: Architecture) -> tuple[float, str]:
     if family.window != "layers":
         return _one_rope(config, key, parameters, family)
     # One set for each kind of layer; ours are all alike.
-    nested = [parameters[kind] for kind in _LAYER_KINDS if kind in parameters]
+    nested = [parameters[kind] for kind in _LAYER_KINDS if kind in parameters and key == "rope_parameters"]
     if not nested:
         # Of one set for all, transformers 5 takes parts for one kind of layer and its defaults for the other.
         if _one_rope(config, key, parameters, family) != (family.theta, ""):
-            given = parameters or config.get("rope_theta")
-            raise _refused(
-                key if parameters else "rope_theta",
-                given,
-                f"{family.theta:g}, or one set for each of {', '.join(_LAYER_KINDS)}",
-            )
+            allowed = f"rope_theta {family.theta:g} and no more, or a set for each of {' and '.join(_LAYER_KINDS)}"
+            raise _refused(key, {"rope_theta": config.get("rope_theta"), **parameters}, allowed)
         return family.theta, ""
     found = {_one_rope(config, key, one, family) for one in nested}
     if len(found) > 1 or set(parameters) != set(_LAYER_KINDS):
@@ -245,13 +242,15 @@ def _number(key: str, value: Any) -> float:
 
 
 def _refused(key: str, value: Any, allowed: str) -> UserError:
-    return UserError(f"config.json: {shown(key)} = {shown(value)}: allowed is {allowed}")
+    name = key if key.isprintable() and len(key) < 80 else shown(key)
+    return UserError(f"config.json: {name} = {shown(value)}: allowed is {allowed}")
 
 
 def described(model: ModelConfig, **more: Any) -> dict[str, Any]:
     """The config.json of a decoder whose depth-µP multipliers are 1; `more` adds keys."""
     name = architecture_of(model)
     kind, values = rope.parse(model.rope_scaling)
+    plain = {key: int(value) if value.is_integer() else value for key, value in values.items()}  # lengths are int
     return {
         "architectures": [name],
         "model_type": ARCHITECTURES[name].model_type,
@@ -265,7 +264,7 @@ def described(model: ModelConfig, **more: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
         "rope_theta": model.rope_theta,
-        **({"rope_scaling": {"rope_type": kind, **values}} if kind else {}),
+        **({"rope_scaling": {"rope_type": kind, **plain}} if kind else {}),
         **({"rms_norm_eps": model.norm_epsilon} if model.norm_type == "rms" else {}),
         **({} if model.qkv_bias else {"attention_bias": False}),
         "tie_word_embeddings": model.tie_embeddings,

@@ -148,7 +148,8 @@ def _check_tensors(found: Pretrained) -> None:
     model, wanted, parameters = found.model(1), set(), 0
     for place in architectures.places(model):
         if place.name not in found.tensors:
-            raise UserError(f"{directory}: no tensor {place.name}, which {architecture} has")
+            allowed = f"all tensors that {architecture} has by config.json"
+            raise UserError(f"{directory}: no tensor {place.name}; allowed is {allowed}")
         if (shape := found.tensors[place.name].shape) != place.shape:
             shapes = f"is of shape {shape}; allowed is {place.shape}, by config.json"
             raise UserError(f"{directory}: tensor {place.name} {shapes}")
@@ -158,7 +159,8 @@ def _check_tensors(found: Pretrained) -> None:
         if model.tie_embeddings and name == "lm_head.weight":
             continue  # it is the embedding
         if not _FREQUENCIES.search(name):
-            raise UserError(f"{directory}: tensor {shown(name)} is not one of {architecture} as it is read here")
+            allowed = f"the tensors that {architecture} has by config.json"
+            raise UserError(f"{directory}: tensor {shown(name)}: allowed is {allowed}")
         expected = np.asarray(rope.frequencies(model.head_dim, model.rope_theta, model.rope_scaling))
         tensor = found.tensors[name].astype(np.float32)
         if tensor.shape != expected.shape or not np.allclose(tensor, expected, rtol=0.01, atol=1e-6):
@@ -175,8 +177,8 @@ def _pieces(tensor: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _shown_as(values: Iterable[Any], title: str, total: int) -> Iterable[Any]:
-    """The same, with a progress bar where someone is watching."""
-    return progress_bar(values, desc=title, unit=" tensors", total=total)
+    """The same, with a progress bar while it takes time."""
+    return progress_bar(values, desc=title, unit=" tensors", total=total, leave=False)
 
 
 def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: Any) -> None:

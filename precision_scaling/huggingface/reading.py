@@ -4,12 +4,11 @@ Used by `directory` and `safetensors`, which say what the content means.
 """
 
 import json
-import os
 import reprlib
-import stat
 from pathlib import Path
 from typing import Any
 
+from precision_scaling import files
 from precision_scaling.errors import UserError
 
 MAX_JSON = 100_000_000  # bytes; safetensors' own limit for a header, and far above any config.json
@@ -21,14 +20,10 @@ def regular_size(path: Path) -> int:
     Symbolic links are followed: Hugging Face's cache keeps every file behind one.
     """
     try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(
-            f"{path}: {getattr(error, 'strerror', error)}; allowed is a Hugging Face model directory"
-        ) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path}: not a regular file; allowed is a Hugging Face model directory")
-    return found.st_size
+        files.check_regular(path)
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; allowed is a Hugging Face model directory") from None
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

@@ -29,8 +29,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, reading.MAX_JSON):
-                most = min(size - 8, reading.MAX_JSON)
-                raise ValueError(f"its header has {length} bytes, more than the {most} that it may have")
+                raise ValueError(f"{size} bytes, and by the first 8 a header of {length}")
             header = reading.parse_json(file.read(length))
         _check_metadata(header.pop("__metadata__", {}))
         data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
@@ -40,11 +39,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; allowed is a safetensors file") from None
     except ValueError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: {error}; allowed is a whole safetensors file") from None
 
 
 def _check_metadata(metadata: Any) -> None:
     """Other frameworks than PyTorch may write the same names with other layouts."""
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"__metadata__ = {shown(metadata)}; allowed is an object of strings")
     if metadata.get("format", "pt") not in ("pt", "np"):

@@ -43,7 +43,7 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     params = pretrained.params()
     params = jax.device_put(params, bench.layout.of_tree(params))
     program = group.program.evaluation()
-    loss = bench_lib.evaluator(bench, group.shape, program)(params, table_of(run, program))
+    loss = bench_lib.evaluator(bench, group.shape, program, progress=True)(params, table_of(run, program))
     if not math.isfinite(loss):
         raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
     checkpoint.save(bench.directory(run) / "checkpoint", params)

@@ -1,0 +1,60 @@
+"""What a reader must hear before believing a plan: data left behind, constants not identified, bounds reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis import laws
+from analysis.law import HIGH_PRECISION_BITS
+from analysis.optimum import Budget, precisions
+from analysis.planning import text
+from analysis.planning.options import Option
+from analysis.planning.reach import Reach, was_seen
+from analysis.search import NO_INTERVALS
+from analysis.surface import PARTS
+
+
+def warnings(
+    plan: Option, budget: Budget, far: Sequence[Reach], uninformed: Sequence[str], has_interval: bool
+) -> list[str]:
+    """In words. `budget` leaves free what the plan chose; `uninformed` are parts kept at 16 bits for want of data."""
+    surface, best, serve_bits = plan.surface, plan.point, plan.budget.serve_bits
+    fit, ptq, found = surface.fit, surface.delta_fit, []
+    if uninformed:
+        parts = text.named(uninformed)
+        found.append(f"the fit's table does not say what low precision of {parts} costs: kept at 16 bits")
+    if budget.p_choices == (HIGH_PRECISION_BITS,):
+        found.append(f"law {fit.law} as fitted knows training in 16 bits only: P is not chosen")
+    found += [reach.words for reach in far if reach.outside]
+    if plan.fmt is not None and was_seen(fit, surface.parts, plan.fmt) is False:
+        found.append(f"the fit's table has no run trained in {plan.fmt.name}")
+    if plan.fmt is not None and not surface.reads_formats:
+        found.append(f"law {fit.law} reads bits: it takes {plan.fmt.name} for any format of {plan.fmt.bits:g} bits")
+    if serve_bits is not None and ptq is not fit and best.p < HIGH_PRECISION_BITS:
+        found.append(
+            "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
+        )
+    if fit.serve_bits is not None:
+        found.append(f"law {fit.law} was fitted to losses after PTQ to {fit.serve_bits:g} bits: this is one of these")
+    kv_bits = budget.serving.kv_bits
+    if kv_bits is not None and kv_bits < (best.p if "kv" in surface.parts else HIGH_PRECISION_BITS):
+        found.append(f"no law here says what rounding the cache to {kv_bits:g} bits after training costs: not counted")
+    used = surface.fits if serve_bits is not None else surface.fits[:1]
+    for one in used:
+        law = laws.resolve(one.law, one.values)
+        of_parts = {name for x in PARTS for name in law.part_params(x)}  # told elsewhere, part by part
+        refused = [name for name in one.refused if name not in of_parts]
+        if refused:
+            found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
+        found += [f"{one.law}: {note}" for note in one.notes]
+    given = (serve_bits, budget.p, budget.n, budget.d, budget.memory_bytes)
+    if (form := laws.get(fit.law).by_form) and not any(given):
+        found.append(f"by the form of law {fit.law} alone, {form}")
+    if budget.p is None and not precisions(budget) and budget.flops is not None:
+        for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
+            if abs(best.p - bound) < 1e-3:
+                found.append(f"P ends at {bound:g} bits, the {word} that was searched")
+    few_runs = any(note.startswith(NO_INTERVALS) for one in used for note in one.notes)
+    if not has_interval and any(one.n for one in used) and not few_runs:
+        found.append("no interval: the fit carries no bootstrap samples (fit again with --bootstrap=1000)")
+    return found
