@@ -12,7 +12,7 @@ from analysis.fit import Fit, FitError
 from analysis.law import LawError
 from analysis.multiplicativity import is_joint
 from analysis.parallel import workers
-from analysis.table import Table
+from analysis.table import PRECISIONS, Table
 from analysis.verdicts import multiply
 from analysis.verdicts.optimum_by_law import near_best
 
@@ -23,6 +23,7 @@ COMPARED = (
     ("ptq", "qid", "ptq_noise", "unified", "unified_noise"),
 )
 STARTS = 128  # of each search of the comparison
+MOST_CAPACITIES = 32  # combinations of precision past which a constant for each takes longer than all other laws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,13 @@ class Made:
 
 def make(table: Table, names: Sequence[str], bootstrap: int, seed: int, processes: int = 1) -> Made:
     """Fits the laws `names` and those of the loss before PTQ that are near the best on held-out rows."""
-    losses = table.before_ptq()
+    losses, left = table.before_ptq(), _left_to_compare(table)
     with workers(processes) as pool:
-        compared = [pool.submit(_compare, table, group, seed) for group in COMPARED]
+        groups = [tuple(name for name in group if name not in left) for group in COMPARED]
+        compared = [pool.submit(_compare, table, group, seed) for group in groups]
         fitted = {name: pool.submit(_fit, name, table, bootstrap, seed) for name in reversed(names)}
         forecasts = pool.submit(multiply.forecasts, losses, seed) if is_joint(losses).any() else None
-        comparison = _together([future.result() for future in compared])
+        comparison = _together([future.result() for future in compared], left)
         for name in near_best(comparison):
             if name in laws.LAWS and name not in fitted:
                 fitted[name] = pool.submit(_fit, name, table, bootstrap, seed)
@@ -76,15 +78,25 @@ def _compare(table: Table, names: Sequence[str], seed: int) -> Comparison | None
         return None
 
 
-def _together(parts: Sequence[Comparison | None]) -> Comparison | None:
-    """Comparisons of laws of different kinds as one."""
+def _left_to_compare(table: Table) -> dict[str, str]:
+    """The laws that a report leaves to analysis.compare, with the reason."""
+    losses = table.before_ptq()
+    low = losses.select(~losses.high_precision)
+    settings = len(set(zip(*(low[part] for part in PRECISIONS), strict=True)))
+    if settings <= MOST_CAPACITIES:
+        return {}
+    return {"capacity": f"left to analysis.compare: {settings} combinations of precision with a constant each"}
+
+
+def _together(parts: Sequence[Comparison | None], left: Mapping[str, str]) -> Comparison | None:
+    """Comparisons of laws of different kinds as one, with the laws left out of it."""
     found = [part for part in parts if part is not None]
     if not found:
         return None
     return dataclasses.replace(
         found[0],
         rows=tuple(row for part in found for row in part.rows),
-        skipped={law: why for part in found for law, why in part.skipped.items()},
+        skipped={**left, **{law: why for part in found for law, why in part.skipped.items()}},
         notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
         nested=tuple(test for part in found for test in part.nested),
     )
