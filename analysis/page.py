@@ -288,8 +288,9 @@ def _comparison(comparison: Comparison | None) -> str:
     parts = [
         '<p class="soft">Laws of one kind on the same rows, the one with the least error on held-out rows first. '
         "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, the largest "
-        "fifth of the runs, or the largest size was left out of the fit; a dash means that the law cannot predict "
-        "such rows. Last: mean absolute error (%) above that of the best law, with its paired bootstrap interval.</p>"
+        "fifth of the runs, the joint runs or the largest size was left out of the fit; a dash means that the law "
+        "cannot predict such rows. Last: mean absolute error (%) above that of the best law, with its paired bootstrap "
+        "interval.</p>"
     ]
     head = ("k", "R²", "AIC", "BIC", *HELD_OUT.values(), "above the best")
     for kind, title in KINDS.items():

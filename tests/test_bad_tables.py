@@ -92,6 +92,6 @@ SLOW = ("compare", "report")  # they fit several laws
 )
 def test_the_good_files_are_taken(command, tmp_path):
     make(tmp_path, {})
-    done = forked.run(f"analysis.{command}", bad_tables.GOOD[command], tmp_path, timeout=120)
+    done = forked.run(f"analysis.{command}", bad_tables.GOOD[command], tmp_path, timeout=600)
     assert done.code == 0, done.stderr
     assert "Traceback" not in done.stderr
