@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from analysis import laws
 from analysis.law import Law
 from analysis.problem import FitError
@@ -77,9 +79,22 @@ def _check_reporting(fields: Mapping[str, Any]) -> None:
         _of_type(f"reporting.{name}", reporting.get(name) or "", str, "a text or null")
     if "r2" in metrics and not _alike(metrics["r2"], fields["r2"]):
         raise FitError(f"r2 is {fields['r2']}, but metrics.r2 is {metrics['r2']}")
+    if (level := _number("reporting.level", reporting.get("level"), null=True)) is not None:
+        _check_intervals(fields["ci"], fields["samples"], level)
     rows = [reporting.get(name) for name in ("rows_before_ptq", "rows_after_ptq")]
     if all(isinstance(count, int) for count in rows) and sum(rows) != fields["n"]:
         raise FitError(f"n is {fields['n']}, but reporting counts {rows[0]} rows before PTQ and {rows[1]} after it")
+
+
+def _check_intervals(ci: Mapping[str, Any], samples: Mapping[str, Any], level: float) -> None:
+    """Intervals are percentiles of the draws; an end that is null is no end."""
+    if not 0 < level < 1:
+        raise FitError(f"reporting.level is {level:g}: it must be above 0 and below 1")
+    for name, ends in ci.items():
+        drawn = np.quantile(samples[name], [(1 - level) / 2, (1 + level) / 2]) if samples.get(name) else ends
+        for end, of_draws in zip(ends, drawn, strict=True):
+            if end is not None and not _alike(end, float(of_draws)):
+                raise FitError(f"ci.{name} ends at {end:g}, but its samples say {of_draws:g}: leave ci or samples out")
 
 
 def _parse(text: str) -> Any:

@@ -93,7 +93,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         loss = "half the sum of squares over rows"
     residual = _residuals_in_words(setup)
     if resamples == 0:
-        intervals = "none (no bootstrap)"
+        intervals = "none (no bootstrap draws)"
     else:
         how = "exponential weights on runs (fewer than ten runs per parameter)" if few_runs(setup) else "resampled runs"
         how = "one Newton step per resample of runs" if setup.problem.rows > LARGE_TABLE else how
@@ -115,6 +115,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         "start_grid": {name: law.parameter(name).grid for name in setup.free},
         "starts_competed_on_rows": best.sampled_rows,
         "intervals": intervals,
+        "level": level if resamples else None,
         "runs": int(setup.run_n.max()) + 1,
         "rows_before_ptq": int(np.count_nonzero(~setup.rows.quantized)),
         "rows_after_ptq": int(np.count_nonzero(setup.rows.quantized)),

@@ -73,6 +73,8 @@ def _load(path: Path) -> list[dict[str, Any]]:
     try:
         found = files.read_sealed(path, older=lambda found: isinstance(found, list))
         rows = found if isinstance(found, list) else found["rows"]
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise ValueError("no list of rows")
         measurement = path.stem.removeprefix("rows-")
         for row in rows:
             _check(row, path.parent.name, "" if measurement == "trained" else measurement)

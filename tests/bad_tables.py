@@ -308,6 +308,8 @@ def cases_of_fits():
     yield entry("refused", {"E": 3}), "refused.E is 3: it must be a text"
     yield entry("refused", {"F": "x"}), "no parameter 'F'"
     yield entry("ci", 3), "ci is 3: it must be an object"
+    yield entry("ci.A", [1.0, 2.0]), "ci.A ends at 1, but its samples say"
+    yield entry("reporting.level", 2.0), "reporting.level is 2"
     yield entry("ci", {"A": 3}), "ci.A is 3: it must be [low, high]"
     yield entry("ci", {"A": [1]}), "ci.A is [1]: it must be [low, high]"
     yield entry("ci", {"A": [2, 1]}), "ci.A is [2, 1]: it must be [low, high]"

@@ -36,12 +36,14 @@ def good_fits() -> dict[str, str]:
         draws = {
             name: [value * (1 + 0.01 * rng.standard_normal()) for _ in range(50)] for name, value in params.items()
         }
+        ends = {name: np.quantile(drawn, [0.025, 0.975]).tolist() for name, drawn in draws.items()}
+        reporting = {"rows_before_ptq": 16, "rows_after_ptq": 4, "level": 0.95}
         out[file] = json.dumps(
             {
-                **{"law": law, "params": params, "values": params, "ci": {}, "r2": 0.98, "objective": 0.1, "n": 20},
+                **{"law": law, "params": params, "values": params, "ci": ends, "r2": 0.98, "objective": 0.1, "n": 20},
                 **{"starts": 4, "seconds": 1.0, "columns": list(laws.get(law).columns), "samples": draws},
                 **{"metrics": {"r2": 0.98}, "residuals": {"before": [-0.01, 0.01]}},
-                "reporting": {"rows_before_ptq": 16, "rows_after_ptq": 4, "ranges": {"N": [1e5, 3e6], "D": [1e6, 6e7]}},
+                "reporting": {**reporting, "ranges": {"N": [1e5, 3e6], "D": [1e6, 6e7]}},
             }
         )
     return out
@@ -92,6 +94,6 @@ SLOW = ("compare", "report")  # they fit several laws
 )
 def test_the_good_files_are_taken(command, tmp_path):
     make(tmp_path, {})
-    done = forked.run(f"analysis.{command}", bad_tables.GOOD[command], tmp_path, timeout=120)
+    done = forked.run(f"analysis.{command}", bad_tables.GOOD[command], tmp_path, timeout=600)
     assert done.code == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -165,7 +165,7 @@ class Without(Loader):
         return np.concatenate([super(Without, self).window_indices(seed, int(step), 1) for step in steps])
 
 
-@pytest.mark.parametrize("stops", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stops", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in ("often", "and loses"))])
 def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_study, train, tmp_path, stops, caplog):
     bench, _ = finished_study
     w4 = by_name(bench.experiment.runs, "D768-wint4-s0")
@@ -180,9 +180,13 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
         with contextlib.suppress(Stopped):
             left = [run for run in (w4, other) if run not in ended]
             train(left, tmp_path / "bad", Stop(minutes=1e-6 if stops else 0), ended, bad, rewinds=1)
+        record = cohort_lib.run_directory(tmp_path / "bad", w4) / "rewinds.json"
+        if stops == "and loses" and record.exists() and "is lost" not in caplog.text:
+            record.unlink()
     assert (
         f"not finite at step 6; back to step {5 if stops else 0}, and on without batch 5 (rewind 1 of 1)" in caplog.text
     )
+    assert ("rewinds.json is lost" in caplog.text) == (stops == "and loses")
     wanted = train(
         [w4, other], tmp_path / "good", loader=Without(good.corpus, good.seq_len, good.batch_size, w4.seed, 5)
     )

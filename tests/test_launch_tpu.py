@@ -125,7 +125,8 @@ def test_a_preempted_slice_is_replaced_and_the_command_goes_on_from_the_results_
 def test_a_command_that_fails_is_run_again_a_few_times_and_its_last_words_are_shown(cloud):
     done = cloud.pod("run", "--retries=1", *cloud.command("fails", "--workdir=w"))
     assert done.returncode == 2
-    assert done.stderr.count("no space left on device") == 4  # two workers, twice
+    # Twice, of two workers: the second need not have come to its last words when the first has failed.
+    assert 2 <= done.stderr.count("no space left on device") <= 4
     assert done.stderr.splitlines()[-1].startswith("error: slice: the command failed 2 times")
     assert len(cloud.queued("create")) == 1
 

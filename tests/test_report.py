@@ -190,5 +190,5 @@ def test_public_measurements_are_reported(tmp_path):
     from analysis import table as tables
 
     made = report.write(tables.load(QUEST), tmp_path, bootstrap=0, names=("chinchilla", "precision"))
-    assert made.index.exists() and len(made.evidence.fits) == 2
+    assert made.index.exists() and {"chinchilla", "precision"} <= set(made.evidence.fits)
     assert next(f for f in made.findings if f.key == "F1").verdict == findings.UNDECIDED

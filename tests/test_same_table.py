@@ -186,7 +186,7 @@ def test_a_bootstrap_of_too_few_models_says_so_and_gives_no_interval():
     assert "are of 3" in why and "at least 5" in why
     found = fit("ptq", one_name, starts=4, bootstrap_resamples=40, profile=False)
     assert found.ci == {} and found.samples == {} and found.notes[0] == why
-    assert found.reporting["intervals"] == "none (no bootstrap)"
+    assert found.reporting["intervals"] == "none (no bootstrap draws)"
     assert too_few_runs(set_up("ptq", load(clean))) is None
 
 

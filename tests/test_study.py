@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -141,8 +142,14 @@ def test_only_what_is_missing_is_measured(workdir_of_two, study_config, finished
     assert trained == results.read_rows(finished_study[1] / "runs" / lost.id, "trained")
 
 
-def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(finished_study, study_config):
-    _, workdir = finished_study
+@pytest.fixture
+def copied_study(finished_study, tmp_path):
+    """Workdir of a copy of the finished study, which tests in other processes leave alone."""
+    return shutil.copytree(finished_study[1], tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(copied_study, study_config):
+    workdir = copied_study
     before = files(workdir)
     for key, value in (("optimizer.peak_rate", 1e-3), ("evaluate.sequences", 4), ("model.width", 8)):
         other = study_config.copy_and_resolve_references()
@@ -153,8 +160,8 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(finished_study
     assert files(workdir) == before
 
 
-def test_options_that_change_no_number_may_change(finished_study, study_config):
-    _, workdir = finished_study
+def test_options_that_change_no_number_may_change(copied_study, study_config):
+    workdir = copied_study
     other = study_config.copy_and_resolve_references()
     other.update_from_flattened_dict(
         {"train.log_every": 7, "train.checkpoint_seconds": 5.0, "ptq.bits": (6,), "study.lanes": 1}
