@@ -162,7 +162,8 @@ def compute_optimal(evidence: Evidence) -> Figure:
     last.set_title("precision P* (bits)")
     last.set_ylim(2, 17)
     _frame(last, flops, spent)
-    last.legend(loc="upper left")
+    if asked:
+        last.legend(loc="upper left")
     forced = [f.law for f in asked if laws.get(f.law).by_form == FIXED_OPTIMUM]
     form = f"One P* at every budget follows from the form of {', '.join(forced)}." if forced else ""
     return say(
