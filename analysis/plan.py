@@ -116,7 +116,7 @@ def plan(
     without = [one.name for one in listed if one.name not in {option.fmt.name for option in near}]
     uninformed = surfaces.uninformed_parts(surface.fit) if parts is None else ()
     words = warnings(chosen, budget, far, uninformed, spans.loss is not None)
-    return dataclasses.replace(found, warnings=[*words, *text.about_formats(surface, budget, near, without)])
+    return dataclasses.replace(found, warnings=[*words, *text.about_formats(budget, without)])
 
 
 def _with_parts(surface: Surface, parts: Sequence[str] | None) -> Surface:

@@ -13,8 +13,6 @@ from analysis.wording import count_label, interval_text
 if TYPE_CHECKING:
     from analysis.optimum import Budget
     from analysis.plan import Plan
-    from analysis.planning.options import Option
-    from analysis.surface import Surface
 
 OUTSIDE = "*"  # behind a number beyond the fit's table
 
@@ -118,12 +116,11 @@ def _format_row(row: dict) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def about_formats(surface: Surface, budget: Budget, listed: Sequence[Option], without: Sequence[str]) -> list[str]:
+def about_formats(budget: Budget, without: Sequence[str]) -> list[str]:
     """What the list of formats does not show. `without`: those for which there is no plan."""
-    found = []
-    if without and budget.memory_bytes is not None:
-        found.append(f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}")
-    return found
+    if not without or budget.memory_bytes is None:
+        return []
+    return [f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}"]
 
 
 def _serving(plan: Plan) -> list[str]:
