@@ -140,10 +140,6 @@ _FRACTION_NAMES = tuple(p.name for p in _FRACTIONS)
 _PRECISION_FORMULA = "L = A N_eff^-alpha + B D^-beta + E, N_eff = N f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)"
 
 
-def _share(p, c, xp):
-    return _capacity(p, c, xp)
-
-
 def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=None, biases=_BIASES, **plan) -> Law:
     needs = OUTER_NEEDS + fraction_needs() if needs is None else needs
     later = tuple(p.name for p in effects)
@@ -191,7 +187,7 @@ PRECISION = Law(
     needs=OUTER_NEEDS + fraction_needs(),
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _FRACTION_NAMES)),
     biases=_BIASES,
-    share=_share,
+    share=_capacity,
     by_form=FIXED_OPTIMUM,
 )
 UNIFIED = Law(
@@ -214,7 +210,7 @@ UNIFIED = Law(
         LawStage("delta", tuple(p.name for p in _PTQ) + tuple(f"C_{x}" for x in PARTS)),
     ),
     biases=_BIASES,
-    share=_share,
+    share=_capacity,
     by_form=FIXED_OPTIMUM,
 )
 D_EFF = _alternative(
@@ -227,7 +223,7 @@ N_AND_D_EFF = _alternative(
     "n_and_d_eff",
     "L = A N_eff^-alpha + B D_eff^-beta + E, the same f_w f_a f_kv on N and on D",
     _n_and_d_eff,
-    share=_share,
+    share=_capacity,
     by_form=FIXED_OPTIMUM,
 )
 N_AND_D_EFF_UNTIED = _alternative(
@@ -237,7 +233,7 @@ N_AND_D_EFF_UNTIED = _alternative(
     _FRACTIONS + fraction_parameters({}, suffix="_D"),
     OUTER_NEEDS + fraction_needs() + fraction_needs(suffix="_D"),
     _BIASES + tuple(f"{n}_D" for n in _BIASES),
-    share=_share,
+    share=_capacity,
     holds=("n_and_d_eff",),
     by_form=FIXED_OPTIMUM,
 )
