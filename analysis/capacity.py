@@ -13,6 +13,7 @@ from analysis.law import (
     FIXED_OPTIMUM,
     HIGH_PRECISION_BITS,
     OUTER_NEEDS,
+    PARTS,
     PRECISION_COLUMNS,
     Law,
     LawError,
@@ -23,7 +24,6 @@ from analysis.law import (
     outer_exponent,
 )
 
-PARTS = ("w", "a", "kv")
 FORWARD, BACKWARD = "eff_", "eff_D_"  # eff_w4_a4 multiplies N; eff_D_g4 multiplies D (gradients of 4 bits)
 
 

@@ -16,7 +16,8 @@ Values = Mapping[str, Any]
 LogFunction = Callable[[Values, Values, Any], Any]
 
 HIGH_PRECISION_BITS = 16.0
-PRECISION_COLUMNS = ("P_w", "P_a", "P_kv")
+PARTS = ("w", "a", "kv")
+PRECISION_COLUMNS = tuple(f"P_{x}" for x in PARTS)
 AFTER_PTQ = ("P_post", "s_post")  # columns that are empty (NaN) before PTQ
 MIN_FRACTION = 1e-3  # f_x is clipped here: below its zero the paper's runs diverge, and log f must stay finite
 
@@ -223,7 +224,7 @@ OUTER_NEEDS = (*CHINCHILLA_NEEDS, Need("N", 2, ("g",)), Need("D", 2, ("g",)))  #
 
 
 def fraction_parameters(
-    published: Mapping[str, float], parts: tuple[str, ...] = ("w", "a", "kv"), suffix: str = ""
+    published: Mapping[str, float], parts: tuple[str, ...] = PARTS, suffix: str = ""
 ) -> tuple[Parameter, ...]:
     """gamma_x and n_x of f_x for every part, with the values that make f_x = 1 as the held ones."""
     out = []
@@ -234,7 +235,7 @@ def fraction_parameters(
     return tuple(out)
 
 
-def fraction_needs(parts: tuple[str, ...] = ("w", "a", "kv"), suffix: str = "") -> tuple[Need, ...]:
+def fraction_needs(parts: tuple[str, ...] = PARTS, suffix: str = "") -> tuple[Need, ...]:
     """Two precisions of a part inform one of gamma_x and n_x, three inform both."""
     one = tuple(Need(f"P_{x}", 2, (f"gamma_{x}{suffix}", f"n_{x}{suffix}")) for x in parts)
     two = tuple(Need(f"P_{x}", 3, (f"n_{x}{suffix}",)) for x in parts)

@@ -13,6 +13,7 @@ from analysis.law import (
     HIGH_PRECISION_BITS,
     MIN_FRACTION,
     OUTER_NEEDS,
+    PARTS,
     PRECISION_COLUMNS,
     Law,
     LawError,
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 PAPER = "Kumar et al., arXiv 2411.04330"
-PARTS = ("w", "a", "kv")
 # Table 2 of the paper, alpha = beta tied. C_w, C_a, C_kv of the unified law are not published.
 PUBLISHED = {
     **{"A": 4299.0, "alpha": 0.4965, "B": 18060.0, "beta": 0.4965, "E": 2.7648},

@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis.law import (
     OUTER_NEEDS,
+    PARTS,
     Law,
     LawStage,
     Need,
@@ -19,7 +20,6 @@ from analysis.law import (
     outer_exponent,
 )
 
-PARTS = ("w", "a", "kv")
 STEPS = tuple(f"s_{x}" for x in PARTS)
 SOURCE = "this project"
 

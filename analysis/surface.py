@@ -16,12 +16,11 @@ import numpy as np
 from analysis import derived, laws
 from analysis import fit as fits
 from analysis.fit import Fit
-from analysis.law import HIGH_PRECISION_BITS, Law
+from analysis.law import HIGH_PRECISION_BITS, PARTS, Law
 from analysis.table import FORMAT_COLUMNS
 from precision_scaling.errors import UserError
 from precision_scaling.formats import Format
 
-PARTS = ("w", "a", "kv")
 READ_OF_FORMAT = ("s_", "gmse_")  # how columns begin that a format determines beyond its bits
 PLANNED = ("N", "D", "P_w", "P_a", "P_kv", "P_post")  # columns that a plan chooses
 PAPER_RANGES = {
