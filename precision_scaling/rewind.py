@@ -15,16 +15,20 @@ FILE = "rewinds.json"
 
 def left_out(run_directory: Path) -> tuple[int, ...]:
     """The batches of its stream that a run leaves out, in their order. UserError for what was not written here."""
-    return tuple(sorted(rewind["batch"] for rewind in _read(run_directory)))
+    return _batches(_read(run_directory))
 
 
 def leave_out(run_directory: Path, step: int) -> int:
     """Records that a run goes back to do a step (counted from 0) without its batch; returns the batch's number."""
     path = run_directory / FILE
     rewinds = _read(run_directory)
-    batch = batch_of(step, left_out(run_directory))
+    batch = batch_of(step, _batches(rewinds))
     files.write_sealed(path, {"rewinds": [*rewinds, {"step": step, "batch": batch}]})
     return batch
+
+
+def _batches(rewinds: list[dict[str, Any]]) -> tuple[int, ...]:
+    return tuple(sorted(rewind["batch"] for rewind in rewinds))
 
 
 def _read(run_directory: Path) -> list[dict[str, Any]]:
