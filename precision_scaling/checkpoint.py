@@ -230,8 +230,7 @@ class CohortCheckpoints:
 
 def _lanes(path: Path) -> list[dict[str, Any]]:
     try:
-        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
-        lanes = found if isinstance(found, list) else found["lanes"]
+        lanes = files.read_sealed_list(path, "lanes")
         if not lanes or not all({"run", "step"} <= set(lane) for lane in lanes):
             raise ValueError("not a list of lanes")
         return lanes

@@ -137,6 +137,15 @@ def read_sealed(path: Path, older: Callable[[Any], bool] = lambda found: False) 
     return found
 
 
+def read_sealed_list(path: Path, name: str) -> Any:
+    """What `write_sealed` wrote under `name`; before there were fingerprints, such a list was the whole file.
+
+    Raises: what `read_sealed` does; KeyError or TypeError where the record has no such name.
+    """
+    found = read_sealed(path, older=lambda found: isinstance(found, list))
+    return found if isinstance(found, list) else found[name]
+
+
 def fingerprint(plain: Any) -> str:
     """16 hex digits that stand for a value of JSON, however it is laid out."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -71,8 +71,7 @@ def _path(run_directory: Path, measurement: str) -> Path:
 
 def _load(path: Path) -> list[dict[str, Any]]:
     try:
-        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
-        rows = found if isinstance(found, list) else found["rows"]
+        rows = files.read_sealed_list(path, "rows")
         if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
             raise ValueError("no list of rows")
         measurement = path.stem.removeprefix("rows-")

@@ -36,8 +36,7 @@ def _read(run_directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = files.read_sealed(path, older=lambda found: isinstance(found, list))
-        rewinds = found if isinstance(found, list) else found["rewinds"]
+        rewinds = files.read_sealed_list(path, "rewinds")
         left_out: list[int] = []
         for rewind in rewinds:
             if rewind["batch"] != batch_of(rewind["step"], tuple(sorted(left_out))):
