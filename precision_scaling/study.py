@@ -45,6 +45,7 @@ from precision_scaling.experiment import WHOLE, Cohort, Experiment, Run, Share
 from precision_scaling.profiling import Profile
 from precision_scaling.progress import progress_bar
 from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.quantize import Program
 from precision_scaling.stopping import Stop
 
 
@@ -96,7 +97,9 @@ def train_missing(
     with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
-            record = functools.partial(_record, bench, group, written)
+            program = group.program.evaluation()
+            evaluate = bench_lib.evaluator(bench, group.shape, program)
+            record = functools.partial(_record, bench, program, evaluate, written)
             cohort.train_cohort(
                 group,
                 bench.experiment.optimizer,
@@ -115,18 +118,19 @@ def train_missing(
                 results.gather(bench.workdir)
 
 
-def _record(bench: Bench, group: Cohort, written: list[Run], finished: Finished) -> Callable[[], None]:
+def _record(
+    bench: Bench, program: Program, evaluate: Callable, written: list[Run], finished: Finished
+) -> Callable[[], None]:
     """Evaluates a run that has ended and begins to write its checkpoint.
 
     Returns what ends that, writes the row and adds the run to `written`.
     """
     run, left_out = finished.run, {"batches_left_out": finished.left_out}
-    program = group.program.evaluation()
     if finished.diverged_step is not None:
         row = bench_lib.row(bench, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
         end_save = lambda: None
     else:
-        loss = bench_lib.evaluator(bench, group.shape, program)(finished.params, table_of(run, program))
+        loss = evaluate(finished.params, table_of(run, program))
         end_save = checkpoint.begin_save(bench.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
         row = bench_lib.row(bench, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)

@@ -335,7 +335,9 @@ def trained(tiny_config, tmp_path_factory):
     (run,) = group.runs
     assert run.shape.model.residual_scale != 1 and run.shape.model.logit_scale != 1
     params = jax.jit(lambda: model.init(run.shape.model, jax.random.key(0)))()
-    study._record(bench, group, [], Finished(run, params, None))()
+    program = group.program.evaluation()
+    evaluate = bench_lib.evaluator(bench, group.shape, program)
+    study._record(bench, program, evaluate, [], Finished(run, params, None))()
     (row,) = results.read_rows(bench.directory(run), "trained")
     return workdir, run, row
 
