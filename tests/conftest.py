@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -43,6 +44,18 @@ def _first(directory: Path):
         done = Path(f"{directory}.done")
         yield not done.exists()
         done.touch()
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The library, told to be quiet; tests that ask for it are skipped where it or torch is missing."""
+    pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = pytest.importorskip("transformers")
+    found.utils.logging.disable_progress_bar()
+    found.utils.logging.set_verbosity_error()
+    return found
 
 
 @pytest.fixture(scope="session")

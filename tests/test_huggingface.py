@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import struct
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -405,16 +404,6 @@ def test_commands_that_are_wrong_or_incomplete_are_told_in_one_line(run_command,
 
 
 # Against transformers
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = pytest.importorskip("transformers")
-    found.utils.logging.disable_progress_bar()
-    return found
 
 
 TOKENS = np.random.default_rng(1).integers(0, 29, (2, 12)).astype(np.int32)

@@ -3,7 +3,6 @@
 import functools
 import json
 import random
-import warnings
 from dataclasses import fields
 
 import jax
@@ -109,17 +108,6 @@ POOL = {
     "logit_scale": (2.0, ABSENT),
     "model_type": ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3"),
 }
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = pytest.importorskip("transformers")
-    found.utils.logging.disable_progress_bar()
-    found.utils.logging.set_verbosity_error()
-    return found
 
 
 def generic(rng, key, default):
