@@ -14,8 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from precision_scaling import files
-from precision_scaling.errors import DISK_ERRORS, HELP, UserError, help_text
+from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
+from precision_scaling.runtime.cli import DISK_ERRORS, HELP, help_text
 
 MOST_REPEATS = 100_000  # starts or resamples that a command takes
 

@@ -6,151 +6,18 @@ puts the paper's findings to the table (findings.json) and writes one self-conta
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import os
-import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from absl import flags
 
 from analysis import command
-from analysis import fit as fits
 from analysis import table as tables
-from analysis.compare import to_csv
-from analysis.evidence import Evidence, main_rows
-from analysis.figures.gallery import draw_all
-from analysis.findings import Finding, all_findings, growth_sentence
-from analysis.page import interval_of, notes_of, page
-from analysis.report_laws import COMPARED, LAWS, make
-from analysis.search import least_resamples
-from analysis.table import Table
-from analysis.wording import fixed
-from precision_scaling.errors import UserError
-from precision_scaling.files import atomic_write
-
-LEAST_RESAMPLES = least_resamples(0.95)
-LAW_FILES = tuple(f"fit_{name}.json" for name in dict.fromkeys((*LAWS, *(n for group in COMPARED for n in group))))
-PACKAGES = ("precision_scaling", "jax", "numpy", "scipy", "pandas", "matplotlib")
-
-
-class ReportError(UserError):
-    """A report that cannot be written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a report says, apart from its files."""
-
-    evidence: Evidence
-    findings: Sequence[Finding]
-    not_fitted: Mapping[str, str]
-    sentence: str
-    index: Path
-
-
-def write(
-    table: Table,
-    out: Path,
-    *,
-    bootstrap: int = 200,
-    seed: int = 0,
-    names: Sequence[str] = LAWS,
-    line: str = "",
-    tell: Callable[[str], None] = lambda text: None,
-    processes: int = 1,
-) -> Report:
-    """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance.
-
-    `tell` is given what the report says before anything is written. With two or more `processes` the main module of
-    the caller is imported again in each. Raises ReportError where `out` cannot be written.
-    """
-    began = time.monotonic()
-    main, method = main_rows(table)
-    made = make(main, names, bootstrap, seed, processes)
-    evidence = Evidence(main, made.fits, table, made.comparison, made.forecasts)
-    report = Report(evidence, all_findings(evidence), made.not_fitted, growth_sentence(evidence), out / "index.html")
-    tell(describe(report))
-    provenance = {
-        "command": line or "analysis.report.write",
-        "table": table.source,
-        "sha256 of the table": table.sha256 or "not from a file",
-        "PTQ method of the fits": method or "not named in the table",
-        "bootstrap resamples": str(bootstrap),
-        "seed": str(seed),
-        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "seconds": f"{time.monotonic() - began:.1f}",
-        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
-    }
-    try:
-        _write_files(report, provenance)
-    except OSError as err:
-        raise ReportError(f"--out={out} cannot be written: {err.strerror or err}") from None
-    return report
-
-
-def _write_files(report: Report, provenance: Mapping[str, str]) -> None:
-    """The fits, the comparison, the figures, the findings and the page; those of an earlier table that this one does
-    not give go."""
-    out, evidence = report.index.parent, report.evidence
-    out.mkdir(parents=True, exist_ok=True)
-    for name in LAW_FILES:
-        (out / name).unlink(missing_ok=True)
-    for name, fit in evidence.fits.items():
-        fit.save(out / f"fit_{name}.json")
-    if evidence.comparison is None:
-        (out / "compare.csv").unlink(missing_ok=True)
-    else:
-        atomic_write(out / "compare.csv", to_csv(evidence.comparison))
-    drawn = draw_all(evidence, out / "figures")
-    left_out = evidence.table.left_out
-    text = page(
-        evidence, drawn, report.findings, report.not_fitted, report.sentence, tables.describe(left_out), provenance
-    )
-    atomic_write(report.index, text)
-    record = {
-        "findings": [dataclasses.asdict(finding) for finding in report.findings],
-        "sentence": report.sentence,
-        "not_fitted": report.not_fitted,
-        "figures": {d.entry.name: d.skipped or [str(p.relative_to(out)) for p in d.paths] for d in drawn},
-        "left_out": dict(left_out),
-        "provenance": provenance,
-    }
-    atomic_write(out / "findings.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} not installed"
-
-
-def describe(report: Report) -> str:
-    """What the command prints: constants with R², the findings, and whether δ grew."""
-    lines = [f"rows: {tables.describe(report.evidence.table.left_out)}"]
-    for name, fit in report.evidence.fits.items():
-        lines.append(f"{name}: R² {fixed(fit.r2, 4)} on {fit.n} rows")
-        for parameter, value in fit.params.items():
-            if value is None:
-                lines.append(f"  {parameter:<10} not told by this table: {fit.refused.get(parameter, '')}")
-            elif parameter not in (fit.reporting.get("fixed") or {}):
-                ends = interval_of(fit, parameter)
-                interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)
-                lines.append(f"  {parameter:<10} {value:<11.5g} {interval and f'[{interval}]'}".rstrip())
-        lines += [f"  note: {note}" for note in notes_of(fit)]
-    lines += [f"{name}: not fitted: {why}" for name, why in report.not_fitted.items()]
-    lines += ["", *(f"{f.key}: {f.verdict}. {' '.join(f.by_table.split())}" for f in report.findings)]
-    lines += ["", report.sentence]
-    return "\n".join(lines)
-
+from analysis.fitting import options as options_lib
+from analysis.reporting.laws import LAWS
+from analysis.reporting.report import LAW_FILES, LEAST_RESAMPLES, ReportError, write
 
 FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -182,7 +49,7 @@ def main() -> None:
         )
     files = (*LAW_FILES, "compare.csv", "findings.json", "index.html")
     out = command.output("out", _OUT.value, files, reads=[_RUNS.value])
-    table = tables.load(_RUNS.value).where(**fits.pairs("where", _WHERE.value))
+    table = tables.load(_RUNS.value).where(**options_lib.pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
     processes = min(_PROCESSES.value, os.cpu_count() or 1)
     options = {"bootstrap": _BOOTSTRAP.value, "seed": _SEED.value, "names": _LAWS.value, "processes": processes}

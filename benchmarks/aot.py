@@ -15,7 +15,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from precision_scaling import errors
+from precision_scaling.runtime import cli
 
 _DEVICES = flags.DEFINE_integer("devices", 64, "Forced host devices.", lower_bound=1)
 _SIZES = flags.DEFINE_list("sizes", ["220M", "1.7B"], "Named sizes to compile.")
@@ -29,8 +29,8 @@ def _main(argv) -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES.value}"
     import jax
 
-    from configs import base
-    from precision_scaling import experiment, sharding
+    from precision_scaling.config import base, experiment
+    from precision_scaling.runtime import sharding
 
     config = _CONFIG.value
     layout = sharding.make_layout(config.mesh)
@@ -47,9 +47,11 @@ def _main(argv) -> None:
 def _report(size: str, jax, layout, resolved, group) -> None:
     import numpy as np
 
-    from precision_scaling import cohort, compilation, model, sharding
-    from precision_scaling import step as step_lib
-    from precision_scaling.step import RunInputs, Static
+    from precision_scaling.model import decoder
+    from precision_scaling.runtime import compilation, sharding
+    from precision_scaling.training import cohort
+    from precision_scaling.training import step as step_lib
+    from precision_scaling.training.step import RunInputs, Static
 
     shape, (run,) = group.shape, group.runs
     static = Static(shape.model, group.program, resolved.optimizer, shape.microbatches)
@@ -75,7 +77,7 @@ def _report(size: str, jax, layout, resolved, group) -> None:
     bytes_ = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     parts = layout.sizes["fsdp"] * layout.sizes["tensor"]
     gib = 2.0**30
-    non_embedding, parameters = model.count_parameters(shape.model)
+    non_embedding, parameters = decoder.count_parameters(shape.model)
     print(
         f"{size}: N = {non_embedding:,}, {parameters:,} parameters, {shape.model.dtype}, {run.precision.describe()}; "
         f"mesh {dict(layout.mesh.shape)}; traced in {traced:.1f} s, compiled in {seconds:.1f} s"
@@ -90,4 +92,4 @@ def _report(size: str, jax, layout, resolved, group) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    cli.run(_main)

@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from configs import base
-from precision_scaling import bench as bench_lib
-from precision_scaling import errors, model, results, study
-from precision_scaling.programs import programs_of
+from precision_scaling.config import base
+from precision_scaling.model import decoder
+from precision_scaling.runtime import cli
+from precision_scaling.study import evaluate, results, run_missing
+from precision_scaling.study.workspace import open_workspace
+from precision_scaling.training.compiled import compiled_cohort
 
 _SIZE = flags.DEFINE_string("size", "25k", "Size of the models.")
 _TOKENS = flags.DEFINE_list("tokens", ["100000", "200000"], "Token budgets.")
@@ -51,14 +53,14 @@ def measure(studies: list, clear: bool) -> tuple[float, dict[str, float]]:
         for i, one in enumerate(studies):
             if clear:
                 jax.clear_caches()
-                programs_of.cache_clear()
-                bench_lib._validation_loss.cache_clear()
+                compiled_cohort.cache_clear()
+                evaluate._validation_loss.cache_clear()
             start = time.perf_counter()
-            bench = bench_lib.open_bench(one, Path(directory) / str(i))
-            study.train_missing(bench)
+            workspace = open_workspace(one, Path(directory) / str(i))
+            run_missing.train_missing(workspace)
             seconds += time.perf_counter() - start
-            for run in bench.experiment.runs:
-                (row,) = results.read_rows(bench.directory(run), "trained")
+            for run in workspace.experiment.runs:
+                (row,) = results.read_rows(workspace.directory(run), "trained")
                 losses[run.id] = row["loss"]
     return seconds, losses
 
@@ -68,9 +70,9 @@ def main(argv) -> None:
     tokens, precisions = [int(float(text)) for text in _TOKENS.value], _PRECISIONS.value
     single = [(t, p) for p in precisions for t in tokens]
     whole = config(tokens, precisions, _LANES.value)
-    bench = bench_lib.open_bench(whole, Path(tempfile.mkdtemp()))  # the corpus is made before anything is timed
-    shape = bench.experiment.runs[0].shape
-    flops = model.training_flops_per_token(shape.model) * sum(run.tokens for run in bench.experiment.runs)
+    workspace = open_workspace(whole, Path(tempfile.mkdtemp()))  # the corpus is made before anything is timed
+    shape = workspace.experiment.runs[0].shape
+    flops = decoder.training_flops_per_token(shape.model) * sum(run.tokens for run in workspace.experiment.runs)
     print(f"{len(single)} runs of {_SIZE.value}, {flops:.2e} FLOPs, on {jax.devices()[0].device_kind}", flush=True)
     ways = {
         "cohort": ([whole], True),
@@ -98,4 +100,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -21,13 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from configs import base
-from precision_scaling import compilation, errors, files, optimizer, quantize, schedule, sizes
-from precision_scaling import step as step_lib
+from precision_scaling.config import base
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import prepare
-from precision_scaling.model import Block, Decoder, ModelConfig
-from precision_scaling.step import RunInputs, Static
+from precision_scaling.model import sizes
+from precision_scaling.model.decoder import Block, Decoder, ModelConfig
+from precision_scaling.quantize import aqt
+from precision_scaling.quantize import static as static_lib
+from precision_scaling.runtime import cli, compilation, files
+from precision_scaling.training import optimizer, schedule
+from precision_scaling.training import step as step_lib
+from precision_scaling.training.step import RunInputs, Static
 
 _OUT = flags.DEFINE_string("out", "docs/coordinate_check.png", "The figure.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Initializations that the check averages over; the transfer test has two.")
@@ -69,8 +73,8 @@ def activations(config: ModelConfig, params, initial_head, tokens_BxS) -> tuple[
 
     def layer(x_BxSxD, block):
         seen = {}
-        with quantize.observed(lambda name, x, x_q, saturated: seen.update({name: x})):
-            x_BxSxD = Block(config, quantize.UNQUANTIZED).apply({"params": block}, x_BxSxD, None)
+        with aqt.observed(lambda name, x, x_q, saturated: seen.update({name: x})):
+            x_BxSxD = Block(config, static_lib.UNQUANTIZED).apply({"params": block}, x_BxSxD, None)
         return x_BxSxD, jnp.tril(jnp.einsum("blhk,bmhk->bhlm", seen["q"], seen["k"]))
 
     x_BxSxD, scores_LxBxHxSxS = jax.lax.scan(layer, apply(tokens_BxS, method="embed"), params["layers"]["block"])
@@ -86,7 +90,7 @@ def rms(x) -> jax.Array:
 
 def coordinates(config: ModelConfig, tokens_TxBxS1, probe_BxS) -> np.ndarray:
     """Sizes of `QUANTITIES` and of their changes since t = 0, after each step: (2, T + 1, 4), means over the seeds."""
-    static = Static(config, quantize.UNQUANTIZED, ADAMW)
+    static = Static(config, static_lib.UNQUANTIZED, ADAMW)
     constant = schedule.of("constant", _RATE.value, 1000, 1, 0)
 
     def trajectory(seed):
@@ -166,7 +170,7 @@ def draw(found, path: str) -> None:
 
 def losses(config: ModelConfig, loader: Loader) -> np.ndarray:
     """Validation loss at each of `RATES`, mean over two seeds; all of them train at once."""
-    static, steps, seeds = Static(config, quantize.UNQUANTIZED, ADAMW), _TRANSFER_STEPS.value, 2
+    static, steps, seeds = Static(config, static_lib.UNQUANTIZED, ADAMW), _TRANSFER_STEPS.value, 2
     rates = np.repeat(np.asarray(RATES, np.float32), seeds)
     schedules = [schedule.of("cosine", rate, steps, steps // 10, 0) for rate in rates]
     inputs = RunInputs({}, jax.tree.map(lambda *lanes: np.stack(lanes), *schedules))
@@ -214,4 +218,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

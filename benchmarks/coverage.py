@@ -1,7 +1,7 @@
 """How often the 95 % bootstrap interval of each constant holds the truth: `python -m benchmarks.coverage
 --laws=ptq,chinchilla`.
 
-Each repeat draws a table of the law's own grid (analysis/synthetic.py) with fresh noise, fits it and resamples its
+Each repeat draws a table of the law's own grid (analysis/laws/synthetic.py) with fresh noise, fits it and resamples its
 runs. With 200 repeats a true 95 % comes out between 91.5 and 98 % nineteen times in twenty. Tables of a law share
 their shape, so that only its first repeat compiles; with --out every repeat is written at once, and a second call
 goes on where the first was stopped.
@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from analysis import laws, synthetic
-from analysis.problem import Options, set_up
-from analysis.search import bootstrap, search
-from precision_scaling import errors, files
-from precision_scaling.progress import progress_bar
+from analysis import laws
+from analysis.fitting.multistart import bootstrap, search
+from analysis.fitting.problem import Options, set_up
+from analysis.laws import synthetic
+from precision_scaling.runtime import cli, files
+from precision_scaling.runtime.progress import progress_bar
 
 _LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.")
 _REPEATS = flags.DEFINE_integer("repeats", 200, "Tables per law.", lower_bound=1)
@@ -72,4 +73,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

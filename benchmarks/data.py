@@ -17,12 +17,12 @@ from collections.abc import Callable
 import numpy as np
 from absl import flags
 
-from configs import base
-from precision_scaling import errors
-from precision_scaling.data import corpora, tokens
+from precision_scaling.config import base
+from precision_scaling.data import source_files, tokens
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.parts import TokenParts, digests
+from precision_scaling.runtime import cli
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe:8192", "bpe:VOCAB or file:PATH.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens in a window.", lower_bound=1)
@@ -69,7 +69,7 @@ def main(_) -> None:
 
 def measure_tokenizer(tokenizer: tokenizers.LearnedTokenizer) -> None:
     """Every eighth source of the standard library, by words and by the library."""
-    documents = [content for _, content in corpora.source_files(sysconfig.get_path("stdlib"))][::8]
+    documents = [content for _, content in source_files.source_files(sysconfig.get_path("stdlib"))][::8]
     documents = [document for document in documents if document.decode("utf-8", "replace").encode() == document]
     size = sum(map(len, documents)) / 1e6
     texts = [document.decode() for document in documents]
@@ -124,4 +124,4 @@ def _mapped(path: str, stream: np.ndarray) -> np.memmap:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -15,12 +15,13 @@ import numpy as np
 from absl import flags
 from scipy import optimize
 
-from analysis import laws, synthetic
+from analysis import laws
 from analysis import table as tables
-from analysis.identify import identify
-from analysis.problem import set_up
-from analysis.search import bootstrap, search, start_grid
-from precision_scaling import errors, files
+from analysis.fitting.identifiability import identify
+from analysis.fitting.multistart import bootstrap, search, start_grid
+from analysis.fitting.problem import set_up
+from analysis.laws import synthetic
+from precision_scaling.runtime import cli, files
 
 _SHARE = flags.DEFINE_float(
     "scipy_share", 1 / 15, "Share of the starts that SciPy runs.", lower_bound=0.001, upper_bound=1
@@ -137,4 +138,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -22,21 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from precision_scaling import errors, sizes
-from precision_scaling import model as model_lib
-from precision_scaling.model import Block, ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.model import decoder, sizes
+from precision_scaling.model.decoder import Block, ModelConfig
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
 from precision_scaling.ptq.setting import Setting
-from precision_scaling.quantize import UNQUANTIZED
-from precision_scaling.sharding import local_layout
-from precision_scaling.step import Static
+from precision_scaling.quantize.static import UNQUANTIZED
+from precision_scaling.runtime import cli
+from precision_scaling.runtime.sharding import local_layout
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import Static
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("large", False, "also 4096 x 4096: minutes on a small CPU, and never in the plain version there")
 flags.DEFINE_bool("plain", True, "also the plain column-by-column version, for the ratio")
-flags.DEFINE_string("model", "", "a size of precision_scaling.sizes: times that whole model instead of layers")
+flags.DEFINE_string("model", "", "a size of precision_scaling.model.sizes: times that whole model instead of layers")
 flags.DEFINE_integer("sequences", 16, "calibration sequences of --model", lower_bound=1)
 flags.DEFINE_integer("length", 512, "tokens of each", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bound=1)
@@ -95,7 +95,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     shape = sizes.named(size)
     config = ModelConfig(257, shape.width, shape.depth, shape.heads, shape.hidden, length, shape.width, shape.depth)
     static = Static(config, UNQUANTIZED, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
-    params = jax.jit(lambda: model_lib.init(config, jax.random.key(0)))()
+    params = jax.jit(lambda: decoder.init(config, jax.random.key(0)))()
     tokens_NxS = np.random.default_rng(0).integers(0, 257, (sequences, length)).astype(np.int32)
     batch = next(b for b in (4, 2, 1) if sequences % b == 0)
 
@@ -143,7 +143,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     summed = summing(inputs)
     solving, _ = compiled(solved, kernels, summed)
     parts = fastest((passing, summing, solving), ((block, x_CxBxSxD), (inputs,), (kernels, summed)), FLAGS.repeats)
-    non_embedding, _ = model_lib.count_parameters(config)
+    non_embedding, _ = decoder.count_parameters(config)
     print(f"{size}: {non_embedding:,} parameters, {sequences} x {length} = {sequences * length:,} calibration tokens")
     print(
         f"whole model {again:.2f} s, the first time {first:.2f} s with compilation; of one layer times {config.depth}:"
@@ -199,4 +199,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from precision_scaling import compilation, errors, formats, model, optimizer, schedule, sharding, sizes
-from precision_scaling import step as step_lib
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
-from precision_scaling.feed import Chunk, Feed
-from precision_scaling.quantize import Operand, Program
-from precision_scaling.step import RunInputs, Static
+from precision_scaling.model import decoder, sizes
+from precision_scaling.numerics import formats
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.runtime import cli, compilation, sharding
+from precision_scaling.training import optimizer, schedule, step
+from precision_scaling.training.feed import Chunk, Prefetcher
+from precision_scaling.training.step import RunInputs, Static
 
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000_000, "Tokens in the file, two bytes each.", lower_bound=100_000)
 _SIZE = flags.DEFINE_string("size", "1M", "Named size of the model.")
@@ -63,7 +65,7 @@ def _main(argv) -> None:
 
 def _compare(corpus: Corpus) -> None:
     size = sizes.named(_SIZE.value)
-    shape = model.ModelConfig(
+    shape = decoder.ModelConfig(
         vocab_size=VOCABULARY,
         width=size.width,
         depth=size.depth,
@@ -73,15 +75,18 @@ def _compare(corpus: Corpus) -> None:
         base_width=size.width,
         base_depth=size.depth,
     )
-    program = Program(
-        tuple((name, Operand(formats.parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "wakv")
+    program = StaticPrecision(
+        tuple(
+            (name, StaticQuantizer(formats.parse("int4").kind, "channel" if name == "w" else "tensor"))
+            for name in "wakv"
+        )
     )
     static = Static(shape, program, optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
     table = {name: jax.tree.map(lambda x: np.asarray(x)[None], formats.parse("int4").grid()) for name in "wakv"}
     inputs = RunInputs(table, jax.tree.map(lambda x: x[None], schedule.of("cosine", 1e-3, 10_000, 10, 0)))
     layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     loader = Loader(corpus, _SEQUENCE.value, _BATCH.value)
-    feed = Feed(loader, layout, lanes=1, microbatches=1, max_steps=_STEPS.value)
+    feed = Prefetcher(loader, layout, lanes=1, microbatches=1, max_steps=_STEPS.value)
     steps, length = feed.max_steps, _SEQUENCE.value
     held = jnp.asarray(np.asarray(corpus.train[:100_000_000]))
     part = Corpus(corpus.train[: held.size], corpus.validation, VOCABULARY, 0, Path(), {})
@@ -89,7 +94,7 @@ def _compare(corpus: Corpus) -> None:
 
     def fed(state, inputs, tokens_TxRxMxBxS1):
         fetch = lambda t: jax.lax.dynamic_index_in_dim(tokens_TxRxMxBxS1, t, 0, keepdims=False).astype(jnp.int32)
-        return step_lib.train_chunk(static, state, inputs, fetch, steps, steps)
+        return step.train_chunk(static, state, inputs, fetch, steps, steps)
 
     def gathered(state, inputs, corpus, index_TxB):
         window = lambda i: jax.lax.dynamic_slice(corpus, (i * length,), (length + 1,))
@@ -98,9 +103,9 @@ def _compare(corpus: Corpus) -> None:
             index_B = jax.lax.dynamic_index_in_dim(index_TxB, t, 0, keepdims=False)
             return jax.vmap(window)(index_B).astype(jnp.int32)[None]
 
-        return step_lib.train_chunk(static, state, inputs, fetch, steps, steps)
+        return step.train_chunk(static, state, inputs, fetch, steps, steps)
 
-    initialize = compilation.jit(functools.partial(step_lib.init_state, static), level=1)
+    initialize = compilation.jit(functools.partial(step.init_state, static), level=1)
     states = {name: jax.tree.map(lambda x: x[None], initialize(0)) for name in ("fed", "gathered")}
     programs = {name: compilation.jit(f, donate_argnums=0) for name, f in (("fed", fed), ("gathered", gathered))}
     seconds: dict[str, list[float]] = {name: [] for name in states}
@@ -151,4 +156,4 @@ def _compare(corpus: Corpus) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    cli.run(_main)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from precision_scaling import errors
+from precision_scaling.runtime import cli
 
 _KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -114,7 +114,7 @@ def parameters(run: Path) -> list[bytes]:
 
 def _main(argv) -> None:
     del argv
-    from precision_scaling import study  # noqa: F401  imported once, for all processes
+    from precision_scaling.study import __main__  # noqa: F401  imported once, for all processes
 
     logging.set_verbosity(logging.WARNING)
     kills, moments = _KILLS.value, random.Random(_SEED.value)
@@ -156,4 +156,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    cli.run(_main)

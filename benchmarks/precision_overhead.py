@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from configs import base
-from precision_scaling import compilation, errors, experiment, precision
-from precision_scaling import step as step_lib
-from precision_scaling.cohort import table_of
+from precision_scaling.config import base, experiment
 from precision_scaling.errors import ConfigError
+from precision_scaling.quantize import native
+from precision_scaling.runtime import cli, compilation
+from precision_scaling.training import step as step_lib
+from precision_scaling.training.cohort import table_of
 
-_SIZE = flags.DEFINE_string("size", "1M", "Model size, as in precision_scaling/sizes.py.")
+_SIZE = flags.DEFINE_string("size", "1M", "Model size, as in precision_scaling/model/sizes.py.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per step.")
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 128, "Tokens per sequence.")
@@ -59,7 +60,7 @@ def _compile(text: str):
     resolved = experiment.resolve(config, 256)
     (group,) = resolved.cohorts
     (run,) = group.runs
-    precision.check_device(run.precision)
+    native.check_device(run.precision)
     static = step_lib.Static(group.shape.model, group.program, resolved.optimizer)
     inputs = step_lib.RunInputs(table_of(run, group.program), run.schedule, np.int32(0))
     tokens = np.random.default_rng(0).integers(0, 256, (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value + 1)).astype(np.int32)
@@ -103,4 +104,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    cli.run(_main)

@@ -19,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from precision_scaling import compilation, errors, formats, model, optimizer, quantize, schedule, sizes
-from precision_scaling import step as step_lib
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.model import decoder, sizes
+from precision_scaling.numerics import formats
+from precision_scaling.quantize import static as static_lib
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.runtime import cli, compilation
+from precision_scaling.training import optimizer, schedule, step
 
 _SIZE = flags.DEFINE_string("size", None, "Named size; default 1M on a CPU, 110M elsewhere.")
 _DEPTH = flags.DEFINE_integer("depth", 0, "Layers; 0: by size.")
@@ -34,16 +37,18 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Default floa
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of the quantized program.")
 _VOCAB = flags.DEFINE_integer("vocab_size", 257, "Vocabulary.")
 
-PAPER = Program(
-    tuple((name, Operand(formats.parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "wakv")
+PAPER = StaticPrecision(
+    tuple(
+        (name, StaticQuantizer(formats.parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "wakv"
+    )
 )
 
 
-def _model() -> model.ModelConfig:
+def _model() -> decoder.ModelConfig:
     on_cpu = jax.default_backend() == "cpu"
     size = sizes.named(_SIZE.value or ("1M" if on_cpu else "110M"))
     depth = _DEPTH.value or size.depth
-    return model.ModelConfig(
+    return decoder.ModelConfig(
         vocab_size=_VOCAB.value,
         width=size.width,
         depth=depth,
@@ -59,23 +64,23 @@ def _model() -> model.ModelConfig:
 class Measured:
     """One program, its state and the times of its repeats."""
 
-    def __init__(self, config: model.ModelConfig, program: Program, bits: int):
+    def __init__(self, config: decoder.ModelConfig, program: StaticPrecision, bits: int):
         lanes = _LANES.value
         adamw = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
-        static = step_lib.Static(config, program, adamw)
+        static = step.Static(config, program, adamw)
         table = {name: formats.parse(bits).grid() for name, _ in program.operands}
         stacked = lambda tree: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], lanes, axis=0), tree)
-        self.inputs = step_lib.RunInputs(
+        self.inputs = step.RunInputs(
             table=stacked(table),
             schedule=stacked(schedule.of("cosine", 1e-3, 1000, 10, 0)),
         )
-        initialize = compilation.jit(functools.partial(step_lib.init_state, static), level=1)
+        initialize = compilation.jit(functools.partial(step.init_state, static), level=1)
         self.state = stacked(initialize(0))
         shape = (lanes, _BATCH.value, config.sequence_length + 1)
         self.tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape), jnp.int32)
 
         def train(state, inputs, tokens, steps):
-            return step_lib.train_chunk(static, state, inputs, lambda t: tokens, steps, _STEPS.value)
+            return step.train_chunk(static, state, inputs, lambda t: tokens, steps, _STEPS.value)
 
         started = time.perf_counter(), time.process_time()
         lowered = compilation.jit(train, donate_argnums=0).lower(self.state, self.inputs, self.tokens, _STEPS.value)
@@ -102,13 +107,13 @@ def _main(argv) -> None:
     programs = {
         "quantized": Measured(config, PAPER, _BITS.value),
         "passing": Measured(config, PAPER, 16),
-        "plain": Measured(config, quantize.UNQUANTIZED, 16),
+        "plain": Measured(config, static_lib.UNQUANTIZED, 16),
     }
     for i in range(_REPEATS.value + 1):
         for measured in programs.values():
             measured.repeat(counts=i > 0)
     tokens = _LANES.value * _BATCH.value * config.sequence_length * _STEPS.value
-    non_embedding, _ = model.count_parameters(config)
+    non_embedding, _ = decoder.count_parameters(config)
     print(
         f"{jax.devices()[0].device_kind}, N = {non_embedding:,}, {config.depth} layers, {config.dtype}, "
         f"{_LANES.value} lanes x {_BATCH.value} sequences x {config.sequence_length} tokens"
@@ -127,4 +132,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    cli.run(_main)

@@ -7,7 +7,7 @@
 Expected on two CPU cores: about half an hour, and losses that rise as bits fall, most where activations lose them.
 """
 
-from configs import base
+from precision_scaling.config import base
 
 FORMATS = ("int8", "int6", "int4", "int3", "e4m3fn", "e5m2", "e3m2", "e2m1", "mxfp8", "mxfp4", "nvfp4")
 SIZE = "1M"

@@ -4,12 +4,12 @@
 
 Sizes 30M to 220M, 1.5B to 26B tokens, one part of the precision varied at a time and all three together, every bf16 run
 quantized after training. The paper names its sizes by N alone and publishes neither shapes nor tokenizer: ours are in
-precision_scaling/sizes.py. Its corpus is Dolma v1.7 (--config.data.name=dolma, see docs/data.md, with
+precision_scaling/model/sizes.py. Its corpus is Dolma v1.7 (--config.data.name=dolma, see docs/data.md, with
 --config.data.tokenizer=file:gpt-neox/tokenizer.json); until one is named, the embedded one stands in. On one debugging
 GPU or a CPU, start with --config.train.batch_size=2 --config.study.lanes=1.
 """
 
-from configs import base
+from precision_scaling.config import base
 
 SIZES = ("30M", "60M", "110M", "220M")
 TOKENS = (1_500_000_000, 3_000_000_000, 6_000_000_000, 13_000_000_000, 26_000_000_000)

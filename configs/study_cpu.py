@@ -5,7 +5,7 @@
 Its table shows the paper's first finding: the loss from 3-bit post-training quantization grows with D/N at every N.
 """
 
-from configs import base
+from precision_scaling.config import base
 
 SIZES = ("14k", "25k", "55k")
 TOKENS = (125_000, 250_000, 500_000, 1_000_000)

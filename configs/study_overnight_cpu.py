@@ -12,7 +12,7 @@ be held to it.
 
 import random
 
-from configs import base
+from precision_scaling.config import base
 
 SIZES = ("14k", "25k", "55k", "100k")
 TOKENS = (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)  # D/N from 2 to 600

@@ -18,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import command_flags, compilation, errors, files, precision, quantize
-from precision_scaling.bench import Bench
+from precision_scaling.config import command_line
 from precision_scaling.errors import UserError
-from precision_scaling.experiment import Run
-from precision_scaling.model import Block, Decoder, ModelConfig
-from precision_scaling.precision import Spec
-from precision_scaling.quantize import Program
+from precision_scaling.model import contraction
+from precision_scaling.model.decoder import Block, Decoder, ModelConfig
+from precision_scaling.quantize import aqt, parsing, static
+from precision_scaling.quantize import operands as operands_lib
+from precision_scaling.quantize.spec import Precision
+from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.runtime import cli, compilation, files
+from precision_scaling.study.workspace import Workspace, reopen_workspace
+from precision_scaling.training.run import Run
 
 Place = tuple[str, str]  # a product of a block and one of its operands
 # The products of a block in the order in which data reaches them, with their operands.
@@ -55,7 +58,7 @@ def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
     return Sums(*counts, jnp.sum(jnp.square(x)), jnp.sum(jnp.square(x - x_q)))
 
 
-def measure(config: ModelConfig, program: Program, params: Any, table: Any, tokens_CxBxS) -> dict[Place, Sums]:
+def measure(config: ModelConfig, program: StaticPrecision, params: Any, table: Any, tokens_CxBxS) -> dict[Place, Sums]:
     """By (product, operand) of `PRODUCTS`, for those the program quantizes: sums over all batches, arrays (L,).
 
     Scales of activations are those of each batch, as in evaluation.
@@ -66,12 +69,12 @@ def measure(config: ModelConfig, program: Program, params: Any, table: Any, toke
     return {name: Sums(*map(total, one)) for name, one in named.items()}
 
 
-def _quantized(program: Program) -> list[Place]:
+def _quantized(program: StaticPrecision) -> list[Place]:
     return [(product, name) for product, name in PRODUCTS if program.get(name)]
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(config: ModelConfig, program: Program):
+def _compiled(config: ModelConfig, program: StaticPrecision):
     block = Block(config, program)
 
     def layer(table, x_BxSxD, params):
@@ -81,7 +84,7 @@ def _compiled(config: ModelConfig, program: Program):
             if saturated is not None:
                 seen.append((name, sums(x, x_q, saturated)))
 
-        with quantize.observed(observe):
+        with aqt.observed(observe):
             x_BxSxD = block.apply({"params": params}, x_BxSxD, table)
         assert [name for name, _ in seen] == [name for _, name in _quantized(program)]
         return x_BxSxD, tuple(found for _, found in seen)
@@ -101,7 +104,7 @@ def snr_db(signal: float, error: float) -> float | None:
     return 10 * float(np.log10(signal / error)) if signal > 0 and error > 0 else None
 
 
-def rows(spec: Spec, found: dict[Place, Sums]) -> list[dict[str, Any]]:
+def rows(spec: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]:
     """A row with `COLUMNS` for each layer and operand; shares are of the elements that are not zero."""
     lines = []
     for (product, name), one in found.items():
@@ -124,14 +127,14 @@ def rows(spec: Spec, found: dict[Place, Sums]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["layer"])
 
 
-def of_run(bench: Bench, run: Run, spec: Spec, sequences: int) -> list[dict[str, Any]]:
+def of_run(workspace: Workspace, run: Run, spec: Precision, sequences: int) -> list[dict[str, Any]]:
     """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
-    config, batch = run.shape.model, min(sequences, bench.experiment.config.evaluate.batch_size)
-    program = precision.program_of([spec], config.dtype).evaluation().simulated()
-    params = bench.parameters(run)
-    windows_NxS1 = bench.loader(run.shape).validation_windows(sequences // batch * batch)
+    config, batch = run.shape.model, min(sequences, workspace.experiment.config.evaluate.batch_size)
+    program = static.static_of([spec], config.dtype).evaluation().simulated()
+    params = workspace.parameters(run)
+    windows_NxS1 = workspace.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
-    return rows(spec, measure(config, program, params, spec.table(program), tokens_CxBxS))
+    return rows(spec, measure(config, program, params, program.grids(spec), tokens_CxBxS))
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
@@ -173,9 +176,9 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         drawing.savefig(file, format="png", dpi=110)
 
 
-def _trained(bench: Bench, wanted: str | None) -> list[Run]:
+def _trained(workspace: Workspace, wanted: str | None) -> list[Run]:
     """The runs with a checkpoint, or the one of that name."""
-    trained = [run for run in bench.experiment.runs if (bench.directory(run) / "checkpoint").exists()]
+    trained = [run for run in workspace.experiment.runs if (workspace.directory(run) / "checkpoint").exists()]
     chosen = [run for run in trained if wanted in (None, run.id)]
     if not chosen:
         names = ", ".join(run.id for run in trained) or "of which there is none"
@@ -193,32 +196,32 @@ def _weakest(lines: Sequence[dict[str, Any]]) -> str:
 
 def _main(argv) -> None:
     del argv
-    bench = bench_lib.reopen_bench(_WORKDIR.value)
-    available = bench.experiment.config.evaluate.sequences
+    workspace = reopen_workspace(_WORKDIR.value)
+    available = workspace.experiment.config.evaluate.sequences
     sequences = min(64, available) if _SEQUENCES.value is None else _SEQUENCES.value
     if sequences > available:
         raise UserError(f"--sequences={sequences}: allowed is 1 to {available}, config.evaluate.sequences")
     jobs = []
-    for run in _trained(bench, _RUN.value):
+    for run in _trained(workspace, _RUN.value):
         spec = run.precision
         if _PRECISION.value is not None:
-            spec = precision.parse(_PRECISION.value, bench.experiment.config.precision, "--precision")
-            precision.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
-        if any(spec.get(name) for name in quantize.OPERANDS):
+            spec = parsing.parse(_PRECISION.value, workspace.experiment.config.precision, "--precision")
+            contraction.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
+        if any(spec.get(name) for name in operands_lib.OPERANDS):
             jobs.append((run, spec))
     if not jobs:
         raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
     for run, spec in jobs:
         name = "layer-stats" + ("" if _PRECISION.value is None else f"-{_PRECISION.value.replace('/', '.')}")
-        path = bench.directory(run) / f"{name}.csv"
-        lines = of_run(bench, run, spec, sequences)
+        path = workspace.directory(run) / f"{name}.csv"
+        lines = of_run(workspace, run, spec, sequences)
         files.atomic_write(path, to_csv(lines))
         draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))
         print(f"{path}: {len(lines)} operands{_weakest(lines)}")
 
 
 if __name__ == "__main__":
-    _WORKDIR = command_flags.define_workdir("A workdir of train or study.")
+    _WORKDIR = command_line.define_workdir("A workdir of train or study.")
     _RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.")
     _PRECISION = flags.DEFINE_string(
         "precision", None, "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given."
@@ -227,4 +230,4 @@ if __name__ == "__main__":
         "sequences", None, "Held-out sequences that are followed, in whole batches; 64, if there are.", lower_bound=1
     )
     flags.mark_flags_as_required(["workdir"])
-    errors.run(_main)
+    cli.run(_main)

@@ -7,11 +7,14 @@ import contextlib
 
 from absl import flags
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import command_flags, errors, hosts, options, profiling, results, sinks, stopping, study
+from precision_scaling.config import command_line, options
 from precision_scaling.errors import ConfigError
-from precision_scaling.experiment import WHOLE
-from precision_scaling.profiling import Profile
+from precision_scaling.runtime import cli, hosts, profiling, stopping
+from precision_scaling.runtime.profiling import Profile
+from precision_scaling.study import results, run_missing
+from precision_scaling.study.workspace import open_workspace
+from precision_scaling.training import trackers
+from precision_scaling.training.run import WHOLE
 
 
 def _main(argv) -> None:
@@ -20,27 +23,27 @@ def _main(argv) -> None:
     options.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
-    sinks.check(config.train.sinks)
+    trackers.check(config.train.sinks)
     hosts.start()
-    bench = bench_lib.open_bench(config, workdir)
+    workspace = open_workspace(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
-    with study.at_work(workdir, WHOLE, _TIME_LIMIT.value) as stop, contextlib.closing(profile):
-        study.train_missing(bench, stop=stop, profile=profile)
+    with run_missing.at_work(workdir, WHOLE, _TIME_LIMIT.value) as stop, contextlib.closing(profile):
+        run_missing.train_missing(workspace, stop=stop, profile=profile)
     if not hosts.primary():
         return
     results.gather(workdir)
-    (run,) = bench.experiment.runs
-    (row,) = results.read_rows(bench.directory(run), "trained")
+    (run,) = workspace.experiment.runs
+    (row,) = results.read_rows(workspace.directory(run), "trained")
     outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
     print("".join(f"{line}\n" for line in profile.report()), end="")
-    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {bench.directory(run)}")
+    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workspace.directory(run)}")
 
 
 if __name__ == "__main__":
-    _CONFIG = command_flags.define_config()
-    _WORKDIR = command_flags.define_workdir("Directory of the run: checkpoint, metrics and runs.csv.")
+    _CONFIG = command_line.define_config()
+    _WORKDIR = command_line.define_workdir("Directory of the run: checkpoint, metrics and runs.csv.")
     _TIME_LIMIT = stopping.define_flag()
     _PROFILE = profiling.define_flag()
     hosts.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
-    errors.run(_main)
+    cli.run(_main)

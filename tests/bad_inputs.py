@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from configs import base
-from precision_scaling import files
+from precision_scaling.config import base
+from precision_scaling.runtime import files
 
 TRAIN, STUDY = "precision_scaling.train", "precision_scaling.study"
 PTQ, LAYER_STATS = "precision_scaling.ptq", "precision_scaling.layer_stats"

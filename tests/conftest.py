@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from precision_scaling.config import base
 
 ROOT = Path(__file__).parent.parent
 _WORDS = ("alpha", "beta", "count", "data", "edge", "field", "graph", "hash", "index", "join", "key", "line")
@@ -134,19 +134,19 @@ def study_config(tiny_config):
 
 @pytest.fixture(scope="session")
 def finished_study(study_config, session_directory):
-    """(bench, workdir) of that study, trained, quantized by rounding to nearest and gathered. Leave it as it is."""
-    from precision_scaling import bench as bench_lib
-    from precision_scaling import results, study
-    from precision_scaling.ptq.runs import quantize_missing
+    """(workspace, workdir) of that study, trained, quantized by rounding to nearest and gathered. Leave it as it is."""
+    from precision_scaling.study import results, run_missing
+    from precision_scaling.study.ptq import quantize_missing
+    from precision_scaling.study.workspace import open_workspace
 
     workdir = session_directory / "study"
     with _first(workdir) as first, _few_optimizations():
-        bench = bench_lib.open_bench(study_config, workdir)
+        workspace = open_workspace(study_config, workdir)
         if first:
-            study.train_missing(bench)
-            quantize_missing(bench, study_config.ptq.methods, study_config.ptq.bits)
+            run_missing.train_missing(workspace)
+            quantize_missing(workspace, study_config.ptq.methods, study_config.ptq.bits)
             results.gather(workdir)
-    return bench, workdir
+    return workspace, workdir
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +169,7 @@ def run_command(data_options, compilation_cache):
 
 @contextlib.contextmanager
 def _few_optimizations():
-    from precision_scaling import compilation
+    from precision_scaling.runtime import compilation
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compilation, "jit", lambda function, level=0, **options: jax.jit(function, **options))

@@ -16,7 +16,12 @@ import threading
 import time
 from pathlib import Path
 
-from precision_scaling import checkpoint, cohort, files, results, study  # noqa: F401  imported once, for all processes
+from precision_scaling.runtime import files
+from precision_scaling.study import (
+    __main__,  # noqa: F401  imported once, for all processes
+    results,
+)
+from precision_scaling.training import checkpoint, cohort
 
 
 def die() -> None:

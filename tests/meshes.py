@@ -18,16 +18,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from configs import base
-from precision_scaling import cohort, compilation, experiment, sharding, step
+from precision_scaling.config import base, experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
-from precision_scaling.programs import programs_of
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.setting import Setting
-from precision_scaling.quantize import UNQUANTIZED
-from precision_scaling.step import Static
-from precision_scaling.stopping import Stop
+from precision_scaling.quantize.static import UNQUANTIZED
+from precision_scaling.runtime import compilation, sharding
+from precision_scaling.runtime.stopping import Stop
+from precision_scaling.training import cohort, step
+from precision_scaling.training.compiled import compiled_cohort
+from precision_scaling.training.step import Static
 
 VOCABULARY = 64
 
@@ -60,7 +61,7 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     sharding.check(layout, c, [group.shape.model])
     loader = Loader(corpus(), c.model.sequence_length, c.train.batch_size)
     static = Static(group.shape.model, group.program, resolved.optimizer, c.train.microbatches)
-    programs = programs_of(static, layout, c.study.lanes)
+    programs = compiled_cohort(static, layout, c.study.lanes)
     state = programs.spread(programs.initialize(0))
     held = sharding.bytes_per_device((state.params, state.optimizer))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))

@@ -1,6 +1,7 @@
 """A command that prints its config, options of one line each: what the command line makes of a value."""
 
-from precision_scaling import command_flags, errors, options
+from precision_scaling.config import command_line, options
+from precision_scaling.runtime import cli
 
 
 def _main(argv) -> None:
@@ -12,5 +13,5 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = command_flags.define_config()
-    errors.run(_main)
+    _CONFIG = command_line.define_config()
+    cli.run(_main)

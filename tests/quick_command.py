@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from precision_scaling import compilation
+from precision_scaling.runtime import compilation
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base
-from precision_scaling import experiment, options, quantize
+from precision_scaling import quantize
+from precision_scaling.config import base, experiment, options
 from precision_scaling.errors import UserError
-from precision_scaling.formats import FormatError
+from precision_scaling.numerics.formats import FormatError
 from tests import forked
 from tests.bad_inputs import CASES, FAKE_QUANT, OPTIONS, RIGHT, STUDIED, TRAIN, ZERO_IS_RIGHT, Case, wrong_values
 

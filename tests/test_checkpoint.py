@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import checkpoint, files
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
+from precision_scaling.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from precision_scaling import checkpoint, formats, metrics_log
-from precision_scaling import cohort as cohort_lib
-from precision_scaling import model as model_lib
-from precision_scaling.cohort import Options
 from precision_scaling.data.loader import Loader
-from precision_scaling.model import Decoder
-from precision_scaling.programs import programs_of
-from precision_scaling.stopping import Stop, Stopped
+from precision_scaling.model import decoder
+from precision_scaling.model.decoder import Decoder
+from precision_scaling.numerics import formats
+from precision_scaling.runtime.stopping import Stop, Stopped
+from precision_scaling.training import checkpoint, cohort, metrics_log
+from precision_scaling.training import feed as feed_lib
+from precision_scaling.training import step as step_lib
+from precision_scaling.training.cohort import Options
+from precision_scaling.training.compiled import compiled_cohort
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +29,7 @@ OPTIONS = Options(lanes=2, log_every=1, checkpoint_seconds=1e9, steps_per_dispat
 
 
 def losses_of(workdir, run):
-    lines = (cohort_lib.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
+    lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
@@ -36,16 +38,16 @@ def losses_of(workdir, run):
 @pytest.fixture(scope="module")
 def train(finished_study):
     """Trains runs of the shared study's cohort together; returns {run: Finished} in the order in which they ended."""
-    bench, _ = finished_study
-    (group,) = bench.experiment.cohorts
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
 
     def train_together(runs, workdir, stop=None, ended=None, loader=None, then=lambda finished: None, **options):
         ended = {} if ended is None else ended
-        cohort_lib.train_cohort(
+        cohort.train_cohort(
             dataclasses.replace(group, runs=tuple(runs)),
-            bench.experiment.optimizer,
-            loader or bench.loader(group.shape),
-            bench.layout,
+            workspace.experiment.optimizer,
+            loader or workspace.loader(group.shape),
+            workspace.layout,
             workdir,
             "0of1",
             dataclasses.replace(OPTIONS, **options),
@@ -65,10 +67,10 @@ def by_name(runs, part):
 
 @pytest.mark.slow
 def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study):
-    bench, workdir = finished_study
-    run = by_name(bench.experiment.runs, "D768-bf16")
+    workspace, workdir = finished_study
+    run = by_name(workspace.experiment.runs, "D768-bf16")
     config = run.shape.model
-    params = jax.jit(lambda: model_lib.init(config, jax.random.key(run.seed)))()
+    params = jax.jit(lambda: decoder.init(config, jax.random.key(run.seed)))()
     first = jax.tree.map(np.zeros_like, params)
     second = first
 
@@ -88,7 +90,7 @@ def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study
     multiplier = (16 / 32) ** -1 * (2 / 2) ** -0.5  # base size 25k: width 32, depth 2
     losses = []
     for t in range(12):
-        loss, grads = loss_and_grads(params, bench.loader(run.shape).batch(run.seed, t))
+        loss, grads = loss_and_grads(params, workspace.loader(run.shape).batch(run.seed, t))
         losses.append(float(loss))
         grads = jax.tree.map(np.asarray, grads)
         norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in jax.tree.leaves(grads)))
@@ -109,20 +111,20 @@ def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study
 
 
 def test_precision_changes_the_losses_and_nothing_else_does(finished_study):
-    bench, workdir = finished_study
-    losses = {run.id: losses_of(workdir, run) for run in bench.experiment.runs}
-    long, short = (losses[by_name(bench.experiment.runs, f"{name}-bf16").id] for name in ("D768", "D448"))
+    workspace, workdir = finished_study
+    losses = {run.id: losses_of(workdir, run) for run in workspace.experiment.runs}
+    long, short = (losses[by_name(workspace.experiment.runs, f"{name}-bf16").id] for name in ("D768", "D448"))
     assert len(long) == 12 and len(short) == 7
     assert long[:2] == pytest.approx(short[:2], rel=1e-6) and long[6] != short[6]  # the schedules part after warm-up
-    first_losses = {run.id: losses[run.id][0] for run in bench.experiment.runs}
+    first_losses = {run.id: losses[run.id][0] for run in workspace.experiment.runs}
     assert len({round(loss, 6) for loss in first_losses.values()}) == 3  # bf16 twice, and two low precisions
 
 
 def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_study, train, tmp_path):
-    bench, _ = finished_study
-    (group,) = bench.experiment.cohorts
-    static = cohort_lib.Static(group.shape.model, group.program, bench.experiment.optimizer, 1)
-    programs = programs_of(static, bench.layout, OPTIONS.lanes)
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
+    static = step_lib.Static(group.shape.model, group.program, workspace.experiment.optimizer, 1)
+    programs = compiled_cohort(static, workspace.layout, OPTIONS.lanes)
     compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
     w4 = by_name(group.runs, "wint4-s0")
     train([dataclasses.replace(w4, steps=2)], tmp_path)
@@ -138,10 +140,10 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
 
 
 def test_a_run_that_diverges_ends_alone(finished_study, train, tmp_path):
-    bench, workdir = finished_study
-    bf16, w4 = (by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0"))
+    workspace, workdir = finished_study
+    bf16, w4 = (by_name(workspace.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0"))
     bad = dataclasses.replace(w4, peak_rate=1e38)
-    late = dataclasses.replace(by_name(bench.experiment.runs, "D448"), steps=5)
+    late = dataclasses.replace(by_name(workspace.experiment.runs, "D448"), steps=5)
     ended = train([bad, bf16, late], tmp_path)
     assert list(ended) == [bad, bf16, late] or list(ended) == [bad, late, bf16]
     assert 1 <= ended[bad].diverged_step < 12
@@ -167,10 +169,10 @@ class Without(Loader):
 
 @pytest.mark.parametrize("stops", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in ("often", "and loses"))])
 def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_study, train, tmp_path, stops, caplog):
-    bench, _ = finished_study
-    w4 = by_name(bench.experiment.runs, "D768-wint4-s0")
-    other = dataclasses.replace(by_name(bench.experiment.runs, "D768-bf16"), seed=1)
-    good = bench.loader(w4.shape)
+    workspace, _ = finished_study
+    w4 = by_name(workspace.experiment.runs, "D768-wint4-s0")
+    other = dataclasses.replace(by_name(workspace.experiment.runs, "D768-bf16"), seed=1)
+    good = workspace.loader(w4.shape)
     # A token that is none of the vocabulary's: its embedding is NaN.
     tokens = np.array(good.corpus.train)
     tokens[good.window_indices(w4.seed, 5, 1)[0, 0] * good.seq_len + 3] = 60_000
@@ -180,7 +182,7 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
         with contextlib.suppress(Stopped):
             left = [run for run in (w4, other) if run not in ended]
             train(left, tmp_path / "bad", Stop(minutes=1e-6 if stops else 0), ended, bad, rewinds=1)
-        record = cohort_lib.run_directory(tmp_path / "bad", w4) / "rewinds.json"
+        record = cohort.run_directory(tmp_path / "bad", w4) / "rewinds.json"
         if stops == "and loses" and record.exists() and "is lost" not in caplog.text:
             record.unlink()
     assert (
@@ -197,18 +199,18 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
 
 
 def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
-    bench, _ = finished_study
-    bad = dataclasses.replace(by_name(bench.experiment.runs, "D768-wint4-s0"), peak_rate=1e38)
+    workspace, _ = finished_study
+    bad = dataclasses.replace(by_name(workspace.experiment.runs, "D768-wint4-s0"), peak_rate=1e38)
     (found,) = train([bad], tmp_path, rewinds=2).values()
     assert found.left_out == 2 and 1 <= found.diverged_step < 12
-    rewinds = json.loads((cohort_lib.run_directory(tmp_path, bad) / "rewinds.json").read_text())["rewinds"]
+    rewinds = json.loads((cohort.run_directory(tmp_path, bad) / "rewinds.json").read_text())["rewinds"]
     assert len({one["batch"] for one in rewinds}) == len(rewinds) == 2
 
 
 @pytest.mark.slow
 def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished_study, train, tmp_path):
-    bench, workdir = finished_study
-    runs = [*bench.experiment.runs]
+    workspace, workdir = finished_study
+    runs = [*workspace.experiment.runs]
     runs.append(dataclasses.replace(runs[0], seed=3, steps=9, peak_rate=1e-3))
     for lanes in (1, 2, 4):
         ended = train(runs, tmp_path / str(lanes), lanes=lanes)
@@ -223,14 +225,14 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
             exact = 5 if dict(run.formats)["a"].bits < 16 else run.steps
             np.testing.assert_allclose(together[:exact], alone[:exact], rtol=2e-4, err_msg=run.id)
             np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
-    for run in bench.experiment.runs:
+    for run in workspace.experiment.runs:
         assert losses_of(tmp_path / "2", run) == losses_of(workdir, run)
 
 
 @pytest.mark.slow
 def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train, tmp_path):
-    bench, workdir = finished_study
-    runs = [by_name(bench.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
+    workspace, workdir = finished_study
+    runs = [by_name(workspace.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
     # A limit that has passed: every call stops after its first dispatch, of one step.
     for steps in (1, 2):
         with pytest.raises(Stopped, match="before the time limit"):
@@ -241,16 +243,16 @@ def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train
     assert set(ended) == set(runs)
     for run in runs:
         assert losses_of(tmp_path, run) == losses_of(workdir, run)
-        kept = checkpoint.restore(bench.directory(run) / "checkpoint", ended[run].params)
+        kept = checkpoint.restore(workspace.directory(run) / "checkpoint", ended[run].params)
         jax.tree.map(np.testing.assert_array_equal, ended[run].params, kept)
 
 
 def test_a_dispatch_is_as_long_as_its_steps_allow(finished_study, train, tmp_path, monkeypatch):
-    bench, workdir = finished_study
-    run = by_name(bench.experiment.runs, "D768-bf16")
+    workspace, workdir = finished_study
+    run = by_name(workspace.experiment.runs, "D768-bf16")
 
     def lengths(name, seconds):
-        monkeypatch.setattr(cohort_lib, "DISPATCH_SECONDS", seconds)
+        monkeypatch.setattr(cohort, "DISPATCH_SECONDS", seconds)
         train([run], tmp_path / name)
         # Lines of one dispatch have one speed.
         lines = (tmp_path / name / "runs" / run.id / "metrics.jsonl").read_text().splitlines()
@@ -265,14 +267,14 @@ def test_a_dispatch_is_as_long_as_its_steps_allow(finished_study, train, tmp_pat
 @pytest.fixture(scope="module")
 def sweep(finished_study):
     """Four runs of one trunk, which differ in length and in how their rate ends, and one of its own."""
-    bench, _ = finished_study
-    w4 = dataclasses.replace(by_name(bench.experiment.runs, "wint4-s0"), warmup_steps=2)
+    workspace, _ = finished_study
+    w4 = dataclasses.replace(by_name(workspace.experiment.runs, "wint4-s0"), warmup_steps=2)
     wsd = [
         dataclasses.replace(w4, schedule_name="wsd", steps=steps, decay_steps=decay)
         for steps, decay in ((12, 3), (8, 2), (6, 2))
     ]
     constant = dataclasses.replace(w4, schedule_name="constant", steps=6)
-    return [*wsd, constant, by_name(bench.experiment.runs, "D448")]
+    return [*wsd, constant, by_name(workspace.experiment.runs, "D448")]
 
 
 @pytest.fixture(scope="module")
@@ -283,13 +285,13 @@ def one_by_one(sweep, train, tmp_path_factory):
 
 def test_runs_that_share_their_first_steps_train_them_once(sweep, one_by_one, train, tmp_path, monkeypatch):
     trained = []
-    take = cohort_lib.Feed.take
+    take = feed_lib.Prefetcher.take
 
     def count(feed, chunk):
         trained.append(chunk.steps * sum(lane is not None for lane in chunk.lanes))
         return take(feed, chunk)
 
-    monkeypatch.setattr(cohort_lib.Feed, "take", count)
+    monkeypatch.setattr(feed_lib.Prefetcher, "take", count)
     ended = train(sweep, tmp_path)
     # The trunk, two and two steps of decay, the last constant one, and the seven of the run that shares nothing.
     assert sum(trained) == 12 + 2 + 2 + 1 + 7
@@ -319,8 +321,8 @@ def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, 
 
 
 def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(finished_study, train, tmp_path):
-    bench, _ = finished_study
-    long, short = (by_name(bench.experiment.runs, f"{name}-bf16") for name in ("D768", "D448"))
+    workspace, _ = finished_study
+    long, short = (by_name(workspace.experiment.runs, f"{name}-bf16") for name in ("D768", "D448"))
     steps_then = {}
 
     def then(finished):
@@ -341,9 +343,9 @@ def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(
 
 
 def test_too_little_memory_means_fewer_lanes_and_the_same_runs(finished_study, train, tmp_path, monkeypatch, caplog):
-    bench, _ = finished_study
-    runs = bench.experiment.runs[:2]
-    monkeypatch.setattr(cohort_lib, "lanes_that_fit", lambda static, layout, lanes, arguments: 2)
+    workspace, _ = finished_study
+    runs = workspace.experiment.runs[:2]
+    monkeypatch.setattr(cohort, "lanes_that_fit", lambda static, layout, lanes, arguments: 2)
     ended = train(runs, tmp_path, lanes=3)
     assert "2 runs at a time; the devices have too little memory for 3" in caplog.text
     assert set(ended) == set(runs)
@@ -364,10 +366,10 @@ def test_metrics_are_cut_back_to_a_step_and_of_a_line_cut_short(tmp_path):
 
 
 def test_table_holds_the_grids_of_the_operands_that_the_program_quantizes(finished_study):
-    bench, _ = finished_study
-    (group,) = bench.experiment.cohorts
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
     run = by_name(group.runs, "kint4")
-    table = cohort_lib.table_of(run, group.program)
+    table = cohort.table_of(run, group.program)
     assert {name: float(grid.max_value) for name, grid in table.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
-    high = cohort_lib.table_of(run, group.program, w=formats.parse("bf16"))
+    high = cohort.table_of(run, group.program, w=formats.parse("bf16"))
     assert high["w"].passthrough == 1 and high["a"] == table["a"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from precision_scaling import bench as bench_lib
-from precision_scaling.errors import UserError, help_text
-from precision_scaling.ptq import __main__ as ptq_command
+from precision_scaling.errors import UserError
+from precision_scaling.ptq import __main__
+from precision_scaling.runtime.cli import help_text
+from precision_scaling.study.workspace import reopen_workspace
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,14 +35,14 @@ def test_a_misspelt_option(run_command, tmp_path):
 
 
 def test_bits_that_cannot_be_and_files_that_are_no_configs(tmp_path):
-    assert ptq_command._bits(["4", "3", "4"]) == [3, 4]
+    assert __main__._bits(["4", "3", "4"]) == [3, 4]
     for texts in (["3", "1"], ["9"], ["4.5"], ["four"], [""]):
         with pytest.raises(UserError, match="whole numbers from 2 to 8"):
-            ptq_command._bits(texts)
+            __main__._bits(texts)
     for content in ('{"config":', "{}", '{"config": 3, "corpus": ""}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config\.json: not a config") as error:
-            bench_lib.reopen_bench(tmp_path)
+            reopen_workspace(tmp_path)
         assert "\n" not in str(error.value)
 
 
@@ -102,7 +103,7 @@ def test_every_command_has_the_same_frame():
     del ends[ROOT / "precision_scaling" / "data" / "workers.py"]  # a process of its own, and no command
     assert len(ends) >= 20
     for path, end in ends.items():
-        assert re.search(r"(errors|command)\.run\(.*\)\n\Z", end), path
+        assert re.search(r"(cli|command)\.run\(.*\)\n\Z", end), path
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(run_command, tmp_path):

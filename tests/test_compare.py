@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from analysis import command, compare, crossval, laws, synthetic
+from analysis import command, compare, laws
 from analysis import table as tables
-from analysis.law import LawError
-from analysis.multiplicativity import multiplicativity
-from analysis.problem import FitError, set_up
-from analysis.search import search
+from analysis.fitting import comparison, crossval
+from analysis.fitting.multiplicativity import multiplicativity
+from analysis.fitting.multistart import search
+from analysis.fitting.problem import FitError, set_up
+from analysis.laws import paper, synthetic
+from analysis.laws.law import LawError
 
 WEIGHTS_ONLY = {"gamma_a", "n_a", "gamma_kv", "n_kv"}
 
@@ -24,7 +26,7 @@ def weights_only(noise=0.003, sizes=(30e6, 110e6, 220e6)):
 @pytest.fixture(scope="module")
 def compared():
     names = ("chinchilla", "precision", "precision_unbiased", "d_eff", "capacity", "ptq")
-    return compare.compare(weights_only(), names, starts=48)
+    return comparison.compare(weights_only(), names, starts=48)
 
 
 @pytest.mark.slow
@@ -66,14 +68,14 @@ def test_held_out_error_is_that_of_a_fit_without_the_fold():
     expected = np.log(laws.predict("precision", without.values(theta_without), **out.columns) / out["loss"])
     np.testing.assert_allclose(held.error_n[setup.rows["N"] == 220e6], expected, atol=2e-5)
     assert held.folds == 3 and held.impossible == 0
-    (row,) = compare.compare(table, ("precision",), starts=32).rows
+    (row,) = comparison.compare(table, ("precision",), starts=32).rows
     assert row.held_out["largest_N"] == pytest.approx(np.sqrt(np.mean(expected**2)), rel=2e-3)
 
 
 def test_a_law_without_biases_is_named_so_and_must_have_some():
-    assert "precision_unbiased" in compare.all_names() and "chinchilla_unbiased" not in compare.all_names()
+    assert "precision_unbiased" in comparison.all_names() and "chinchilla_unbiased" not in comparison.all_names()
     with pytest.raises(LawError, match="chinchilla has no biases"):
-        compare.named("chinchilla_unbiased")
+        comparison.named("chinchilla_unbiased")
 
 
 def test_the_compute_scheme_holds_out_the_largest_fifth_of_the_runs():
@@ -91,13 +93,13 @@ def test_a_table_where_precision_never_varies_compares_chinchilla_alone():
     loss = laws.predict("chinchilla", {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}, N=n, D=d)
     loss *= np.exp(0.003 * np.random.default_rng(0).standard_normal(20))
     table = tables.from_columns({"N": n, "D": d, "loss": loss, "corpus": np.tile(["pile", "dolma"], 10)})
-    result = compare.compare(table, ("chinchilla", "precision", "capacity"), starts=32)
+    result = comparison.compare(table, ("chinchilla", "precision", "capacity"), starts=32)
     assert [row.law for row in result.rows] == ["chinchilla"]
     assert "it is chinchilla" in result.skipped["precision"]
     assert "no run was trained" in result.multiplicativity_skipped
     assert "the rows mix corpus: dolma, pile; --where=corpus=VALUE fits one of them" in result.notes
     with pytest.raises(FitError, match="no law can be fitted"):
-        compare.compare(table.select(np.arange(20) < 2), ("chinchilla",))
+        comparison.compare(table.select(np.arange(20) < 2), ("chinchilla",))
 
 
 @pytest.mark.slow
@@ -105,7 +107,7 @@ def test_a_table_where_precision_never_varies_compares_chinchilla_alone():
 def test_multiplicativity_holds_where_it_was_built_in_and_fails_where_it_was_not(kappa):
     table = synthetic.table("precision", noise=0.003)
     low = np.sum([table[c] < 16 for c in ("P_w", "P_a", "P_kv")], axis=0)
-    share = laws.effective_parameters(laws.PUBLISHED, table.columns) / table["N"]
+    share = paper.effective_parameters(paper.PUBLISHED, table.columns) / table["N"]
     noise = table["loss"] / laws.predict("precision", laws.published("precision"), **table.columns)
     size = np.where(low >= 2, table["N"] * share**kappa, table["N"] * share)
     loss = laws.predict("chinchilla", laws.published("chinchilla"), N=size, D=table["D"]) * noise

@@ -21,14 +21,17 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, files, metrics_log, results, rewind, sinks, study
 from precision_scaling.data import tokenize, tokens
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import codes, layers, packed
 from precision_scaling.ptq.apply import Report
-from precision_scaling.ptq.runs import quantize_missing
-from precision_scaling.stopping import Stop, Stopped
+from precision_scaling.runtime import files
+from precision_scaling.runtime.stopping import Stop, Stopped
+from precision_scaling.study import results, run_missing
+from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.workspace import _read_claim, open_workspace
+from precision_scaling.training import checkpoint, metrics_log, rewind, trackers
+from precision_scaling.training import step as step_lib
 from tests import forked
 
 SECONDS = 30  # for one damage; most take milliseconds
@@ -169,7 +172,7 @@ def test_rows(finished_study, tmp_path, n):
 @often(25, 150)
 def test_the_config_of_a_workdir(finished_study, tmp_path, n):
     files.copy(finished_study[1] / "config.json", tmp_path / "study" / "config.json")
-    assert suffer(tmp_path / "study", bench_lib._read_claim, n, tmp_path)["refused"] > n / 2
+    assert suffer(tmp_path / "study", _read_claim, n, tmp_path)["refused"] > n / 2
 
 
 @often(25, 150)
@@ -233,13 +236,13 @@ def test_a_packed_model(tmp_path, n):
 @often(25, 150)
 def test_metrics_are_cut_back_and_followed(tmp_path, n):
     found = [np.linspace(5, 4, 40), np.ones(40), np.full(40, 0.01)]
-    metrics_log.append(tmp_path / "run" / metrics_log.FILE, metrics_log.StepMetrics(*found), 1, 40, 1, 64, {})
+    metrics_log.append(tmp_path / "run" / metrics_log.FILE, step_lib.StepMetrics(*found), 1, 40, 1, 64, {})
     seen = []
 
     def read(run):
         path = run / metrics_log.FILE
         metrics_log.truncate(path, 30)
-        lines = [sinks.scalars(json.loads(line)) for line in path.read_bytes().splitlines()]
+        lines = [trackers.scalars(json.loads(line)) for line in path.read_bytes().splitlines()]
         seen.append(len(lines))
         steps = [step for step, _ in lines]
         return steps == sorted(set(steps)) and (not steps or steps[-1] <= 30)
@@ -385,10 +388,10 @@ def stopped_study(tiny_config, tmp_path_factory, quick_compile):
         },
     )
     workdir = tmp_path_factory.mktemp("stopped") / "study"
-    bench = bench_lib.open_bench(config, workdir)
+    workspace = open_workspace(config, workdir)
     stop = StopOnceThere(workdir, "runs/*/rows-trained.json", "runs/*/branch")
     with pytest.raises(Stopped), stop:
-        study.train_missing(bench, stop=stop)
+        run_missing.train_missing(workspace, stop=stop)
     assert len(list(workdir.glob("cohorts/*/*/lanes.json"))) == 2
     return config, workdir
 
@@ -399,11 +402,11 @@ def test_a_study_that_was_stopped_ends_with_the_same_rows_and_parameters(stopped
     config, whole = stopped_study
 
     def read(workdir):
-        bench = bench_lib.open_bench(config, workdir)
-        study.train_missing(bench)
-        quantize_missing(bench, ("rtn",), (3, 4), progress=False)
+        workspace = open_workspace(config, workdir)
+        run_missing.train_missing(workspace)
+        quantize_missing(workspace, ("rtn",), (3, 4), progress=False)
         results.gather(workdir)
-        parameters = [digest(bench.parameters(run)) for run in bench.experiment.runs]
+        parameters = [digest(workspace.parameters(run)) for run in workspace.experiment.runs]
         return (workdir / "runs.csv").read_bytes(), parameters
 
     counts = suffer(whole, read, n, tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from precision_scaling.data import DataError, corpora
+from precision_scaling.data import DataError, corpora, source_files
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_packages_are_the_library_and_all_that_is_installed_each_content_once(in
 def test_copies_within_one_tree_stay(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("same\n")
-    assert [path for path, _ in corpora.source_files(tmp_path)] == ["a.py", "b.py"]
+    assert [path for path, _ in source_files.source_files(tmp_path)] == ["a.py", "b.py"]
 
 
 def test_packages_take_no_root(installed):

@@ -15,13 +15,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from precision_scaling import files
-from precision_scaling.data import DataError, parts, remote, tokenize, tokens, workers
-from precision_scaling.data import tokenizer as tokenizers
+from precision_scaling.data import DataError, parts, remote, tokenize, tokenizer, tokens, workers
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.parts import Content, TokenParts, open_tokens
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
@@ -157,9 +156,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 
 def test_a_tokenizer_that_leaves_its_vocabulary_is_named(tmp_path, tree, monkeypatch):
-    encode = tokenizers.ByteTokenizer.encode
+    encode = tokenizer.ByteTokenizer.encode
     beyond = lambda self, texts: [np.where(ids == 32, 257, ids.astype(np.uint16)) for ids in encode(self, texts)]
-    monkeypatch.setattr(tokenizers.ByteTokenizer, "encode", beyond)
+    monkeypatch.setattr(tokenizer.ByteTokenizer, "encode", beyond)
     with pytest.raises(DataError, match=r"data.tokenizer='bytes': gives the id 257, its vocabulary is 257"):
         prepare(tmp_path, tree, tokenizer="bytes")
 

@@ -10,11 +10,18 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from precision_scaling import command_flags
+from precision_scaling.config import command_line
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = (ROOT / "docs" / "launch.md").read_text()
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(
+        path
+        for pattern in ("docs/*.md", "configs/*.py", "precision_scaling/config/base.py")
+        for path in sorted(ROOT.glob(pattern))
+    ),
+]
 OVERRIDE = re.compile(r"--config\.([\w.]+)=('[^']*'|\"[^\"]*\"|[^\s`'\")]+)")
 
 
@@ -54,7 +61,7 @@ def overrides() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("document", "key", "value"), overrides())
 def test_a_documented_override_is_parsed(document, key, value, monkeypatch):
     values = flags.FlagValues()
-    command_flags.define_config(values=values)
+    command_line.define_config(values=values)
     arguments = ["command", f"--config={ROOT / 'configs' / 'base.py'}", *shlex.split(f"--config.{key}={value}")]
     monkeypatch.setattr("sys.argv", arguments)  # where ml_collections looks for overrides
     values(arguments)

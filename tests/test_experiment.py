@@ -5,10 +5,9 @@ import dataclasses
 import ml_collections
 import pytest
 
-from configs import base
-from precision_scaling import bench as bench_lib
-from precision_scaling import experiment
+from precision_scaling.config import base, experiment
 from precision_scaling.errors import UserError
+from precision_scaling.study.workspace import open_workspace
 
 
 def resolve(**options):
@@ -218,6 +217,6 @@ def test_bad_data_and_sizes_are_refused_before_the_workdir_is_touched(tiny_confi
         ({"model__sequence_length": 50_000, "train__tokens": 10**6}, "seq_len"),
     ):
         with pytest.raises(UserError, match=said) as error:
-            bench_lib.open_bench(tiny_config(**options), workdir)
+            open_workspace(tiny_config(**options), workdir)
         assert "\n" not in str(error.value)
         assert not workdir.exists()

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from analysis import table as tables
-from analysis.expression import ExpressionError, rows_where
+from analysis import table
+from analysis.table.expression import ExpressionError, rows_where
 
-TABLE = tables.from_columns(
+TABLE = table.from_columns(
     {
         "run": ["a", "b", "c", "d"],
         "N": [1e4, 1e5, 1e6, 1e4],

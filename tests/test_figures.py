@@ -10,16 +10,17 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import laws
-from analysis.compare import Comparison, Row
-from analysis.evidence import Evidence, main_rows
-from analysis.figures import fits as fit_figures
-from analysis.figures import planning, precision, ptq, style
-from analysis.figures.gallery import GALLERY, draw_all
-from analysis.figures.precision import effective_share
-from analysis.fit import Fit
+from analysis.fitting.comparison import Comparison, Row
+from analysis.fitting.fit import Fit
+from analysis.laws import paper
+from analysis.reporting.evidence import Evidence, main_rows
+from analysis.reporting.figures import fits as fit_figures
+from analysis.reporting.figures import planning, precision, ptq, style
+from analysis.reporting.figures.gallery import GALLERY, draw_all
+from analysis.reporting.figures.precision import effective_share
 from analysis.table import from_columns
 
-TRUTH = {**laws.PUBLISHED, "C_w": 0.5, "C_a": 0.5, "C_kv": 0.5}
+TRUTH = {**paper.PUBLISHED, "C_w": 0.5, "C_a": 0.5, "C_kv": 0.5}
 SIZES, BUDGETS, POSTS = (30e6, 60e6, 110e6), (1.5e9, 6e9, 26e9), (3, 4, 5)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from precision_scaling import compilation, files, locks, metrics_log, patterns, results
 from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.runtime import compilation, files, patterns
+from precision_scaling.study import locks, results
+from precision_scaling.training import metrics_log, step
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,7 +151,7 @@ def test_a_sealed_record_comes_back_and_any_other_value_in_it_is_refused(tmp_pat
 
 def test_a_write_to_a_full_disk_names_the_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    found = metrics_log.StepMetrics([1.0] * 100, [1.0] * 100, [1.0] * 100)
+    found = step.StepMetrics([1.0] * 100, [1.0] * 100, [1.0] * 100)
     writes = {
         "rows-trained.json": lambda: files.atomic_write(tmp_path / "rows-trained.json", "x" * 10_000),
         "metrics.jsonl": lambda: metrics_log.append(tmp_path / "metrics.jsonl", found, 1, 100, 1, 64, {}),

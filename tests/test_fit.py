@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from scipy import optimize as scipy_optimize
 
-from analysis import caveats, command, laws, synthetic
-from analysis import fit as fits
+from analysis import command, laws
+from analysis import fit as analysis_fit
 from analysis import table as tables
-from analysis.fit import FitError, Options, fit
-from analysis.law import MIN_FRACTION
-from analysis.optimize import Solution
-from analysis.problem import set_up
-from analysis.search import SAME_OPTIMUM, plainest
+from analysis.fitting import caveats
+from analysis.fitting import fit as fitting_fit
+from analysis.fitting.fit import fit
+from analysis.fitting.levenberg_marquardt import Solution
+from analysis.fitting.multistart import SAME_OPTIMUM, plainest
+from analysis.fitting.problem import FitError, Options, set_up
+from analysis.laws import synthetic
+from analysis.laws.law import MIN_FRACTION
 
 ROOT = Path(__file__).resolve().parents[1]
 QUEST = ROOT.parent / "shared" / "data" / "quest_runs.csv"
@@ -260,10 +263,10 @@ def test_fitting_leaves_single_precision_to_others():
 def test_many_rows_are_searched_on_a_sample_and_fitted_on_all(monkeypatch):
     table = chinchilla_table(30, 60, noise=0.01)
     sampled = fit("chinchilla", table, starts=32, bootstrap_resamples=100, profile=False)
-    monkeypatch.setattr("analysis.search.SEARCH_ROWS", 10**6)
+    monkeypatch.setattr("analysis.fitting.multistart.SEARCH_ROWS", 10**6)
     whole = fit("chinchilla", table, starts=32, profile=False)
     assert sampled.objective == pytest.approx(whole.objective, rel=1e-8)
-    monkeypatch.setattr("analysis.search.LARGE_TABLE", 100)
+    monkeypatch.setattr("analysis.fitting.multistart.LARGE_TABLE", 100)
     stepped = fit("chinchilla", table, starts=32, bootstrap_resamples=400, profile=False)
     for name in ("alpha", "beta", "E"):
         assert np.ptp(stepped.ci[name]) == pytest.approx(np.ptp(sampled.ci[name]), rel=0.35)
@@ -359,9 +362,9 @@ def test_the_command_writes_the_contract_and_prints_what_was_left_out(tmp_path):
     contract = ["law", "params", "ci", "r2", "objective", "n", "starts", "seconds", "columns"]
     assert list(raw)[: len(contract)] == contract
     assert raw["n"] == 20 and raw["columns"] == ["N", "D"] and list(raw["params"]) == ["A", "alpha", "B", "beta", "E"]
-    loaded = fits.load(out)
+    loaded = fitting_fit.load(out)
     assert loaded.predict(N=1e6, D=1e7) == pytest.approx(laws.predict("chinchilla", raw["params"], N=1e6, D=1e7))
-    assert fits.Fit.from_json(loaded.to_json()) == loaded
+    assert fitting_fit.Fit.from_json(loaded.to_json()) == loaded
     assert [p.name for p in out.parent.iterdir()] == ["fit.json"]
 
 
@@ -376,10 +379,10 @@ def test_the_command_writes_the_contract_and_prints_what_was_left_out(tmp_path):
     ],
 )
 def test_the_command_refuses_mistakes_in_one_line(capsys, arguments, words):
-    saved = fits.FLAGS.flag_values_dict()
-    assert command.run("", fits.FLAGS, fits.main, ["fit", *arguments]) == 2
+    saved = analysis_fit.FLAGS.flag_values_dict()
+    assert command.run("", analysis_fit.FLAGS, analysis_fit.main, ["fit", *arguments]) == 2
     for name, value in saved.items():
-        fits.FLAGS[name].value = value
+        analysis_fit.FLAGS[name].value = value
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1
 
@@ -390,7 +393,7 @@ def test_the_command_refuses_mistakes_in_one_line(capsys, arguments, words):
 def test_a_file_that_is_no_fit_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "fit.json").write_text(text)
     with pytest.raises(FitError, match="is not a fit") as caught:
-        fits.load(tmp_path / "fit.json")
+        fitting_fit.load(tmp_path / "fit.json")
     assert "\n" not in str(caught.value)
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from precision_scaling import formats, numerics
+from precision_scaling.numerics import formats, rounding
 
 STANDARD = {
     "e3m4": ml_dtypes.float8_e3m4,
@@ -140,7 +140,7 @@ def test_a_registered_level_set_is_a_format_like_any_other(registry):
     x = np.array([1.6, 0.13 * 1.6, -0.7 * 1.6, 0.375 * 1.6, 0.05], np.float32)
     # In units of the scale 1.6: 1, 0.13 -> 0.25, -0.7 -> -0.5, the midpoint 0.375 -> 0.25, 0.03 -> 0
     expected = np.array([1, 0.25, -0.5, 0.25, 0]) * 1.6
-    np.testing.assert_allclose(numerics.fake_quant_array(x, "powers"), expected, rtol=1e-6)
+    np.testing.assert_allclose(rounding.fake_quant_array(x, "powers"), expected, rtol=1e-6)
 
 
 def test_a_registered_block_format_is_a_format_like_any_other(registry):
@@ -149,7 +149,7 @@ def test_a_registered_block_format_is_a_format_like_any_other(registry):
     x = np.zeros((1, 32), np.float32)
     x[0, :3] = [5.0, 2.4, -1.2]  # scale 2^(2 - 2)
     x[0, 16:18] = [0.9, 0.3]  # scale 2^(-1 - 2): 7.2 saturates at 7, 2.4 rounds to 2
-    y = np.asarray(numerics.fake_quant_array(x, "mxint4", axis=-1))
+    y = np.asarray(rounding.fake_quant_array(x, "mxint4", axis=-1))
     np.testing.assert_array_equal(y[0, :3], [5, 2, -1])
     np.testing.assert_array_equal(y[0, 16:18], [7 / 8, 2 / 8])
 
@@ -158,7 +158,7 @@ def test_a_registered_float_with_its_own_range_rounds_on_its_own_grid(registry):
     fmt = formats.register(formats.Format("e3m2_24", "float", 6, max_value=24, min_exponent=-2, mantissa_bits=2))
     assert fmt.values()[-1] == 24 and 28 not in fmt.values()
     x = np.array([24, 23, -9, 0.1], np.float32)
-    np.testing.assert_array_equal(numerics.fake_quant_array(x, "e3m2_24"), [24, 24, -8, 0.125])
+    np.testing.assert_array_equal(rounding.fake_quant_array(x, "e3m2_24"), [24, 24, -8, 0.125])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from precision_scaling import numerics
-from precision_scaling.formats import FormatError, parse
-from precision_scaling.gaussian import gaussian_mse, optimal_scale
+from precision_scaling.numerics import rounding
+from precision_scaling.numerics.formats import FormatError, parse
+from precision_scaling.numerics.gaussian import gaussian_mse, optimal_scale
 
 
 @pytest.mark.parametrize(
@@ -49,20 +49,20 @@ def test_more_bits_of_a_family_err_less():
 )
 def test_abs_max_errors_are_those_of_sampled_tensors(name, count):
     x = np.random.default_rng(0).standard_normal((20_000, count)).astype(np.float32)
-    errors = np.mean((np.asarray(numerics.fake_quant_array(x, name, axis=-1), np.float64) - x) ** 2, axis=1)
+    errors = np.mean((np.asarray(rounding.fake_quant_array(x, name, axis=-1), np.float64) - x) ** 2, axis=1)
     assert abs(gaussian_mse(name, "absmax", count) - errors.mean()) < 4 * errors.std() / np.sqrt(len(errors))
 
 
 def test_nvfp4_errs_as_in_a_sampled_tensor():
     x = np.random.default_rng(0).standard_normal((2**20 // 16, 16)).astype(np.float32)
-    error = np.mean((np.asarray(numerics.fake_quant_array(x, "nvfp4"), np.float64) - x) ** 2)
+    error = np.mean((np.asarray(rounding.fake_quant_array(x, "nvfp4"), np.float64) - x) ** 2)
     assert gaussian_mse("nvfp4") == pytest.approx(error, rel=5e-3)
 
 
 def test_a_fixed_scale_errs_as_on_sampled_data():
     x = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
     fmt = parse("e3m2")
-    q = np.asarray(numerics.round_to_grid(x / np.float32(0.2), fmt.grid(), "float"), np.float64) * 0.2
+    q = np.asarray(rounding.round_to_grid(x / np.float32(0.2), fmt.grid(), "float"), np.float64) * 0.2
     errors = (q - x) ** 2
     assert abs(gaussian_mse(fmt, scale=0.2) - errors.mean()) < 4 * errors.std() / np.sqrt(x.size)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import numerics
+from precision_scaling.numerics import rounding
 from precision_scaling.ptq import gptq, grid, rtn
 from precision_scaling.ptq.error import relative_output_error
 
@@ -235,7 +235,7 @@ SLOW_FORMATS = ("e2m1", "e4m3", "ternary", "mxfp4", "nvfp4", "mxint8", "e8m7")
 @pytest.mark.parametrize("fmt", ["int12", *(pytest.param(fmt, marks=SLOW) for fmt in SLOW_FORMATS)])
 def test_every_number_format_is_a_grid(fmt):
     kernel, hessian = problem(decay=1.0)
-    nearest = numerics.fake_quant_array(jnp.asarray(kernel), fmt, axis=0)
+    nearest = rounding.fake_quant_array(jnp.asarray(kernel), fmt, axis=0)
     np.testing.assert_array_equal(rtn.quantize_kernel(kernel, fmt), nearest)
     np.testing.assert_array_equal(gptq.quantize_kernel(kernel, np.diag(np.diag(hessian)), fmt), nearest)
     quantized = gptq.quantize_kernel(kernel, hessian, fmt)

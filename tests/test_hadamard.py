@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from precision_scaling import hadamard
+from precision_scaling.numerics import hadamard
 
 
 def matrix_of(width, key=0, block=None):

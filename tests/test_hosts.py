@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from precision_scaling import hosts, locks
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import hosts
+from precision_scaling.study import locks
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,15 +10,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, experiment, model, results, study
-from precision_scaling.cohort import Finished
+from precision_scaling.config import experiment
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.huggingface import architectures, config_json, safetensors
 from precision_scaling.huggingface.directory import open_pretrained, write_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
-from precision_scaling.model import Decoder, ModelConfig
-from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.model import decoder as decoder_lib
+from precision_scaling.model.decoder import Decoder, ModelConfig
+from precision_scaling.study import evaluate as evaluate_lib
+from precision_scaling.study import results, run_missing
+from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.workspace import open_workspace, reopen_workspace
+from precision_scaling.training import checkpoint
+from precision_scaling.training.cohort import Finished
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -44,7 +48,7 @@ def decoder(name, base_width=16, base_depth=2):
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: decoder_lib.init(config, jax.random.key(0)))
     return jax.tree.map(lambda leaf: (1 + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32) / 4, shapes)
 
 
@@ -100,7 +104,7 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
     }
     # 16 layers of 4·2048² + 3·2048·8192, gains of 2 norms, of q and of k, and the last one.
     config = ModelConfig(**options, sequence_length=64, base_width=2048, base_depth=16)
-    assert model.count_parameters(config)[0] == 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 4 * 2048) + 2048
+    assert decoder_lib.count_parameters(config)[0] == 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 4 * 2048) + 2048
     llama = {
         **of_family("LlamaForCausalLM"),
         "num_key_value_heads": 4,
@@ -329,15 +333,15 @@ def trained(tiny_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     options = {f"model__{name}": value for name, value in MODELS["Olmo2ForCausalLM"].items()}
     config = tiny_config(data__tokenizer="bpe:300", model__heads=4, model__base_size="7k", **options)
-    bench = bench_lib.open_bench(config, workdir)
-    (group,) = bench.experiment.cohorts
+    workspace = open_workspace(config, workdir)
+    (group,) = workspace.experiment.cohorts
     (run,) = group.runs
     assert run.shape.model.residual_scale != 1 and run.shape.model.logit_scale != 1
-    params = jax.jit(lambda: model.init(run.shape.model, jax.random.key(0)))()
+    params = jax.jit(lambda: decoder_lib.init(run.shape.model, jax.random.key(0)))()
     program = group.program.evaluation()
-    evaluate = bench_lib.evaluator(bench, group.shape, program)
-    study._record(bench, program, evaluate, [], Finished(run, params, None))()
-    (row,) = results.read_rows(bench.directory(run), "trained")
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
+    run_missing._record(workspace, program, evaluate, [], Finished(run, params, None))()
+    (row,) = results.read_rows(workspace.directory(run), "trained")
     return workdir, run, row
 
 
@@ -354,16 +358,16 @@ def test_a_run_that_was_exported_is_imported_with_its_loss_and_quantized(trained
     assert found["imported"].startswith("model@") and found["peak_rate"] is found["epochs"] is None
     # Once more is nothing to do, and the commands that follow read the workdir as train's.
     assert import_model(tmp_path / "model", tmp_path / "w", 3e6, config, 16).id == imported.id
-    bench = bench_lib.reopen_bench(tmp_path / "w")
-    quantize_missing(bench, ("rtn",), (3, 8))
+    workspace = reopen_workspace(tmp_path / "w")
+    quantize_missing(workspace, ("rtn",), (3, 8))
     losses = {
         entry["P_post"]: entry["loss"] for entry in results.read_rows(tmp_path / "w" / "runs" / imported.id, "rtn")
     }
     assert abs(losses[8] - found["loss"]) < 0.01 < abs(losses[3] - found["loss"])
     # Training it here would be training from scratch under its name.
     with pytest.raises(ConfigError, match=r"model\.imported"):
-        other = bench_lib.open_bench(bench.experiment.config, tmp_path / "other")
-        study.train_missing(other)
+        other = open_workspace(workspace.experiment.config, tmp_path / "other")
+        run_missing.train_missing(other)
 
 
 @pytest.mark.slow
@@ -463,7 +467,7 @@ def test_transformers_reads_the_tokenizer_of_an_exported_run(trained, transforme
     workdir, run, _ = trained
     export_run(workdir, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    corpus = bench_lib.reopen_bench(workdir).corpus
+    corpus = reopen_workspace(workdir).corpus
     text = "def alpha_3(beta, count):\n    return beta + 7\n"
     (ours,) = corpus.load_tokenizer().encode([text.encode()])
     assert tokenizer(text)["input_ids"] == ours.tolist()
@@ -472,7 +476,7 @@ def test_transformers_reads_the_tokenizer_of_an_exported_run(trained, transforme
     params = open_pretrained(tmp_path / "model").params()
     restored = checkpoint.restore(
         workdir / "runs" / run.id / "checkpoint",
-        jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0))),
+        jax.eval_shape(lambda: decoder_lib.init(run.shape.model, jax.random.key(0))),
     )
     plain = dataclasses.replace(run.shape.model, base_width=16, base_depth=2)
     np.testing.assert_allclose(

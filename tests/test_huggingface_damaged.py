@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import results
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, safetensors
 from precision_scaling.huggingface.architectures import places
 from precision_scaling.huggingface.directory import open_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
-from precision_scaling.model import ModelConfig
-from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.study import results
+from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.workspace import reopen_workspace
 
 MODEL = ModelConfig(
     vocab_size=29,
@@ -410,7 +410,7 @@ def test_a_text_ends_with_the_token_that_config_json_names(whole, tiny_config, t
         shutil.copytree(whole, directory)
         config(eos_token_id=given)(directory)
         import_model(directory, workdir, 1e6, tiny_config())
-        corpus = bench_lib.reopen_bench(workdir).corpus
+        corpus = reopen_workspace(workdir).corpus
         assert corpus.end_of_text == corpus.validation[-1] == expected
         assert corpus.load_tokenizer().end_of_text == expected
         export_run(workdir, tmp_path / f"out {number}")
@@ -434,10 +434,10 @@ def test_biases_are_there_after_quantization(whole, tiny_config, tmp_path):
     safetensors.write(tmp_path / "model" / "model.safetensors", random_tensors(model))
     run = import_model(tmp_path / "model", tmp_path / "w", 1e6, tiny_config())
     (imported,) = results.read_rows(tmp_path / "w" / "runs" / run.id, "trained")
-    quantize_missing(bench_lib.reopen_bench(tmp_path / "w"), ("rtn", "gptq"), (8,))
+    quantize_missing(reopen_workspace(tmp_path / "w"), ("rtn", "gptq"), (8,))
     for method in ("rtn", "gptq"):
         (row,) = results.read_rows(tmp_path / "w" / "runs" / run.id, method)
         assert abs(row["loss"] - imported["loss"]) < 0.01 * imported["loss"]
     # Without them the model is another.
-    parameters = bench_lib.reopen_bench(tmp_path / "w").parameters(run)
+    parameters = reopen_workspace(tmp_path / "w").parameters(run)
     assert np.std(parameters["layers"]["block"]["attention"]["qkv_bias"]) > 0.5

@@ -14,7 +14,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.huggingface import safetensors
 from precision_scaling.huggingface.architectures import ARCHITECTURES
 from precision_scaling.huggingface.directory import open_pretrained
-from precision_scaling.model import Decoder
+from precision_scaling.model.decoder import Decoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 

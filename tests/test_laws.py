@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis import derived, laws
+from analysis import laws
+from analysis.laws import derived, paper
+from analysis.laws import law as law_lib
 
 PAPER = laws.published("unified")
 PARTS = ("w", "a", "kv")
@@ -15,15 +17,15 @@ def tied(bits):
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.191), (6, 0.611), (8, 0.828), (16, 0.994)])
 def test_published_constants_give_the_effective_share_of_parameters(bits, share):
-    n_eff = laws.effective_parameters(PAPER, {"N": 1e9, **tied(bits)})
+    n_eff = paper.effective_parameters(PAPER, {"N": 1e9, **tied(bits)})
     assert n_eff / 1e9 == pytest.approx(share, abs=5e-4)
 
 
 @pytest.mark.parametrize(("part", "zero"), [("a", 3.11), ("kv", 2.32), ("w", 0.81)])
 def test_a_part_has_no_capacity_left_at_its_zero_and_is_clipped_below_it(part, zero):
     gamma, n = PAPER[f"gamma_{part}"], PAPER[f"n_{part}"]
-    assert laws.fraction(zero + 0.05, gamma, n) > laws.MIN_FRACTION
-    assert laws.fraction(zero - 0.05, gamma, n) == laws.MIN_FRACTION
+    assert law_lib.fraction(zero + 0.05, gamma, n) > law_lib.MIN_FRACTION
+    assert law_lib.fraction(zero - 0.05, gamma, n) == law_lib.MIN_FRACTION
     assert np.isfinite(
         laws.predict("precision", laws.published("precision"), N=1e8, D=1e10, **{f"P_{part}": zero - 0.5})
     )
@@ -96,7 +98,7 @@ def test_capacity_from_gaussian_error_is_its_formula_and_needs_no_error_column()
     np.testing.assert_allclose(got, [8.5, 4 / np.sqrt(share) + 4.5, 4 / share + 4.5])
     by_bits = laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=[16, 8, 4, 3], P_a=16, P_kv=16)
     assert by_bits[0] == pytest.approx(8.5) and np.all(np.diff(by_bits) > 0)
-    with pytest.raises(laws.LawError, match=r"no integer format has 4\.5 bits"):
+    with pytest.raises(law_lib.LawError, match=r"no integer format has 4\.5 bits"):
         laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=4.5)
 
 
@@ -121,7 +123,7 @@ def test_unified_adds_nothing_before_ptq_or_where_training_was_no_finer():
 
 def test_unified_at_sixteen_bits_with_saturated_factors_is_precision_plus_ptq_of_n_eff():
     params = {**PAPER, "C_w": 100.0, "C_a": 100.0, "C_kv": 100.0}
-    n_eff = laws.effective_parameters(PAPER, {"N": 1e8, **tied(16)})
+    n_eff = paper.effective_parameters(PAPER, {"N": 1e8, **tied(16)})
     expected = laws.predict("precision", laws.published("precision"), N=1e8, D=1e10)
     expected += laws.predict("ptq", laws.published("ptq"), N=n_eff, D=1e10, P_post=4)
     assert laws.predict("unified", params, N=1e8, D=1e10, P_post=4) == pytest.approx(expected)
@@ -146,7 +148,7 @@ def test_alternatives_agree_with_chinchilla_where_precision_costs_nothing(name):
 
 def test_alternatives_put_the_lost_capacity_where_they_say():
     params = laws.published("precision")
-    share = laws.effective_parameters(PAPER, {"N": 1.0, **tied(6)})
+    share = paper.effective_parameters(PAPER, {"N": 1.0, **tied(6)})
     chinchilla = laws.published("chinchilla")
     on_d = laws.predict("chinchilla", chinchilla, N=1e8, D=1e10 * share)
     on_both = laws.predict("chinchilla", chinchilla, N=1e8 * share, D=1e10 * share)

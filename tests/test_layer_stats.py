@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import formats, layer_stats, model, numerics, precision, quantize
+from precision_scaling import layer_stats, quantize
+from precision_scaling.model import decoder as decoder_lib
+from precision_scaling.numerics import formats, rounding
+from precision_scaling.quantize import aqt, parsing, products, static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-CONFIG = model.ModelConfig(23, 16, 2, 2, 24, 8, 16, 2)
+CONFIG = decoder_lib.ModelConfig(23, 16, 2, 2, 24, 8, 16, 2)
 
 
 def test_shares_and_ratio_of_an_operand_worked_out_by_hand():
@@ -31,17 +34,17 @@ def test_saturated_is_what_lies_beyond_the_last_level():
     # Powers of two as scales: a block's largest 7.9 gets scale 1, and e2m1 ends at 6.
     x = jnp.zeros((1, 32)).at[0, :4].set(jnp.array([7.9, -6.5, 6.0, 3.0]))
     mxfp4 = formats.parse("mxfp4")
-    found = numerics.saturated(x, mxfp4.grid(), mxfp4.kind, 1)
+    found = rounding.saturated(x, mxfp4.grid(), mxfp4.kind, 1)
     np.testing.assert_array_equal(found[0, :5], [True, True, False, False, False])
     # The mean magnitude as the scale: 4 of a mean of 2 is beyond ternary's 1.
     ternary = formats.parse("ternary")
     np.testing.assert_array_equal(
-        numerics.saturated(jnp.array([4.0, -1.0, 1.0, 2.0]), ternary.grid(), ternary.kind), [True, False, False, False]
+        rounding.saturated(jnp.array([4.0, -1.0, 1.0, 2.0]), ternary.grid(), ternary.kind), [True, False, False, False]
     )
     rng = np.random.default_rng(0)
     for name in ("int4", "e4m3", "bf16", "e8m7"):
         fmt = formats.parse(name)
-        assert not numerics.saturated(jnp.asarray(rng.normal(size=100)), fmt.grid(), fmt.kind).any()
+        assert not rounding.saturated(jnp.asarray(rng.normal(size=100)), fmt.grid(), fmt.kind).any()
 
 
 def test_integers_of_gaussians_have_about_six_decibels_a_bit():
@@ -60,16 +63,16 @@ def test_integers_of_gaussians_have_about_six_decibels_a_bit():
 @pytest.fixture(scope="module")
 def decoder():
     """(parameters, three batches of tokens) of a small decoder."""
-    params = model.init(CONFIG, jax.random.key(1))
+    params = decoder_lib.init(CONFIG, jax.random.key(1))
     return params, np.random.default_rng(1).integers(0, 23, (3, 4, 8)).astype(np.int32)
 
 
 def measured(decoder, text, **options):
-    from configs import base
+    from precision_scaling.config import base
 
-    spec = precision.parse(text, base.get_config().precision)
+    spec = parsing.parse(text, base.get_config().precision)
     config = dataclasses.replace(CONFIG, **options)
-    program = precision.program_of([spec], config.dtype).evaluation()
+    program = static.static_of([spec], config.dtype).evaluation()
     found = layer_stats.measure(config, program, decoder[0], spec.table(program), decoder[1])
     return found, layer_stats.rows(spec, found)
 
@@ -125,9 +128,9 @@ def test_operands_of_attention_are_those_the_products_see(decoder):
 def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
     x, kernel = jnp.ones((2, 8)), jnp.full((8, 3), 0.3)
     seen = []
-    with quantize.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
-        looked_at = quantize.linear(x, kernel, quantize.UNQUANTIZED, None)
-    np.testing.assert_array_equal(looked_at, quantize.linear(x, kernel, quantize.UNQUANTIZED, None))
+    with aqt.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
+        looked_at = products.linear(x, kernel, static.UNQUANTIZED, None)
+    np.testing.assert_array_equal(looked_at, products.linear(x, kernel, static.UNQUANTIZED, None))
     assert seen == [("a", (2, 8), None), ("w", (8, 3), None)]
 
 
@@ -135,13 +138,13 @@ def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
 def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tmp_path):
     import shutil
 
-    bench, trained = finished_study
+    workspace, trained = finished_study
     workdir = tmp_path / "study"
     shutil.copytree(trained, workdir)
     done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", "--sequences=8")
     assert done.returncode == 0, done.stderr[-2000:]
     tables = {path.parent.name: path for path in workdir.glob("runs/*/layer-stats.csv")}
-    assert set(tables) == {run.id for run in bench.experiment.runs if run.precision.settings}
+    assert set(tables) == {run.id for run in workspace.experiment.runs if run.precision.settings}
     (path,) = (path for name, path in tables.items() if "kint4" in name)
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -154,7 +157,7 @@ def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tm
     assert len(rows) == 2 * (4 + 4 + 2) and all(0 < float(row["snr_db"]) < 40 for row in rows)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # Nothing but these files is new, and the runs in bf16 need a precision to be looked at.
-    bf16 = next(run.id for run in bench.experiment.runs if not run.precision.settings)
+    bf16 = next(run.id for run in workspace.experiment.runs if not run.precision.settings)
     done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", f"--run={bf16}")
     assert done.returncode == 2 and "--precision" in done.stderr and len(done.stderr.splitlines()) == 1
     arguments = (f"--run={bf16}", "--precision=wmxfp4", "--sequences=8")

@@ -5,10 +5,10 @@ import gzip
 
 import pytest
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import measured, results, study
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.study import measured, results, run_missing
+from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.workspace import open_workspace
 
 
 def rows_of(path):
@@ -22,11 +22,11 @@ def packed(table, path, change=lambda text: text):
 
 
 def test_a_study_goes_on_elsewhere_from_its_rows_alone(finished_study, tmp_path, quick_compile):
-    bench, there = finished_study
+    workspace, there = finished_study
     table = packed(there / "runs.csv", tmp_path / "runs.csv.gz")
-    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    here = open_workspace(workspace.experiment.config, tmp_path / "here")
     assert measured.take_over(table, here) == 4
-    study.train_missing(here)
+    run_missing.train_missing(here)
     assert quantize_missing(here, ("rtn",), (3, 4)) == []
     results.gather(here.workdir)
     assert (here.workdir / "runs.csv").read_bytes() == (there / "runs.csv").read_bytes()
@@ -37,27 +37,27 @@ def test_a_study_goes_on_elsewhere_from_its_rows_alone(finished_study, tmp_path,
 
 
 def test_a_table_is_read_by_its_content_and_its_rows_count_once(finished_study, tmp_path):
-    bench, there = finished_study
+    workspace, there = finished_study
     header, *rows = (there / "runs.csv").read_text().splitlines(keepends=True)
     for i, content in enumerate([header + "".join(rows * 2), gzip.compress((header + "".join(rows)).encode())]):
         table = tmp_path / "runs.csv"
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
-        here = bench_lib.open_bench(bench.experiment.config, tmp_path / f"here {i}")
+        here = open_workspace(workspace.experiment.config, tmp_path / f"here {i}")
         assert measured.take_over(table, here) == 4
         results.gather(here.workdir)
         assert (here.workdir / "runs.csv").read_bytes() == (there / "runs.csv").read_bytes()
 
 
 def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
-    bench, there = finished_study
-    lost = next(run for run in bench.experiment.runs if "D448" in run.id)
+    workspace, there = finished_study
+    lost = next(run for run in workspace.experiment.runs if "D448" in run.id)
     rows = [row for row in rows_of(there / "runs.csv") if not (row["run"] == lost.id and row["P_post"] == "4")]
     table = tmp_path / "runs.csv"
     with open(table, "w", newline="") as file:
         writer = csv.DictWriter(file, results.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    here = open_workspace(workspace.experiment.config, tmp_path / "here")
     assert measured.take_over(table, here) == 3
     assert results.read_rows(here.directory(lost), "trained") == []
 
@@ -74,9 +74,9 @@ def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):
     ],
 )
 def test_a_table_of_another_study_is_refused(finished_study, tmp_path, change, words):
-    bench, there = finished_study
+    workspace, there = finished_study
     table = packed(there / "runs.csv", tmp_path / "runs.csv.gz", change)
-    here = bench_lib.open_bench(bench.experiment.config, tmp_path / "here")
+    here = open_workspace(workspace.experiment.config, tmp_path / "here")
     if words is None:
         assert measured.take_over(table, here) == 1  # the one run that asks for no PTQ
         return
@@ -87,19 +87,19 @@ def test_a_table_of_another_study_is_refused(finished_study, tmp_path, change, w
 
 @pytest.mark.parametrize("content", [None, b"", b"\x1f\x8bnot gzip", gzip.compress(b"run,N\na,1\n", mtime=0)])
 def test_a_table_that_cannot_be_read_is_one_line(finished_study, tmp_path, content):
-    bench, _ = finished_study
+    workspace, _ = finished_study
     table = tmp_path / "runs.csv.gz"
     if content is not None:
         table.write_bytes(content)
     with pytest.raises(UserError, match="--rows=") as error:
-        measured.take_over(table, bench)
+        measured.take_over(table, workspace)
     assert "\n" not in str(error.value)
 
 
 def test_the_plan_is_a_table_of_every_loss_to_come(finished_study, tmp_path):
-    bench, there = finished_study
-    config = bench.experiment.config
-    planned = [row for run in bench.experiment.runs for row in bench_lib.planned_rows(config, run)]
+    workspace, there = finished_study
+    config = workspace.experiment.config
+    planned = [row for run in workspace.experiment.runs for row in results.planned_rows(config, run)]
     results.write_table(tmp_path / "planned.csv", planned)
     unknown = {"loss", "status", "epochs", "corpus", "device", "jax_version"}
     unknown |= {"batches_left_out", "fallback_layers", "stored_bits"}
@@ -109,16 +109,16 @@ def test_the_plan_is_a_table_of_every_loss_to_come(finished_study, tmp_path):
 
 
 def test_each_run_is_handed_on_once_its_row_and_checkpoint_are_there(study_config, tmp_path, quick_compile):
-    bench = bench_lib.open_bench(study_config, tmp_path)
+    workspace = open_workspace(study_config, tmp_path)
     seen = []
 
     def on_row(run):
-        (row,) = results.read_rows(bench.directory(run), "trained")
+        (row,) = results.read_rows(workspace.directory(run), "trained")
         seen.append((run.id, row["status"]))
-        study.quantize_run(bench, run)
+        run_missing.quantize_run(workspace, run)
 
-    study.train_missing(bench, on_row=on_row)
-    assert sorted(seen) == sorted((run.id, "ok") for run in bench.experiment.runs)
-    for run in bench.experiment.runs:
-        rows = results.read_rows(bench.directory(run), "rtn")
+    run_missing.train_missing(workspace, on_row=on_row)
+    assert sorted(seen) == sorted((run.id, "ok") for run in workspace.experiment.runs)
+    for run in workspace.experiment.runs:
+        rows = results.read_rows(workspace.directory(run), "rtn")
         assert [row["P_post"] for row in rows] == ([3, 4] if run.ptq else [])

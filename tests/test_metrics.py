@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from precision_scaling import cohort as cohort_lib
-from precision_scaling import metrics, model, sinks
 from precision_scaling.errors import ConfigError
-from precision_scaling.profiling import Profile
-from precision_scaling.stopping import Stop
+from precision_scaling.model import decoder
+from precision_scaling.runtime.profiling import Profile
+from precision_scaling.runtime.stopping import Stop
+from precision_scaling.training import cohort, metrics, trackers
 
 
 def test_flops_of_a_token_are_those_counted_by_hand():
     # Width 8, hidden 12, two layers, head dimension 4; the last product with a vocabulary of 50.
-    config = model.ModelConfig(50, 8, 2, 2, 12, 16, 8, 2, norm_type="layer")
+    config = decoder.ModelConfig(50, 8, 2, 2, 12, 16, 8, 2, norm_type="layer")
     projections = 2 * (8 * 24 + 8 * 8 + 8 * 24 + 12 * 8)  # qkv, out, gate_up, down
     head = 8 * 50
     attention = 2 * 2 * (16 * 8)  # q·k and p·v of one token with 16 others, in two layers
@@ -68,19 +68,19 @@ def test_every_device_of_the_table_is_found_once():
 def trained(finished_study, quick_compile, tmp_path_factory):
     """(workdir, runs, profile) of two short runs trained together, written to TensorBoard and traced."""
     pytest.importorskip("tensorboardX")
-    bench, _ = finished_study
-    (group,) = bench.experiment.cohorts
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
     workdir = tmp_path_factory.mktemp("sinks")
     runs = tuple(run for run in group.runs if "D768" in run.id)[:2]
     profile = Profile(workdir / "profile", 1)
-    cohort_lib.train_cohort(
+    cohort.train_cohort(
         dataclasses.replace(group, runs=runs),
-        bench.experiment.optimizer,
-        bench.loader(group.shape),
-        bench.layout,
+        workspace.experiment.optimizer,
+        workspace.loader(group.shape),
+        workspace.layout,
         workdir,
         "0of1",
-        cohort_lib.Options(2, 1, 1e9, 4, sinks=("tensorboard",)),
+        cohort.Options(2, 1, 1e9, 4, sinks=("tensorboard",)),
         lambda finished: None,
         tqdm(disable=True, total=0),
         Stop(),
@@ -102,7 +102,7 @@ def test_lines_hold_speeds_and_no_mfu_on_a_cpu(trained):
         for line in lines:
             assert "mfu" not in line and 0 <= line["data_wait"] <= 1
             # Both runs' tokens, at the FLOPs of one.
-            both = 2 * line["tokens_per_second"] * model.training_flops_per_token(run.shape.model)
+            both = 2 * line["tokens_per_second"] * decoder.training_flops_per_token(run.shape.model)
             assert line["flops_per_second"] == pytest.approx(both, rel=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_has_one_curve(tmp_path):
     path.parent.mkdir()
     line = lambda step, loss: json.dumps({"step": step, "loss": loss}) + "\n"
     for content in (line(1, 5.0) + line(2, 4.0), line(1, 5.0) + line(2, 4.5) + line(3, None)):
-        followers = sinks.Followers(("tensorboard",))
+        followers = trackers.Followers(("tensorboard",))
         path.write_text(content)
         followers.follow(path)
         with path.open("a") as file:
@@ -152,7 +152,7 @@ def test_wandb_takes_the_lines_of_runs_side_by_side(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    followers = sinks.Followers(("wandb",))
+    followers = trackers.Followers(("wandb",))
     for name in ("one", "other"):
         path = tmp_path / "study" / "runs" / name / "metrics.jsonl"
         path.parent.mkdir(parents=True)
@@ -166,12 +166,12 @@ def test_wandb_takes_the_lines_of_runs_side_by_side(tmp_path, monkeypatch):
 
 def test_sinks_that_are_not_there_are_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="tensorboard, wandb"):
-        sinks.check(("tensorbored",))
-    monkeypatch.setitem(sinks.PACKAGES, "wandb", "no_such_package")
+        trackers.check(("tensorbored",))
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'") as error:
-        sinks.check(("wandb",))
+        trackers.check(("wandb",))
     assert "\n" not in str(error.value)
-    sinks.check(())
+    trackers.check(())
 
 
 def test_a_profile_is_a_trace_of_what_ran_after_compilation(trained):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import model as model_lib
-from precision_scaling import quantize
-from precision_scaling.formats import parse
-from precision_scaling.model import Block, Decoder, ModelConfig
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.model import decoder
+from precision_scaling.model.decoder import Block, Decoder, ModelConfig
+from precision_scaling.numerics.formats import parse
+from precision_scaling.quantize import operands, static
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=12, base_width=8, base_depth=1
 )
-QUANTIZED = Program(
-    tuple((name, Operand(parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "waqkvp")
+QUANTIZED = StaticPrecision(
+    tuple((name, StaticQuantizer(parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "waqkvp")
 )
 
 
 def table_of(**bits):
-    return {name: parse(bits.get(name, 16)).grid() for name in quantize.OPERANDS}
+    return {name: parse(bits.get(name, 16)).grid() for name in operands.OPERANDS}
 
 
 # What OLMo, OLMo 2, Llama 3 and Qwen 2 and 3 do otherwise, mixed so that every option meets two values of the others.
@@ -46,7 +46,7 @@ def variant(name):
 
 
 def initial(config):
-    found = jax.jit(functools.partial(model_lib.init, config))(jax.random.key(3))
+    found = jax.jit(functools.partial(decoder.init, config))(jax.random.key(3))
 
     def away(path, x):
         """Gains away from 1 and biases from 0, and from each other, so that it shows where one is forgotten."""
@@ -69,7 +69,7 @@ def tokens():
 @pytest.fixture(scope="module")
 def logits_of():
     @functools.partial(jax.jit, static_argnames=("config", "program"))
-    def compute(params, tokens, table=None, config=CONFIG, program=quantize.UNQUANTIZED):
+    def compute(params, tokens, table=None, config=CONFIG, program=static.UNQUANTIZED):
         return Decoder(config, program).apply({"params": params}, tokens, table)
 
     return compute
@@ -195,11 +195,11 @@ def test_a_block_cut_at_its_projections_is_the_block(name):
 
 def test_parameters_are_counted_as_by_hand():
     # 2 layers of 4·16² (q, k, v, out) + 3·16·24 (gate, up, down) + 2·16 (gains), and the last gain of 16.
-    assert model_lib.count_parameters(CONFIG) == (4432, 4432 + 2 * 31 * 16)
+    assert decoder.count_parameters(CONFIG) == (4432, 4432 + 2 * 31 * 16)
     for width, depth, heads, hidden in ((24, 1, 1, 64), (640, 6, 10, 1728)):
         shape = dataclasses.replace(CONFIG, width=width, depth=depth, heads=heads, hidden=hidden)
         non_embedding = depth * (4 * width**2 + 3 * width * hidden + 2 * width) + width
-        assert model_lib.count_parameters(shape) == (non_embedding, non_embedding + 2 * 31 * width)
+        assert decoder.count_parameters(shape) == (non_embedding, non_embedding + 2 * 31 * width)
 
 
 def test_parameters_of_variants_are_counted_as_by_hand():
@@ -214,15 +214,15 @@ def test_parameters_of_variants_are_counted_as_by_hand():
     ):
         non_embedding = 2 * block + (0 if name == "layer_norm" else 16)
         config = variant(name)
-        assert model_lib.count_parameters(config) == (non_embedding, non_embedding + outer), name
+        assert decoder.count_parameters(config) == (non_embedding, non_embedding + outer), name
         # The head's product costs the same where its kernel is the embedding's.
         attention = 12 * 2 * 4 * config.head_dim * 12
-        assert model_lib.training_flops_per_token(config) == 6 * (non_embedding + table) + attention, name
+        assert decoder.training_flops_per_token(config) == 6 * (non_embedding + table) + attention, name
 
 
 def test_training_flops_are_counted_as_by_hand():
     # 6 × (4432 + head 31·16) + 12 × 2 layers × width 16 × length 12.
-    assert model_lib.training_flops_per_token(CONFIG) == 6 * (4432 + 496) + 12 * 2 * 16 * 12
+    assert decoder.training_flops_per_token(CONFIG) == 6 * (4432 + 496) + 12 * 2 * 16 * 12
 
 
 def test_a_future_token_changes_no_earlier_logit(params, tokens, logits_of):
@@ -236,7 +236,7 @@ def test_a_future_token_changes_no_earlier_logit(params, tokens, logits_of):
 def test_rotary_scores_depend_on_the_distance_of_positions_alone():
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.normal(size=8), (1, 9, 1, 8)).astype(np.float32) for _ in range(2))
-    rotated_q, rotated_k = (np.asarray(model_lib.rotary(jnp.asarray(x), 10_000.0))[0, :, 0] for x in (q, k))
+    rotated_q, rotated_k = (np.asarray(decoder.rotary(jnp.asarray(x), 10_000.0))[0, :, 0] for x in (q, k))
     scores = rotated_q @ rotated_k.T
     for distance in range(-8, 9):
         diagonal = np.diagonal(scores, distance)
@@ -248,18 +248,18 @@ def test_rotary_scores_depend_on_the_distance_of_positions_alone():
 
 def test_rms_norm_of_a_case_worked_by_hand():
     x = jnp.array([[3.0, 4.0]])  # mean square 12.5
-    y = model_lib.RMSNorm(0.0).apply({"params": {"scale": jnp.array([1.0, 2.0])}}, x)
+    y = decoder.RMSNorm(0.0).apply({"params": {"scale": jnp.array([1.0, 2.0])}}, x)
     np.testing.assert_allclose(y, [[3 / math.sqrt(12.5), 8 / math.sqrt(12.5)]], rtol=1e-6)
     # In bfloat16 the sum is still made in float32.
     wide = jnp.full((1, 4096), 1.0, jnp.bfloat16)
-    norm = model_lib.RMSNorm(0.0).apply({"params": {"scale": jnp.ones(4096)}}, wide)
+    norm = decoder.RMSNorm(0.0).apply({"params": {"scale": jnp.ones(4096)}}, wide)
     assert norm.dtype == jnp.bfloat16 and np.all(np.asarray(norm, np.float32) == 1)
 
 
 def test_cross_entropy_of_a_case_worked_by_hand():
     # The last one neither overflows nor loses the small term.
     logits = jnp.array([[np.log([0.5, 0.25, 0.25]), np.log([1.0, 3.0, 4.0]), [1000.0, 0.0, 0.0]]])
-    losses = jax.jit(model_lib.cross_entropy)(logits, jnp.array([[0, 1, 1]]))
+    losses = jax.jit(decoder.cross_entropy)(logits, jnp.array([[0, 1, 1]]))
     np.testing.assert_allclose(losses, [[math.log(2), math.log(8 / 3), 1000.0]], rtol=1e-6)
 
 
@@ -276,7 +276,7 @@ def test_the_high_precision_member_of_a_quantized_program_has_the_unquantized_lo
 def test_every_operand_changes_the_logits_when_it_alone_is_quantized(params, tokens, logits_of):
     plain = logits_of(params, tokens, table_of(), program=QUANTIZED)
     seen = []
-    for name in quantize.OPERANDS:
+    for name in operands.OPERANDS:
         coarse = logits_of(params, tokens, table_of(**{name: 3}), program=QUANTIZED)
         fine = logits_of(params, tokens, table_of(**{name: 12}), program=QUANTIZED)
         assert np.max(np.abs(coarse - plain)) > 5 * np.max(np.abs(fine - plain)) > 0, name
@@ -287,7 +287,7 @@ def test_every_operand_changes_the_logits_when_it_alone_is_quantized(params, tok
 def test_embedding_head_and_norms_are_never_quantized(params, tokens, logits_of):
     # With all block kernels zero only embedding, last norm and head are left.
     silent = {**params, "layers": jax.tree.map(jnp.zeros_like, params["layers"])}
-    table = table_of(**dict.fromkeys(quantize.OPERANDS, 2))
+    table = table_of(**dict.fromkeys(operands.OPERANDS, 2))
     coarse = logits_of(silent, tokens, table, program=QUANTIZED)
     np.testing.assert_array_equal(coarse, logits_of(silent, tokens))
     np.testing.assert_allclose(coarse, numpy_decoder(silent, tokens, CONFIG), rtol=1e-5, atol=1e-5)
@@ -332,7 +332,7 @@ def test_initial_weights_have_the_variances_that_mup_asks_for(params):
 
 
 def test_layer_norm_of_a_case_worked_by_hand():
-    y = model_lib.LayerNorm(0.0).apply({}, jnp.array([[1.0, 3.0], [10.0, 12.0]]))
+    y = decoder.LayerNorm(0.0).apply({}, jnp.array([[1.0, 3.0], [10.0, 12.0]]))
     np.testing.assert_allclose(y, [[-1, 1], [-1, 1]], rtol=1e-6)
 
 
@@ -367,7 +367,7 @@ def test_recomputing_blocks_changes_no_gradient(params, tokens):
     def loss(params, remat):
         config = dataclasses.replace(CONFIG, remat=remat)
         logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], table_of(w=4, a=6, k=4, v=4))
-        return jnp.mean(model_lib.cross_entropy(logits, tokens[:, 1:]))
+        return jnp.mean(decoder.cross_entropy(logits, tokens[:, 1:]))
 
     grads = jax.jit(jax.grad(loss), static_argnums=1)
     kept = grads(params, "none")
@@ -386,7 +386,7 @@ def test_recomputing_more_keeps_less_in_memory():
 
         def loss(params, tokens):
             logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], table_of(w=4, a=6, k=4, v=4))
-            return jnp.mean(model_lib.cross_entropy(logits, tokens[:, 1:]))
+            return jnp.mean(decoder.cross_entropy(logits, tokens[:, 1:]))
 
         compiled = jax.jit(jax.grad(loss)).lower(params, tokens_BxS1).compile()
         return compiled.memory_analysis().temp_size_in_bytes

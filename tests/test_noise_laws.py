@@ -5,16 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis import derived, laws, surface
-from analysis.fit import Fit, FitError, Options, fit
-from analysis.law import Law, LawError, Need, Parameter
-from analysis.optimum import Budget
-from analysis.plan import plan
-from analysis.problem import set_up
-from analysis.steps import integer_step, relative_step
-from analysis.synthetic import constants, table
-from precision_scaling.gaussian import gaussian_mse
-from precision_scaling.numerics import fake_quant_array
+from analysis import laws
+from analysis.fitting.fit import Fit, fit
+from analysis.fitting.problem import FitError, Options, set_up
+from analysis.laws import derived
+from analysis.laws.law import Law, LawError, Need, Parameter
+from analysis.laws.steps import integer_step, relative_step
+from analysis.laws.synthetic import constants, table
+from analysis.planning import surface
+from analysis.planning.minimize import Budget
+from analysis.planning.plan import plan
+from precision_scaling.numerics.gaussian import gaussian_mse
+from precision_scaling.numerics.rounding import fake_quant_array
 from precision_scaling.quantize import fake_quant
 
 OUTER = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5, "g": 2.0}  # (4 + 3)^2 + 1.5 at N 1e4, D 1e8

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from precision_scaling import formats, numerics
-from precision_scaling.formats import Kind, parse
+from precision_scaling.numerics import formats
+from precision_scaling.numerics import rounding as rounding_lib
+from precision_scaling.numerics.formats import Kind, parse
 from precision_scaling.ptq import grid as ptq_grid
 
 CASTS = {
@@ -36,9 +37,9 @@ OTHER_FLOATS = [
 BLOCKS = ["mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "mxint8", "nvfp4"]
 
 # One compiled program per family and shape: the grids are traced.
-round_traced = jax.jit(numerics.round_to_grid, static_argnames=("kind", "saturate"))
-fake_quant_static = jax.jit(numerics.fake_quant_array, static_argnames=("fmt", "axis", "group_size", "rounding"))
-fake_quant_traced = jax.jit(numerics.fake_quant_grid, static_argnames=("kind", "axis", "group_size", "rounding"))
+round_traced = jax.jit(rounding_lib.round_to_grid, static_argnames=("kind", "saturate"))
+fake_quant_static = jax.jit(rounding_lib.fake_quant_array, static_argnames=("fmt", "axis", "group_size", "rounding"))
+fake_quant_traced = jax.jit(rounding_lib.fake_quant_grid, static_argnames=("kind", "axis", "group_size", "rounding"))
 
 
 def fake_quant(x, name, axis=None, **options):
@@ -169,7 +170,7 @@ def test_nvfp4_is_idempotent_up_to_the_rounding_of_its_tensor_scale():
 @pytest.mark.parametrize("name", [*INTEGERS, "e2m1", "e4m3", "e5m6", "ternary"])
 def test_a_quantized_tensor_gets_its_scale_back_whatever_its_mantissa(name):
     grid = parse(name).grid()
-    scale_of_each = jax.jit(lambda x: numerics.abs_max_scale(x, grid, axes=1))
+    scale_of_each = jax.jit(lambda x: rounding_lib.abs_max_scale(x, grid, axes=1))
     for start in range(2**23, 2**24, 2**21):
         largest = np.arange(start, start + 2**21, dtype=np.float32)[:, None]
         scale = scale_of_each(largest)
@@ -380,7 +381,7 @@ def test_traced_vmapped_and_static_formats_give_the_same_bits(cohort, rounding):
     assert kind.family == cohort
     x, options = random_tensor(7), {"axis": -1, "rounding": rounding, "key": jax.random.key(1)}
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[parse(name).grid() for name in names])
-    one = lambda x, grid: numerics.fake_quant_grid(x, grid, kind, **options)
+    one = lambda x, grid: rounding_lib.fake_quant_grid(x, grid, kind, **options)
     together = jax.jit(jax.vmap(one, in_axes=(None, 0)))(x, stacked)
     for name, y in zip(names, together, strict=True):
         static = fake_quant_static(x, name, **options)
@@ -393,7 +394,7 @@ def test_formats_that_pass_through_change_nothing():
     for name in ("bf16", "fp16", "fp32", 16):
         assert_same_bits(fake_quant(x, name), x)
         assert_same_bits(fake_quant_traced(x, parse(name).grid(), Kind("int")), x)
-        assert_same_bits(numerics.abs_max_scale(x, parse(name).grid()), np.ones((1, 1)))
+        assert_same_bits(rounding_lib.abs_max_scale(x, parse(name).grid()), np.ones((1, 1)))
         assert_same_bits(round_traced(x, parse(name).grid(), "float"), x)
 
 
@@ -425,7 +426,7 @@ def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
 
 
 def test_rounding_noise_is_uniform_and_uncorrelated():
-    noise = lambda i: numerics.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
+    noise = lambda i: rounding_lib.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
     draws = np.asarray(jax.jit(jax.vmap(noise))(jnp.arange(200)))
     assert draws.min() >= 0 and draws.max() < 1
     assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
@@ -485,10 +486,10 @@ def test_the_dtype_stays_and_the_arithmetic_is_float32(name, dtype):
 )
 def test_bad_input_is_one_line_that_names_the_value_and_what_is_allowed(arguments, named):
     with pytest.raises(formats.FormatError) as error:
-        numerics.fake_quant_array(**{"x": np.ones((12, 64), np.float32)} | arguments)
+        rounding_lib.fake_quant_array(**{"x": np.ones((12, 64), np.float32)} | arguments)
     assert named in str(error.value) and "allowed" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_family_is_refused():
     with pytest.raises(formats.FormatError, match="'decimal'"):
-        numerics.round_to_grid(jnp.ones(3), parse(4).grid(), "decimal")
+        rounding_lib.round_to_grid(jnp.ones(3), parse(4).grid(), "decimal")

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import optimizer as optimizer_lib
-from precision_scaling.model import ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.training import optimizer
+from precision_scaling.training.optimizer import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODEL = ModelConfig(vocab_size=5, width=16, depth=8, heads=2, hidden=24, sequence_length=4, base_width=4, base_depth=2)
 CONFIG = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 
-update = jax.jit(optimizer_lib.update, static_argnums=(0, 1))
+update = jax.jit(optimizer.update, static_argnums=(0, 1))
 
 
 def tree(rng, size=1.0):
@@ -50,7 +50,7 @@ def test_updates_equal_adamw_written_out(clip_norm):
     config = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, clip_norm, 0.1)
     rng = np.random.default_rng(0)
     params = tree(rng)
-    state = optimizer_lib.init(config, params)
+    state = optimizer.init(config, params)
     expected = named(params)
     first = dict.fromkeys(LEAVES, 0.0)
     second = dict.fromkeys(LEAVES, 0.0)
@@ -74,7 +74,7 @@ def test_updates_equal_adamw_written_out(clip_norm):
 def test_weight_decay_shrinks_matrices_alone_when_gradients_vanish():
     params = tree(np.random.default_rng(1))
     zero = jax.tree.map(jnp.zeros_like, params)
-    after, _ = update(CONFIG, MODEL, zero, optimizer_lib.init(CONFIG, params), params, 0.5)
+    after, _ = update(CONFIG, MODEL, zero, optimizer.init(CONFIG, params), params, 0.5)
     before = named(params)
     for name, value in named(after).items():
         decayed, multiplier = LEAVES[name]
@@ -82,7 +82,5 @@ def test_weight_decay_shrinks_matrices_alone_when_gradients_vanish():
 
 
 def test_rates_scale_with_width_and_depth_in_the_blocks_kernels_alone():
-    found = {
-        name: float(value) for name, value in named(optimizer_lib.rate_multipliers(tree(np.random), MODEL)).items()
-    }
+    found = {name: float(value) for name, value in named(optimizer.rate_multipliers(tree(np.random), MODEL)).items()}
     assert found == {name: multiplier for name, (_, multiplier) in LEAVES.items()}

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import laws, page
-from analysis.evidence import Evidence
-from analysis.figures import ptq
-from analysis.figures.bands import band, band_words, beyond, said
-from analysis.findings import FORCED, Finding
-from analysis.fit import Fit
+from analysis import laws
+from analysis.fitting.fit import Fit
+from analysis.reporting import page
+from analysis.reporting.evidence import Evidence
+from analysis.reporting.figures import ptq
+from analysis.reporting.figures.bands import band, band_words, beyond, said
+from analysis.reporting.verdicts.finding import FORCED, Finding
 from analysis.table import from_columns
 
 VALUES = {"C_T": 0.1, "gamma_D": 0.5, "gamma_N": 0.3, "gamma_post": 0.6, "b": 0.0}

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from analysis import closed_forms, command, laws, surface
-from analysis.cost import CostError, CostModel, bits_of_format
-from analysis.fit import Fit
-from analysis.optimum import Budget, BudgetError, minimize, turning_point
-from analysis.plan import FLAGS, main, plan
+from analysis import command, laws
+from analysis.fitting.fit import Fit
+from analysis.laws import law as law_lib
+from analysis.plan import FLAGS, main
+from analysis.planning import closed_forms, surface
+from analysis.planning.cost import CostError, CostModel, bits_of_format
+from analysis.planning.minimize import Budget, BudgetError, minimize, turning_point
+from analysis.planning.plan import plan
 from analysis.planning.text import advice, describe
 
 PAPER = {**laws.published("precision"), **laws.published("ptq")}
@@ -69,7 +72,7 @@ def test_cost_optimal_precision_is_seven_bits_at_every_budget(ground, flops):
 def test_cost_optimal_precision_with_the_mean_of_the_three_parts(fits):
     gamma, bias = (np.mean([PAPER[f"{k}_{x}"] for x in ("w", "a", "kv")]) for k in ("gamma", "n"))
     loss = fits[0]
-    mean = {**loss.values, **{f"gamma_{x}": gamma for x in surface.PARTS}, **{f"n_{x}": bias for x in surface.PARTS}}
+    mean = {**loss.values, **{f"gamma_{x}": gamma for x in law_lib.PARTS}, **{f"n_{x}": bias for x in law_lib.PARTS}}
     point = minimize(surface.build([dataclasses.replace(loss, values=mean)]), Budget(flops=1e21))
     assert point.p == pytest.approx(7.64, abs=5e-3)
 
@@ -78,7 +81,7 @@ def test_tied_unbiased_optimum_is_1_904_gamma_whatever_the_exponents_and_the_bud
     assert closed_forms.tied_unbiased_optimum() == pytest.approx(1.904, abs=5e-4)
     loss = fits[0]
     for gamma, alpha, beta, flops in ((2.0, 0.4965, 0.4965, 1e21), (3.1, 0.3, 0.6, 1e19), (1.7, 0.7, 0.25, 1e23)):
-        tied = {**loss.values, **{f"n_{x}": 0.0 for x in surface.PARTS}, **{f"gamma_{x}": gamma for x in surface.PARTS}}
+        tied = {**loss.values, **{f"n_{x}": 0.0 for x in law_lib.PARTS}, **{f"gamma_{x}": gamma for x in law_lib.PARTS}}
         ground = surface.build([dataclasses.replace(loss, values={**tied, "alpha": alpha, "beta": beta})])
         assert minimize(ground, Budget(flops=flops)).p / gamma == pytest.approx(1.9038, abs=1e-3)
 

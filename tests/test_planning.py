@@ -6,17 +6,20 @@ import json
 import numpy as np
 import pytest
 
-from analysis import command, laws, reporting, surface
-from analysis.cost import CostModel, bits_of_format, named_format
-from analysis.fit import Fit
-from analysis.optimum import Budget
-from analysis.plan import FLAGS, main, plan
+from analysis import command, laws
+from analysis.fitting import provenance
+from analysis.fitting.fit import Fit
+from analysis.laws.steps import relative_step
+from analysis.plan import FLAGS, main
+from analysis.planning import surface
+from analysis.planning.cost import CostModel, bits_of_format, named_format
 from analysis.planning.memory import Layout, Serving, ServingError, bytes_label, parse_bytes
+from analysis.planning.minimize import Budget
+from analysis.planning.plan import plan
 from analysis.planning.text import describe
-from analysis.steps import relative_step
 from analysis.table import from_columns
-from precision_scaling import formats
-from precision_scaling.sizes import SIZES
+from precision_scaling.model.sizes import SIZES
+from precision_scaling.numerics import formats
 
 NOISE = {"A": 240.0, "alpha": 0.602, "B": 50100.0, "beta": 0.84, "E": 0.793, "g": 0.427, "d": 0.194, "q": 0.622}
 NOISE |= {"c_w": 0.00182, "c_a": 0.0716, "c_kv": 0.00762}
@@ -110,8 +113,8 @@ def test_a_fit_tells_the_formats_and_costs_of_its_rows():
     columns = {"N": [1e6, 2e6], "D": [1e7, 2e7], "loss": [3.0, 2.9], "P_w": [8.0, 16.0], "P_a": [4.0, 16.0]}
     named = {"w_format": ["float8_e4m3fn", "bf16"], "k_format": ["INT4", ""], "v_format": ["own", ""]}
     rows = from_columns({**columns, **named})
-    assert reporting.trained_formats(rows) == {"w": ["bf16", "e4m3fn"], "kv": ["int4", "own"]}
-    assert reporting._ranges(rows)["C"] == pytest.approx((6e13 * 28 / 48, 6 * 4e13))
+    assert provenance.trained_formats(rows) == {"w": ["bf16", "e4m3fn"], "kv": ["int4", "own"]}
+    assert provenance._ranges(rows)["C"] == pytest.approx((6e13 * 28 / 48, 6 * 4e13))
 
 
 def test_measured_speeds_hold_for_the_formats_of_their_kind():

@@ -3,10 +3,11 @@
 import jax
 import pytest
 
-from configs import base
-from precision_scaling import experiment, precision, quantize
+from precision_scaling.config import base, experiment
 from precision_scaling.errors import ConfigError
-from precision_scaling.precision import from_options, parse
+from precision_scaling.quantize import native as native_lib
+from precision_scaling.quantize import parsing, presets, static
+from precision_scaling.quantize.parsing import from_options, parse
 
 
 def options(**leaves):
@@ -34,14 +35,14 @@ PAPER = {"w": "int4/channel/nearest", "a": "int4/tensor/nearest", "k": "int4/ten
 def test_the_default_is_the_papers_setting_with_nothing_quantized():
     spec = from_options(options())
     assert spec == from_options(options(preset="paper")) and spec.describe() == "bf16" and spec.bits("w", "a") == 16
-    assert precision.program_of([spec], "float32") == quantize.UNQUANTIZED
+    assert static.static_of([spec], "float32") == static.UNQUANTIZED
     spec = from_options(options(weights="int4", activations="4", k=" INT4 "))
     assert {name: str(setting) for name, setting in spec.settings} == PAPER
     assert not spec.exact and not spec.native and not spec.rotated
 
 
 def test_presets_say_what_their_names_say():
-    described = {name: from_options(options(preset=name)).describe() for name in precision.PRESETS}
+    described = {name: from_options(options(preset=name)).describe() for name in presets.PRESETS}
     assert described["qat"] == "w=int4/channel/nearest"
     assert described["low_precision"].split() == ["w=int8/channel/nearest"] + [
         f"{name}=int8/tensor/nearest" for name in "akv"
@@ -95,7 +96,7 @@ def test_shorthand_names_parts_presets_and_details():
 def test_head_and_embedding_are_parts_of_their_own():
     spec = from_options(options(weights="int4", embedding="int8", head_weights="int6"))
     assert spec.describe() == "w=int4/channel/nearest e=int8/token/nearest head_w=int6/channel/nearest"
-    assert precision.program_of([spec], "float32").get("e").granularity == "token"
+    assert static.static_of([spec], "float32").get("e").granularity == "token"
 
 
 def test_the_saved_operand_is_the_forward_one_the_exact_one_or_has_a_format():
@@ -211,19 +212,19 @@ def test_runs_that_save_other_operands_are_never_compiled_together():
     exact = parse("w4", options(backward__activations_saved="exact"))
     forward, nothing = parse("w4", options()), parse("bf16", options())
     for one, other in ((own, exact), (own, forward), (exact, forward)):
-        assert precision.program_of([one, other], "float32") is None
+        assert static.static_of([one, other], "float32") is None
     for one in (own, exact, forward):
-        assert precision.program_of([one, nothing], "float32") is not None
+        assert static.static_of([one, nothing], "float32") is not None
 
 
 def test_long_significands_get_float32_products_in_bf16_models_alone():
     assert len(programs("w4", "w8", "w9", "w12", "bf16")) == 1
     split = programs("w4", "w8", "w9", "w12", "bf16", model__dtype="bfloat16")
     assert sorted(map(len, split)) == [2, 3]
-    wide = precision.program_of([parse("kv10", options())], "bfloat16")
+    wide = static.static_of([parse("kv10", options())], "bfloat16")
     assert wide.wide == ("q", "p")
     assert [
-        fmt for fmt in ("int8", "int9", "e5m6", "e4m7", "mxint8") if precision.is_wide(precision.formats.parse(fmt))
+        fmt for fmt in ("int8", "int9", "e5m6", "e4m7", "mxint8") if static.is_wide(parsing.formats.parse(fmt))
     ] == [
         "int9",
         "e4m7",
@@ -247,26 +248,26 @@ def test_runs_that_differ_in_precision_alone_have_names_of_their_own():
 
 def test_tables_hold_the_grids_of_the_program_and_let_formats_be_replaced():
     spec = parse("w4_a8", options())
-    program = precision.program_of([spec, parse("k3", options())], "float32")
-    table = spec.table(program)
+    program = static.static_of([spec, parse("k3", options())], "float32")
+    table = program.grids(spec)
     assert {name: float(grid.max_value) for name, grid in table.items() if not grid.passthrough} == {"w": 7, "a": 127}
     assert table["k"].passthrough == 1
-    assert spec.table(program, w="bf16")["w"].passthrough == 1
+    assert program.grids(spec, w="bf16")["w"].passthrough == 1
 
 
 def test_native_fp8_names_the_device_that_has_none():
     spec = from_options(options(preset="fp8", mode="native"))
     with pytest.raises(ConfigError) as caught:
-        precision.check_device(spec, jax.devices("cpu")[0])
+        native_lib.check_device(spec, jax.devices("cpu")[0])
     assert all(word in str(caught.value) for word in ("precision.mode", "e4m3fn", "cpu", "8.9"))
-    precision.check_device(from_options(options(preset="int8_full", mode="native")), jax.devices("cpu")[0])
-    precision.check_device(from_options(options(preset="fp8")), jax.devices("cpu")[0])
+    native_lib.check_device(from_options(options(preset="int8_full", mode="native")), jax.devices("cpu")[0])
+    native_lib.check_device(from_options(options(preset="fp8")), jax.devices("cpu")[0])
 
 
 def test_every_preset_resolves_and_its_native_form_where_there_is_one():
-    for name in precision.PRESETS:
+    for name in presets.PRESETS:
         assert resolve(name).cohorts
-    native = {name for name in precision.PRESETS if name != "paper" and _is_native(name)}
+    native = {name for name in presets.PRESETS if name != "paper" and _is_native(name)}
     assert native == {"fp8", "int8_full"}
 
 

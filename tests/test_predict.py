@@ -6,9 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis import laws, predict, synthetic
+from analysis import laws, predict
 from analysis import table as tables
-from analysis.fit import Fit, FitError, Options, fit
+from analysis.fitting import prediction
+from analysis.fitting.fit import Fit, fit
+from analysis.fitting.problem import FitError, Options
+from analysis.laws import synthetic
 from analysis.predict import FLAGS
 
 LOSS = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5}  # 8.5 at N 1e4, D 1e8
@@ -32,11 +35,11 @@ def planned(**columns):
 
 def test_planned_rows_are_predicted_by_the_fit_that_speaks_of_them():
     rows = planned(P_post=[np.nan, 3.0, 2.0], P_w=[16.0, 16.0, 4.0])
-    found = predict.predict((known("chinchilla", LOSS), known("ptq_noise", DELTA)), rows)
+    found = prediction.predict((known("chinchilla", LOSS), known("ptq_noise", DELTA)), rows)
     np.testing.assert_allclose(found.predicted, [8.5, 8.5 + 0.5 / 9, np.nan])
     assert list(found.before_from) == ["", "chinchilla", ""] and found.note[2].startswith("trained below 16 bits")
     assert np.isnan(found.measured).all() and np.isnan(found.low).all()
-    alone = predict.predict((known("ptq_noise", DELTA),), rows)
+    alone = prediction.predict((known("ptq_noise", DELTA),), rows)
     assert np.isnan(alone.predicted).all()
     assert (
         alone.note[0] == "no fit given of the loss before PTQ" and "no fit is given that predicts it" in alone.note[1]
@@ -46,21 +49,21 @@ def test_planned_rows_are_predicted_by_the_fit_that_speaks_of_them():
 def test_delta_is_added_to_the_measured_loss_where_the_run_has_one():
     rows = planned(P_post=[np.nan, 3.0], loss=[9.0, 9.1])
     both = (known("chinchilla", LOSS), known("ptq_noise", DELTA))
-    found = predict.predict(both, rows)
+    found = prediction.predict(both, rows)
     np.testing.assert_allclose(found.predicted, [8.5, 9 + 0.5 / 9])
     np.testing.assert_allclose(found.error, [-0.5, 0.5 / 9 - 0.1])
     assert found.before_from[1] == "measured"
-    assert predict.predict(both, rows, before="predicted").predicted[1] == pytest.approx(8.5 + 0.5 / 9)
+    assert prediction.predict(both, rows, before="predicted").predicted[1] == pytest.approx(8.5 + 0.5 / 9)
 
 
 def test_fits_of_served_losses_speak_of_their_bits_alone():
     served = dataclasses.replace(known("chinchilla", LOSS), serve_bits=4.0)
-    found = predict.predict((served,), planned(P_post=[np.nan, 4.0, 3.0]))
+    found = prediction.predict((served,), planned(P_post=[np.nan, 4.0, 3.0]))
     np.testing.assert_allclose(found.predicted, [np.nan, 8.5, np.nan])
     with pytest.raises(FitError, match="two fits of the loss after PTQ to 4 bits"):
-        predict.predict((served, served), planned(P_post=[4.0]))
+        prediction.predict((served, served), planned(P_post=[4.0]))
     with pytest.raises(FitError, match="2 fits of the loss before PTQ"):
-        predict.predict((known("chinchilla", LOSS), known("chinchilla", LOSS)), planned(P_post=[4.0]))
+        prediction.predict((known("chinchilla", LOSS), known("chinchilla", LOSS)), planned(P_post=[4.0]))
 
 
 @pytest.mark.slow
@@ -83,7 +86,7 @@ def test_intervals_hold_new_measurements_as_often_as_they_say():
     held = []
     for seed in range(12):
         seen, new = (synthetic.table("chinchilla", noise=0.01, seed=s) for s in (seed, 100 + seed))
-        found = predict.predict((fit("chinchilla", seen, starts=8, bootstrap_resamples=200, profile=False),), new)
+        found = prediction.predict((fit("chinchilla", seen, starts=8, bootstrap_resamples=200, profile=False),), new)
         held.append(np.mean((found.low <= found.measured) & (found.measured <= found.high)))
         assert found.note.tolist() == [""] * len(new) and found.outside.tolist() == [""] * len(new)
     assert 0.90 <= np.mean(held) <= 0.99
@@ -93,7 +96,7 @@ def test_intervals_widen_beyond_the_rows_of_the_fit_and_rows_there_are_named():
     seen = synthetic.table("chinchilla", noise=0.01)
     made = fit("chinchilla", seen, starts=8, bootstrap_resamples=100, profile=False)
     rows = planned(P_post=[np.nan] * 2, N=[1e8, 1e8], D=[1e10, 1e14])
-    found = predict.predict((made,), rows)
+    found = prediction.predict((made,), rows)
     assert list(found.outside) == ["", "D"]
     width = np.log(found.high / found.low)
     assert width[1] > width[0] > 0
@@ -112,11 +115,11 @@ def test_the_noise_in_an_interval_is_that_of_what_the_fit_compared(how, expected
     """One draw of the constants and one residual: both ends are the prediction with it."""
     one = known("ptq_noise", DELTA, samples={name: (value,) for name, value in DELTA.items()})
     made = dataclasses.replace(one, residuals={"after": (0.2,)}, reporting=how)
-    found = predict.predict((made,), planned(P_post=[np.nan, 3.0], loss=[9.0, 9.1]))
+    found = prediction.predict((made,), planned(P_post=[np.nan, 3.0], loss=[9.0, 9.1]))
     assert (found.low[1], found.high[1]) == pytest.approx((expected, expected))
     before = known("chinchilla", LOSS, samples={name: (value,) for name, value in LOSS.items()})
     before = dataclasses.replace(before, residuals={"before": (-0.1,)}, reporting={"residual": "loss"})
-    alone = predict.predict((before,), planned(P_post=[np.nan]))
+    alone = prediction.predict((before,), planned(P_post=[np.nan]))
     assert (alone.low[0], alone.high[0]) == pytest.approx((8.4, 8.4))
 
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import cohort, programs, sharding, step
 from precision_scaling.errors import ConfigError
-from precision_scaling.feed import Feed
+from precision_scaling.runtime import sharding
+from precision_scaling.training import cohort, compiled, step
+from precision_scaling.training.feed import Prefetcher
 
 
 def lanes_for(monkeypatch, memory, asked=32, run=1, fixed=1000, each=100):
@@ -19,11 +20,11 @@ def lanes_for(monkeypatch, memory, asked=32, run=1, fixed=1000, each=100):
         tried.append(lanes)
         return fixed + each * lanes // layout.sizes["run"]
 
-    monkeypatch.setattr(programs, "_bytes", bytes_of)
-    monkeypatch.setattr(programs, "device_memory", lambda layout: memory / programs.MEMORY_SHARE)
+    monkeypatch.setattr(compiled, "_bytes", bytes_of)
+    monkeypatch.setattr(compiled, "device_memory", lambda layout: memory / compiled.MEMORY_SHARE)
     static, layout = SimpleNamespace(model=SimpleNamespace(width=16, depth=2)), SimpleNamespace(sizes={"run": run})
     arguments = lambda lanes: (None, jax.ShapeDtypeStruct((4, lanes, 2, 8, 17), np.uint8))
-    return programs.lanes_that_fit(static, layout, asked, arguments), tried
+    return compiled.lanes_that_fit(static, layout, asked, arguments), tried
 
 
 @pytest.mark.parametrize(
@@ -44,18 +45,20 @@ def test_a_model_of_which_not_one_fits_is_one_line(monkeypatch):
 
 
 def test_bytes_are_those_of_the_state_and_more(finished_study, quick_compile):
-    bench, _ = finished_study
-    (group,) = bench.experiment.cohorts
-    static = step.Static(group.shape.model, group.program, bench.experiment.optimizer)
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
+    static = step.Static(group.shape.model, group.program, workspace.experiment.optimizer)
     inputs = cohort._inputs(group, [None, None])
-    feed = Feed(bench.loader(group.shape), bench.layout, 2, 1, bench.experiment.config.train.steps_per_dispatch)
-    state = programs.stacked(programs.programs_of(static, bench.layout, 2).one, 2)
+    feed = Prefetcher(
+        workspace.loader(group.shape), workspace.layout, 2, 1, workspace.experiment.config.train.steps_per_dispatch
+    )
+    state = compiled.stacked(compiled.compiled_cohort(static, workspace.layout, 2).one, 2)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    found = programs._bytes(static, bench.layout, 2, inputs, feed.abstract)
+    found = compiled._bytes(static, workspace.layout, 2, inputs, feed.abstract)
     assert 1.5 * held < found < 50 * held  # and the gradients, at least
 
 
 def test_a_machine_tells_its_memory():
     layout = sharding.make_layout({"run": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    assert 1 << 28 < programs.device_memory(layout) < 1 << 50
-    assert programs.device_memory(layout) % (1 << 20) == 0
+    assert 1 << 28 < compiled.device_memory(layout) < 1 << 50
+    assert compiled.device_memory(layout) % (1 << 20) == 0

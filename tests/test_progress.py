@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from precision_scaling import progress
-from precision_scaling.progress import LINE_SECONDS, progress_bar
+from precision_scaling.runtime import progress
+from precision_scaling.runtime.progress import LINE_SECONDS, progress_bar
 
 ROOT = Path(__file__).parent.parent
 WORK = """
@@ -121,4 +121,4 @@ def test_no_bar_is_made_elsewhere():
     sources = [path for name in ("precision_scaling", "analysis", "benchmarks") for path in (ROOT / name).rglob("*.py")]
     importing = {path.name for path in sources if re.search(r"^\s*(from|import) tqdm", path.read_text(), re.MULTILINE)}
     assert importing == {"progress.py", "cohort.py"}  # the latter for the type of an argument
-    assert "tqdm(" not in (ROOT / "precision_scaling" / "cohort.py").read_text()
+    assert "tqdm(" not in (ROOT / "precision_scaling" / "training" / "cohort.py").read_text()

@@ -9,24 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import quantize
-from precision_scaling import step as step_lib
-from precision_scaling.formats import parse
-from precision_scaling.model import Block, ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.model.decoder import Block, ModelConfig
+from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.codes import parameters
 from precision_scaling.ptq.setting import Setting
-from precision_scaling.quantize import Operand, Program
-from precision_scaling.sharding import local_layout
-from precision_scaling.step import Static
+from precision_scaling.quantize import operands
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.runtime.sharding import local_layout
+from precision_scaling.training import step
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
 )
-PROGRAM = Program(tuple((n, Operand(parse("int4").kind, "channel" if n == "w" else "tensor")) for n in "wa"))
+PROGRAM = StaticPrecision(
+    tuple((n, StaticQuantizer(parse("int4").kind, "channel" if n == "w" else "tensor")) for n in "wa")
+)
 STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 BITS = (3, 8)
 DAMPING = 0.01
@@ -38,7 +40,7 @@ def table_of(w=16, a=16):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda: step_lib.init_state(STATIC, 0).params)()
+    return jax.jit(lambda: step.init_state(STATIC, 0).params)()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_norms_embedding_and_head_stay_and_every_kernel_changes(params, quantize
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params, tokens, dtype):
     static = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))
-    loss = jax.jit(functools.partial(step_lib.validation_loss, static))
+    loss = jax.jit(functools.partial(step.validation_loss, static))
     sequences = np.concatenate([tokens, tokens[:, :1]], axis=1).reshape(2, 3, 9)
     options = {"setting": Setting("rtn"), "batch_size": 3, "layout": local_layout()}
     result = apply.quantize_model(static, params, table_of(), tokens, BITS, DAMPING, **options)
@@ -224,4 +226,4 @@ def test_projections_are_all_there_are_and_come_in_the_order_of_the_data(params)
     }
     assert kernels == set(apply.LINEARS)
     assert [name for _, name in apply.LINEARS] == ["qkv", "out", "gate_up", "down"]
-    assert quantize.OPERANDS[:2] == ("w", "a")
+    assert operands.OPERANDS[:2] == ("w", "a")

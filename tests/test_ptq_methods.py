@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import quantize
-from precision_scaling import step as step_lib
-from precision_scaling.formats import parse
-from precision_scaling.model import ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.ptq.smoothquant import smoothing_scales
-from precision_scaling.quantize import UNQUANTIZED
-from precision_scaling.sharding import local_layout
-from precision_scaling.step import Static
+from precision_scaling.quantize import products
+from precision_scaling.quantize.static import UNQUANTIZED
+from precision_scaling.runtime.sharding import local_layout
+from precision_scaling.training import step
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,7 +35,7 @@ def static_of(setting):
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax.jit(lambda: step_lib.init_state(static_of(Setting("rtn")), 0).params)()
+    params = jax.jit(lambda: step.init_state(static_of(Setting("rtn")), 0).params)()
     block = params["layers"]["block"]
     for norm in ("attention_norm", "mlp_norm"):
         block[norm]["scale"] = block[norm]["scale"].at[:, LOUD].set(50.0)
@@ -53,7 +53,7 @@ def tokens():
 def loss_of(tokens):
     @functools.cache
     def program(setting):
-        return jax.jit(functools.partial(step_lib.validation_loss, static_of(setting)))
+        return jax.jit(functools.partial(step.validation_loss, static_of(setting)))
 
     def loss(params, setting, bits):
         return float(program(setting)(params, {name: parse(bits).grid() for name in setting.operands}, tokens[None]))
@@ -132,10 +132,10 @@ def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, 
         return np.rint(x / scale) * scale
 
     scores = np.einsum("blhk,bmhk->bhlm", q, on_grid(np.asarray(k)))
-    np.testing.assert_allclose(quantize.attention_scores(q, k, program, table), scores, atol=1e-4)
+    np.testing.assert_allclose(products.attention_scores(q, k, program, table), scores, atol=1e-4)
     p = jax.nn.softmax(jnp.asarray(scores, jnp.float32), axis=-1)
     values = np.einsum("bhlm,bmhk->blhk", p, on_grid(np.asarray(v)))
-    np.testing.assert_allclose(quantize.attention_values(p, v, program, table), values, atol=1e-4)
+    np.testing.assert_allclose(products.attention_values(p, v, program, table), values, atol=1e-4)
     whole = loss_of(params, Setting("rtn"), 16)
     assert loss_of(params, setting, 16) == whole
     assert 0 < abs(loss_of(params, setting, 8) - whole) < abs(loss_of(params, setting, 2) - whole)

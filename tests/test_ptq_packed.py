@@ -8,24 +8,24 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import files
 from precision_scaling.errors import UserError
-from precision_scaling.formats import parse
-from precision_scaling.model import ModelConfig
-from precision_scaling.model import init as init_model
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.decoder import init as init_model
+from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, packed
 from precision_scaling.ptq.setting import Setting
-from precision_scaling.quantize import Operand, Program
-from precision_scaling.sharding import local_layout
-from precision_scaling.step import Static
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.runtime import files
+from precision_scaling.runtime.sharding import local_layout
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
 )
-PROGRAM = Program((("a", Operand(parse("int4").kind, "tensor")),))
+PROGRAM = StaticPrecision((("a", StaticQuantizer(parse("int4").kind, "tensor")),))
 STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 SETTINGS = {
     "gptq": Setting("gptq"),

@@ -9,30 +9,31 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, model, results
-from precision_scaling.cohort import table_of
 from precision_scaling.errors import UserError
-from precision_scaling.formats import parse
-from precision_scaling.ptq import __main__ as command
-from precision_scaling.ptq import codes, layers, packed
+from precision_scaling.model import decoder
+from precision_scaling.numerics.formats import parse
+from precision_scaling.ptq import __main__, codes, layers, packed
 from precision_scaling.ptq.apply import LINEARS, Report
-from precision_scaling.ptq.runs import packed_directory, quantize_missing
 from precision_scaling.ptq.setting import Setting, of_method
+from precision_scaling.study import evaluate as evaluate_lib
+from precision_scaling.study import results
+from precision_scaling.study.ptq import packed_directory, quantize_missing
+from precision_scaling.training import checkpoint
+from precision_scaling.training.cohort import table_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
 def one_run(finished_study, tmp_path):
-    """(bench of a copy of the study with one run alone, that run)."""
-    bench, workdir = finished_study
+    """(workspace of a copy of the study with one run alone, that run)."""
+    workspace, workdir = finished_study
     shutil.copytree(workdir / "runs", tmp_path / "runs")
-    group = bench.experiment.cohorts[0]
+    group = workspace.experiment.cohorts[0]
     run = next(run for run in group.runs if run.ptq)
     group = dataclasses.replace(group, runs=(run,))
-    experiment = dataclasses.replace(bench.experiment, runs=(run,), cohorts=(group,))
-    return dataclasses.replace(bench, experiment=experiment, workdir=tmp_path), run
+    experiment = dataclasses.replace(workspace.experiment, runs=(run,), cohorts=(group,))
+    return dataclasses.replace(workspace, experiment=experiment, workdir=tmp_path), run
 
 
 def times(directory):
@@ -40,17 +41,17 @@ def times(directory):
 
 
 def test_other_options_make_other_rows_and_leave_those_that_were_there(one_run):
-    bench, run = one_run
-    before = times(bench.directory(run))
+    workspace, run = one_run
+    before = times(workspace.directory(run))
     options = {"group_size": 8, "symmetric": False}
-    assert quantize_missing(bench, ("rtn",), (3,), options=options) == []
-    assert quantize_missing(bench, ("kv_cache",), (3,)) == []
-    after = times(bench.directory(run))
+    assert quantize_missing(workspace, ("rtn",), (3,), options=options) == []
+    assert quantize_missing(workspace, ("kv_cache",), (3,)) == []
+    after = times(workspace.directory(run))
     added = {path.name for path in set(after) - set(before)}
     assert added == {"rows-rtn-group8-asymmetric.json", "rows-kv_cache.json"}
     assert {path: after[path] for path in before} == before
-    results.gather(bench.workdir)
-    with open(bench.workdir / "runs.csv") as file:
+    results.gather(workspace.workdir)
+    with open(workspace.workdir / "runs.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == run.id and row["P_post"] in ("", "3")]
     by_method = {row["method"]: row for row in rows}
     assert set(by_method) == {"", "rtn", "rtn-group8-asymmetric", "kv_cache"}
@@ -63,96 +64,98 @@ def test_other_options_make_other_rows_and_leave_those_that_were_there(one_run):
     cache = by_method["kv_cache"]
     assert [cache[name] for name in told] == ["tensor", "", "kv"] and cache["stored_bits"] == ""
     assert len({row["loss"] for row in rows}) == 4
-    again = times(bench.directory(run))
-    assert quantize_missing(bench, ("rtn",), (3,), options=options) == [] and times(bench.directory(run)) == again
+    again = times(workspace.directory(run))
+    assert (
+        quantize_missing(workspace, ("rtn",), (3,), options=options) == [] and times(workspace.directory(run)) == again
+    )
 
 
 @pytest.mark.slow
 def test_packed_model_has_the_loss_of_its_row(one_run):
-    bench, run = one_run
-    (group,) = bench.experiment.cohorts
-    row = next(row for row in results.read_rows(bench.directory(run), "rtn") if row["P_post"] == 3)
-    quantize_missing(bench, ("rtn",), (3,), save=True)  # the row is there, the model is not
-    assert row in results.read_rows(bench.directory(run), "rtn")
-    path = packed_directory(bench.directory(run), Setting("rtn"), 3)
+    workspace, run = one_run
+    (group,) = workspace.experiment.cohorts
+    row = next(row for row in results.read_rows(workspace.directory(run), "rtn") if row["P_post"] == 3)
+    quantize_missing(workspace, ("rtn",), (3,), save=True)  # the row is there, the model is not
+    assert row in results.read_rows(workspace.directory(run), "rtn")
+    path = packed_directory(workspace.directory(run), Setting("rtn"), 3)
     loaded = packed.load(path)
     assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
     program = Setting("rtn").program(group.program)
-    evaluate = bench_lib.evaluator(bench, group.shape, program)
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
     table = table_of(run, program, w=parse("bf16"))
     assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
     assert np.mean(np.asarray(loaded.model.kernels["mlp"]["down"].codes) != 0) > 0.5
-    saved = times(bench.directory(run))
-    quantize_missing(bench, ("rtn",), (3,), save=True)
-    assert times(bench.directory(run)) == saved
-    (line,) = command._sizes(bench, Setting("rtn"), [3, 4])
+    saved = times(workspace.directory(run))
+    quantize_missing(workspace, ("rtn",), (3,), save=True)
+    assert times(workspace.directory(run)) == saved
+    (line,) = __main__._sizes(workspace, Setting("rtn"), [3, 4])
     assert str(path) in line and f"{packed.packed_bytes(loaded.model, 3):,} of packed arrays" in line
 
 
 @pytest.mark.slow
 def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run):
-    bench, run = one_run
-    quantize_missing(bench, ("smoothquant",), (4,), save=True)
-    (row,) = results.read_rows(bench.directory(run), "smoothquant")
+    workspace, run = one_run
+    quantize_missing(workspace, ("smoothquant",), (4,), save=True)
+    (row,) = results.read_rows(workspace.directory(run), "smoothquant")
     assert row["post_parts"] == "wa" and row["P_post"] == 4
-    loaded = packed.load(packed_directory(bench.directory(run), Setting("smoothquant"), 4))
+    loaded = packed.load(packed_directory(workspace.directory(run), Setting("smoothquant"), 4))
     assert loaded.operands == ("a",)
-    (group,) = bench.experiment.cohorts
+    (group,) = workspace.experiment.cohorts
     program = Setting("smoothquant").program(group.program)
-    evaluate = bench_lib.evaluator(bench, group.shape, program)
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
     table = {**table_of(run, program, w=parse("bf16")), "a": parse(4).grid()}
     assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
     assert evaluate(codes.parameters(loaded.model), {**table, "a": parse(16).grid()}) != row["loss"]
-    found = json.loads(layers.path_of(bench.directory(run), "smoothquant").read_text())
+    found = json.loads(layers.path_of(workspace.directory(run), "smoothquant").read_text())
     assert found["projections"] == ["attention/qkv", "attention/out", "mlp/gate_up", "mlp/down"]
     errors = np.array(found["bits"]["4"]["error"])
     assert errors.shape == (2, 4) and np.all((errors > 1e-4) & (errors < 0.1))
-    figure = layers.draw(bench.directory(run), "smoothquant")
+    figure = layers.draw(workspace.directory(run), "smoothquant")
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.name == "layers-smoothquant.png"
 
 
 @pytest.mark.slow
 def test_layers_that_no_input_reaches_are_rounded_to_nearest_and_named(one_run):
-    bench, run = one_run
-    path = bench.directory(run) / "checkpoint"
-    params = checkpoint.restore(path, jax.eval_shape(lambda: model.init(run.shape.model, jax.random.key(0))))
+    workspace, run = one_run
+    path = workspace.directory(run) / "checkpoint"
+    params = checkpoint.restore(path, jax.eval_shape(lambda: decoder.init(run.shape.model, jax.random.key(0))))
     gains = params["layers"]["block"]["attention_norm"]
     gains["scale"] = gains["scale"].at[1].set(0)
     checkpoint.save(path, params)
-    warnings = quantize_missing(bench, ("gptq",), (3,))
+    warnings = quantize_missing(workspace, ("gptq",), (3,))
     told = "was rounded to nearest, its calibration is unusable"
     names = ("attention/qkv of layer 1", "attention/out of layer 1")
     assert warnings == [f"{run.id} at 3 bits: {name} {told}" for name in names]
-    (row,) = results.read_rows(bench.directory(run), "gptq")
+    (row,) = results.read_rows(workspace.directory(run), "gptq")
     assert row["fallback_layers"] == 2
-    found = json.loads(layers.path_of(bench.directory(run), "gptq").read_text())["bits"]["3"]
+    found = json.loads(layers.path_of(workspace.directory(run), "gptq").read_text())["bits"]["3"]
     assert found["fell_back"] == [[False] * 4, [True, True, False, False]]
     assert found["error"][1][:2] == [0, 0] and min(found["error"][0]) > 0
 
 
 def test_what_does_not_fit_is_told_before_anything_is_quantized(one_run):
-    bench, run = one_run
-    before = times(bench.directory(run))
+    workspace, run = one_run
+    before = times(workspace.directory(run))
     for methods, changed, message in (
         (("kv_cache",), {"save": True}, "methods that quantize weights"),
         (("rtn",), {"options": {"group_size": 7}}, "a divisor of"),
         (("magic",), {}, "one of gptq"),
     ):
         with pytest.raises(UserError, match=message) as raised:
-            quantize_missing(bench, methods, (3,), **changed)
+            quantize_missing(workspace, methods, (3,), **changed)
         assert "\n" not in str(raised.value)
-    assert times(bench.directory(run)) == before
+    assert times(workspace.directory(run)) == before
 
 
 def test_flags_are_options_in_place_of_the_configs_and_must_be_the_methods_own(one_run):
     options = dict(one_run[0].experiment.config.ptq)
-    assert command._setting("gptq", options, {}) == Setting("gptq")
+    assert __main__._setting("gptq", options, {}) == Setting("gptq")
     config = {**options, "clip": True, "act_order": True}
-    assert command._setting("gptq", config, {"clip": False}) == Setting("gptq", act_order=True)
-    assert command._setting("rtn", config, {}) == of_method("rtn", config) == Setting("rtn", clip=True)
+    assert __main__._setting("gptq", config, {"clip": False}) == Setting("gptq", act_order=True)
+    assert __main__._setting("rtn", config, {}) == of_method("rtn", config) == Setting("rtn", clip=True)
     for method, given in (("rtn", {"act_order": True}), ("kv_cache", {"group_size": 8}), ("gptq", {"smoothing": 0.8})):
         with pytest.raises(UserError, match="it has no such option"):
-            command._setting(method, options, given)
+            __main__._setting(method, options, given)
 
 
 def report(widths, error):

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
-from configs import base
+from precision_scaling.config import base
+from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError
-from precision_scaling.formats import parse
-from precision_scaling.model import ModelConfig
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import METHODS
-from precision_scaling.ptq.setting import Setting, of_config, of_method
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.ptq.setting import Setting, of_method
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
@@ -45,13 +46,15 @@ def test_the_table_says_what_was_quantized():
 
 
 def test_operands_take_the_place_of_those_of_training():
-    trained = Program((("w", Operand(parse("int4").kind, "channel")), ("a", Operand(parse("e4m3").kind, "token"))))
+    trained = StaticPrecision(
+        (("w", StaticQuantizer(parse("int4").kind, "channel")), ("a", StaticQuantizer(parse("e4m3").kind, "token")))
+    )
     program = Setting("smoothquant").program(trained)
     assert program.get("w") == trained.get("w")
-    assert program.get("a") == Operand(parse("int4").kind, "tensor")
+    assert program.get("a") == StaticQuantizer(parse("int4").kind, "tensor")
     program = Setting("kv_cache", granularity="token").program(trained)
     assert program.get("a") == trained.get("a")
-    assert program.get("k") == program.get("v") == Operand(parse("int4").kind, "token")
+    assert program.get("k") == program.get("v") == StaticQuantizer(parse("int4").kind, "token")
     assert Setting("gptq").program(trained) == trained
 
 
@@ -68,7 +71,7 @@ def test_operands_take_the_place_of_those_of_training():
 )
 def test_values_that_are_not_allowed_are_one_line(changed, key):
     with pytest.raises(ConfigError, match=key) as raised:
-        of_config(options(**changed))
+        check_ptq(options(**changed))
     assert "allowed is" in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import quantize
-from precision_scaling.formats import parse
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.numerics.formats import parse
+from precision_scaling.quantize import products
+from precision_scaling.quantize import static as static_lib
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -47,7 +48,9 @@ def operands(product, seed=0):
 def program_of(names, **granularity):
     kind = parse("int4").kind
     default = {"w": "channel"}
-    return Program(tuple((name, Operand(kind, granularity.get(name, default.get(name, "tensor")))) for name in names))
+    return StaticPrecision(
+        tuple((name, StaticQuantizer(kind, granularity.get(name, default.get(name, "tensor")))) for name in names)
+    )
 
 
 def table_of(**bits):
@@ -56,13 +59,13 @@ def table_of(**bits):
 
 @functools.partial(jax.jit, static_argnames=("product", "program"))
 def forward_and_gradients(lhs, rhs, cotangent, table, product, program):
-    out, pullback = jax.vjp(lambda lhs, rhs: getattr(quantize, product)(lhs, rhs, program, table), lhs, rhs)
+    out, pullback = jax.vjp(lambda lhs, rhs: getattr(products, product)(lhs, rhs, program, table), lhs, rhs)
     return out, *pullback(cotangent.astype(out.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def linear(x, kernel, program, table):
-    return quantize.linear(x, kernel, program, table)
+    return products.linear(x, kernel, program, table)
 
 
 def cotangent_of(product, lhs, rhs):
@@ -104,7 +107,7 @@ def test_high_precision_is_bit_for_bit_the_plain_product(product):
         lhs, rhs = (jnp.asarray(x, dtype) for x in operands(product))
         table = table_of(**dict.fromkeys(PRODUCTS[product], 16))
         simulated = forward_and_gradients(lhs, rhs, g, table, product, program_of(PRODUCTS[product]))
-        plain = forward_and_gradients(lhs, rhs, g, None, product, quantize.UNQUANTIZED)
+        plain = forward_and_gradients(lhs, rhs, g, None, product, static_lib.UNQUANTIZED)
         for one, other in zip(simulated, plain, strict=True):
             assert one.dtype == other.dtype == dtype
             np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
@@ -113,10 +116,10 @@ def test_high_precision_is_bit_for_bit_the_plain_product(product):
 def test_unquantized_program_is_lax_dot_general_and_needs_no_table():
     lhs, rhs = operands("linear")
     dimensions = (((2,), (0,)), ((), ()))
-    text = str(jax.make_jaxpr(lambda x, w: quantize.linear(x, w, quantize.UNQUANTIZED, None))(lhs, rhs))
+    text = str(jax.make_jaxpr(lambda x, w: products.linear(x, w, static_lib.UNQUANTIZED, None))(lhs, rhs))
     assert "dot_general" in text and "round" not in text and "custom_vjp" not in text
     np.testing.assert_allclose(
-        quantize.linear(lhs, rhs, quantize.UNQUANTIZED, None),
+        products.linear(lhs, rhs, static_lib.UNQUANTIZED, None),
         jax.lax.dot_general(lhs, rhs, dimensions),
         rtol=1e-5,
         atol=1e-6,
@@ -128,7 +131,7 @@ def test_an_operand_absent_from_the_program_stays_exact():
     y = linear(x, kernel, program_of("w"), table_of(w=3))
     np.testing.assert_allclose(y, np.einsum("bli,ifg->blfg", x, rounded(kernel, 3, (0,))), rtol=1e-5, atol=1e-5)
     q, k = operands("attention_scores")
-    scores = jax.jit(lambda q, k, table: quantize.attention_scores(q, k, program_of("k"), table))(q, k, table_of(k=3))
+    scores = jax.jit(lambda q, k, table: products.attention_scores(q, k, program_of("k"), table))(q, k, table_of(k=3))
     np.testing.assert_allclose(scores, np.einsum("blhk,bmhk->bhlm", q, rounded(k, 3)), rtol=1e-5, atol=1e-5)
 
 
@@ -148,7 +151,7 @@ def test_traced_formats_give_the_same_bits_as_formats_compiled_in():
     program = program_of("wa")
     for bits in (2, 5, 16):
         table = table_of(w=bits, a=bits)
-        static = jax.jit(lambda x, kernel, table=table: quantize.linear(x, kernel, program, table))
+        static = jax.jit(lambda x, kernel, table=table: products.linear(x, kernel, program, table))
         traced = linear(x, kernel, program, table)
         np.testing.assert_allclose(traced, static(x, kernel), rtol=1e-6, atol=1e-6)
 
@@ -168,8 +171,8 @@ def test_vmap_over_formats_equals_a_loop():
 
 def test_floats_and_integers_share_a_program():
     x, kernel = map(jnp.asarray, operands("linear"))
-    program = Program((("w", Operand(parse("e2m1").kind, "channel")),))
-    traced = jax.jit(lambda kernel, table: quantize.linear(x, kernel, program, table))
+    program = StaticPrecision((("w", StaticQuantizer(parse("e2m1").kind, "channel")),))
+    traced = jax.jit(lambda kernel, table: products.linear(x, kernel, program, table))
     scale = np.max(np.abs(kernel), axis=0, keepdims=True) / 6  # e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = np.concatenate([-positive[:0:-1], positive])
@@ -186,6 +189,6 @@ def test_floats_and_integers_share_a_program():
 def test_on_grid_is_the_operand_that_the_product_multiplies():
     x, kernel = operands("linear")
     program, table = program_of("wa"), table_of(w=3, a=5)
-    np.testing.assert_allclose(quantize.on_grid(x, "a", program, table), rounded(x, 5), atol=1e-6)
-    np.testing.assert_allclose(quantize.on_grid(kernel, "w", program, table), rounded(kernel, 3, (0,)), atol=1e-6)
-    assert quantize.on_grid(x, "q", program, table) is x
+    np.testing.assert_allclose(products.on_grid(x, "a", program, table), rounded(x, 5), atol=1e-6)
+    np.testing.assert_allclose(products.on_grid(kernel, "w", program, table), rounded(kernel, 3, (0,)), atol=1e-6)
+    assert products.on_grid(x, "q", program, table) is x

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import model as model_lib
-from precision_scaling import numerics, quantize, schedule
-from precision_scaling import optimizer as optimizer_lib
-from precision_scaling import step as step_lib
-from precision_scaling.formats import FormatError, parse
-from precision_scaling.quantize import BACKWARD, OPERANDS, Operand, Program
+from precision_scaling.model import decoder
+from precision_scaling.numerics import rounding
+from precision_scaling.numerics.formats import FormatError, parse
+from precision_scaling.quantize import products as products_lib
+from precision_scaling.quantize.operands import BACKWARD, OPERANDS
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.training import optimizer, schedule
+from precision_scaling.training import step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -56,7 +58,7 @@ def table_of(**formats):
 
 @functools.partial(jax.jit, static_argnames=("product", "program"))
 def forward_and_gradients(lhs, rhs, g, table, key=None, *, product, program):
-    function = lambda lhs, rhs: getattr(quantize, product)(lhs, rhs, program, table, key)
+    function = lambda lhs, rhs: getattr(products_lib, product)(lhs, rhs, program, table, key)
     out, pullback = jax.vjp(function, lhs, rhs)
     return out, *pullback(g.astype(out.dtype))
 
@@ -83,8 +85,8 @@ def test_backward_products_multiply_the_gradient_and_the_saved_operand_in_their_
     for_lhs, for_rhs, _ = contracted_in_gradients(subscripts)
     shared = lambda letters: None if granularity == "tensor" else letters
     formats = {left: 5, right: 4, f"g_{left}": 6, f"s_{left}": 3, f"g_{right}": 7, f"s_{right}": 2}
-    program = Program(
-        tuple((name, Operand(INT, granularity if name in BACKWARD else "tensor")) for name in sorted(formats))
+    program = StaticPrecision(
+        tuple((name, StaticQuantizer(INT, granularity if name in BACKWARD else "tensor")) for name in sorted(formats))
     )
     y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table_of(**formats), product=product, program=program)
     close(y, np.einsum(subscripts, rounded(lhs, 5), rounded(rhs, 4)))
@@ -101,10 +103,10 @@ def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_f
     lhs, rhs, g = arrays(product)
     ins, out = subscripts.split("->")
     lhs_letters, rhs_letters = ins.split(",")
-    forward = ((left, Operand(INT)), (right, Operand(INT)), (f"g_{left}", Operand(INT)))
+    forward = ((left, StaticQuantizer(INT)), (right, StaticQuantizer(INT)), (f"g_{left}", StaticQuantizer(INT)))
     table = table_of(**{left: 3, right: 4, f"g_{left}": 5})
     for exact in ((), (left,), (right,)):
-        program = Program(forward, exact=exact)
+        program = StaticPrecision(forward, exact=exact)
         _, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
         saved_rhs = rhs if left in exact else rounded(rhs, 4)
         saved_lhs = lhs if right in exact else rounded(lhs, 3)
@@ -114,7 +116,7 @@ def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_f
 
 def test_gradients_alone_can_be_quantized():
     x, kernel, g = arrays("linear")
-    program = Program((("g_w", Operand(INT)),))
+    program = StaticPrecision((("g_w", StaticQuantizer(INT)),))
     y, dx, dw = forward_and_gradients(x, kernel, g, table_of(g_w=3), product="linear", program=program)
     close(y, x @ kernel)
     close(dx, g @ kernel.T)
@@ -127,7 +129,7 @@ def test_groups_run_along_the_contraction_of_each_product():
         lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
         out = subscripts.split("->")[1]
         (contracted,) = {*lhs_letters} & {*rhs_letters} - {*out}
-        program = Program(((left, Operand(INT, "group:2")), (right, Operand(INT, "group:2"))))
+        program = StaticPrecision(((left, StaticQuantizer(INT, "group:2")), (right, StaticQuantizer(INT, "group:2"))))
         y, d_lhs, _ = forward_and_gradients(
             lhs, rhs, g, table_of(**{left: 3, right: 4}), product=product, program=program
         )
@@ -151,7 +153,7 @@ def test_token_and_channel_scales_are_shared_over_the_other_axes(product, left, 
     left_name, right_name, _, _, subscripts = PRODUCTS[product]
     lhs, rhs, g = arrays(product)
     lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
-    program = Program(((left_name, Operand(INT, left)), (right_name, Operand(INT, right))))
+    program = StaticPrecision(((left_name, StaticQuantizer(INT, left)), (right_name, StaticQuantizer(INT, right))))
     table = table_of(**{left_name: 4, right_name: 4})
     y, _, _ = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
     lhs_q, rhs_q = rounded(lhs, 4, lhs_letters, lhs_over), rounded(rhs, 4, rhs_letters, rhs_over)
@@ -162,8 +164,8 @@ def test_block_formats_bring_their_own_groups():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=(64, 5)).astype(np.float32)
     kind = parse("mxfp4").kind
-    program = Program((("a", Operand(kind)), ("w", Operand(kind, "channel"))))
-    y = jax.jit(lambda x, w: quantize.linear(x, w, program, table_of(a="mxfp4", w="mxfp4")))(x, kernel)
+    program = StaticPrecision((("a", StaticQuantizer(kind)), ("w", StaticQuantizer(kind, "channel"))))
+    y = jax.jit(lambda x, w: products_lib.linear(x, w, program, table_of(a="mxfp4", w="mxfp4")))(x, kernel)
     levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
     def mxfp4(rows):  # blocks of 32 along the last axis, scale 2^(floor(log2 max) - 2)
@@ -178,7 +180,7 @@ def test_block_formats_bring_their_own_groups():
 def test_traced_backward_formats_under_vmap_equal_a_loop():
     x, kernel, g = arrays("linear")
     names = ("a", "w", "g_a", "g_w")
-    program = Program(tuple((name, Operand(parse("e4m3").kind)) for name in names))
+    program = StaticPrecision(tuple((name, StaticQuantizer(parse("e4m3").kind)) for name in names))
     choices = (("int4", "e2m1", "e5m2", "int8"), ("bf16", "int4", "bf16", "e3m2"), ("bf16",) * 4)
     tables = [table_of(**dict(zip(names, choice, strict=True))) for choice in choices]
     one = lambda table: forward_and_gradients(x, kernel, g, table, product="linear", program=program)
@@ -193,7 +195,7 @@ def test_traced_backward_formats_under_vmap_equal_a_loop():
 
 
 def stochastic(*names, **fields):
-    return Program(tuple((name, Operand(INT, rounding="stochastic")) for name in names), **fields)
+    return StaticPrecision(tuple((name, StaticQuantizer(INT, rounding="stochastic")) for name in names), **fields)
 
 
 @pytest.mark.slow
@@ -212,13 +214,13 @@ def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
 def test_stochastic_rounding_without_a_key_is_refused():
     x, kernel, _ = map(jnp.asarray, arrays("linear"))
     with pytest.raises(FormatError, match="without a key"):
-        quantize.linear(x, kernel, stochastic("w"), table_of(w=4))
+        products_lib.linear(x, kernel, stochastic("w"), table_of(w=4))
 
 
-TINY = model_lib.ModelConfig(
+TINY = decoder.ModelConfig(
     vocab_size=13, width=8, depth=2, heads=2, hidden=16, sequence_length=6, base_width=8, base_depth=2
 )
-OPTIMIZER = optimizer_lib.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
+OPTIMIZER = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 EVERYTHING = (*OPERANDS, "e", "head_w", "head_a", *(f"g_{name}" for name in OPERANDS))
 
 
@@ -234,13 +236,13 @@ def tokens_of(batch=2, length=7):
 @pytest.mark.slow
 def test_no_key_repeats_across_steps_layers_and_operands(monkeypatch):
     seen = []
-    noise = numerics.rounding_noise
+    noise = rounding.rounding_noise
 
     def recording(key, shape):
         jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
         return noise(key, shape)
 
-    monkeypatch.setattr(numerics, "rounding_noise", recording)
+    monkeypatch.setattr(rounding, "rounding_noise", recording)
     program = stochastic(*EVERYTHING)
     static = step_lib.Static(TINY, program, OPTIMIZER)
     step = jax.jit(functools.partial(step_lib.train_step, static))
@@ -279,7 +281,7 @@ def test_a_step_rounds_by_seed_and_step_alone_whatever_the_lane():
 
 @pytest.mark.slow
 def test_evaluation_rounds_to_nearest():
-    nearest = Program(tuple((name, Operand(INT)) for name in ("w", "a")))
+    nearest = StaticPrecision(tuple((name, StaticQuantizer(INT)) for name in ("w", "a")))
     params = step_lib.init_state(step_lib.Static(TINY, nearest, OPTIMIZER), 0).params
     tokens_NxBxS1 = tokens_of(4).reshape(2, 2, -1)
     losses = [
@@ -294,17 +296,23 @@ def test_evaluation_rounds_to_nearest():
 
 @pytest.mark.slow
 def test_embedding_and_head_are_quantized_on_request():
-    program = Program((("e", Operand(INT, "token")), ("head_w", Operand(INT, "channel")), ("head_a", Operand(INT))))
-    params = model_lib.init(TINY, jax.random.key(0))
+    program = StaticPrecision(
+        (
+            ("e", StaticQuantizer(INT, "token")),
+            ("head_w", StaticQuantizer(INT, "channel")),
+            ("head_a", StaticQuantizer(INT)),
+        )
+    )
+    params = decoder.init(TINY, jax.random.key(0))
     tokens = tokens_of(length=6)
-    logits = model_lib.Decoder(TINY, program).apply({"params": params}, tokens, table_of(e=3, head_w=4, head_a=16))
+    logits = decoder.Decoder(TINY, program).apply({"params": params}, tokens, table_of(e=3, head_w=4, head_a=16))
     embedding, kernel = (np.asarray(params[k][v]) for k, v in (("embedding", "embedding"), ("head", "kernel")))
     by_hand = {
         **params,
         "embedding": {"embedding": rounded(embedding, 3, "vd", "d")},
         "head": {"kernel": rounded(kernel, 4, "dv", "d")},
     }
-    close(logits, model_lib.Decoder(TINY).apply({"params": by_hand}, tokens), atol=1e-5)
+    close(logits, decoder.Decoder(TINY).apply({"params": by_hand}, tokens), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -312,7 +320,7 @@ def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(20, 64)).astype(np.float32), rng.normal(size=(64, 16)).astype(np.float32)
     x[:, 5] *= 10  # one loud feature
-    plain = Program((("a", Operand(INT)), ("w", Operand(INT, "channel"))))
+    plain = StaticPrecision((("a", StaticQuantizer(INT)), ("w", StaticQuantizer(INT, "channel"))))
     rotated = dataclasses.replace(plain, rotated=True)
     g = rng.normal(size=(20, 16)).astype(np.float32)
     run = functools.partial(forward_and_gradients, x, kernel, g, product="linear")
@@ -322,7 +330,7 @@ def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
     errors = [np.std(run(table_of(a=4, w=16), program=program)[0] - x @ kernel) for program in (plain, rotated)]
     assert errors[1] < errors[0] / 3
     table = table_of(a=4, w=5)
-    operands = [quantize.on_grid(array, name, rotated, table) for array, name in ((x, "a"), (kernel, "w"))]
+    operands = [products_lib.on_grid(array, name, rotated, table) for array, name in ((x, "a"), (kernel, "w"))]
     close(run(table, program=rotated)[0], np.asarray(operands[0]) @ np.asarray(operands[1]), rtol=1e-3, atol=1e-2)
 
 
@@ -335,16 +343,16 @@ def native(program, container="int8"):
 
 
 NATIVE = {
-    "forward": Program((("a", Operand(INT, "token")), ("w", Operand(INT, "channel")))),
-    "per tensor, forward operands saved": Program(
-        tuple((name, Operand(INT, "tensor")) for name in ("a", "w", "g_a", "g_w"))
+    "forward": StaticPrecision((("a", StaticQuantizer(INT, "token")), ("w", StaticQuantizer(INT, "channel")))),
+    "per tensor, forward operands saved": StaticPrecision(
+        tuple((name, StaticQuantizer(INT, "tensor")) for name in ("a", "w", "g_a", "g_w"))
     ),
-    "vectors, operands saved in their own format": Program(
+    "vectors, operands saved in their own format": StaticPrecision(
         (
-            ("a", Operand(INT, "token")),
-            ("w", Operand(INT, "channel")),
-            *((name, Operand(INT, "vector", "stochastic")) for name in ("g_a", "g_w")),
-            *((name, Operand(INT, "vector")) for name in ("s_a", "s_w")),
+            ("a", StaticQuantizer(INT, "token")),
+            ("w", StaticQuantizer(INT, "channel")),
+            *((name, StaticQuantizer(INT, "vector", "stochastic")) for name in ("g_a", "g_w")),
+            *((name, StaticQuantizer(INT, "vector")) for name in ("s_a", "s_w")),
         )
     ),
 }
@@ -369,7 +377,9 @@ def test_native_attention_products_equal_the_simulated_ones():
     for product, granularities in along_contraction.items():
         left, right, *_ = PRODUCTS[product]
         lhs, rhs, g = arrays(product)
-        program = Program(((left, Operand(INT, granularities[0])), (right, Operand(INT, granularities[1]))))
+        program = StaticPrecision(
+            ((left, StaticQuantizer(INT, granularities[0])), (right, StaticQuantizer(INT, granularities[1])))
+        )
         run = functools.partial(forward_and_gradients, lhs, rhs, g, table_of(**{left: 8, right: 6}), product=product)
         for ours, theirs in zip(run(program=native(program)), run(program=program), strict=True):
             close(ours, theirs, err_msg=product)
@@ -388,7 +398,7 @@ def test_native_programs_multiply_codes():
 def test_native_fp8_products_equal_the_simulated_ones():
     x, kernel, g = arrays("linear")
     kinds = {"a": "e4m3fn", "w": "e4m3fn", "g_a": "e5m2", "g_w": "e5m2"}
-    simulated = Program(tuple((name, Operand(parse(fmt).kind)) for name, fmt in kinds.items()))
+    simulated = StaticPrecision(tuple((name, StaticQuantizer(parse(fmt).kind)) for name, fmt in kinds.items()))
     operands = tuple(
         (name, dataclasses.replace(operand, container=f"float8_{kinds[name]}")) for name, operand in simulated.operands
     )
@@ -404,7 +414,7 @@ SHARDED = """
 import functools, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from precision_scaling import quantize
-from precision_scaling.formats import parse
+from precision_scaling.numerics.formats import parse
 from precision_scaling.quantize import Operand, Program
 
 def program(fmt, rounding, container=None, **granularity):
@@ -461,11 +471,11 @@ def test_float32_products_multiply_in_bf16_models_what_twelve_bits_make_of_the_o
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 256), (256, 64)))
     x_f32, kernel_f32 = np.asarray(x, np.float32), np.asarray(kernel, np.float32)
     intended = (rounded(x_f32, 12) @ rounded(kernel_f32, 12, "io", "i")).astype(jnp.bfloat16)
-    program = Program((("a", Operand(INT)), ("w", Operand(INT, "channel"))))
+    program = StaticPrecision((("a", StaticQuantizer(INT)), ("w", StaticQuantizer(INT, "channel"))))
     equal = {}
     for wide in ((), ("a",)):
         compute = jax.jit(
-            functools.partial(quantize.linear, program=dataclasses.replace(program, wide=wide)),
+            functools.partial(products_lib.linear, program=dataclasses.replace(program, wide=wide)),
             # A CPU has no bf16 products, and would keep the digits that the hardware this is for drops.
             compiler_options={"xla_allow_excess_precision": False},
         )

@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import command, findings, fit, laws, report
+from analysis import command, laws
+from analysis import report as analysis_report
+from analysis.fitting import fit
+from analysis.laws import paper
+from analysis.reporting import laws as reporting_laws
+from analysis.reporting import report
+from analysis.reporting.verdicts import finding
 from analysis.table import from_columns
 
-TRUTH = {**laws.PUBLISHED, "A": 7.2, "alpha": 0.2, "B": 48.0, "beta": 0.3, "E": 0.9, "C_T": 0.25,
+TRUTH = {**paper.PUBLISHED, "A": 7.2, "alpha": 0.2, "B": 48.0, "beta": 0.3, "E": 0.9, "C_T": 0.25,
          "C_w": 0.5, "C_a": 0.5, "C_kv": 0.5}  # fmt: skip
 QUEST = Path(__file__).parents[2] / "shared" / "data" / "quest_runs.csv"
 
@@ -114,7 +120,7 @@ def test_page_is_one_file_with_its_figures_inside(written):
 @pytest.mark.slow
 def test_files_beside_the_page_hold_the_fits_and_the_findings(written):
     folder, _ = written
-    for law in report.LAWS:
+    for law in reporting_laws.LAWS:
         loaded = fit.load(folder / f"fit_{law}.json")
         assert loaded.law == law and loaded.n > 0
     ptq = fit.load(folder / "fit_ptq.json")
@@ -160,7 +166,7 @@ def test_a_table_of_sizes_and_tokens_alone_is_reported(tmp_path):
     made = report.write(table, tmp_path, bootstrap=0, names=("chinchilla", "ptq", "precision"))
     assert list(made.evidence.fits) == ["chinchilla"]
     assert set(made.not_fitted) == {"ptq", "precision"}
-    assert {f.verdict for f in made.findings} == {findings.UNDECIDED}
+    assert {f.verdict for f in made.findings} == {finding.UNDECIDED}
     assert "cannot be said" in made.sentence
     assert "fit_chinchilla.json" in {p.name for p in tmp_path.iterdir()}
     assert "E " in report.describe(made)
@@ -175,13 +181,13 @@ TRUTH_CHINCHILLA = {"A": 400.0, "alpha": 0.34, "B": 410.0, "beta": 0.28, "E": 1.
 ])  # fmt: skip
 def test_command_refuses_bad_input_in_one_line(options, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = report.FLAGS.flag_values_dict()
-    assert command.run("", report.FLAGS, report.main, ["report", *options]) == 2
+    saved = analysis_report.FLAGS.flag_values_dict()
+    assert command.run("", analysis_report.FLAGS, analysis_report.main, ["report", *options]) == 2
     told = capsys.readouterr().err
     assert len(told.strip().splitlines()) == 1 and told.startswith("error: ")
     assert not list(tmp_path.iterdir())
     for name, value in saved.items():
-        report.FLAGS[name].value = value
+        analysis_report.FLAGS[name].value = value
 
 
 @pytest.mark.slow
@@ -191,4 +197,4 @@ def test_public_measurements_are_reported(tmp_path):
 
     made = report.write(tables.load(QUEST), tmp_path, bootstrap=0, names=("chinchilla", "precision"))
     assert made.index.exists() and {"chinchilla", "precision"} <= set(made.evidence.fits)
-    assert next(f for f in made.findings if f.key == "F1").verdict == findings.UNDECIDED
+    assert next(f for f in made.findings if f.key == "F1").verdict == finding.UNDECIDED

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from analysis import compare, crossval, laws, synthetic
+from analysis import laws
 from analysis import table as tables
-from analysis.fit import Checks, FitError, Options, fit
-from analysis.nested import ratio_test
-from analysis.optimize import solve
-from analysis.problem import set_up
-from analysis.residual import FloorError, compared, measurement, noise_floor, slope, transform
-from analysis.search import search
+from analysis.fitting import comparison, crossval
+from analysis.fitting.fit import Checks, fit
+from analysis.fitting.levenberg_marquardt import solve
+from analysis.fitting.multistart import search
+from analysis.fitting.nested import ratio_test
+from analysis.fitting.problem import FitError, Options, set_up
+from analysis.fitting.residual import FloorError, compared, measurement, noise_floor, slope, transform
+from analysis.laws import law, synthetic
 
 TRUTH = {"A": 400.0, "alpha": 0.4, "B": 2000.0, "beta": 0.4, "E": 1.5}
 
@@ -154,15 +156,15 @@ def synthetic_joint(table):
 
 
 def test_a_form_with_a_free_outer_exponent_is_named_so():
-    form = compare.named("precision_outer")
+    form = comparison.named("precision_outer")
     assert form.freed == ("g",) and form.law.name == "precision" and form.biased
-    assert not compare.named("precision_unbiased_outer").biased
-    assert compare.named("chinchilla_outer").freed == ()  # a law of its own
+    assert not comparison.named("precision_unbiased_outer").biased
+    assert comparison.named("chinchilla_outer").freed == ()  # a law of its own
     assert set_up(form.law, synthetic.table("precision"), Options(freed=form.freed)).free[-1] == "g"
-    with pytest.raises(laws.LawError, match="qid has no outer exponent"):
-        compare.named("qid_outer")
-    assert compare._held_by("precision_outer") == {"precision", "precision_unbiased_outer"}
-    assert compare._held_by("capacity") == {"chinchilla"}
+    with pytest.raises(law.LawError, match="qid has no outer exponent"):
+        comparison.named("qid_outer")
+    assert comparison._held_by("precision_outer") == {"precision", "precision_unbiased_outer"}
+    assert comparison._held_by("capacity") == {"chinchilla"}
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ import csv
 
 import pytest
 
-from precision_scaling import files, results
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
+from precision_scaling.study import results
 
 
 def row(run, n, d, loss, p_post=None, method=""):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from precision_scaling import rewind
 from precision_scaling.errors import UserError
+from precision_scaling.training import rewind
 
 
 def test_a_step_takes_the_batch_that_a_stream_without_the_left_out_ones_has_there():

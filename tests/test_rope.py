@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from precision_scaling import rope
 from precision_scaling.errors import ConfigError
+from precision_scaling.model import rope
 
 
 def test_llama_3_1_keeps_short_wavelengths_and_stretches_long_ones_eight_times():

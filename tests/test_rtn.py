@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import numerics
+from precision_scaling.numerics import rounding
 from precision_scaling.ptq import grid, rtn
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -40,7 +40,7 @@ def test_asymmetric_grid_of_one_sign_starts_at_zero():
 def test_is_the_rounding_of_training_bit_for_bit(group_size):
     kernel = kernel_of()
     for bits in (*BITS, 12, 16):
-        expected = numerics.fake_quant_array(jnp.asarray(kernel), bits, axis=0, group_size=group_size)
+        expected = rounding.fake_quant_array(jnp.asarray(kernel), bits, axis=0, group_size=group_size)
         np.testing.assert_array_equal(rtn.quantize_kernel(kernel, bits, group_size=group_size), expected)
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import caveats, compare, laws
+from analysis import laws
 from analysis import table as tables
-from analysis.fit import FitError, fit
-from analysis.problem import set_up
-from analysis.search import least_resamples, too_few_runs
-from analysis.table import TableError
+from analysis.fitting import caveats, comparison
+from analysis.fitting.fit import fit
+from analysis.fitting.multistart import least_resamples, too_few_runs
+from analysis.fitting.problem import FitError, set_up
+from analysis.table.reading import TableError
 
 TRUTH = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
 DELTA = {"C_T": 0.01, "gamma_D": 0.4, "gamma_N": 0.3, "gamma_post": 0.7}
@@ -99,7 +100,7 @@ def test_comparisons_are_those_of_the_clean_table():
     rng = np.random.default_rng(0)
     clean = study(rng, seeds=1)
     wanted, *found = (
-        compare.compare(load(table), ("ptq", "qid"), starts=8, resamples=100)
+        comparison.compare(load(table), ("ptq", "qid"), starts=8, resamples=100)
         for table in (clean, *(change(clean, rng) for change in SAME))
     )
     for one in found:

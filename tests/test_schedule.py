@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from precision_scaling import schedule
+from precision_scaling.training import schedule
 
 rate = jax.jit(functools.partial(schedule.learning_rate, final_fraction=0.1))
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.seed_noise import noise_of, repeated
 from analysis.table import from_columns
+from analysis.table.seed_noise import noise_of, repeated
 
 
 def rows(settings, losses_by_seed):

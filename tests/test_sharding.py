@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from configs import base
-from precision_scaling import sharding
-from precision_scaling import step as step_lib
+from precision_scaling.config import base
 from precision_scaling.errors import ConfigError
-from precision_scaling.model import ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
-from precision_scaling.quantize import UNQUANTIZED
-from precision_scaling.sharding import fit
-from precision_scaling.step import Static
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.quantize.static import UNQUANTIZED
+from precision_scaling.runtime import sharding
+from precision_scaling.runtime.sharding import fit
+from precision_scaling.training import step
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import Static
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"run": 2, "data": 1, "fsdp": 4, "tensor": 3}
@@ -45,7 +45,7 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule():
             UNQUANTIZED,
             OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1),
         )
-        state = jax.eval_shape(lambda static=static: step_lib.init_state(static, 0))
+        state = jax.eval_shape(lambda static=static: step.init_state(static, 0))
         specs = layout.of_tree(state)
         split = {
             jax.tree_util.keystr(path, simple=True, separator="/"): place.spec

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling import quantize, schedule
-from precision_scaling import step as step_lib
-from precision_scaling.model import ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
-from precision_scaling.step import RunInputs, Static
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.quantize import static
+from precision_scaling.training import schedule, step
+from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.step import RunInputs, Static
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -21,11 +21,11 @@ MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
 )
 OPTIMIZER = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
-WHOLE = Static(MODEL, quantize.UNQUANTIZED, OPTIMIZER)
+WHOLE = Static(MODEL, static.UNQUANTIZED, OPTIMIZER)
 INPUTS = RunInputs(table={}, schedule=schedule.of("cosine", 1e-3, 10, 1, 0))
 
-initialize = jax.jit(step_lib.init_state, static_argnums=0)
-train_step = jax.jit(step_lib.train_step, static_argnums=0)
+initialize = jax.jit(step.init_state, static_argnums=0)
+train_step = jax.jit(step.train_step, static_argnums=0)
 
 
 def random_tokens(*shape):
@@ -43,7 +43,7 @@ def test_the_seed_alone_makes_the_state():
 @pytest.mark.slow
 def test_microbatches_make_the_update_of_the_full_batch():
     tokens = random_tokens(4, 9)
-    parts = Static(MODEL, quantize.UNQUANTIZED, OPTIMIZER, microbatches=4)
+    parts = Static(MODEL, static.UNQUANTIZED, OPTIMIZER, microbatches=4)
     state = initialize(WHOLE, 0)
     whole, whole_metrics = train_step(WHOLE, state, INPUTS, tokens)
     in_parts, parts_metrics = train_step(parts, state, INPUTS, tokens)
@@ -58,7 +58,7 @@ def test_microbatches_make_the_update_of_the_full_batch():
 
 def test_validation_loss_is_the_mean_over_all_sequences_whatever_the_batch():
     params, tokens = initialize(WHOLE, 0).params, random_tokens(6, 9)
-    loss = jax.jit(step_lib.validation_loss, static_argnums=0)
+    loss = jax.jit(step.validation_loss, static_argnums=0)
     alone = [loss(WHOLE, params, {}, tokens[i : i + 1, None]) for i in range(6)]
     assert len({float(one) for one in alone}) == 6
     assert loss(WHOLE, params, {}, tokens.reshape(2, 3, 9)) == pytest.approx(np.mean(alone), rel=1e-6)
@@ -70,11 +70,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_disable_most_optimizations", True)
 from precision_scaling import schedule
 from precision_scaling import step as step_lib
-from precision_scaling.formats import parse
+from precision_scaling.numerics.formats import parse
 from precision_scaling.model import ModelConfig
-from precision_scaling.optimizer import OptimizerConfig
+from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.quantize import Operand, Program
-from precision_scaling.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, Static
 assert jax.device_count() == 8
 kind = parse("int4").kind
 program = Program(tuple((n, Operand(kind, "channel" if n == "w" else "tensor")) for n in "wakv"))

@@ -9,11 +9,12 @@ import types
 import numpy as np
 import pytest
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import experiment, results, study
+from precision_scaling.config import experiment
 from precision_scaling.errors import UserError
-from precision_scaling.experiment import Share
-from precision_scaling.ptq.runs import quantize_missing
+from precision_scaling.study import plan, results, run_missing
+from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.workspace import open_workspace, reopen_workspace
+from precision_scaling.training.run import Shard
 
 CONTRACT = ["run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"]
 
@@ -37,7 +38,7 @@ def test_columns_of_the_contract_come_first(finished_study):
 
 
 def test_rows_say_what_was_trained_and_measured(finished_study):
-    bench, workdir = finished_study
+    workspace, workdir = finished_study
     rows = table(workdir)
     trained = [row for row in rows if row["P_post"] == ""]
     assert len(trained) == 4 and len(rows) == 4 + 3 * 2  # three runs ask for PTQ, at two bit-widths
@@ -50,7 +51,7 @@ def test_rows_say_what_was_trained_and_measured(finished_study):
     }
     for row in rows:
         assert row["N"] == "4432" and row["status"] == "ok" and row["seed"] == "0"
-        windows = (len(bench.corpus.train) - 1) // 16
+        windows = (len(workspace.corpus.train) - 1) // 16
         assert float(row["epochs"]) == pytest.approx(int(row["D"]) / (16 * windows), abs=1e-4)
         assert int(row["training_flops"]) == int(row["D"]) * (6 * (4432 + 257 * 16) + 12 * 2 * 16 * 16)
         assert 2 < float(row["loss"]) < math.log(257) + 1
@@ -70,8 +71,8 @@ def test_ptq_rows_follow_from_the_row_of_their_run(finished_study):
 
 
 def test_equal_points_of_the_grid_are_one_run(finished_study):
-    bench, _ = finished_study
-    runs = bench.experiment.runs
+    workspace, _ = finished_study
+    runs = workspace.experiment.runs
     assert len({run.id for run in runs}) == len(runs) == 4
     assert {run.id.rsplit("-", 1)[0]: run.ptq for run in runs} == {
         "4.43k-D768-bf16-s0": True,
@@ -82,10 +83,10 @@ def test_equal_points_of_the_grid_are_one_run(finished_study):
 
 
 def test_a_finished_study_is_left_alone(finished_study):
-    bench, workdir = finished_study
+    workspace, workdir = finished_study
     before = files(workdir)
-    again = bench_lib.open_bench(bench.experiment.config, workdir)
-    study.train_missing(again)
+    again = open_workspace(workspace.experiment.config, workdir)
+    run_missing.train_missing(again)
     assert quantize_missing(again, ("rtn",), (3, 4)) == []
     table_before = (workdir / "runs.csv").read_bytes()
     results.gather(workdir)
@@ -100,14 +101,14 @@ def test_a_finished_study_is_left_alone(finished_study):
 def workdir_of_two(study_config, tmp_path_factory, quick_compile):
     """The same study by two workers, and what the first of them left before the second began."""
     workdir = tmp_path_factory.mktemp("shards")
-    bench = bench_lib.open_bench(study_config, workdir)
-    study.train_missing(bench, Share(0, 2))
-    quantize_missing(bench, ("rtn",), (3, 4), Share(0, 2))
+    workspace = open_workspace(study_config, workdir)
+    run_missing.train_missing(workspace, Shard(0, 2))
+    quantize_missing(workspace, ("rtn",), (3, 4), Shard(0, 2))
     results.gather(workdir)
     first = table(workdir)
     kept = files(workdir / "runs")
-    study.train_missing(bench, Share(1, 2))
-    quantize_missing(bench, ("rtn",), (3, 4), Share(1, 2))
+    run_missing.train_missing(workspace, Shard(1, 2))
+    quantize_missing(workspace, ("rtn",), (3, 4), Shard(1, 2))
     results.gather(workdir)
     return workdir, first, kept
 
@@ -123,16 +124,16 @@ def test_two_shares_make_the_whole_study(finished_study, workdir_of_two):
 
 def test_only_what_is_missing_is_measured(workdir_of_two, study_config, finished_study):
     workdir, _, _ = workdir_of_two
-    bench = bench_lib.open_bench(study_config, workdir)
-    lost = next(run for run in bench.experiment.runs if "D448" in run.id)
+    workspace = open_workspace(study_config, workdir)
+    lost = next(run for run in workspace.experiment.runs if "D448" in run.id)
     path = workdir / "runs" / lost.id / "rows-trained.json"
     ptq = workdir / "runs" / lost.id / "rows-rtn.json"
     path.unlink()
     rows = results.read_rows(workdir / "runs" / lost.id, "rtn")
     results.write_rows(ptq.parent, "rtn", [row | {"P_post": {3: 3, 4: 5}[row["P_post"]]} for row in rows])
     before = files(workdir / "runs")
-    study.train_missing(bench)
-    quantize_missing(bench, ("rtn",), (3, 4))
+    run_missing.train_missing(workspace)
+    quantize_missing(workspace, ("rtn",), (3, 4))
     after = files(workdir / "runs")
     changed = {path for path in after if after[path] != before.get(path)}
     assert path in changed and ptq in changed
@@ -155,7 +156,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(copied_study, 
         other = study_config.copy_and_resolve_references()
         other.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match="holds results of another config") as error:
-            bench_lib.open_bench(other, workdir)
+            open_workspace(other, workdir)
         assert key in str(error.value) and "\n" not in str(error.value)
     assert files(workdir) == before
 
@@ -166,24 +167,24 @@ def test_options_that_change_no_number_may_change(copied_study, study_config):
     other.update_from_flattened_dict(
         {"train.log_every": 7, "train.checkpoint_seconds": 5.0, "ptq.bits": (6,), "study.lanes": 1}
     )
-    bench_lib.open_bench(other, workdir)
-    assert bench_lib.reopen_bench(workdir).experiment.config.train.log_every == 7
-    bench_lib.open_bench(study_config, workdir)
+    open_workspace(other, workdir)
+    assert reopen_workspace(workdir).experiment.config.train.log_every == 7
+    open_workspace(study_config, workdir)
 
 
 def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_config, tmp_path):
-    bench_lib.open_bench(study_config, tmp_path)
+    open_workspace(study_config, tmp_path)
     path = tmp_path / "config.json"
     claim = json.loads(path.read_text())
     del claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
     del claim["fingerprint"]
     path.write_text(json.dumps(claim))
-    assert bench_lib.reopen_bench(tmp_path).experiment.config.train.rewinds == 0
+    assert reopen_workspace(tmp_path).experiment.config.train.rewinds == 0
     path.write_text(json.dumps(claim))
     other = study_config.copy_and_resolve_references()
     other.optimizer.z_loss = 1e-4
     with pytest.raises(UserError, match=r"optimizer.z_loss was 0.0 and is 0.0001 now"):
-        bench_lib.open_bench(other, tmp_path)
+        open_workspace(other, tmp_path)
 
 
 def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_config, tmp_path, quick_compile):
@@ -191,54 +192,54 @@ def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_confi
         optimizer__peak_rate=1e38,
         grid={"one": {"sizes": ("25k",), "tokens": (64 * 12,), "precisions": ("w4", "w3_a4_kv4"), "ptq": True}},
     )
-    bench = bench_lib.open_bench(config, tmp_path)
-    study.train_missing(bench)
-    assert quantize_missing(bench, ("rtn",), (3,)) == []
+    workspace = open_workspace(config, tmp_path)
+    run_missing.train_missing(workspace)
+    assert quantize_missing(workspace, ("rtn",), (3,)) == []
     assert results.gather(tmp_path) == 2
     for row in table(tmp_path):
         assert row["status"] == "diverged" and row["loss"] == "" and row["P_post"] == ""
     before = files(tmp_path / "runs")
-    study.train_missing(bench)
+    run_missing.train_missing(workspace)
     assert files(tmp_path / "runs") == before
 
 
 def test_a_pattern_chooses_runs_and_the_rest_can_follow(finished_study, study_config, tmp_path, quick_compile):
     whole = {(row["run"], row["P_post"]): row["loss"] for row in table(finished_study[1])}
-    bench = bench_lib.open_bench(study_config, tmp_path)
-    some = Share(only="-bf16-")
-    study.train_missing(bench, some)
-    assert quantize_missing(bench, ("rtn",), (3, 4), some) == []
+    workspace = open_workspace(study_config, tmp_path)
+    some = Shard(only="-bf16-")
+    run_missing.train_missing(workspace, some)
+    assert quantize_missing(workspace, ("rtn",), (3, 4), some) == []
     results.gather(tmp_path)
     chosen = {(row["run"], row["P_post"]): row["loss"] for row in table(tmp_path)}
     assert chosen == {key: loss for key, loss in whole.items() if "-bf16-" in key[0]} and len(chosen) == 6
-    study.train_missing(bench)
-    assert quantize_missing(bench, ("rtn",), (3, 4)) == []
+    run_missing.train_missing(workspace)
+    assert quantize_missing(workspace, ("rtn",), (3, 4)) == []
     results.gather(tmp_path)
     assert {(row["run"], row["P_post"]): row["loss"] for row in table(tmp_path)} == whole
 
 
 def test_shares_are_parsed_and_cover_every_run_once():
-    assert study.parse_share("0/1") == Share() and study.parse_share("2/3", "^1M-") == Share(2, 3, "^1M-")
+    assert plan.parse_shard("0/1") == Shard() and plan.parse_shard("2/3", "^1M-") == Shard(2, 3, "^1M-")
     for text in ("1/1", "3/2", "-1/2", "1", "a/b", "0/0", "1/2/3", ""):
         with pytest.raises(UserError, match="0 <= i < n"):
-            study.parse_share(text)
+            plan.parse_shard(text)
     with pytest.raises(UserError, match=r"--only=\(: allowed is a regular expression"):
-        study.parse_share("0/1", "(")
+        plan.parse_shard("0/1", "(")
     # branches of five trunks
     runs = [types.SimpleNamespace(trunk=number // 2, id=f"run-{number}") for number in range(9)]
-    shares = [Share(i, 3).of(runs) for i in range(3)]
+    shares = [Shard(i, 3).of(runs) for i in range(3)]
     assert sorted(map(id, sum(shares, ()))) == sorted(map(id, runs))
     assert not {run.trunk for run in shares[0]} & {run.trunk for run in shares[1]}
     # The shards are of all runs, whichever of them are wanted: another pattern moves no run to another worker.
-    some = [Share(i, 3, "[1-4]$").of(runs) for i in range(3)]
+    some = [Shard(i, 3, "[1-4]$").of(runs) for i in range(3)]
     assert all(all(run in many for run in few) for few, many in zip(some, shares, strict=True))
     assert sorted(run.id for run in sum(some, ())) == ["run-1", "run-2", "run-3", "run-4"]
-    assert len({Share(0, 3).name, Share(0, 3, "a").name, Share(0, 3, "b").name}) == 3
+    assert len({Shard(0, 3).name, Shard(0, 3, "a").name, Shard(0, 3, "b").name}) == 3
 
 
 def test_the_plan_counts_runs_tokens_and_flops(study_config):
     resolved = experiment.resolve(study_config, 257)
-    text = study.plan_text(resolved)
+    text = plan.plan_text(resolved)
     tokens = 3 * 768 + 448
     flops = tokens * (6 * (4432 + 257 * 16) + 12 * 2 * 16 * 16)
     assert f"4 runs in 1 cohorts, {tokens:,} tokens, {flops:.2e} FLOPs; 3 runs are quantized" in text

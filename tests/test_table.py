@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import table as tables
-from analysis.table import TableError
+from analysis.table.reading import TableError
 
 HEADER = "run,N,D,P_w,P_a,P_kv,P_post,loss"
 

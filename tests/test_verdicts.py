@@ -9,13 +9,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from analysis import findings, laws
-from analysis.compare import Comparison, Row
-from analysis.evidence import Evidence
-from analysis.fit import Fit
-from analysis.multiplicativity import Multiplicativity
-from analysis.table import from_columns
-from analysis.verdicts import (
+from analysis import laws
+from analysis.fitting.comparison import Comparison, Row
+from analysis.fitting.fit import Fit
+from analysis.fitting.multiplicativity import Multiplicativity
+from analysis.reporting import findings
+from analysis.reporting.evidence import Evidence
+from analysis.reporting.verdicts import (
     best_precision,
     equal_cost,
     few_bits,
@@ -26,8 +26,9 @@ from analysis.verdicts import (
     served_low,
     turning,
 )
-from analysis.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED
-from analysis.verdicts.series import FALLS, FLAT, RISES, TURNS, all_series
+from analysis.reporting.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED
+from analysis.reporting.verdicts.series import FALLS, FLAT, RISES, TURNS, all_series
+from analysis.table import from_columns
 
 SIZES, TOKENS = (1e5, 4e5), (1e6, 2e6, 4e6, 8e6)
 

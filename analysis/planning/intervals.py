@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.optimum import Budget, BudgetError, Point, evaluate, minimize
+from analysis.fitting.multistart import least_resamples
+from analysis.planning.minimize import Budget, BudgetError, Point, evaluate, minimize
 from analysis.planning.options import Option
-from analysis.search import least_resamples
-from analysis.surface import Surface
+from analysis.planning.surface import Surface
 
 MOST_DRAWS = 200  # bootstrap samples whose own optimum is found
 LEVEL = (2.5, 97.5)  # percentiles of the intervals

@@ -10,12 +10,12 @@ import re
 
 import numpy as np
 
-from analysis.law import HIGH_PRECISION_BITS
+from analysis.laws.law import HIGH_PRECISION_BITS
 from precision_scaling.errors import UserError
 
 SCALE_BITS = 16.0  # of each scale of the weights
 EMBEDDING_BITS = 16.0
-WIDTH_PER_LAYER = 100.0  # of the standard shape (precision_scaling/sizes.py), whose N is 12 · depth · width²
+WIDTH_PER_LAYER = 100.0  # of the standard shape (precision_scaling/model/sizes.py), whose N is 12 · depth · width²
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3, "TiB": 1024.0**4}
 MOST_BYTES = 1e21

@@ -9,13 +9,13 @@ import math
 
 from scipy import optimize
 
-from analysis.cost import CostError
-from analysis.law import HIGH_PRECISION_BITS
-from analysis.optimum import Budget, BudgetError, Point, evaluate, minimize, precisions
+from analysis.laws.law import HIGH_PRECISION_BITS
+from analysis.planning.cost import CostError
+from analysis.planning.minimize import Budget, BudgetError, Point, evaluate, minimize, precisions
 from analysis.planning.reach import reaches, was_seen
-from analysis.surface import Surface
-from precision_scaling import formats
-from precision_scaling.formats import Format
+from analysis.planning.surface import Surface
+from precision_scaling.numerics import formats
+from precision_scaling.numerics.formats import Format
 
 WHOLE_BITS = tuple(float(bits) for bits in range(4, 17))  # compared at the same cost
 STANDARD_FLOATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "e5m2")  # of OCP MX and OFP8; the registry has the others by name

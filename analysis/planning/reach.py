@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from analysis.cost import FLOPS_PER_PARAMETER_TOKEN
-from analysis.fit import Fit
-from analysis.law import HIGH_PRECISION_BITS
-from analysis.optimum import Point
-from analysis.surface import PARTS, Surface, data_range
+from analysis.fitting.fit import Fit
+from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
+from analysis.planning.cost import FLOPS_PER_PARAMETER_TOKEN
+from analysis.planning.minimize import Point
+from analysis.planning.surface import Surface, data_range
 from analysis.wording import count_label
-from precision_scaling.formats import Format
+from precision_scaling.numerics.formats import Format
 
 SLACK = 0.01  # of a range, within which a value counts as inside
 TIMES = ("N", "D", "budget")  # quantities whose distance is said as a factor

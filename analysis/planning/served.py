@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from analysis.cost import CostError
-from analysis.optimum import Budget, BudgetError, minimize
+from analysis.planning.cost import CostError
+from analysis.planning.minimize import Budget, BudgetError, minimize
 from analysis.planning.options import Option
-from analysis.surface import Surface, data_range
+from analysis.planning.surface import Surface, data_range
 
 SERVED_BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # that PTQ methods write
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from analysis.cost import CostError
-from analysis.law import HIGH_PRECISION_BITS
-from analysis.optimum import Budget, BudgetError, Point, minimize
+from analysis.laws.law import HIGH_PRECISION_BITS
+from analysis.planning.cost import CostError
 from analysis.planning.intervals import Interval, loss_interval
+from analysis.planning.minimize import Budget, BudgetError, Point, minimize
 from analysis.planning.options import Option
-from analysis.surface import Surface, SurfaceError, known_precisions
+from analysis.planning.surface import Surface, SurfaceError, known_precisions
 
 
 @dataclasses.dataclass(frozen=True)

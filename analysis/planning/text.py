@@ -1,26 +1,15 @@
 """A plan as text for a terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from analysis.planning import served, spread
 from analysis.planning.memory import bytes_label
+from analysis.planning.plan import Plan
+from analysis.planning.warnings import named
 from analysis.wording import count_label, interval_text
 
-if TYPE_CHECKING:
-    from analysis.optimum import Budget
-    from analysis.plan import Plan
-
 OUTSIDE = "*"  # behind a number beyond the fit's table
-
-
-def named(parts: Sequence[str]) -> str:
-    """The parts of a model in words."""
-    names = {"w": "weights", "a": "activations", "kv": "KV cache"}
-    return ", ".join(names[x] for x in parts) or "nothing"
 
 
 def describe(plan: Plan) -> str:
@@ -114,13 +103,6 @@ def _format_row(row: dict) -> tuple[str, ...]:
         "-" if row["N_factor"] is None else f"x {row['N_factor']:.2f}", bytes_label(row["memory_bytes"]),
         ", ".join(notes),
     )  # fmt: skip
-
-
-def about_formats(budget: Budget, without: Sequence[str]) -> list[str]:
-    """What the list of formats does not show. `without`: those for which there is no plan."""
-    if not without or budget.memory_bytes is None:
-        return []
-    return [f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}"]
 
 
 def _serving(plan: Plan) -> list[str]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis import laws
-from analysis.law import HIGH_PRECISION_BITS
-from analysis.optimum import Budget, precisions
-from analysis.planning import text
+from analysis.fitting.multistart import NO_INTERVALS
+from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
+from analysis.planning.memory import bytes_label
+from analysis.planning.minimize import Budget, precisions
 from analysis.planning.options import Option
 from analysis.planning.reach import Reach, was_seen
-from analysis.search import NO_INTERVALS
-from analysis.surface import PARTS
+
+
+def named(parts: Sequence[str]) -> str:
+    """The parts of a model in words."""
+    names = {"w": "weights", "a": "activations", "kv": "KV cache"}
+    return ", ".join(names[x] for x in parts) or "nothing"
 
 
 def warnings(
@@ -21,7 +26,7 @@ def warnings(
     surface, best, serve_bits = plan.surface, plan.point, plan.budget.serve_bits
     fit, ptq, found = surface.fit, surface.delta_fit, []
     if uninformed:
-        parts = text.named(uninformed)
+        parts = named(uninformed)
         found.append(f"the fit's table does not say what low precision of {parts} costs: kept at 16 bits")
     if budget.p_choices == (HIGH_PRECISION_BITS,):
         found.append(f"law {fit.law} as fitted knows training in 16 bits only: P is not chosen")
@@ -58,3 +63,10 @@ def warnings(
     if not has_interval and any(one.n for one in used) and not few_runs:
         found.append("no interval: the fit carries no bootstrap samples (fit again with --bootstrap=1000)")
     return found
+
+
+def about_formats(budget: Budget, without: Sequence[str]) -> list[str]:
+    """What the list of formats does not show. `without`: those for which there is no plan."""
+    if not without or budget.memory_bytes is None:
+        return []
+    return [f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}"]

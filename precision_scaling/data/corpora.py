@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from precision_scaling import files
 from precision_scaling.data import DataError, shards
+from precision_scaling.data.source_files import files_digest, source_files
+from precision_scaling.runtime import files
 
 PYTHON_STDLIB = "python_stdlib"
 PACKAGES = f"{PYTHON_STDLIB}/packages"
 DOLMA = "dolma"
-# Packages installed beside the library are not the library; caches hold no source.
-_SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _READ_BLOCK = 256  # documents fetched from ArrayRecord at a time
 
 
@@ -73,43 +72,6 @@ def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
         )
     dataset_dir = _resolve_tfds(name, cache_dir, tfds_dir or os.fspath(cache_dir / "tfds"))
     return Source(_dataset_name(dataset_dir), _dataset_fingerprint(dataset_dir), os.fspath(dataset_dir))
-
-
-def source_files(root: Path | str) -> Iterator[tuple[str, bytes]]:
-    """Yields (path relative to root with "/", content) of every .py file below root, in sorted order.
-
-    Of several roots, joined as in PATH, no content comes twice: packages bring copies of each other.
-    """
-    roots = os.fspath(root).split(os.pathsep)
-    if len(roots) == 1:
-        yield from _files_below(roots[0])
-        return
-    seen = set()
-    for i, each in enumerate(roots):
-        for path, content in _files_below(each):
-            digest = hashlib.blake2b(content, digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield f"{i}/{path}", content
-
-
-def _files_below(root: str) -> Iterator[tuple[str, bytes]]:
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
-        prefix = directory[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-        for file in sorted(names):
-            if file.endswith(".py"):
-                yield (f"{prefix}/{file}" if prefix else file), files.read(os.path.join(directory, file))
-
-
-def files_digest(files: Iterator[tuple[str, bytes]]) -> tuple[str, int]:
-    """Hex digest of names and contents, and the number of files."""
-    digest, count = hashlib.blake2b(digest_size=16), 0
-    for path, content in files:
-        digest.update(f"{path}\0{len(content)}\0".encode())
-        digest.update(content)
-        count += 1
-    return digest.hexdigest(), count
 
 
 def _find_python_sources(root: str, tfds_dir: Path) -> Source:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from precision_scaling import files
-from precision_scaling.progress import progress_bar
+from precision_scaling.runtime import files
+from precision_scaling.runtime.progress import progress_bar
 
 # Token files up to this size are read and checked whenever they are opened, which takes about a second.
 ALWAYS_CHECKED_BYTES = 1 << 30

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from precision_scaling.data import DataError, corpora
+from precision_scaling.data import DataError, source_files
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,8 +37,8 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        files = list(corpora.source_files(self.builder_config.root))
-        if corpora.files_digest(iter(files))[0] != self.builder_config.fingerprint:
+        files = list(source_files.source_files(self.builder_config.root))
+        if source_files.files_digest(iter(files))[0] != self.builder_config.fingerprint:
             raise DataError(f"data.root={self.builder_config.root!r}: files changed while they were read; run it again")
         undecodable = 0
         for index, (path, content) in enumerate(files):

@@ -4,8 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
-from precision_scaling import files
 from precision_scaling.data import DataError
+from precision_scaling.runtime import files
 
 _LAST = "meta.json"  # says that the others are complete
 # Of token files; nothing else is copied.

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import fsspec
 
-from precision_scaling import files
 from precision_scaling.data import DataError
+from precision_scaling.runtime import files
 
 _SUFFIX = ".json.gz"
 _ALLOWED = "a directory of *.json.gz files, a pattern of such files, or a .txt file with a path or URL in each line"

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling import files
 from precision_scaling.data import DataError, corpora
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.parts import Content
-from precision_scaling.progress import progress_bar
+from precision_scaling.runtime import files
+from precision_scaling.runtime.progress import progress_bar
 
 SIDES = ("train", "validation")
 TRAIN, VALIDATION, DROPPED = range(3)

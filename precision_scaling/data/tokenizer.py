@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from precision_scaling import files
 from precision_scaling.data import DataError, byte_level
+from precision_scaling.runtime import files
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling import files
 from precision_scaling.data import DataError, corpora, remote, tokenize
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data import workers as workers_lib
 from precision_scaling.data.parts import Content, TokenParts, digests, open_tokens
 from precision_scaling.data.tokenize import SIDES
+from precision_scaling.runtime import files
 
 _LAYOUT = 1  # stands in every name: raise it when the same options would give other tokens
 _SUMS = ("tokens", "documents", "bytes")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from absl import flags
 
-from configs import pretrained
-from precision_scaling import command_flags, errors, files, results
+from precision_scaling.config import command_line, pretrained
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import workdir as workdir_lib
+from precision_scaling.runtime import cli, files
+from precision_scaling.study import results
 
 
 def _required(*names: str) -> list[Path]:
@@ -54,7 +55,7 @@ if __name__ == "__main__":
     _COMMAND = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
     _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
     _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
-    _CONFIG = command_flags.define_config(
+    _CONFIG = command_line.define_config(
         pretrained.__file__, "import: corpus and evaluation; its model section gives dtype and remat."
     )
     _SEQUENCE_LENGTH = flags.DEFINE_integer(
@@ -63,4 +64,4 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.")
     _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.")
     _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.")
-    errors.run(_main)
+    cli.run(_main)

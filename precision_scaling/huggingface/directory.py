@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from precision_scaling import files, rope
-from precision_scaling import model as model_lib
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import architectures, config_json, reading, safetensors
 from precision_scaling.huggingface.reading import shown
-from precision_scaling.model import ModelConfig
-from precision_scaling.progress import progress_bar
+from precision_scaling.model import decoder, rope
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.runtime import files
+from precision_scaling.runtime.progress import progress_bar
 
 # Some writers keep the rotary embedding's frequencies, which follow from config.json.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -199,5 +199,5 @@ def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: A
 
 def _empty(model: ModelConfig) -> Any:
     """Parameters of a decoder whose values are not yet set; memory is used only where they are."""
-    shapes = jax.eval_shape(lambda key: model_lib.init(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)

@@ -8,8 +8,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from precision_scaling import files
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
 
 MAX_JSON = 100_000_000  # bytes; safetensors' own limit for a header, and far above any config.json
 

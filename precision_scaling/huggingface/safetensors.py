@@ -13,10 +13,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from precision_scaling import files
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import reading
 from precision_scaling.huggingface.reading import shown
+from precision_scaling.runtime import files
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}

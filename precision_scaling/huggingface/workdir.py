@@ -11,14 +11,16 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import checkpoint, files, results, sharding
-from precision_scaling.cohort import table_of
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
-from precision_scaling.experiment import Run
 from precision_scaling.huggingface import config_json, reading
 from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
+from precision_scaling.runtime import files, sharding
+from precision_scaling.study import evaluate, results
+from precision_scaling.study.workspace import open_workspace, reopen_workspace
+from precision_scaling.training import checkpoint
+from precision_scaling.training.cohort import table_of
+from precision_scaling.training.run import Run
 
 # Longest sequences that are chosen unasked: the attention products grow with their square.
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -35,19 +37,19 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     """
     pretrained = open_pretrained(directory)
     config = _config_of(pretrained, tokens, config, sequence_length)
-    bench = bench_lib.open_bench(config, workdir, sharding.local_layout())
-    (group,) = bench.experiment.cohorts
+    workspace = open_workspace(config, workdir, sharding.local_layout())
+    (group,) = workspace.experiment.cohorts
     (run,) = group.runs
-    if results.read_rows(bench.directory(run), "trained"):
+    if results.read_rows(workspace.directory(run), "trained"):
         return run
     params = pretrained.params()
-    params = jax.device_put(params, bench.layout.of_tree(params))
+    params = jax.device_put(params, workspace.layout.of_tree(params))
     program = group.program.evaluation()
-    loss = bench_lib.evaluator(bench, group.shape, program, progress=True)(params, table_of(run, program))
+    loss = evaluate.evaluator(workspace, group.shape, program, progress=True)(params, table_of(run, program))
     if not math.isfinite(loss):
         raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
-    checkpoint.save(bench.directory(run) / "checkpoint", params)
-    results.write_rows(bench.directory(run), "trained", [bench_lib.row(bench, run, loss)])
+    checkpoint.save(workspace.directory(run) / "checkpoint", params)
+    results.write_rows(workspace.directory(run), "trained", [results.row(workspace, run, loss)])
     results.gather(workdir)
     return run
 
@@ -91,23 +93,25 @@ def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: there is something already; allowed is a new or an empty directory")
-    bench = bench_lib.reopen_bench(workdir)
+    workspace = reopen_workspace(workdir)
     trained = {}
-    for group in bench.experiment.cohorts:
+    for group in workspace.experiment.cohorts:
         for run in group.runs:
-            if any(row["status"] == "ok" for row in results.read_rows(bench.directory(run), "trained")):
+            if any(row["status"] == "ok" for row in results.read_rows(workspace.directory(run), "trained")):
                 trained[run.id] = run
     if run_id not in trained and (run_id or len(trained) != 1):
         allowed = f"one of {', '.join(trained)}" if trained else "the workdir of a run that is trained"
         raise UserError(f"--run={run_id}: allowed is {allowed}")
     run = trained[run_id] if run_id else next(iter(trained.values()))
     decoder = run.shape.model
-    params = bench.parameters(run)
-    write_pretrained(out, decoder, params, bos_token_id=None, eos_token_id=bench.corpus.end_of_text, pad_token_id=None)
-    tokenizer = bench.corpus.directory / "tokenizer.json"
+    params = workspace.parameters(run)
+    write_pretrained(
+        out, decoder, params, bos_token_id=None, eos_token_id=workspace.corpus.end_of_text, pad_token_id=None
+    )
+    tokenizer = workspace.corpus.directory / "tokenizer.json"
     if tokenizer.exists():  # bytes need none
         files.copy(tokenizer, out / "tokenizer.json")
-        end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(bench.corpus.end_of_text)
+        end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(workspace.corpus.end_of_text)
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
         files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
     return run

@@ -5,14 +5,15 @@ python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--gr
 
 from absl import flags
 
-from precision_scaling import bench as bench_lib
-from precision_scaling import command_flags, errors, locks, options, results
-from precision_scaling.bench import Bench
+from precision_scaling.config import command_line, options
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import GRANULARITIES, METHODS, layers, packed
 from precision_scaling.ptq import setting as setting_lib
-from precision_scaling.ptq.runs import packed_directory, quantize_missing
 from precision_scaling.ptq.setting import Setting
+from precision_scaling.runtime import cli
+from precision_scaling.study import locks, results
+from precision_scaling.study.ptq import packed_directory, quantize_missing
+from precision_scaling.study.workspace import Workspace, reopen_workspace
 
 
 def _bits(texts: list[str]) -> list[int]:
@@ -42,12 +43,12 @@ def _setting(method: str, config, given: dict[str, object]) -> Setting:
     return setting
 
 
-def _sizes(bench: Bench, setting: Setting, bits: list[int]) -> list[str]:
+def _sizes(workspace: Workspace, setting: Setting, bits: list[int]) -> list[str]:
     """A line for each packed model: where it is and what it takes."""
     lines = []
-    for run in bench.experiment.runs:
+    for run in workspace.experiment.runs:
         for b in bits:
-            path = packed_directory(bench.directory(run), setting, b)
+            path = packed_directory(workspace.directory(run), setting, b)
             if (path / packed.DESCRIPTION).exists():
                 arrays = packed.packed_bytes(packed.load(path).model, b)
                 lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
@@ -57,21 +58,23 @@ def _sizes(bench: Bench, setting: Setting, bits: list[int]) -> list[str]:
 def _main(argv) -> None:
     del argv
     workdir, bits, given = _WORKDIR.value, _bits(_BITS.value), _given()
-    bench = bench_lib.reopen_bench(workdir)
-    setting = _setting(_METHOD.value, bench.experiment.config.ptq, given)
+    workspace = reopen_workspace(workdir)
+    setting = _setting(_METHOD.value, workspace.experiment.config.ptq, given)
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
-            warnings = quantize_missing(bench, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value)
+            warnings = quantize_missing(
+                workspace, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value
+            )
     finally:
         rows = results.gather(workdir)
-    figures = [layers.draw(bench.directory(run), setting.name) for run in bench.experiment.runs]
+    figures = [layers.draw(workspace.directory(run), setting.name) for run in workspace.experiment.runs]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
-    sizes = _sizes(bench, setting, bits) if _SAVE.value else []
+    sizes = _sizes(workspace, setting, bits) if _SAVE.value else []
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
 if __name__ == "__main__":
-    _WORKDIR = command_flags.define_workdir("A workdir of train or study.")
+    _WORKDIR = command_line.define_workdir("A workdir of train or study.")
     _METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.")
     _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.")
     _SAVE = flags.DEFINE_bool("save", False, "Keep the quantized models, packed, in runs/<id>/quantized.")
@@ -85,4 +88,4 @@ if __name__ == "__main__":
         "granularity", None, GRANULARITIES, "What shares a scale in activations, keys and values."
     )
     flags.mark_flags_as_required(["workdir"])
-    errors.run(_main)
+    cli.run(_main)

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_scaling import compilation, quantize
-from precision_scaling.model import Block, Decoder
+from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.ptq import awq, gptq, grid, rtn
 from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.setting import Setting
 from precision_scaling.ptq.smoothquant import smoothing_scales
-from precision_scaling.sharding import Layout, split_batch, split_hessian, splitting
-from precision_scaling.step import Static
+from precision_scaling.quantize import products
+from precision_scaling.quantize import static as static_lib
+from precision_scaling.runtime import compilation
+from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
+from precision_scaling.training.step import Static
 
 # The projections of a block in the order in which data reaches them.
 LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
@@ -146,11 +148,11 @@ def _round_layers(setting: Setting, layers: Any, bits):
     return jax.vmap(block)(layers), Report(jnp.zeros(shape, bool), unknown, unknown, unknown)
 
 
-def statistics(program: quantize.Program, table, x_CxBxSxI):
+def statistics(program: static_lib.StaticPrecision, table, x_CxBxSxI):
     """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
 
     def add(total, x_BxSxI):
-        x = quantize.on_grid(x_BxSxI, "a", program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
+        x = products.on_grid(x_BxSxI, "a", program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
         hessian_IxI = split_hessian(total[0] + jnp.matmul(x.T, x, precision="highest"))
         return (hessian_IxI, total[1] + jnp.sum(jnp.abs(x), axis=0)), None
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from precision_scaling import formats
+from precision_scaling.numerics import formats
 from precision_scaling.ptq import grid
 from precision_scaling.ptq.error import output_error
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_scaling import formats
 from precision_scaling.errors import UserError
+from precision_scaling.numerics import formats
 from precision_scaling.ptq import grid
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_scaling import formats, numerics
 from precision_scaling.errors import UserError
+from precision_scaling.numerics import formats, rounding
 
 INTEGER = formats.Kind("int")
 
@@ -96,7 +96,7 @@ def find(
     w_GxSxO = _grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
     if symmetric:
         scale_kind = kind._replace(scale="absmax") if clip else kind
-        full_GxO = numerics.scale_of(w_GxSxO, levels, scale_kind, 1)[:, 0]
+        full_GxO = rounding.scale_of(w_GxSxO, levels, scale_kind, 1)[:, 0]
         bottom_GxO = jnp.zeros_like(full_GxO)
     else:
         bottom_GxO = jnp.minimum(jnp.min(w_GxSxO, axis=1), 0)
@@ -128,14 +128,14 @@ def nearest_level(x, inverse_scale, zero, levels: formats.Grid, kind: formats.Ki
     """The level that x / scale is nearest to, ties to even; multiplied by the inverse, as training does it."""
     x = x * inverse_scale
     if symmetric:
-        return numerics.round_to_grid(x, levels, kind)
+        return rounding.round_to_grid(x, levels, kind)
     level = jnp.clip(jnp.round(x), -zero, 2 * levels.max_value + 1 - zero)
     return jnp.where(levels.passthrough > 0, x, level)
 
 
 def inverse(scale):
     """1 / scale; 0 for the scale 0 of a block whose stored scale underflowed, NaN where the inverse would underflow."""
-    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale > numerics.LARGEST_INVERTIBLE, jnp.nan, scale))
+    return jnp.where(scale == 0, 0.0, 1 / jnp.where(scale > rounding.LARGEST_INVERTIBLE, jnp.nan, scale))
 
 
 def code_dtype(kind: formats.Kind, symmetric: bool):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling import files
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.apply import LINEARS, Report
+from precision_scaling.runtime import files
 
 PROJECTIONS = tuple("/".join(linear) for linear in LINEARS)
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from precision_scaling import checkpoint, files
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.codes import Codes, QuantizedModel, each, is_codes
+from precision_scaling.runtime import files
+from precision_scaling.training import checkpoint
 
 DESCRIPTION = "quantized.json"
 VERSION = 1

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from precision_scaling import formats
+from precision_scaling.numerics import formats
 from precision_scaling.ptq import grid
 
 

@@ -8,11 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from precision_scaling import options as options_lib
 from precision_scaling.errors import ConfigError
-from precision_scaling.formats import Kind
-from precision_scaling.model import ModelConfig
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.numerics.formats import Kind
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 # The options that a method has. The others do not touch it, so that one config can ask for several methods.
 # AWQ always searches for a clip of its own.
@@ -95,13 +94,13 @@ class Setting:
             "post_parts": self.parts,
         }
 
-    def program(self, program: Program) -> Program:
+    def program(self, program: StaticPrecision) -> StaticPrecision:
         """The forward pass of the quantized model: simulated, with these operands as integers on their own grids.
 
         Weights of another format than the hardware multiplies make every native product a simulated one.
         """
         program = program.evaluation().simulated()
-        integer = Operand(Kind("int"), self.granularity)
+        integer = StaticQuantizer(Kind("int"), self.granularity)
         kept = tuple((name, operand) for name, operand in program.operands if name not in self.operands)
         return dataclasses.replace(program, operands=kept + tuple((name, integer) for name in self.operands))
 
@@ -117,13 +116,10 @@ class Setting:
 
 
 def of_method(method: str, options: Mapping[str, Any]) -> Setting:
-    """The setting of one method under the config's `ptq` section. Raises ConfigError for values not allowed."""
-    options_lib.check_option("ptq.methods", (method,))
-    for name in ("group_size", "symmetric", "act_order", "clip", "smoothing", "granularity"):
-        options_lib.check_option(f"ptq.{name}", options[name])
+    """The setting of one method under the config's `ptq` section, values that `config.options.check_ptq` passed."""
     return Setting(method, **{name: options[name] for name in _OPTIONS[method]})
 
 
 def of_config(options: Mapping[str, Any]) -> tuple[Setting, ...]:
-    """A setting for each of the config's methods. Raises ConfigError."""
+    """A setting for each of the config's methods."""
     return tuple(of_method(method, options) for method in options["methods"])

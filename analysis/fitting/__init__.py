@@ -1,0 +1,1 @@
+"""Fitting: from a law and a table to constants with intervals, held-out errors, and predictions."""

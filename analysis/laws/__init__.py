@@ -1,0 +1,108 @@
+"""The registry of scaling laws and their prediction: the paper's four laws and the alternatives it tested.
+
+fit.py, compare.py and plan.py take a law from `LAWS` by name. To add a law: write its `log_loss` or `log_delta` as a
+pure function of (params, columns, xp), list its parameters, and put the Law into `LAWS`.
+"""
+
+import numpy as np
+
+from analysis.laws import capacity, derived, noise, published_laws
+from analysis.laws.law import (
+    HIGH_PRECISION_BITS,
+    MIN_FRACTION,
+    PRECISION_COLUMNS,
+    Law,
+    LawError,
+    Parameter,
+    Values,
+    fraction,
+)
+from analysis.laws.paper import CHINCHILLA, D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS, PRECISION, PTQ, UNIFIED
+
+__all__ = [
+    "LAWS",
+    "MIN_FRACTION",
+    "Law",
+    "LawError",
+    "Parameter",
+    "effective_parameters",
+    "fraction",
+    "get",
+    "predict",
+    "published",
+]
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        *(CHINCHILLA, PTQ, PRECISION, UNIFIED),
+        *(D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS),
+        *published_laws.LAWS,
+        *capacity.LAWS,
+        *noise.LAWS,
+    )
+}
+
+
+def get(name: str | Law) -> Law:
+    """The law of that name; a Law is handed back as it is."""
+    if isinstance(name, Law):
+        return name
+    if name not in LAWS:
+        raise LawError(f"unknown law {name!r}: choose one of {', '.join(LAWS)}")
+    return LAWS[name]
+
+
+def resolve(law: str | Law, params: Values | None = None, columns: Values | None = None) -> Law:
+    """The law with concrete parameters: a family (capacity) gets one for each label found in `params` or `columns`."""
+    law = get(law)
+    if law.expand is None:
+        return law
+    if params is not None:
+        return law.expand(tuple(name for name in params if name.startswith("eff_")))
+    return law.expand(law.labels(columns))
+
+
+def precisions_of(name: str) -> dict[str, float] | None:
+    """The training precisions that a capacity parameter such as eff_w4_a4 stands for; None for other parameters."""
+    return capacity.bits_of(name) if name.startswith("eff_") else None
+
+
+def published(law: str | Law) -> dict[str, float]:
+    """The law's published constants (see `source`); parameters without one are absent."""
+    return get(law).published
+
+
+def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
+    """The law's columns as float64 arrays of one shape; an absent precision is 16 bits, an absent P_post no PTQ."""
+    defaults = dict.fromkeys(PRECISION_COLUMNS, HIGH_PRECISION_BITS)
+    if law.target == "loss":
+        defaults["P_post"] = np.nan
+    out = {}
+    for name in law.columns:
+        value = columns.get(name, defaults.get(name))
+        if value is None:
+            value = derived.column(name, {**defaults, **columns})
+        if value is None:
+            raise LawError(f"law {law.name} needs column {name}; given: {', '.join(columns) or 'none'}")
+        try:
+            out[name] = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError) as err:
+            raise LawError(f"column {name} holds something that is not a number: {err}") from None
+    try:
+        shape = np.broadcast_shapes(*(v.shape for v in out.values()))
+    except ValueError:
+        raise LawError("columns of different lengths: " + ", ".join(f"{k} {v.shape}" for k, v in out.items())) from None
+    return {name: np.broadcast_to(value, shape) for name, value in out.items()}
+
+
+def predict(law: str | Law, params: Values, **columns) -> np.ndarray:
+    """Loss in nats per token (δ for laws of δ alone, such as "ptq") at the given columns; numpy in, numpy out.
+
+    N and D are counts, P_* bits (16 where left out). Constants left out of `params` take the law's defaults (biases 0).
+    Columns that the law does not read are ignored. Raises LawError for an unknown law, a missing or null constant, or a
+    missing column.
+    """
+    law = resolve(law, params)
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.asarray(law.evaluate(law.values(params), complete_columns(law, columns), np))[()]

@@ -1,0 +1,85 @@
+"""The relative step of a number format: how coarse its grid is on Gaussian data, on the one scale that integers set.
+
+The symmetric integers of b bits divide their largest value into 2^(b-1) - 1 equal steps, so that their relative step is
+1/(2^(b-1) - 1). Any other format has the step of the integers, thought continuous in b, that make the same root mean
+square error on Gaussian data, each under the scales that it is used with, the integers under those that are usual for
+the part. A law of rounding noise then needs one constant for a part of the model, whatever the format, and what a block
+gains by a scale of its own counts.
+"""
+
+import functools
+
+import numpy as np
+
+from analysis.laws.law import HIGH_PRECISION_BITS, LawError
+from precision_scaling.errors import UserError
+from precision_scaling.numerics import formats
+from precision_scaling.numerics.gaussian import gaussian_mse
+
+MANY = 2**20  # values that share a scale where a whole tensor does
+USUAL_LENGTH = 1024  # of a contraction, where the table has no width
+REFERENCE_BITS = np.arange(2, 9)  # at 8 bits the error is step/sqrt(12), so that finer grids go in proportion
+
+
+def integer_step(bits) -> np.ndarray:
+    """1/(2^(b-1) - 1), 0 from 16 bits on, infinite at 1 bit and below; NaN stays."""
+    bits = np.asarray(bits, np.float64)
+    levels = np.maximum(2.0 ** (np.minimum(bits, HIGH_PRECISION_BITS) - 1.0) - 1.0, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.where(bits >= HIGH_PRECISION_BITS, 0.0, 1.0 / levels)
+
+
+@functools.cache
+def relative_step(name: str, granularity: str = "", length: float = 0, usual: str = "channel") -> float:
+    """The relative step of the format of that name.
+
+    granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values; "": as usual.
+    length: values along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
+    usual: what shares the scale of the integers that it is held against.
+    Raises LawError for formats and granularities that do not exist.
+    """
+    try:
+        fmt = formats.parse(name)
+        if fmt.family == "none":
+            return 0.0
+        count, reference = fmt.block_size or _sharing(granularity or usual, length), _sharing(usual, length)
+        if fmt.family == "int" and count == reference:
+            return float(integer_step(fmt.bits))
+        return _on_integer_curve(_error(fmt, count), reference)
+    except UserError as err:
+        raise LawError(str(err)) from None
+
+
+def _sharing(granularity: str, length: float) -> int:
+    """How many values share a scale."""
+    if granularity.startswith("group:") and granularity.removeprefix("group:").isdigit():
+        return int(granularity.removeprefix("group:"))
+    if granularity == "tensor":
+        return MANY
+    if granularity in ("channel", "token", "vector"):
+        return int(length) or USUAL_LENGTH
+    raise LawError(f"granularity {granularity!r}: allowed are tensor, channel, token, vector and group:SIZE")
+
+
+def _error(fmt: formats.Format, count: int) -> float:
+    """Root mean square error on unit Gaussian data under the format's own scale, `count` values sharing one."""
+    if fmt.scale == "absmean":
+        return gaussian_mse(fmt, np.sqrt(2 / np.pi) / fmt.max_value) ** 0.5
+    if fmt.family == "wide":
+        return gaussian_mse(fmt, 1.0) ** 0.5
+    return gaussian_mse(fmt, "absmax", None if fmt.family == "block" else count) ** 0.5
+
+
+def _on_integer_curve(error: float, count: int) -> float:
+    """The step of the integers with that error, `count` of them sharing a scale: log step linear in log error between
+    whole bits, and in proportion beyond them.
+    """
+    errors = _integer_errors(count)[::-1]
+    steps = integer_step(REFERENCE_BITS)[::-1]
+    clipped = np.clip(error, errors[0], errors[-1])
+    return float(np.exp(np.interp(np.log(clipped), np.log(errors), np.log(steps))) * error / clipped)
+
+
+@functools.cache
+def _integer_errors(count: int) -> np.ndarray:
+    return np.array([_error(formats.parse(f"int{bits}"), count) for bits in REFERENCE_BITS])

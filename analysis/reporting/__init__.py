@@ -1,0 +1,1 @@
+"""The report of a table: evidence, verdicts, figures, and the page."""

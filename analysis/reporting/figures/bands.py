@@ -1,0 +1,78 @@
+"""What every curve of a fit carries: the 95 % band of its bootstrap samples, and shade where it leaves the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.fitting.fit import Fit
+from analysis.planning import surface
+
+MOST_DRAWS = 100
+LEAST_DRAWS = 20
+ENDS = (0.025, 0.975)
+BEYOND = {"color": "#E9E9E9", "zorder": -1, "lw": 0}
+
+
+def band(axis, x, curve: Callable[..., np.ndarray], fits: Sequence[Fit], color) -> bool:
+    """Fills between the 2.5 and 97.5 % quantiles of `curve(*fits)` over bootstrap samples; False where none are."""
+    count = min([surface.draws(fit) for fit in fits] or [0])
+    if count < LEAST_DRAWS:
+        return False
+    with np.errstate(all="ignore"):
+        drawn = np.array([curve(*(surface.draw(fit, i) for fit in fits)) for i in range(min(count, MOST_DRAWS))])
+        low, high = np.nanquantile(np.where(np.isfinite(drawn), drawn, np.nan), ENDS, axis=0)
+    axis.fill_between(x, low, high, color=color, alpha=0.16, lw=0, zorder=1)
+    return True
+
+
+def beyond(axis, low: float, high: float, which: str = "x") -> None:
+    """Shades what lies outside [low, high] of an axis whose limits are set."""
+    span = axis.axvspan if which == "x" else axis.axhspan
+    limits = axis.get_xlim() if which == "x" else axis.get_ylim()
+    for start, end in ((limits[0], low), (high, limits[1])):
+        if end > start:
+            span(start, end, **BEYOND)
+    axis.set(**{f"{which}lim": limits})
+
+
+def say(figure: Figure, *sentences: str) -> Figure:
+    """Adds to the caption what is true of this very figure."""
+    told = " ".join(sentence for sentence in sentences if sentence)
+    figure.said = f"{getattr(figure, 'said', '')} {told}".strip()
+    return figure
+
+
+def said(figure: Figure) -> str:
+    return getattr(figure, "said", "")
+
+
+def band_words(fits: Sequence[Fit | None]) -> str:
+    """What the bands are, with the share of starts that agree, or why there are none."""
+    shown = [fit for fit in fits if fit is not None]
+    if not shown:
+        return ""
+    words = (
+        "Bands are 95 % over resampled runs."
+        if min(surface.draws(fit) for fit in shown) >= LEAST_DRAWS
+        else "Without a bootstrap the lines have no bands."
+    )
+    shares = [f"{fit.law} {fit.starts_at_best:.1%}" for fit in shown if fit.starts_at_best is not None]
+    return words + (f" Starts that ended at the best fit: {', '.join(shares)}." if shares else "")
+
+
+def at_the_edge(axis, x, y_edge: float, mark: str, color) -> int:
+    """Hollow marks at the lower edge of a logarithmic axis for values of 0 or less; how many."""
+    x = np.atleast_1d(x)
+    if len(x):
+        axis.plot(x, np.full(len(x), y_edge), mark, color="none", mec=color, mew=0.9, ms=4, clip_on=False, zorder=4)
+    return len(x)
+
+
+def edge_words(count: int, noun: str = "δ") -> str:
+    """The sentence that tells of hollow marks."""
+    if not count:
+        return f"No {noun} is 0 or less."
+    return f"Hollow marks at the lower edge: {count} {noun} of 0 or less, which a logarithmic axis cannot place."

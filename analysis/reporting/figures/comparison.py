@@ -1,0 +1,78 @@
+"""Figure of competing laws side by side: how well each predicts rows it never saw, and its information criteria."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from analysis.fitting.comparison import HELD_OUT, KINDS, Row
+from analysis.reporting.evidence import Evidence
+from analysis.reporting.figures.style import CATEGORIES, INK, Skipped, marker, panels
+
+NARROWEST = 4.0  # ratio of the ends of an error axis, at least
+
+
+def law_comparison(evidence: Evidence) -> Figure:
+    """Held-out error by what was held out, and AIC and BIC above the best, one row of panels per kind of law."""
+    if evidence.comparison is None:
+        raise Skipped("laws were not compared")
+    groups = {kind: [row for row in evidence.comparison.rows if row.kind == kind] for kind in KINDS}
+    groups = {kind: rows for kind, rows in groups.items() if len(rows) > 1}
+    if not groups:
+        raise Skipped("fewer than two laws of a kind can be fitted to this table")
+    heights = [0.75 + 0.24 * len(rows) for rows in groups.values()]
+    figure, axes = panels(len(groups), 2, sum(heights) / len(groups) + 0.2, gridspec_kw={"height_ratios": heights})
+    for (kind, rows), (left, right) in zip(groups.items(), axes, strict=True):
+        _held_out(left, rows)
+        _criteria(right, rows)
+        left.set_title(f"{KINDS[kind]}: {rows[0].n} rows")
+    axes[-1, 0].set_xlabel("held-out error, rms of log (%)")
+    axes[-1, 1].set_xlabel("above the best law")
+    shown = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    for axis in axes[1:, 0]:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown, loc="outside upper left", ncols=len(shown))
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def _names(axis, rows: list[Row], labels: bool) -> np.ndarray:
+    """The laws as rows of the axis, best on top."""
+    y = np.arange(len(rows))
+    axis.set_yticks(y, [f"{row.law}, k = {row.k}" for row in rows])
+    axis.tick_params(axis="y", length=0, labelleft=labels)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    return y
+
+
+def _held_out(axis, rows: list[Row]) -> None:
+    y, drawn = _names(axis, rows, labels=True), []
+    for series, (scheme, label) in enumerate(HELD_OUT.items()):
+        found = [row.held_out.get(scheme) for row in rows]
+        error = np.array([np.nan if value is None else 100 * value for value in found])
+        if np.isfinite(error).any():
+            shift = 0.13 * (series - (len(HELD_OUT) - 1) / 2)  # of a row; keeps marks of equal error apart
+            axis.plot(error, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label)
+            drawn.append(error[np.isfinite(error)])
+    axis.set_xscale("log")
+    if drawn:
+        low, high = np.log([np.concatenate(drawn).min() / 1.2, np.concatenate(drawn).max() * 1.2])
+        half = max(high - low, np.log(NARROWEST)) / 2
+        axis.set_xlim(np.exp((low + high) / 2 - half), np.exp((low + high) / 2 + half))
+    axis.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _criteria(axis, rows: list[Row]) -> None:
+    y = _names(axis, rows, labels=False)
+    for series, name in enumerate(("aic", "bic")):
+        values = np.array([getattr(row, name) for row in rows])
+        above, mark = values - values.min(), len(HELD_OUT) + series
+        axis.plot(above, y + 0.14 * (series - 0.5), marker(mark), color=CATEGORIES[mark], mec=INK, label=name.upper())
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(-1.5, None)
+    axis.xaxis.set_major_locator(ticker.FixedLocator([0, 5, 10, 30, 100, 300, 1000, 3000, 10000, 30000]))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))

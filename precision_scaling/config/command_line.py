@@ -1,0 +1,194 @@
+"""The flags that commands share: --workdir, and --config=FILE with its overrides --config.section.option=VALUE.
+
+The overrides are those of ml_collections, with one line for every mistake in the file or in a name, and with lists and
+whole numbers written as people write them.
+"""
+
+import ast
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_flags import config_path, tuple_parser
+
+from precision_scaling.config import options
+from precision_scaling.errors import UserError
+from precision_scaling.runtime import cli, files
+
+flags.disclaim_key_flags()  # --help shows a flag with the command that defines it
+
+
+def define_workdir(text: str) -> flags.FlagHolder[Path]:
+    """Defines --workdir; the holder's value is a path that may not exist yet."""
+    return flags.DEFINE(_Directory(), "workdir", None, text)
+
+
+def define_config(
+    default: str | None = None,
+    text: str = "Config file; any option in it can be overridden.",
+    values: flags.FlagValues = flags.FLAGS,
+) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """Defines --config among `values`; the holder's value is the config with its overrides.
+
+    It has the options of configs/base.py, whose values `options.check` is yet to look at.
+    """
+    for kind, parser in ((bool, _Bool()), (int, _Whole()), (float, _Number()), (tuple, _Tuple())):
+        config_flags.register_flag_parser_for_type(kind, parser)
+    try:
+        holder = config_flags.DEFINE_config_file("config", default, text, values)
+    except flags.Error as error:  # it looks for itself in the file of --flagfile
+        cli.fail(error)
+    values["config"].parser = _ConfigFile()
+    return holder
+
+
+class _Directory(flags.ArgumentParser):
+    """A path that is a directory, or nothing yet."""
+
+    def parse(self, argument: str) -> Path:
+        if not argument.strip():
+            raise ValueError("allowed is the name of a directory")
+        path = files.expanded(argument, "--workdir")
+        try:
+            there = next(place for place in (path, *path.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise ValueError(f"{there} is no directory; allowed is one, or a new one in one")
+        except OSError as error:  # a name that is too long
+            raise ValueError(f"{error.strerror}; allowed is a directory") from None
+        return path
+
+    def flag_type(self) -> str:
+        return "directory"
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """The config that a file's get_config() returns; "FILE:TEXT" passes it a text."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        if sum(bool(re.match(r"--?config(=|$)", given)) for given in _arguments()) > 1:
+            raise UserError("--config is there twice; allowed is one config")
+        path, *text = argument.split(":", 1)
+        config = _load(path, text)
+        if not isinstance(config, ml_collections.ConfigDict):
+            found = type(config).__name__
+            raise UserError(f"get_config() returns a {found}: allowed is a ConfigDict made from configs/base.py")
+        options.check_names(config)
+        config.lock()
+        for name in _overridden():
+            _check_override(config, name)
+        return config
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def _load(path: str, arguments: list[str]) -> Any:
+    """What get_config() in a file returns. UserError, with the line, for whatever goes wrong in there."""
+    allowed = "allowed is a Python file with a function get_config(), e.g. configs/base.py"
+    if not os.path.isfile(path):  # a pipe or a device would be waited for
+        raise UserError(f"{'it is no regular' if os.path.exists(path) else 'there is no such'} file; {allowed}")
+    loader = importlib.machinery.SourceFileLoader("config_file", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module
+    try:
+        loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"there is no get_config() in it; {allowed}")
+        return module.get_config(*arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{_place(error, path)}{type(error).__name__}: {error}") from None
+
+
+def _place(error: BaseException, path: str) -> str:
+    """Where in the file it went wrong: "line 3: "."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"line {error.lineno}: "
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _arguments() -> list[str]:
+    return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+
+
+def _overridden() -> Iterator[str]:
+    """The names in --config.NAME on the command line."""
+    for argument in _arguments():
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            yield match[1]
+
+
+def _check_override(config: ml_collections.ConfigDict, name: str) -> None:
+    def refuse(said: str) -> None:
+        raise flags.IllegalFlagValueError(f"--config.{name}: {said}")
+
+    try:
+        keys = config_path.split(name)
+    except (ValueError, TypeError, SyntaxError):
+        refuse("not the name of an option; allowed is --config.section.option=VALUE")
+    section, prefix = config, ""
+    for key in keys:
+        if not isinstance(section, ml_collections.ConfigDict):
+            refuse(f"config.{prefix.rstrip('.')} has no parts; allowed is --config.{prefix.rstrip('.')}=VALUE")
+        if not isinstance(key, str) or key not in section:
+            refuse(options.unknown(section, prefix, key))
+        section, prefix = section[key], f"{prefix}{key}."
+
+
+class _Bool(flags.BooleanParser):
+    def parse(self, argument: str | bool) -> bool:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError("allowed is true or false") from None
+
+
+class _Whole(flags.IntegerParser):
+    """A whole number, which may be written as a float: 1e6."""
+
+    def parse(self, argument: str | int) -> int:
+        try:
+            return super().parse(argument)
+        except (ValueError, TypeError):
+            pass
+        try:
+            value = float(argument)
+            if value.is_integer():
+                return int(value)
+        except (ValueError, TypeError):
+            pass
+        raise ValueError("allowed is a whole number, e.g. 1000000, 1_000_000 or 1e6")
+
+
+class _Number(flags.FloatParser):
+    def parse(self, argument: str | float) -> float:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError("allowed is a number, e.g. 0.001 or 1e-3") from None
+
+
+class _Tuple(tuple_parser.TupleParser):
+    """A tuple as Python writes it, or its elements with commas between them: gptq,rtn or 3,4."""
+
+    def parse(self, argument: Any) -> tuple:
+        if not isinstance(argument, str):
+            return super().parse(argument)
+        try:
+            value = ast.literal_eval(argument.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = tuple(element.strip() for element in argument.split(",") if argument.strip())
+        if isinstance(value, dict | set):
+            raise ValueError("allowed are elements with commas between them")
+        return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -1,0 +1,1 @@
+"""The decoder, its sizes, and its rotary embedding."""

@@ -1,0 +1,43 @@
+"""Whether the groups and the rotation of a precision fit the shapes of a decoder."""
+
+from precision_scaling.errors import ConfigError
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.quantize import operands
+from precision_scaling.quantize.operands import OPTIONS
+from precision_scaling.quantize.spec import Precision
+
+
+def check_shape(spec: Precision, model: ModelConfig, tokens_per_part: int) -> None:
+    """Raises ConfigError where groups or a rotation do not fit a decoder; before anything is compiled.
+
+    tokens_per_part: tokens of a microbatch, over which weight gradients contract.
+    """
+    features = {"model.width": model.width, "model.hidden": model.hidden}
+    features["the heads together"] = model.heads * model.head_dim
+    qkv = (model.heads + 2 * model.key_heads) * model.head_dim
+    outputs = {"queries, keys and values": qkv, "2 × model.hidden": 2 * model.hidden, "model.width": model.width}
+    contracted = (
+        (("w", "a"), features),
+        (("head_w", "head_a", "e"), {"model.width": model.width}),
+        (("q", "k", "g_p", "s_p"), {"the head dimension": model.head_dim}),
+        (("p", "v", "g_q", "s_q", "g_k", "s_k", "g_v", "s_v"), {"model.sequence_length": model.sequence_length}),
+        (("g_a", "s_a"), outputs),
+        (("g_w", "s_w"), {"the tokens of a microbatch": tokens_per_part}),
+    )
+    for name, setting in spec.settings:
+        size = operands.group_size(setting.granularity)
+        lengths = next(lengths for names, lengths in contracted if name in names)
+        for what, length in lengths.items() if size else ():
+            if length % size:
+                raise ConfigError(
+                    f"precision.{OPTIONS[name]}",
+                    f"{setting.format.name}/{setting.granularity}",
+                    f"a group that divides {what}, {length}",
+                )
+    if spec.rotated:
+        for what, length in features.items():
+            if length % 2:
+                raise ConfigError("precision.rotation", "hadamard", f"none where {what} ({length}) is odd")
+
+
+# Programs

@@ -1,0 +1,323 @@
+"""Rounding arithmetic: an array, a grid and a scale in, the same array on the scaled grid out.
+
+Pure functions of JAX arrays that take the grid of `formats` as traced scalars. `quantize` puts them inside the model's
+products; post-training quantization and the tests call them directly.
+"""
+
+import functools
+import itertools
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from precision_scaling.numerics.formats import FormatError, Grid, Kind, parse
+
+ROUNDINGS = ("nearest", "stochastic")
+
+_EXPONENT_FIELD = 0x7F800000  # of a float32
+_SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
+LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
+
+
+def fake_quant_array(
+    x: jax.Array,
+    fmt: object,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """x on the grid of a format, with one scale per slice along `axis`; gradients pass straight through.
+
+    Computed in float32 and returned in x's dtype. A NaN or an infinity makes everything under its scale NaN; what is
+    finite stays so, and magnitudes below 2^-126, which XLA flushes, are zero.
+
+    fmt: anything `formats.parse` takes.
+    axis: the axes that share a scale; None is the whole tensor.
+    group_size: splits `axis` (one axis; None is the last) into groups with a scale each. Block formats do so by
+        themselves, with their own size.
+    rounding: 'nearest' (ties to even) or 'stochastic', unbiased: scales that would saturate are then enlarged.
+    key: PRNG key, for stochastic rounding.
+    Raises FormatError with one line.
+    """
+    fmt = parse(fmt)
+    return fake_quant_grid(x, fmt.grid(), fmt.kind, axis, group_size, rounding, key)
+
+
+def fake_quant_grid(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """As `fake_quant_array`, with a traced grid: any of the formats that share `kind` (see `formats.shared_kind`)."""
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise FormatError(f"x is a {type(x).__name__}; allowed are floating-point arrays") from None
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise FormatError(f"x has dtype {x.dtype}; allowed are floating-point arrays")
+    if rounding not in ROUNDINGS:
+        raise FormatError(f"rounding {rounding!r} is not known; allowed: {', '.join(ROUNDINGS)}")
+    if rounding == "stochastic" and not _is_key(key):
+        found = "without a key" if key is None else f"with a key that is {type(key).__name__}"
+        raise FormatError(f"rounding 'stochastic' {found}; allowed: one JAX PRNG key, or rounding 'nearest'")
+    grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
+    if kind.family == "none" or x.size == 0:
+        return x
+    x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
+    noise = rounding_noise(key, grouped_shape) if rounding == "stochastic" else None
+    scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
+    # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
+    saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
+    x_q = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate) * scale
+    x_q = x_q.reshape(x.shape).astype(x.dtype)
+    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
+
+
+def saturated(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> jax.Array:
+    """Where `fake_quant_grid`, rounding to nearest, takes an element for the last level although it lies beyond it.
+
+    Booleans of x's shape; float32's rounding of the scale does not count. With a scale from the abs-max there are none.
+    """
+    shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
+    if kind.family == "none" or x.size == 0:
+        return jnp.zeros(x.shape, bool)
+    x_f32 = x.astype(jnp.float32).reshape(shape)
+    beyond = jnp.abs(x_f32) > (1 + 2.0**-20) * grid.max_value * scale_of(x_f32, grid, kind, axes)
+    return (beyond & (grid.passthrough == 0)).reshape(x.shape)
+
+
+def round_to_grid(
+    x: jax.Array, grid: Grid, kind: Kind | str, noise: jax.Array | None = None, *, saturate: bool = True
+) -> jax.Array:
+    """x (float32, already divided by its scale) on the grid of a format of that kind, or scalar family.
+
+    Nearest, ties to even (without mantissa bits, which leave no even one, to the larger: IEEE 754-2019, 4.3.1); with
+    `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
+    Values beyond ±max_value saturate; `saturate=False` skips that for inputs known to lie inside. NaN stays NaN.
+    """
+    x_q = _round_to_grid(x, grid, Kind(kind) if isinstance(kind, str) else kind, noise, saturate)
+    return jnp.where(grid.passthrough > 0, x, x_q)
+
+
+def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform float32 noise in [0, 1), a multiple of 2^-24, for stochastic rounding.
+
+    A hash of the element's index (MurmurHash3's finalizer, twice), seeded by `key`: on a CPU it costs about three times
+    a multiplication of the array, where `jax.random.uniform` costs thirty.
+    """
+    seeds = jax.random.bits(key, (2,), jnp.uint32)
+    index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = _mix(_mix(index ^ seeds[0]) + seeds[1])
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
+    """The float32 scale, of x's shape with `axes` (None: all) of length 1: x / scale has abs-max = grid.max_value.
+
+    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The
+    scale is 1 where the grid passes through.
+    """
+    scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
+    return jnp.where(grid.passthrough > 0, 1.0, scale)
+
+
+def scale_of(
+    x: jax.Array, grid: Grid, kind: Kind, axes: int | tuple[int, ...] | None, unsaturated: bool = False
+) -> jax.Array:
+    """The scale that a kind of format gives to slices of x along `axes`, as float32 with those axes of length 1.
+
+    `unsaturated` asks for one under which no element exceeds the last level, as unbiased rounding needs.
+    """
+    magnitudes = jnp.abs(x)
+    if kind.scale == "absmean" and not unsaturated:
+        mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
+        # A sum can overflow where the mean does not.
+        shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
+        return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
+    largest = jnp.max(magnitudes, axis=axes, keepdims=True)
+    if kind.family == "wide":
+        return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
+    if kind.family != "block":
+        return _fit(largest, grid.max_value)
+    if kind.block_scale == "e8m0":
+        return _power_of_two_scale(largest, grid.max_value, unsaturated)
+    return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, x_q: jax.Array) -> jax.Array:
+    """x_q, with the derivative of x."""
+    return x_q
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def _is_key(key: object) -> bool:
+    """Whether something is one PRNG key, of the new style or, as unsigned integers, of the old."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _group_size(kind: Kind, group_size: int | None) -> int | None:
+    if kind.family != "block":
+        return group_size
+    if group_size not in (None, kind.block_size):
+        raise FormatError(f"group_size {group_size!r} with a block format; allowed: none, or its own {kind.block_size}")
+    return kind.block_size
+
+
+def _grouping(
+    shape: tuple[int, ...], axis: int | tuple[int, ...] | None, group_size: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape with `axis` split into groups, and the axes of that shape that share a scale."""
+    axes = tuple(axis) if isinstance(axis, tuple | list) else range(len(shape)) if axis is None else (axis,)
+    allowed = f"allowed for shape {shape}: {-len(shape)} to {len(shape) - 1}, or different ones of them"
+    if any(isinstance(a, bool) or not isinstance(a, numbers.Integral) for a in axes):
+        raise FormatError(f"axis {axis!r} is no whole number; {allowed}")
+    if any(not -len(shape) <= a < len(shape) for a in axes):
+        raise FormatError(f"axis {axis!r} is not in x; {allowed}")
+    axes = tuple(int(a) % len(shape) for a in axes)
+    if len(set(axes)) < len(axes):
+        raise FormatError(f"axis {axis!r} names one twice; {allowed}")
+    if group_size is None:
+        return shape, axes
+    if not shape or (axis is not None and len(axes) != 1):
+        raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is a single axis")
+    split = axes[-1]
+    length, whole = shape[split], isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool)
+    if not whole or group_size < 1 or length % group_size:
+        raise FormatError(
+            f"group_size {group_size!r} does not divide axis {split} of shape {shape}; allowed: divisors of {length}"
+        )
+    return (*shape[:split], shape[split] // group_size, group_size, *shape[split + 1 :]), (split + 1,)
+
+
+def _fit(magnitude: jax.Array, max_value: jax.Array) -> jax.Array:
+    # Correct rounding is what gives a quantized tensor the very same scale again. The vanishing term keeps XLA from
+    # replacing the division by a product with a rounded inverse, which it does for every broadcast divisor.
+    scale = jnp.maximum(magnitude / (max_value + 0 * magnitude), _SMALLEST_SCALE)
+    # Of the largest floats, a scale that was rounded up makes the last level an infinity.
+    scale = jnp.where(jnp.isinf(scale * max_value), scale * (1 - 2.0**-22), scale)
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+
+def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, by a product with the inverse. A scale of zero belongs to a block whose stored scale underflowed: the
+    block is zero."""
+    shrink = jnp.where(scale > LARGEST_INVERTIBLE, 0.25, 1.0)
+    inverse = jnp.where(scale == 0, 0.0, 1 / (scale * shrink))
+    return x * shrink * inverse
+
+
+def _power_of_two_scale(largest: jax.Array, max_value: jax.Array, unsaturated: bool) -> jax.Array:
+    """As OCP MX v1.0 has it: 2^(floor(log2 largest) - floor(log2 max_value)), so that mantissas above saturate.
+
+    E8M0 goes from 2^-127 to 2^127; 2^-127 is a subnormal float32, and what it would keep beside 2^-126 is, too.
+    """
+    largest_bits = lax.bitcast_convert_type(largest, jnp.int32)
+    max_bits = lax.bitcast_convert_type(jnp.asarray(max_value, jnp.float32), jnp.int32)
+    exponent = (largest_bits >> 23) - (max_bits >> 23)
+    if unsaturated:
+        exponent += (largest_bits & 0x7FFFFF) > (max_bits & 0x7FFFFF)
+    most = 254 - (max_bits >> 23)  # with any larger scale the last level is no float32
+    scale = lax.bitcast_convert_type((jnp.clip(exponent, -126, most) + 127) << 23, jnp.float32)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
+def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:
+    """As NVFP4 (arXiv 2509.25149) has it: a float32 scale maps the tensor's abs-max to the largest block scale times
+    the largest element, and each block's scale is stored in `block_scale` relative to that."""
+    scale_format = parse(block_scale)
+    tensor_scale = _fit(jnp.max(largest), max_value * scale_format.max_value)
+    relative = largest / (max_value + 0 * largest) / tensor_scale
+    noise = jnp.zeros_like(relative) if unsaturated else None  # zero noise rounds up
+    return _round_to_grid(relative, scale_format.grid(), scale_format.kind, noise, saturate=True) * tensor_scale
+
+
+def _round_to_grid(x: jax.Array, grid: Grid, kind: Kind, noise: jax.Array | None, saturate: bool) -> jax.Array:
+    if kind.family == "wide":
+        return _round_mantissa(x, grid, noise)
+    if kind.family == "levels":
+        return _nearest_level(x, kind.levels, noise)
+    if saturate:
+        x = jnp.clip(x, -grid.max_value, grid.max_value)
+    if kind.family == "int":
+        return _round(x, noise)
+    if kind.family in ("float", "block"):
+        step, inverse_step = _spacing(x, grid)
+        return _round(x * inverse_step, noise) * step
+    raise FormatError(f"family {kind.family!r} does not round; allowed: int, float, wide, levels, block")
+
+
+def _round(levels: jax.Array, noise: jax.Array | None) -> jax.Array:
+    if noise is None:
+        return lax.round(levels, lax.RoundingMethod.TO_NEAREST_EVEN)
+    below = jnp.floor(levels)
+    return below + (noise < levels - below)  # compared, not added: the sum would round and bias the mean
+
+
+def _spacing(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """The grid's spacing at x, a power of two, and its inverse, made from the bits of x because log2 is not exact."""
+    exponent = lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT_FIELD
+    smallest = (jnp.asarray(grid.min_exponent, jnp.int32) + 127) << 23
+    step = jnp.maximum(exponent, smallest) - (jnp.asarray(grid.mantissa_bits, jnp.int32) << 23)
+    inverse_step = (254 << 23) - step
+    return lax.bitcast_convert_type(step, jnp.float32), lax.bitcast_convert_type(inverse_step, jnp.float32)
+
+
+def _round_mantissa(x: jax.Array, grid: Grid, noise: jax.Array | None) -> jax.Array:
+    """Rounds the bits themselves: with float32's exponent range the spacing or its inverse may not be a float32, and
+    arithmetic would flush the subnormals, which are float32's own."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    dropped_bits = jnp.asarray(23 - grid.mantissa_bits, jnp.uint32)
+    unit = jnp.left_shift(jnp.uint32(1), dropped_bits)
+    dropped = magnitude & (unit - 1)
+    if noise is None:
+        odd = jnp.right_shift(magnitude, dropped_bits) & 1
+        up = dropped + odd > unit >> 1
+    else:
+        up = noise * unit.astype(jnp.float32) < dropped.astype(jnp.float32)
+    rounded = magnitude - dropped + jnp.where(up, unit, 0)
+    largest = lax.bitcast_convert_type(jnp.asarray(grid.max_value, jnp.float32), jnp.uint32)
+    rounded = jnp.minimum(rounded, largest) | (bits ^ magnitude)
+    return jnp.where(magnitude > _EXPONENT_FIELD, x, lax.bitcast_convert_type(rounded, jnp.float32))
+
+
+def _nearest_level(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> jax.Array:
+    result = jnp.full_like(x, levels[0])
+    for low, high in itertools.pairwise(levels):
+        if noise is None:
+            middle = (low + high) / 2
+            above = x > middle if middle > 0 else x >= middle
+        else:
+            above = x - low > noise * (high - low)
+        result = jnp.where(above, high, result)
+    return jnp.where(jnp.isnan(x), x, result)

@@ -1,0 +1,241 @@
+"""dot_general with each operand, forward and backward, at its own precision; the one module that imports AQT."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from aqt.jax.v2 import calibration as aqt_calibration
+from aqt.jax.v2 import config as aqt_config
+from aqt.jax.v2 import utils as aqt_utils
+from aqt.jax.v2.aqt_dot_general import DequantMode
+from aqt.jax.v2.numerics import numerics as aqt_numerics
+
+from precision_scaling.numerics import rounding
+from precision_scaling.numerics.formats import FormatError, Grid
+from precision_scaling.quantize.operands import INDEX, PRODUCTS, SCALE_AXES, group_size
+from precision_scaling.quantize.static import Grids, StaticPrecision, StaticQuantizer
+
+_observer: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None], None]) -> Iterator[None]:
+    """Shows the operands of every product that is traced meanwhile: observe(name, x, x_q, saturated), left one first.
+
+    x as it comes; x_q as it is multiplied, rounded to nearest; saturated: where x lies beyond its grid, None where it
+    is not quantized. They are traced arrays: for programs traced to be looked at, never for a training step.
+    """
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def fold_in(key: jax.Array | None, index) -> jax.Array | None:
+    """A key for the part of a model with that index; None stays None, where nothing rounds at random."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class GridContext(aqt_utils.Context):
+    """AQT's context with the traced grid of one operand, which flows through AQT's custom_vjp."""
+
+    grid: Any = aqt_utils.dynamic_field(default=None)
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class GridNumerics(aqt_numerics.AqtNumerics):
+    """AQT numerics that put an operand on a traced grid, scale and all; the gradient passes straight through.
+
+    The scale is applied here rather than by AQT (whose scale is then the constant 1, see `UnitScale`): the operand is
+    read and written once, and the backward pass uses the very values the forward pass multiplied.
+    """
+
+    operand: StaticQuantizer = aqt_utils.static_field()
+    axes: tuple[int, ...] = aqt_utils.static_field()
+
+    def get_dtype(self):
+        return None
+
+    def get_quant_bound(self):
+        return 1.0
+
+    def vjp_fwd(self, x, context):
+        return on_static_grid(x, self.operand, self.axes, context.grid, context.key), ()
+
+    def vjp_bwd(self, res, grad):
+        return grad, None
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class UnitScale(aqt_calibration.Calibration):
+    """The constant scale 1, which XLA folds away."""
+
+    def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
+        return [jnp.ones((1,) * x.ndim, x.dtype)], [], None
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class CodeNumerics(aqt_numerics.AqtNumerics):
+    """AQT numerics of native products: codes in their container, of an operand that AQT has divided by its scale."""
+
+    operand: StaticQuantizer = aqt_utils.static_field()
+
+    def get_dtype(self):
+        return jnp.dtype(self.operand.container)
+
+    def get_quant_bound(self):
+        return 1.0
+
+    def vjp_fwd(self, x, context):
+        noise = None
+        if self.operand.rounding == "stochastic":
+            noise = rounding.rounding_noise(_required(context.key), x.shape)
+        codes = rounding.round_to_grid(x, context.grid, self.operand.kind, noise, saturate=noise is not None)
+        return codes.astype(self.operand.container), ()
+
+    def vjp_bwd(self, res, grad):
+        return grad, None
+
+
+@aqt_utils.flax_slots_kw_only_dataclass
+class GridScale(aqt_calibration.Calibration):
+    """The scale of a traced grid, as `numerics` has it, for AQT to apply."""
+
+    operand: StaticQuantizer = aqt_utils.static_field()
+    axes: tuple[int, ...] = aqt_utils.static_field()
+
+    def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
+        x_f32 = jax.lax.stop_gradient(x).astype(jnp.float32)
+        unsaturated = self.operand.rounding == "stochastic"
+        scale = rounding.scale_of(x_f32, context.grid, self.operand.kind, self.axes, unsaturated)
+        # AQT multiplies by the inverse, which is flushed to zero for a larger scale.
+        return [jnp.where(scale > rounding.LARGEST_INVERTIBLE, jnp.nan, scale)], [], None
+
+
+def _required(key: jax.Array | None) -> jax.Array:
+    if key is None:
+        raise FormatError("rounding 'stochastic' without a key; allowed: a JAX PRNG key, or rounding 'nearest'")
+    return key
+
+
+def on_static_grid(x, operand: StaticQuantizer, axes: tuple[int, ...], grid: Grid, key):
+    group = operand.kind.block_size or group_size(operand.granularity)
+    return rounding.fake_quant_grid(x, grid, operand.kind, axes, group, operand.rounding, key)
+
+
+def scale_axes(name: str, operand: StaticQuantizer, ndim: int, contracting: Sequence[int]) -> tuple[int, ...]:
+    """Axes over which one scale is shared, or that are split into groups."""
+    if operand.kind.block_size is not None or operand.granularity == "vector" or group_size(operand.granularity):
+        return tuple(contracting)
+    if operand.granularity == "tensor":
+        return tuple(range(ndim))
+    return SCALE_AXES[name][operand.granularity]
+
+
+def _dot(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """lax.dot_general at JAX's default precision, which AQT would override."""
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type)
+
+
+def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """A product of float32 operands that keeps at least 11 bits of them: TF32 on GPUs, three bf16 passes on TPUs."""
+    return jax.lax.dot_general(
+        lhs, rhs, dimension_numbers, jax.lax.Precision.HIGH, preferred_element_type=preferred_element_type
+    )
+
+
+def _set_product(raw, sides, table: Grids, key, wide: bool) -> None:
+    """Sets how AQT computes one product; sides: (name, Operand or None, ndim, contracted axes) of left and right."""
+    raw.dot_general = _dot_float32 if wide else _dot
+    native = all(operand is not None and operand.container for _, operand, _, _ in sides)
+    if native:
+        integers = all(operand.container == "int8" for _, operand, _, _ in sides)
+        raw.dg_accumulator_dtype = jnp.int32 if integers else jnp.float32
+    quantizers = (raw.lhs, raw.dg_quantizer.lhs), (raw.rhs, raw.dg_quantizer.rhs)
+    for (name, operand, ndim, contracting), (tensor, quantizer) in zip(sides, quantizers, strict=True):
+        if operand is None:
+            continue
+        axes = scale_axes(name, operand, ndim, contracting)
+        if native:
+            quantizer.numerics = CodeNumerics(operand=operand)
+            quantizer.calibration = functools.partial(GridScale, operand=operand, axes=axes)
+        else:
+            quantizer.numerics = GridNumerics(operand=operand, axes=axes)
+            quantizer.calibration = UnitScale
+            tensor.dequant_mode = DequantMode.THIS_INPUT
+        own_key = fold_in(key, INDEX[name]) if operand.rounding == "stochastic" else None
+        quantizer.context = GridContext(key=own_key, train_step=None, grid=table[name])
+
+
+def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, program: StaticPrecision, table, key=None):
+    """lax.dot_general of two named operands, it and its gradients each at the precision that program and table give.
+
+    An operand that the program does not name is exact. Gradients are straight-through and, unless the program says
+    otherwise, use the quantized operands and the incoming gradient as it is (paper, section 2).
+    table: the grid of every operand of the program. key: a PRNG key that no other product of the step has, for programs
+    that are `stochastic`.
+    """
+    if _observer.get() is not None:
+        _show(lhs, lhs_name, dimension_numbers[0][0], program, table)
+        _show(rhs, rhs_name, dimension_numbers[0][1], program, table)
+    names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
+    lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (program.get(name) for name in names)
+    if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers)
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_free = tuple(sorted({*range(lhs.ndim)} - {*lhs_contracting, *lhs_batch}))
+    rhs_free = tuple(sorted({*range(rhs.ndim)} - {*rhs_contracting, *rhs_batch}))
+    out_ndim = len(lhs_batch) + len(lhs_free) + len(rhs_free)
+    out_lhs = tuple(range(len(lhs_batch), len(lhs_batch) + len(lhs_free)))
+    out_rhs = tuple(range(out_ndim - len(rhs_free), out_ndim))
+
+    config = aqt_config.default_unquantized_config()
+    wide = lhs_name in program.wide
+    left = (lhs_name, lhs_operand, lhs.ndim, lhs_contracting)
+    right = (rhs_name, rhs_operand, rhs.ndim, rhs_contracting)
+    _set_product(config.fwd, (left, right), table, key, wide)
+    # The gradient of the left operand contracts the incoming gradient with the right one, and the other way round.
+    for raw, x, g, s, other, ndim, out_axes, free in (
+        (config.dlhs, lhs_name, lhs_g, lhs_s, rhs_operand, rhs.ndim, out_rhs, rhs_free),
+        (config.drhs, rhs_name, rhs_g, rhs_s, lhs_operand, lhs.ndim, out_lhs, lhs_free),
+    ):
+        other_name = rhs_name if x == lhs_name else lhs_name
+        saved = (f"s_{x}", s, ndim, free)
+        if g is not None and g.container and s is None:
+            # The codes of the forward pass, made again (the same key gives the same): AQT would dequantize them.
+            saved = (other_name, other, ndim, free)
+        elif s is None and other is not None and x not in program.exact:
+            raw.rhs.use_fwd_quant = True
+        _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), table, key, wide)
+
+    dtype = lhs.dtype
+    if wide:
+        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    with warnings.catch_warnings():
+        # AQT 0.9.0 calls jnp.promote_types with arrays.
+        warnings.filterwarnings(
+            "ignore", message="Implicit conversion of an array to a dtype", category=DeprecationWarning
+        )
+        return config(lhs, rhs, dimension_numbers).astype(dtype)
+
+
+def _show(x, name: str, contracting: Sequence[int], program: StaticPrecision, table) -> None:
+    operand = program.get(name)
+    if operand is None:
+        _observer.get()(name, x, x, None)
+        return
+    if any(name in pair and pair[0] in program.wide for pair in PRODUCTS):
+        x = x.astype(jnp.float32)
+    operand = dataclasses.replace(operand, rounding="nearest")
+    axes = scale_axes(name, operand, x.ndim, contracting)
+    group = operand.kind.block_size or group_size(operand.granularity)
+    saturated = rounding.saturated(x, table[name], operand.kind, axes, group)
+    _observer.get()(name, x, on_static_grid(x, operand, axes, table[name], None), saturated)

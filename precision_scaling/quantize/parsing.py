@@ -1,0 +1,143 @@
+"""From options to the precision of a run: the config's `precision` section, and a grid's shorthand."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from precision_scaling.errors import ConfigError
+from precision_scaling.numerics import formats
+from precision_scaling.numerics.rounding import ROUNDINGS
+from precision_scaling.quantize import operands
+from precision_scaling.quantize.native import check_products
+from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OPTIONS, PARTS, partner
+from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS, SOURCES
+from precision_scaling.quantize.spec import Precision, Quantizer
+
+
+def from_options(options: Mapping[str, Any], preset: str | None = None, **replaced: str) -> Precision:
+    """The spec that the config's `precision` section describes.
+
+    options: as in configs/base.py; an empty leaf takes the preset's value. preset: another preset than the section's.
+    replaced: formats by operand that take the place of the section's, with "/granularity" and "/rounding" if need be.
+    Raises ConfigError for unknown values, and for values that contradict each other.
+    """
+    spec = _resolve(options, preset, replaced)
+    if spec.native:
+        check_products(spec)
+    return spec
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value of the config's `precision` section that does not exist, used or not.
+
+    Whether the values go together is another question: a study's grid may replace some of them.
+    """
+    _resolve(options, None, {})
+
+
+def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[str, str]) -> Precision:
+    preset = options["preset"] if preset is None else preset
+    if preset not in PRESETS:
+        raise ConfigError("precision.preset", preset, f"one of {', '.join(PRESETS)}")
+
+    def chosen(key: str) -> tuple[Any, bool]:
+        """The value of an option, and whether the user gave it rather than the preset."""
+        section, _, leaf = key.rpartition(".")
+        value = (options[section] if section else options)[leaf]
+        return (PRESETS[preset][key], False) if value == "" else (value, True)
+
+    settings, exact = {}, []
+    for name in FORWARD + BACKWARD:
+        value = replaced.get(name, chosen(OPTIONS[name])[0])
+        granularity, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
+        _check_group(name, granularity[0], rounding[0])
+        if name.startswith("s_") and value in SOURCES:
+            exact += [name.removeprefix("s_")] * (value == "exact")
+            continue
+        setting = _setting(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
+        if setting.format.family != "none":
+            settings[name] = setting
+    for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
+        if chosen(key)[0] not in allowed:
+            raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
+    return Precision(
+        settings=tuple(settings.items()),
+        # The exact saved operand is the forward one where that is not quantized.
+        exact=tuple(name for name in exact if partner(name) in settings),
+        rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(settings)),
+        native=chosen("mode")[0] == "native" and bool(settings),
+    )
+
+
+def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precisions") -> Precision:
+    """The spec of a grid's shorthand; what it leaves out is as in the config's `precision` section.
+
+    text: "bf16" (nothing is quantized), a preset, or parts with formats joined by "_": w, a, kv, g (incoming gradients
+    of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
+    the place of what a preset before it, or the section, says; no part stands there twice. key: names text in errors.
+    """
+    if text == "bf16":
+        nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
+        return from_options(options, **nothing)
+    preset = next((name for name in PRESETS if text == name or text.startswith(f"{name}_")), None)
+    parts = {**{name: (name,) for name in OPERANDS}, **PARTS}
+    # Names of formats have a "_", too, but no part's name after it.
+    first, *words = re.split(r"_(?=[waqkvpg])", text.removeprefix(preset or ""))
+    words = [first, *words] if first or not preset else words
+    replaced: dict[str, str] = {}
+    for word in words:
+        match = re.fullmatch(r"(kv|[waqkvpg])(\S+)", word)
+        if not match:
+            allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
+            raise ConfigError(key, text, allowed)
+        names = parts[match[1]]
+        if replaced.keys() & set(names):
+            raise ConfigError(key, text, f"each part once, {match[1]} is there twice (kv is k and v)")
+        _setting(key, names[0], match[2], ("tensor", False), ("nearest", False), text)
+        replaced |= dict.fromkeys(names, match[2])
+    return from_options(options, preset, **replaced)
+
+
+def _setting(key: str, name: str, value: object, granularity, rounding, shown: str = "") -> Quantizer:
+    """One operand's setting, from "FORMAT[/GRANULARITY][/ROUNDING]" and the group's (value, given by the user).
+
+    shown: what stands for the value in errors, the shorthand that it is a part of.
+    """
+    text, *details = str(value).split("/")
+    try:
+        fmt = formats.parse(text)
+    except formats.FormatError as error:
+        allowed = str(error).partition("allowed: ")[2] or str(error)
+        raise ConfigError(key, shown or value, f"{allowed}; not {text!r}" if shown else allowed) from None
+    shared, rounds = granularity, rounding
+    for detail in details:
+        if detail in ROUNDINGS and rounds is rounding:
+            rounds = (detail, True)
+        elif _is_granularity(name, detail) and shared is granularity:
+            shared = (detail, True)
+        else:
+            allowed = f"FORMAT[/GRANULARITY][/ROUNDING] of {', '.join(operands.granularities(name) + ROUNDINGS)}"
+            raise ConfigError(key, shown or value, allowed)
+    if fmt.family == "block":
+        own = f"group:{fmt.block_size}"
+        if shared[1] and shared[0] != own:
+            found = shown or f"{fmt.name} with granularity {shared[0]}"
+            raise ConfigError(key, found, f"{own} for {fmt.name}, or none given")
+        shared = (own, True)
+    return Quantizer(fmt, shared[0], rounds[0])
+
+
+def _check_group(name: str, granularity: object, rounding: object) -> None:
+    """Raises ConfigError for what an operand's group of options cannot say."""
+    if not _is_granularity(name, granularity):
+        allowed = f"one of {', '.join(operands.granularities(name))} for {OPTIONS[name]}"
+        raise ConfigError(f"precision.{GROUPS[name]}_granularity", granularity, allowed)
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"precision.{GROUPS[name]}_rounding", rounding, f"one of {', '.join(ROUNDINGS)}")
+
+
+def _is_granularity(name: str, text: object) -> bool:
+    return text in operands.granularities(name)[:-1] or bool(re.fullmatch(r"group:[1-9][0-9]*", str(text)))
+
+
+# Shapes

@@ -1,0 +1,34 @@
+"""How programs are compiled: a persistent cache of them, and the optimization level that pays on each backend."""
+
+import jax
+
+from precision_scaling.errors import ConfigError
+from precision_scaling.runtime import files
+
+
+def jit(function, level: int = 2, **options):
+    """jax.jit at an optimization level that pays on a CPU; other backends keep their default.
+
+    LLVM's level 2 compiles a train step in two thirds of the time of the default 3 and runs it as fast; level 1 is for
+    programs that run once, such as initialization.
+    """
+    if jax.default_backend() == "cpu":
+        options["compiler_options"] = {"xla_backend_optimization_level": level}
+    return jax.jit(function, **options)
+
+
+def use_cache(path: str) -> None:
+    """Keeps compiled programs in a directory for later processes; "": the user's cache, "none": nowhere.
+
+    UserError where there is no such directory and none can be made.
+    """
+    if path == "none":
+        return
+    option = "compilation_cache"
+    directory = files.expanded(path, f"config.{option}") if path else files.user_cache(option) / "xla"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = '"none", or a directory that can be written'
+        raise ConfigError(option, str(directory), f"{allowed} ({error.strerror})") from None
+    jax.config.update("jax_compilation_cache_dir", str(directory))

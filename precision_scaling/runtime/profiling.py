@@ -1,0 +1,58 @@
+"""A trace of a few dispatches for `--profile`: what the devices do when.
+
+`train` and `study` make one, `cohort` tells it of every dispatch.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from precision_scaling.runtime import hosts
+
+flags.disclaim_key_flags()  # --help shows the flag with the command that defines it
+
+
+def define_flag() -> flags.FlagHolder[int]:
+    """The option --profile."""
+    return flags.DEFINE_integer("profile", 0, "Trace the first so many dispatches into WORKDIR/profile.", lower_bound=0)
+
+
+class Profile:
+    """Traces the first `dispatches`; of several processes, the first one's."""
+
+    def __init__(self, directory: Path, dispatches: int):
+        self.directory = directory
+        self._asked = self._left = dispatches if hosts.primary() else 0
+        self._running = False
+
+    @contextlib.contextmanager
+    def dispatch(self) -> Iterator[None]:
+        """Around one dispatch, up to its results on the host. Its program is compiled before."""
+        if not self._left:
+            yield
+            return
+        if not self._running:
+            jax.profiler.start_trace(self.directory)
+            self._running = True
+        yield
+        self._left -= 1
+        if not self._left:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, if one is under way."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    def report(self) -> list[str]:
+        """A line on what is there now; none where nothing was asked for."""
+        traced = self._asked - self._left
+        if not self._asked:
+            return []
+        if not traced:
+            return ["nothing was profiled: nothing was left to train"]
+        return [f"trace of {traced} dispatches in {self.directory}"]

@@ -1,0 +1,49 @@
+"""The validation loss of a model on a study's fixed held-out sequences."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.runtime import compilation, sharding
+from precision_scaling.runtime.progress import progress_bar
+from precision_scaling.runtime.sharding import BATCH, Layout
+from precision_scaling.study.workspace import Workspace
+from precision_scaling.training import run, step
+from precision_scaling.training.step import Static
+
+
+def evaluator(
+    workspace: Workspace, shape: run.Shape, program: StaticPrecision, progress: bool = False
+) -> Callable[[Any, Any], float]:
+    """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program.
+
+    progress: a bar, for which each batch is a dispatch of its own.
+    """
+    config = workspace.experiment.config.evaluate
+    windows_NxS1 = workspace.loader(shape).validation_windows(config.sequences)
+    windows_NxBxS1 = windows_NxS1.reshape(-1, config.batch_size, windows_NxS1.shape[-1])
+    parts = np.split(windows_NxBxS1, len(windows_NxBxS1) if progress else 1)
+    # Every axis that a batch can be split over has its share of the work, whatever it is for in training.
+    place = workspace.layout.of_shape(parts[0].shape, None, ("run", *BATCH))
+    tokens = [jax.make_array_from_callback(part.shape, place, part.__getitem__) for part in parts]
+    loss = _validation_loss(Static(shape.model, program, workspace.experiment.optimizer), workspace.layout)
+
+    def mean_loss(params, table) -> float:
+        params = jax.device_put(params, workspace.layout.of_tree(params))  # in place they are, after training
+        bar = progress_bar(tokens, desc="evaluating", unit=" batches", disable=not progress)
+        return float(np.mean([float(loss(params, table, part)) for part in bar]))
+
+    return mean_loss
+
+
+@functools.lru_cache(maxsize=8)
+def _validation_loss(static: Static, layout: Layout):
+    def loss(params, table, tokens_NxBxS1):
+        with sharding.splitting(layout, ("run", *BATCH)):
+            return step.validation_loss(static, params, table, tokens_NxBxS1)
+
+    return compilation.jit(loss, out_shardings=layout.place())

@@ -1,0 +1,101 @@
+"""Runs of a study that are measured already, on another machine: taken over from its table, not done again.
+
+`study` calls it before it trains: a study moves to a new machine with its config and its rows, without checkpoints.
+"""
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from precision_scaling.errors import UserError
+from precision_scaling.ptq.setting import of_config
+from precision_scaling.runtime import files
+from precision_scaling.study import results
+from precision_scaling.study.workspace import Workspace
+from precision_scaling.training.run import Run
+
+TRAINED = "trained"
+_GZIP = b"\x1f\x8b"  # begins what is gzipped, whatever its name
+_TEXTS = ("run", "status", "method")
+# They say how a run came out or on what it was made, not what it is.
+_FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
+
+
+def take_over(table: Path, workspace: Workspace) -> int:
+    """Writes the rows of the table's complete runs, as if they had been measured here; returns how many runs it holds.
+
+    A run is complete if it has its loss, and where it is to be quantized one at every method and bit-width, or if it
+    diverged. Rows that are here already stay. Raises UserError for a table that cannot be read, or whose row disagrees
+    with the config or the corpus.
+    """
+    found = _read(table)
+    complete = 0
+    for run in workspace.experiment.runs:
+        rows = found.get(run.id, {})
+        if not _is_complete(rows, run, workspace):
+            continue
+        complete += 1
+        _check(table, rows[TRAINED][0], run, workspace)
+        for measurement, measured in rows.items():
+            if not results.read_rows(workspace.directory(run), measurement):
+                results.write_rows(workspace.directory(run), measurement, measured)
+    return complete
+
+
+def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """{run: {measurement: rows}}."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    try:
+        content = files.read(table)
+        text = (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError
+        for row in reader:
+            row = {name: _value(name, text) for name, text in row.items()}
+            rows = found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, [])
+            if row in rows:
+                continue
+            if any(row["P_post"] == other["P_post"] for other in rows):
+                what = f"{row['run']}, method {row['method']!r}, P_post {row['P_post']!r}"
+                raise UserError(f"--rows={table}: different rows of {what}; allowed is one")
+            rows.append(row)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--rows={table}: {error.strerror or error}") from None
+    except (ValueError, csv.Error, EOFError, TypeError, zlib.error):
+        raise UserError(f"--rows={table}: not a table; allowed is the runs.csv or runs.csv.gz of this study") from None
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    if not text:
+        return "" if name in _TEXTS else None
+    for kind in () if name in _TEXTS else (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_complete(rows: Mapping[str, list[dict[str, Any]]], run: Run, workspace: Workspace) -> bool:
+    if TRAINED not in rows:
+        return False
+    ptq = workspace.experiment.config.ptq
+    if rows[TRAINED][0]["status"] != "ok" or not run.ptq:
+        return True
+    return all(set(ptq.bits) <= {row["P_post"] for row in rows.get(setting.name, ())} for setting in of_config(ptq))
+
+
+def _check(table: Path, row: Mapping[str, Any], run: Run, workspace: Workspace) -> None:
+    """Raises UserError where a row is of another corpus or setting than the run of that name is here."""
+    for name, value in results.row(workspace, run, None).items():
+        there, here = results.cell(row.get(name)), results.cell(value)
+        if name not in _FREE and there != here:
+            raise UserError(f"--rows={table}: run {run.id} has {name} = {there!r} there and {here!r} here")

@@ -1,0 +1,149 @@
+"""What the runs of a study are measured with: the resolved config, its corpus, the workdir and its held-out sequences.
+
+`study` trains the runs on it and `ptq.runs` quantizes them; both write the rows that are made here.
+"""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from precision_scaling.config import base, experiment
+from precision_scaling.config.experiment import Experiment
+from precision_scaling.data.loader import Loader
+from precision_scaling.data.tokens import Corpus, prepare
+from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.model import decoder
+from precision_scaling.quantize import native
+from precision_scaling.runtime import compilation, files, hosts, patterns, sharding
+from precision_scaling.runtime.sharding import Layout
+from precision_scaling.training import checkpoint, compiled, optimizer
+from precision_scaling.training import run as run_lib
+from precision_scaling.training.cohort import run_directory
+from precision_scaling.training.run import Run
+
+# Options that change no measured number: a workdir may be used again with others. Whether two roots hold the same
+# corpus, its hash says.
+_FREE_OPTIONS = re.compile(
+    r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
+    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|sinks)"
+    r"|data\.(cache_dir|tfds_dir|workers|beam_options|hash|root)|compilation_cache|mesh\."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """What the runs of a study are measured with."""
+
+    experiment: Experiment
+    corpus: Corpus
+    workdir: Path
+    layout: Layout
+
+    def loader(self, shape: run_lib.Shape) -> Loader:
+        """Batches of one shape."""
+        return Loader(self.corpus, shape.model.sequence_length, shape.batch_size)
+
+    def directory(self, run: Run) -> Path:
+        """Where everything about a run is kept."""
+        return run_directory(self.workdir, run)
+
+    def parameters(self, run: Run) -> Any:
+        """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
+        abstract = self.layout.abstract(_abstract_parameters(run.shape.model))
+        return checkpoint.restore(self.directory(run) / "checkpoint", abstract)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(config: decoder.ModelConfig) -> Any:
+    return jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+
+
+def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Workspace:
+    """Checks the config, prepares the corpus and claims the workdir. UserError before anything is trained.
+
+    layout: that of `config.mesh` by default.
+    """
+    planned = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+    if layout is None:
+        layout = sharding.make_layout(config.mesh)
+        sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
+    names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
+    patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
+    for group in planned.cohorts:
+        compiled.check_memory(layout, group.shape.model)
+    corpus = prepare(**config.data)
+    resolved = experiment.resolve(config, corpus.vocab_size)
+    for run in resolved.runs:
+        native.check_device(run.precision)
+    workspace = Workspace(resolved, corpus, workdir, layout)
+    for group in resolved.cohorts:
+        loader = workspace.loader(group.shape)
+        for key, wanted, available in (
+            ("evaluate.sequences", config.evaluate.sequences, loader.n_validation_windows),
+            ("ptq.calibration_sequences", config.ptq.calibration_sequences, loader.n_windows),
+        ):
+            if wanted > available:
+                raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
+    compilation.use_cache(config.compilation_cache)
+    _claim(workdir, config, corpus)
+    return workspace
+
+
+def _claim(workdir: Path, config, corpus: Corpus) -> None:
+    """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
+    now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
+    path = workdir / "config.json"
+    if path.exists():
+        then, new = _flatten(_read_claim(workdir)), _flatten(now)
+        for key in sorted(set(new) | set(then)):
+            if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
+                raise UserError(
+                    f"--workdir={workdir} holds results of another config: {key} was {then.get(key)!r} and is "
+                    f"{new.get(key)!r} now; allowed is the same value, or another --workdir"
+                )
+    hosts.wait_for_all("read the claim")
+    if not hosts.primary():
+        return
+    try:
+        files.write_sealed(path, now)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}; allowed is a directory that can be written") from None
+
+
+def _read_claim(workdir: Path) -> dict[str, Any]:
+    path = workdir / "config.json"
+    try:
+        claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
+        defaults = experiment.describe(base.get_config())
+        return {"config": _filled(dict(claim["config"]), defaults), "corpus": claim["corpus"]}
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a config ({error}); allowed is a new --workdir or one of train or study"
+        ) from None
+
+
+def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A workdir's config with the options that are newer than it, at their defaults."""
+    nested = {key: _filled(config[key], value) for key, value in defaults.items() if isinstance(config.get(key), dict)}
+    return {**defaults, **config, **nested}
+
+
+def reopen_workspace(workdir: Path) -> Workspace:
+    """The workspace of a workdir that `train` or `study` has filled."""
+    return open_workspace(ml_collections.ConfigDict(_read_claim(workdir)["config"]), workdir, sharding.local_layout())
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removeprefix("config."): tree}
+    items = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
+    return {name: leaf for key, value in items for name, leaf in _flatten(value, key).items()}

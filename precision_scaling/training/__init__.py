@@ -1,0 +1,1 @@
+"""Training of the runs of a cohort, from batches to checkpoints."""

@@ -1,0 +1,140 @@
+"""What is trained: a run, the shape it shares with others, cohorts of runs, and shards of a study."""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from precision_scaling.model import decoder
+from precision_scaling.numerics.formats import Format
+from precision_scaling.quantize import operands as operands_lib
+from precision_scaling.quantize import static
+from precision_scaling.quantize.spec import Precision
+from precision_scaling.training import schedule
+from precision_scaling.training.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the runs of a cohort share: everything a compiled step depends on but the program."""
+
+    size: str
+    model: decoder.ModelConfig
+    batch_size: int
+    microbatches: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.model.sequence_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    steps: length of the schedule. schedule_name: of `schedule.NAMES`. decay_steps: the last ones, of a WSD schedule.
+    imported: the model it is, where it was trained elsewhere.
+    """
+
+    shape: Shape
+    precision: Precision
+    steps: int
+    warmup_steps: int
+    peak_rate: float
+    seed: int
+    ptq: bool
+    imported: str = ""
+    schedule_name: str = "cosine"
+    decay_steps: int = 0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate, step by step."""
+        return schedule.of(self.schedule_name, self.peak_rate, self.steps, self.warmup_steps, self.decay_steps)
+
+    @functools.cached_property
+    def branch_step(self) -> int:
+        """Steps that do not depend on the run's length, which it may share with a longer one; 0 for none."""
+        stable = self.schedule_name in ("constant", "wsd")
+        return min(int(self.schedule.decay_start), self.steps - 1) if stable else 0
+
+    @functools.cached_property
+    def trunk(self) -> "Run":
+        """What runs have in common whose first steps are the same; the run itself where no other can share them."""
+        if not self.branch_step:
+            return dataclasses.replace(self, ptq=False)
+        return dataclasses.replace(self, steps=0, schedule_name="", decay_steps=0, ptq=False)
+
+    @property
+    def tokens(self) -> int:
+        """D, training tokens."""
+        return self.steps * self.shape.tokens_per_step
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
+        named = "" if self.schedule_name == "cosine" else f"-{self.schedule_name}"
+        readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}{named}-s{self.seed}"
+        return f"{readable}-{digest(dataclasses.replace(self, ptq=False))}"
+
+    @property
+    def formats(self) -> tuple[tuple[str, Format], ...]:
+        """The number format of each operand of the forward pass, bf16 where it is not quantized."""
+        return tuple((name, self.precision.format(name)) for name in operands_lib.OPERANDS)
+
+    def bits(self, *operands: str) -> float:
+        """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
+        return self.precision.bits(*operands)
+
+
+def digest(value: Any) -> str:
+    """Six characters that name a dataclass by content.
+
+    Fields at their defaults do not count, so that an option that is new, and off, leaves the names of old runs as
+    they were.
+    """
+    return hashlib.sha256(repr(_content(value)).encode()).hexdigest()[:6]
+
+
+def _content(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return [_content(item) for item in value] if isinstance(value, tuple) else value
+    fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {field.name: _content(now) for field, now in fields if now != field.default}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """Runs of one shape that one compiled program serves."""
+
+    shape: Shape
+    program: static.StaticPrecision
+    runs: tuple[Run, ...]
+
+
+class Shard(NamedTuple):
+    """A part of a study: the index-th of `count` shards, and of that the runs whose id the regex `only` finds."""
+
+    index: int = 0
+    count: int = 1
+    only: str = ""
+
+    def of(self, runs: Iterable[Run]) -> tuple[Run, ...]:
+        """Every count-th run from the index-th on, so that the shards of a cohort share its long and its short runs.
+
+        Runs that branch from one trunk stay together.
+        """
+        runs = tuple(runs)
+        trunks = list(dict.fromkeys(run.trunk for run in runs))
+        mine = set(trunks[self.index :: self.count])
+        return tuple(run for run in runs if run.trunk in mine and re.search(self.only, run.id))
+
+    @property
+    def name(self) -> str:
+        """Names the files of the worker that has this shard."""
+        return f"{self.index}of{self.count}" + (f"-{digest(self.only)}" if self.only else "")
+
+
+WHOLE = Shard()
