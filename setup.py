@@ -38,7 +38,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "transformers": ["torch>=2.13", "transformers>=5.23"],  # only tests compare with them
         "beam": ["apache-beam>=2.70"],  # prepares Dolma from its shards
-        "tensorboard": ["tensorboardX>=2.6"],  # config.train.sinks; it needs no TensorFlow
+        "tensorboard": ["tensorboardX>=2.6"],  # config.train.trackers; it needs no TensorFlow
         "wandb": ["wandb>=0.20"],
         "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboardX>=2.6"],

@@ -56,7 +56,7 @@ def decoder(width: int, depth: int, scaled: bool) -> ModelConfig:
         width=width,
         depth=depth,
         heads=width // HEAD,
-        hidden=sizes.hidden_width(width, 8),
+        mlp_width=sizes.mlp_width_of(width, 8),
         sequence_length=SEQUENCE,
         base_width=BASE_WIDTH if scaled else width,
         base_depth=BASE_DEPTH if scaled else depth,

@@ -93,7 +93,7 @@ def fastest(programs, args, repeats):
 def whole_model(size: str, sequences: int, length: int) -> None:
     """Prints what a decoder of random weights takes at 4 bits: all at once, and the parts of one layer times layers."""
     shape = sizes.named(size)
-    config = ModelConfig(257, shape.width, shape.depth, shape.heads, shape.hidden, length, shape.width, shape.depth)
+    config = ModelConfig(257, shape.width, shape.depth, shape.heads, shape.mlp_width, length, shape.width, shape.depth)
     static = Static(config, UNQUANTIZED, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
     params = jax.jit(lambda: decoder.init(config, jax.random.key(0)))()
     tokens_NxS = np.random.default_rng(0).integers(0, 257, (sequences, length)).astype(np.int32)

@@ -70,7 +70,7 @@ def _compare(corpus: Corpus) -> None:
         width=size.width,
         depth=size.depth,
         heads=size.heads,
-        hidden=size.hidden,
+        mlp_width=size.mlp_width,
         sequence_length=_SEQUENCE.value,
         base_width=size.width,
         base_depth=size.depth,

@@ -32,7 +32,7 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.compilation_cache = {cache!r}
-    c.model.width, c.model.depth, c.model.heads, c.model.hidden, c.model.sequence_length = 16, 2, 2, 24, 16
+    c.model.width, c.model.depth, c.model.heads, c.model.mlp_width, c.model.sequence_length = 16, 2, 2, 24, 16
     c.train.batch_size, c.train.log_every, c.train.checkpoint_seconds = 4, 1, 0.2
     c.train.steps_per_dispatch, c.study.lanes, c.ptq.methods, c.ptq.bits = 10, 2, ("rtn",), (3, 4)
     c.evaluate.sequences, c.evaluate.batch_size = 8, 4

@@ -53,7 +53,7 @@ def _model() -> decoder.ModelConfig:
         width=size.width,
         depth=depth,
         heads=size.heads,
-        hidden=size.hidden,
+        mlp_width=size.mlp_width,
         sequence_length=_SEQUENCE.value or (64 if on_cpu else 1024),
         base_width=size.width,
         base_depth=depth,

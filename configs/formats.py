@@ -18,7 +18,7 @@ def get_config():
     """The study's config."""
     c = base.get_config()
     # The size named 1M has a width of 144: blocks of 32 must divide the width, the head dimension and the MLP's width.
-    c.model.width, c.model.depth, c.model.heads, c.model.hidden = 128, 5, 4, 352
+    c.model.width, c.model.depth, c.model.heads, c.model.mlp_width = 128, 5, 4, 352
     c.ptq.methods = ()
     tokens = (STEPS * c.train.batch_size * c.model.sequence_length,)
     tied = tuple(f"w{name}_a{name}_kv{name}" for name in FORMATS)

@@ -25,7 +25,7 @@ def get_config():
     c.model.sequence_length = 1024
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
-    c.optimizer.peak_rate = 6e-4
+    c.optimizer.peak_lr = 6e-4
     c.train.batch_size = 256
     c.train.microbatches = 16
     c.evaluate.sequences = 512

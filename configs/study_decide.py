@@ -63,7 +63,7 @@ def get_config():
     c.data.root = "runs/decide_corpus"
     c.data.hash = "f152602cf19680ff"
     c.model.base_size = "27k"
-    c.optimizer.peak_rate = 1.6e-2
+    c.optimizer.peak_lr = 1.6e-2
     c.study.lanes = 2
     c.ptq.methods = ("gptq", "rtn", "awq")
     c.ptq.bits = (2, 3, 4, 5, 6, 7, 8)

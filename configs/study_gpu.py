@@ -23,14 +23,14 @@ BITS = (3, 4, 5, 6, 8, 10, 12)
 def tokens(size: str, *ratios: int) -> tuple[int, ...]:
     """Token budgets of a size, without those above MOST_TOKENS."""
     shape = sizes.named(size)
-    parameters = shape.depth * (4 * shape.width**2 + 3 * shape.width * shape.hidden)
+    parameters = shape.depth * (4 * shape.width**2 + 3 * shape.width * shape.mlp_width)
     return tuple(ratio * parameters for ratio in ratios if ratio * parameters <= MOST_TOKENS)
 
 
 def get_config():
     """The study's config."""
     c = base.get_config()
-    c.optimizer.peak_rate = 1.6e-2  # as in study_overnight_cpu, whose base size this has
+    c.optimizer.peak_lr = 1.6e-2  # as in study_overnight_cpu, whose base size this has
     c.data.name = "python_stdlib/packages"
     c.model.sequence_length = 128
     c.train.batch_size = 64

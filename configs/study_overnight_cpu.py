@@ -36,7 +36,7 @@ def tied(formats: tuple[str, ...]) -> tuple[str, ...]:
 def get_config():
     """The study's config."""
     c = base.get_config()
-    c.optimizer.peak_rate = 1.6e-2  # the best of 4e-3 to 3.2e-2 by factors of 2, see docs/recipes.md
+    c.optimizer.peak_lr = 1.6e-2  # the best of 4e-3 to 3.2e-2 by factors of 2, see docs/recipes.md
     c.study.lanes = 2
     c.ptq.methods = ("gptq", "rtn", "awq")
     c.ptq.bits = (2, 3, 4, 5, 6, 8)

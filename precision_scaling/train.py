@@ -23,7 +23,7 @@ def _main(argv) -> None:
     options.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
-    trackers.check(config.train.sinks)
+    trackers.check(config.train.trackers)
     hosts.start()
     workspace = open_workspace(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)

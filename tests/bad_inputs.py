@@ -46,7 +46,7 @@ OPTIONS = dict(leaves(base.get_config()))
 # Numbers that may be zero, and numbers that must be a fraction, by hand.
 ZERO_IS_RIGHT = {
     *(f"data.{name}" for name in ("split_seed", "workers")),
-    *(f"model.{name}" for name in ("width", "depth", "heads", "kv_heads", "head_width", "hidden", "vocab_size")),
+    *(f"model.{name}" for name in ("width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "vocab_size")),
     *(f"optimizer.{name}" for name in ("warmup_fraction", "warmup_steps", "decay_fraction", "final_fraction")),
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "weight_decay", "z_loss", "clip_norm")),
     *(f"train.{name}" for name in ("seed", "checkpoint_seconds", "rewinds")),
@@ -81,8 +81,8 @@ def wrong_values(name: str, default: object) -> list[object]:
     if type(default) is int:
         values += [1.5, 2.0, 2**40 if name != "train.tokens" else 2**60]
     if type(default) is str and name not in FREE_TEXTS | NAMES:
-        values += ["nonsense"] if name != "optimizer.decayed" else ["(", "*"]
-    if type(default) is str and name not in FREE_TEXTS | EMPTY_IS_RIGHT and name != "optimizer.decayed":
+        values += ["nonsense"] if name != "optimizer.decay_pattern" else ["(", "*"]
+    if type(default) is str and name not in FREE_TEXTS | EMPTY_IS_RIGHT and name != "optimizer.decay_pattern":
         values += ["", " "]
     return values
 
@@ -97,7 +97,7 @@ def _on_the_command_line() -> Iterator[Case]:
             tuple: ("nonsense", "gptq,nonsense", "{3}", "9,1"),
             str: ("nonsense",),
         }[type(default)]
-        if type(default) is str and (name in FREE_TEXTS | NAMES or name == "optimizer.decayed"):
+        if type(default) is str and (name in FREE_TEXTS | NAMES or name == "optimizer.decay_pattern"):
             continue
         for text in texts:
             shown = {"1e30": "10000000000", "1e39": "1e+39"}.get(text, text.partition(",")[0])
@@ -119,7 +119,7 @@ def _studies(said: str | tuple[str, ...], *argv: str) -> Case:
 # Names, and the way overrides are written.
 
 NAMES_OF_OPTIONS = [
-    _trains(("--config.optimizer.lr", "peak_rate", "warmup_steps"), "--config.optimizer.lr=1"),
+    _trains(("--config.optimizer.lr", "peak_lr", "warmup_steps"), "--config.optimizer.lr=1"),
     _trains("did you mean config.model.width?", "--config.model.widht=3"),
     _trains("did you mean config.model.width?", "--config.width=3"),
     _trains("did you mean config.train?", "--config.trian.tokens=3"),
@@ -169,7 +169,7 @@ TOGETHER = [
     _trains(("ptq.methods", "gptq$"), "--config.ptq.methods=gptq$"),
     _trains(("ptq.methods", "gptq$"), "--config.ptq.methods=gptq$,rtn"),
     _trains(("ptq.damping = -1.0", "from 0"), "--config.ptq.damping=-1"),
-    _trains(("train.sinks", "twice"), "--config.train.sinks=wandb,wandb"),
+    _trains(("train.trackers", "twice"), "--config.train.trackers=wandb,wandb"),
     _trains(("mesh.fsdp", "mesh.data is -1"), "--config.mesh.fsdp=-1"),
     _trains(("mesh", "devices"), "--config.mesh.tensor=7"),
     _trains(("data.tokenizer", "bpe:VOCAB"), "--config.data.tokenizer=words"),
@@ -268,7 +268,7 @@ _FILES = {
     _HEAD + "    c.train.seed = 10**5000\n    return c\n": ("config.train.seed", "whole number"),
     _HEAD + "    c.ptq.methods = None\n    return c\n": ("config.ptq.methods = None", "gptq"),
     _HEAD + "    c.ptq.bits = ('3',)\n    return c\n": ("config.ptq.bits", "2 to 8"),
-    _HEAD + "    c.optimizer.peak_rate = float('nan')\n    return c\n": ("config.optimizer.peak_rate = nan",),
+    _HEAD + "    c.optimizer.peak_lr = float('nan')\n    return c\n": ("config.optimizer.peak_lr = nan",),
     _HEAD + "    c.model.rope_theta = float('inf')\n    return c\n": ("config.model.rope_theta = inf",),
     _HEAD + "    c.data = None\n    return c\n": ("config.data = None", "section"),
     _HEAD + "    c.unlock()\n    c.lr = 3\n    return c\n": ("config.lr", "no such option"),
@@ -436,7 +436,7 @@ _CLAIMS = {
     _sealed({"model": {"width": "wide"}}): "config.model.width = 'wide'",
     _sealed({"model": {"width": 1.5}}): "config.model.width = 1.5",
     _sealed({"model": {"widht": 64}}): "did you mean config.model.width?",
-    _sealed({"optimizer": {"peak_rate": float("nan")}}): "config.optimizer.peak_rate = nan",
+    _sealed({"optimizer": {"peak_rate": float("nan")}}): "config.optimizer.peak_lr = nan",
     _sealed({"ptq": {"damping": -1}}): "config.ptq.damping = -1",
     _sealed({"ptq": {"methods": "gptq"}}): "config.ptq.methods = 'gptq'",
     _sealed({"study": {"grid": {"one": {"sizes": "25k"}}}}): "config.study.grid.one.sizes = '25k'",
@@ -479,7 +479,7 @@ RIGHT = [
     ("train.tokens=1_000_000", "train.tokens = 1000000"),
     ("train.seed=0", "train.seed = 0"),
     ("model.width=64.0", "model.width = 64"),
-    ("optimizer.peak_rate=1", "optimizer.peak_rate = 1.0"),
+    ("optimizer.peak_lr=1", "optimizer.peak_lr = 1.0"),
     ("optimizer.weight_decay=0", "optimizer.weight_decay = 0.0"),
     ("ptq.methods=gptq,rtn", "ptq.methods = ('gptq', 'rtn')"),
     ("ptq.methods=gptq", "ptq.methods = ('gptq',)"),

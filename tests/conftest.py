@@ -93,7 +93,7 @@ def tiny_config(data_options, compilation_cache):
                 "model.width": 16,
                 "model.depth": 2,
                 "model.heads": 2,
-                "model.hidden": 24,
+                "model.mlp_width": 24,
                 "model.sequence_length": 16,
                 "train.batch_size": 4,
                 "train.tokens": 64 * 12,

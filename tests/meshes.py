@@ -36,7 +36,7 @@ VOCABULARY = 64
 def config():
     """Three runs of one shape, with a lane to spare: unquantized, quantized weights, and all parts quantized."""
     c = base.get_config()
-    shape = {"width": 32, "depth": 2, "heads": 4, "hidden": 64, "sequence_length": 16}
+    shape = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64, "sequence_length": 16}
     c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
     c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
     tokens = (16 * 16 * 12,)

@@ -131,7 +131,7 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     before = [program._cache_size() for program in compiled]
     # Other lengths, rates, seeds and formats than those it was compiled for.
     runs = [
-        dataclasses.replace(w4, steps=3, peak_rate=1e-4, seed=7),
+        dataclasses.replace(w4, steps=3, peak_lr=1e-4, seed=7),
         dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
     ]
     assert len(train(runs, tmp_path)) == 2
@@ -142,7 +142,7 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
 def test_a_run_that_diverges_ends_alone(finished_study, train, tmp_path):
     workspace, workdir = finished_study
     bf16, w4 = (by_name(workspace.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0"))
-    bad = dataclasses.replace(w4, peak_rate=1e38)
+    bad = dataclasses.replace(w4, peak_lr=1e38)
     late = dataclasses.replace(by_name(workspace.experiment.runs, "D448"), steps=5)
     ended = train([bad, bf16, late], tmp_path)
     assert list(ended) == [bad, bf16, late] or list(ended) == [bad, late, bf16]
@@ -200,7 +200,7 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
 
 def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
     workspace, _ = finished_study
-    bad = dataclasses.replace(by_name(workspace.experiment.runs, "D768-wint4-s0"), peak_rate=1e38)
+    bad = dataclasses.replace(by_name(workspace.experiment.runs, "D768-wint4-s0"), peak_lr=1e38)
     (found,) = train([bad], tmp_path, rewinds=2).values()
     assert found.left_out == 2 and 1 <= found.diverged_step < 12
     rewinds = json.loads((cohort.run_directory(tmp_path, bad) / "rewinds.json").read_text())["rewinds"]
@@ -211,7 +211,7 @@ def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
 def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished_study, train, tmp_path):
     workspace, workdir = finished_study
     runs = [*workspace.experiment.runs]
-    runs.append(dataclasses.replace(runs[0], seed=3, steps=9, peak_rate=1e-3))
+    runs.append(dataclasses.replace(runs[0], seed=3, steps=9, peak_lr=1e-3))
     for lanes in (1, 2, 4):
         ended = train(runs, tmp_path / str(lanes), lanes=lanes)
         assert set(ended) == set(runs)

@@ -53,7 +53,7 @@ def test_defaults_are_those_of_the_golden_file():
 @pytest.mark.slow
 def test_every_size_is_about_the_parameters_in_its_name():
     for name, size in sizes.SIZES.items():
-        shape = decoder.ModelConfig(257, size.width, size.depth, size.heads, size.hidden, 64, 32, 2)
+        shape = decoder.ModelConfig(257, size.width, size.depth, size.heads, size.mlp_width, 64, 32, 2)
         count, _ = decoder.count_parameters(shape)
         number = float(name[:-1]) * {"k": 1e3, "M": 1e6, "B": 1e9}[name[-1]]
         assert count == pytest.approx(number, rel=0.12), name
@@ -77,7 +77,7 @@ def test_the_papers_grid_is_counted_as_by_hand():
     assert sum(run.tokens for run in resolved.runs) == total
     assert resolved.optimizer == resolved.optimizer.__class__(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
     for run in resolved.runs:
-        assert run.peak_rate == 6e-4 and run.warmup_steps == round(0.1 * run.steps)
+        assert run.peak_lr == 6e-4 and run.warmup_steps == round(0.1 * run.steps)
         assert run.shape.batch_size == 256 and run.shape.model.sequence_length == 1024
         # Weights per output channel, activations and attention per tensor; only these are ever quantized.
         assert run.bits("q", "p") == 16

@@ -36,7 +36,7 @@ def test_a_grid_is_the_product_of_its_lists_with_equal_points_once():
 
 def test_a_config_without_a_grid_is_one_run_of_its_options():
     (run,) = resolve(train__tokens=2500, train__seed=7, precision__weights="int3", precision__k="e2m1").runs
-    assert (run.steps, run.tokens, run.seed, run.warmup_steps, run.peak_rate) == (2, 2048, 7, 1, 4e-3)
+    assert (run.steps, run.tokens, run.seed, run.warmup_steps, run.peak_lr) == (2, 2048, 7, 1, 4e-3)
     assert run.ptq
     names = {name: fmt.name for name, fmt in run.formats}
     assert names == {"w": "int3", "a": "bf16", "q": "bf16", "k": "e2m1", "v": "bf16", "p": "bf16"}
@@ -57,7 +57,7 @@ def test_run_names_are_distinct_and_depend_on_the_run_alone():
     (plain,) = resolve().runs
     for options in (
         {"train__batch_size": 8},
-        {"optimizer__peak_rate": 1e-3},
+        {"optimizer__peak_lr": 1e-3},
         {"optimizer__warmup_fraction": 0.2},
         {"model__rope_theta": 500.0},
         {"train__seed": 1},
@@ -69,7 +69,7 @@ def test_run_names_are_distinct_and_depend_on_the_run_alone():
 
 
 def test_a_shape_without_a_name_is_called_by_its_parameters_and_is_its_own_base():
-    shape = {"model__width": 128, "model__depth": 4, "model__heads": 4, "model__hidden": 352}
+    shape = {"model__width": 128, "model__depth": 4, "model__heads": 4, "model__mlp_width": 352}
     (run,) = resolve(model__size="", model__base_size="", **shape).runs
     # 4 layers of 4·128² + 3·128·352 + 2·128, and 128: 803,968.
     assert run.shape.size == "804k" and run.id.startswith("804k-")
@@ -89,7 +89,7 @@ def test_a_shape_that_is_not_its_sizes_is_called_by_its_parameters():
     (wide,) = resolve(model__width=64).runs
     assert wide.shape.size == "101k" and wide.id.startswith("101k-")
     # With the 88 hidden units of size 25k two layers have 2·(4·64² + 3·64·88 + 2·64) + 64 = 66,880 parameters.
-    (narrow,) = resolve(model__width=64, model__hidden=88).runs
+    (narrow,) = resolve(model__width=64, model__mlp_width=88).runs
     assert narrow.shape.size == "66.9k"
     for changed, size in (
         ({"model__heads": 4}, "25k"),
@@ -129,7 +129,7 @@ def test_every_run_is_in_one_cohort_with_all_of_its_shape_longest_first():
 def test_a_study_that_mixes_kinds_of_formats_still_resolves():
     precisions = ("bf16", "w4", "wmxfp4", "wternary", "a8/token", "a8")
     part = {"sizes": ("25k",), "tokens": (10_000,), "precisions": precisions}
-    resolved = resolve(grid={"one": part}, model__width=32, model__hidden=96)
+    resolved = resolve(grid={"one": part}, model__width=32, model__mlp_width=96)
     assert len(resolved.runs) == 6
     assert sorted(run.id for cohort in resolved.cohorts for run in cohort.runs) == sorted(
         run.id for run in resolved.runs
@@ -151,7 +151,7 @@ BAD = [
     ({"model__heads": -1}, "model.heads", "-1"),
     ({"model__size": "31k"}, "model.size", "25k"),
     ({"model__base_size": "huge"}, "size", "huge"),
-    ({"model__size": "", "model__width": 32, "model__heads": 2, "model__hidden": 8}, "model.depth", "size is empty"),
+    ({"model__size": "", "model__width": 32, "model__heads": 2, "model__mlp_width": 8}, "model.depth", "size is empty"),
     ({"model__kv_heads": 3}, "model.kv_heads", "divisor"),
     ({"model__kv_heads": -1}, "model.kv_heads", "-1"),
     ({"model__head_width": 7}, "model.head_width", "even"),
@@ -167,8 +167,8 @@ BAD = [
     ({"train__microbatches": 3}, "train.microbatches", "divisor"),
     ({"train__steps_per_dispatch": 0}, "train.steps_per_dispatch", "from 1"),
     ({"evaluate__sequences": 100}, "evaluate.sequences", "multiple"),
-    ({"optimizer__peak_rate": 0.0}, "optimizer.peak_rate", "above 0"),
-    ({"optimizer__peak_rate": float("nan")}, "optimizer.peak_rate", "above 0"),
+    ({"optimizer__peak_lr": 0.0}, "optimizer.peak_lr", "above 0"),
+    ({"optimizer__peak_lr": float("nan")}, "optimizer.peak_lr", "above 0"),
     ({"optimizer__beta2": 1.0}, "optimizer.beta2", "not, 1"),
     ({"optimizer__warmup_fraction": 1.5}, "optimizer.warmup_fraction", "0 to 1"),
     ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm", "from 0"),

@@ -26,7 +26,7 @@ from precision_scaling.training.cohort import Finished
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SHAPE = {"vocab_size": 29, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "sequence_length": 12}
+SHAPE = {"vocab_size": 29, "width": 16, "depth": 2, "heads": 4, "mlp_width": 24, "sequence_length": 12}
 MODELS = {
     "OlmoForCausalLM": {"norm_type": "layer", "tie_embeddings": True},
     "Olmo2ForCausalLM": {"norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "rope_theta": 500.0},
@@ -90,7 +90,7 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
         "width": 2048,
         "depth": 16,
         "heads": 16,
-        "hidden": 8192,
+        "mlp_width": 8192,
         "kv_heads": 0,
         "head_width": 0,
         "rope_theta": 500_000.0,

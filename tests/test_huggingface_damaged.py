@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     width=16,
     depth=2,
     heads=4,
-    hidden=24,
+    mlp_width=24,
     sequence_length=16,
     base_width=16,
     base_depth=2,
@@ -340,7 +340,7 @@ def test_what_is_damaged_is_refused_in_one_line_and_nothing_is_written(case, who
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, at_once):
     """Its file is a hole of 10 TB that takes no room on the disk."""
     width = 2**20
-    model = ModelConfig(**{**MODEL.__dict__, "width": width, "hidden": 2**19, "depth": 1, "base_width": width})
+    model = ModelConfig(**{**MODEL.__dict__, "width": width, "mlp_width": 2**19, "depth": 1, "base_width": width})
     (tmp_path / "config.json").write_text(json.dumps(config_json.described(model)))
     found, place = {}, 0
     for tensor in places(model):

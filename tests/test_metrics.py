@@ -1,4 +1,4 @@
-"""Peaks and MFU worked out by hand, sinks read back by other means, and traces that are on disk."""
+"""Peaks and MFU worked out by hand, trackers read back by other means, and traces that are on disk."""
 
 import dataclasses
 import gzip
@@ -61,7 +61,7 @@ def test_every_device_of_the_table_is_found_once():
         assert peak.float32 <= peak.bfloat16
 
 
-# A cohort with sinks and a profile
+# A cohort with trackers and a profile
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def trained(finished_study, quick_compile, tmp_path_factory):
     pytest.importorskip("tensorboardX")
     workspace, _ = finished_study
     (group,) = workspace.experiment.cohorts
-    workdir = tmp_path_factory.mktemp("sinks")
+    workdir = tmp_path_factory.mktemp("trackers")
     runs = tuple(run for run in group.runs if "D768" in run.id)[:2]
     profile = Profile(workdir / "profile", 1)
     cohort.train_cohort(
@@ -80,7 +80,7 @@ def trained(finished_study, quick_compile, tmp_path_factory):
         workspace.layout,
         workdir,
         "0of1",
-        cohort.Options(2, 1, 1e9, 4, sinks=("tensorboard",)),
+        cohort.Options(2, 1, 1e9, 4, trackers=("tensorboard",)),
         lambda finished: None,
         tqdm(disable=True, total=0),
         Stop(),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # base_width and base_depth differ from width and depth: every depth-µP multiplier is then something else than 1.
 CONFIG = ModelConfig(
-    vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=12, base_width=8, base_depth=1
+    vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=12, base_width=8, base_depth=1
 )
 QUANTIZED = StaticPrecision(
     tuple((name, StaticQuantizer(parse("int4").kind, "channel" if name == "w" else "tensor")) for name in "waqkvp")
@@ -197,7 +197,7 @@ def test_parameters_are_counted_as_by_hand():
     # 2 layers of 4·16² (q, k, v, out) + 3·16·24 (gate, up, down) + 2·16 (gains), and the last gain of 16.
     assert decoder.count_parameters(CONFIG) == (4432, 4432 + 2 * 31 * 16)
     for width, depth, heads, hidden in ((24, 1, 1, 64), (640, 6, 10, 1728)):
-        shape = dataclasses.replace(CONFIG, width=width, depth=depth, heads=heads, hidden=hidden)
+        shape = dataclasses.replace(CONFIG, width=width, depth=depth, heads=heads, mlp_width=hidden)
         non_embedding = depth * (4 * width**2 + 3 * width * hidden + 2 * width) + width
         assert decoder.count_parameters(shape) == (non_embedding, non_embedding + 2 * 31 * width)
 
@@ -381,7 +381,7 @@ def test_recomputing_more_keeps_less_in_memory():
     tokens_BxS1 = jax.ShapeDtypeStruct((4, 129), jnp.int32)
 
     def temporary_bytes(remat):
-        config = dataclasses.replace(CONFIG, width=64, hidden=192, depth=8, sequence_length=128, remat=remat)
+        config = dataclasses.replace(CONFIG, width=64, mlp_width=192, depth=8, sequence_length=128, remat=remat)
         params = jax.eval_shape(lambda: initial(config))
 
         def loss(params, tokens):

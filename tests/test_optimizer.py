@@ -13,7 +13,9 @@ from precision_scaling.training.optimizer import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-MODEL = ModelConfig(vocab_size=5, width=16, depth=8, heads=2, hidden=24, sequence_length=4, base_width=4, base_depth=2)
+MODEL = ModelConfig(
+    vocab_size=5, width=16, depth=8, heads=2, mlp_width=24, sequence_length=4, base_width=4, base_depth=2
+)
 CONFIG = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 
 update = jax.jit(optimizer.update, static_argnums=(0, 1))

@@ -22,7 +22,7 @@ from precision_scaling.training.step import Static
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODEL = ModelConfig(
-    vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
+    vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=8, base_width=16, base_depth=2
 )
 OPTIMIZER = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 BITS = (4, 8)

@@ -14,7 +14,7 @@ from precision_scaling.ptq.setting import Setting, of_method
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 MODEL = ModelConfig(
-    vocab_size=31, width=16, depth=2, heads=2, hidden=24, sequence_length=8, base_width=16, base_depth=2
+    vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=8, base_width=16, base_depth=2
 )
 
 
@@ -77,7 +77,7 @@ def test_values_that_are_not_allowed_are_one_line(changed, key):
 
 def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_change():
     Setting("gptq", group_size=8).check_model(MODEL)
-    with pytest.raises(ConfigError, match=r"model\.hidden, 24"):
+    with pytest.raises(ConfigError, match=r"model\.mlp_width, 24"):
         Setting("gptq", group_size=16).check_model(MODEL)
     Setting("smoothquant").check_model(MODEL)
     for changed in ({"norm_placement": "post"}, {"norm_type": "layer"}):

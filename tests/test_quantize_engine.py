@@ -218,7 +218,7 @@ def test_stochastic_rounding_without_a_key_is_refused():
 
 
 TINY = decoder.ModelConfig(
-    vocab_size=13, width=8, depth=2, heads=2, hidden=16, sequence_length=6, base_width=8, base_depth=2
+    vocab_size=13, width=8, depth=2, heads=2, mlp_width=16, sequence_length=6, base_width=8, base_depth=2
 )
 OPTIMIZER = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 EVERYTHING = (*OPERANDS, "e", "head_w", "head_a", *(f"g_{name}" for name in OPERANDS))

@@ -36,7 +36,7 @@ def test_an_axis_that_does_not_divide_its_dimension_moves_or_is_left_out():
 
 def test_every_parameter_of_every_kind_of_model_has_a_rule():
     layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1})
-    shape = {"vocab_size": 31, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "sequence_length": 8}
+    shape = {"vocab_size": 31, "width": 16, "depth": 2, "heads": 4, "mlp_width": 24, "sequence_length": 8}
     kinds = {}, {"tie_embeddings": True}, {"qk_norm": "head", "kv_heads": 2}, {"norm_placement": "post"}
     for more in (*kinds, {"qkv_bias": True}):
         known = {name: value for name, value in more.items() if hasattr(ModelConfig, name)}

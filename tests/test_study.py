@@ -9,8 +9,9 @@ import types
 import numpy as np
 import pytest
 
-from precision_scaling.config import experiment
+from precision_scaling.config import experiment, options
 from precision_scaling.errors import UserError
+from precision_scaling.runtime.files import read_sealed, write_sealed
 from precision_scaling.study import plan, results, run_missing
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
@@ -152,7 +153,7 @@ def copied_study(finished_study, tmp_path):
 def test_a_workdir_of_another_config_is_refused_and_left_as_it_is(copied_study, study_config):
     workdir = copied_study
     before = files(workdir)
-    for key, value in (("optimizer.peak_rate", 1e-3), ("evaluate.sequences", 4), ("model.width", 8)):
+    for key, value in (("optimizer.peak_lr", 1e-3), ("evaluate.sequences", 4), ("model.width", 8)):
         other = study_config.copy_and_resolve_references()
         other.update_from_flattened_dict({key: value})
         with pytest.raises(UserError, match="holds results of another config") as error:
@@ -172,6 +173,19 @@ def test_options_that_change_no_number_may_change(copied_study, study_config):
     open_workspace(study_config, workdir)
 
 
+def test_a_workdir_of_options_with_their_earlier_names_goes_on(study_config, tmp_path):
+    workspace = open_workspace(study_config, tmp_path)
+    path = tmp_path / "config.json"
+    claim = read_sealed(path)
+    for old, new in options.RENAMED.items():
+        section, leaf = old.split(".")
+        claim["config"][section][leaf] = claim["config"][section].pop(new.partition(".")[2])
+    write_sealed(path, claim)
+    again = reopen_workspace(tmp_path)
+    assert [run.id for run in again.experiment.runs] == [run.id for run in workspace.experiment.runs]
+    assert again.experiment.config.optimizer.peak_lr == study_config.optimizer.peak_lr
+
+
 def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_config, tmp_path):
     open_workspace(study_config, tmp_path)
     path = tmp_path / "config.json"
@@ -189,7 +203,7 @@ def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_conf
 
 def test_a_diverged_run_has_a_row_without_a_loss_and_is_not_quantized(tiny_config, tmp_path, quick_compile):
     config = tiny_config(
-        optimizer__peak_rate=1e38,
+        optimizer__peak_lr=1e38,
         grid={"one": {"sizes": ("25k",), "tokens": (64 * 12,), "precisions": ("w4", "w3_a4_kv4"), "ptq": True}},
     )
     workspace = open_workspace(config, tmp_path)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 SMALL = {
     "model.width": 16,
     "model.heads": 2,
-    "model.hidden": 24,
+    "model.mlp_width": 24,
     "model.depth": 1,
     "model.sequence_length": 16,
     "train.batch_size": 4,

@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.heads = 0  # 0: by size. Attention heads; must divide the width into even parts
     c.model.kv_heads = 0  # 0: as many as heads. Heads of keys and values (grouped queries); a divisor of heads
     c.model.head_width = 0  # 0: width / heads. Width of a head, even
-    c.model.hidden = 0  # 0: by size, or 8/3 of a width that is set. Width inside the SwiGLU MLP
+    c.model.mlp_width = 0  # 0: by size, or 8/3 of a width that is set. Width inside the SwiGLU MLP
     c.model.vocab_size = 0  # 0: the tokenizer's. Rows of the embedding, at least as many as the tokenizer has ids
     c.model.sequence_length = 64  # tokens per sequence
     c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32 always
@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.backward.saved_rounding = ""
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.peak_rate = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
+    c.optimizer.peak_lr = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
     # After warm-up: "cosine", "linear", "constant", or "wsd" (stable, then a line down over the last decay_fraction).
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
@@ -130,7 +130,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.beta2 = 0.95
     c.optimizer.epsilon = 1e-15
     c.optimizer.weight_decay = 0.1  # decoupled
-    c.optimizer.decayed = "kernel|embedding"  # weight decay acts on parameters whose path this regex finds: no norms
+    c.optimizer.decay_pattern = (
+        "kernel|embedding"  # weight decay acts on parameters whose path this regex finds: no norms
+    )
     c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
 
@@ -140,7 +142,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.train.microbatches = 1  # parts a batch is computed in, one after the other; scales are per part
     c.train.seed = 0  # initialization and data order
     c.train.log_every = 50  # steps between lines of metrics.jsonl
-    c.train.sinks = ()  # where these lines go, too: "tensorboard", "wandb"
+    c.train.trackers = ()  # where these lines go, too: "tensorboard", "wandb"
     c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed
     # Times that a run whose loss or gradient is not finite goes back to its last checkpoint and on without that batch;
     # 0: it ends there.

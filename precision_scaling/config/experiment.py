@@ -97,7 +97,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         precision=point.precision,
         steps=steps,
         warmup_steps=warmup_steps,
-        peak_rate=float(c.peak_rate),
+        peak_lr=float(c.peak_lr),
         seed=seed,
         ptq=point.ptq,
         imported=config.model.imported,
@@ -136,7 +136,7 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> decoder_lib.M
         if not (value or c[name]):
             raise ConfigError(f"model.{name}", c[name], "a number above 0 where model.size is empty")
     width, depth, heads = c.width or named.width, c.depth or named.depth, c.heads or named.heads
-    hidden = c.hidden or (sizes.hidden_width(width, 8) if c.width else named.hidden)
+    mlp_width = c.mlp_width or (sizes.mlp_width_of(width, 8) if c.width else named.mlp_width)
     if not c.head_width and (width % heads or (width // heads) % 2):
         raise ConfigError("model.heads", heads, f"a divisor of the width ({width}) that leaves an even head dimension")
     if c.head_width % 2:
@@ -150,7 +150,7 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> decoder_lib.M
         width=width,
         depth=depth,
         heads=heads,
-        hidden=hidden,
+        mlp_width=mlp_width,
         sequence_length=c.sequence_length,
         base_width=base.width if base else width,
         base_depth=base.depth if base else depth,

@@ -23,6 +23,14 @@ from precision_scaling.training import schedule, trackers
 
 DTYPES = ("float32", "bfloat16")
 
+# Options that had another name in earlier versions.
+RENAMED = {
+    "model.hidden": "model.mlp_width",
+    "optimizer.peak_rate": "optimizer.peak_lr",
+    "optimizer.decayed": "optimizer.decay_pattern",
+    "train.sinks": "train.trackers",
+}
+
 INT32 = 2**31 - 1  # counts and seeds are int32 in the compiled programs
 # Numbers are float32 there: above zero is what is not flushed to zero.
 SMALLEST, LARGEST = 2.0**-126, 3.4e38
@@ -94,7 +102,7 @@ RULES = {
     "model.heads": _whole(0, 2**16),
     "model.kv_heads": _whole(0, 2**16),
     "model.head_width": _whole(0, 2**20),
-    "model.hidden": _whole(0, 2**22),
+    "model.mlp_width": _whole(0, 2**22),
     "model.vocab_size": _whole(0, 2**24),
     "model.sequence_length": _whole(1, 2**24),
     "model.dtype": _one_of(DTYPES),
@@ -107,7 +115,7 @@ RULES = {
     "model.remat": _one_of(decoder.REMATS),
     "model.base_size": _SIZE,
     "model.imported": _ANY,
-    "optimizer.peak_rate": _ABOVE_0,
+    "optimizer.peak_lr": _ABOVE_0,
     "optimizer.schedule": _one_of(schedule.NAMES),
     "optimizer.warmup_fraction": _FRACTION,
     "optimizer.warmup_steps": _whole(0),
@@ -117,7 +125,7 @@ RULES = {
     "optimizer.beta2": _BELOW_1,
     "optimizer.epsilon": _ABOVE_0,
     "optimizer.weight_decay": _number(0),
-    "optimizer.decayed": Rule("a regular expression", _is_pattern),
+    "optimizer.decay_pattern": Rule("a regular expression", _is_pattern),
     "optimizer.z_loss": _number(0),
     "optimizer.clip_norm": _number(0),
     "train.tokens": _whole(1, MOST_TOKENS),
@@ -125,7 +133,7 @@ RULES = {
     "train.microbatches": _whole(1, 2**24),
     "train.seed": _whole(0),
     "train.log_every": _COUNT,
-    "train.sinks": _each(_one_of(trackers.PACKAGES), str),
+    "train.trackers": _each(_one_of(trackers.PACKAGES), str),
     "train.checkpoint_seconds": _number(0),
     "train.rewinds": _whole(0),
     "train.steps_per_dispatch": _COUNT,
@@ -200,6 +208,7 @@ def unknown(section: Any, prefix: str, name: object) -> str:
     closest = lambda names, cutoff: difflib.get_close_matches(str(name), list(names), 1, cutoff)
     near = [f"{prefix}{key}" for key in closest(section, 0.8)]
     near += [everywhere[key] for key in closest(everywhere, 0.75)] + [f"{prefix}{key}" for key in closest(section, 0.6)]
+    near = [RENAMED[renamed]] if (renamed := f"{prefix}{name}") in RENAMED else near
     meant = f"did you mean config.{near[0]}? " if near else ""
     return f"there is no such option; {meant}config{f'.{prefix}'.rstrip('.')} has {', '.join(section)}"
 

@@ -104,7 +104,7 @@ def places(model: ModelConfig) -> Iterator[Place]:
 
 
 def _layer_places(model: ModelConfig, layer: int) -> Iterator[Place]:
-    q, kv, width, hidden = model.heads * model.head_dim, model.key_heads * model.head_dim, model.width, model.hidden
+    q, kv, width, hidden = model.heads * model.head_dim, model.key_heads * model.head_dim, model.width, model.mlp_width
 
     def place(name: str, shape: tuple[int, ...], path: str, columns: slice = slice(None)) -> Place:
         return Place(f"model.layers.{layer}.{name}", shape, ("layers", "block", *path.split("/")), layer, columns)

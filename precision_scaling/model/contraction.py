@@ -12,10 +12,10 @@ def check_shape(spec: Precision, model: ModelConfig, tokens_per_part: int) -> No
 
     tokens_per_part: tokens of a microbatch, over which weight gradients contract.
     """
-    features = {"model.width": model.width, "model.hidden": model.hidden}
+    features = {"model.width": model.width, "model.mlp_width": model.mlp_width}
     features["the heads together"] = model.heads * model.head_dim
     qkv = (model.heads + 2 * model.key_heads) * model.head_dim
-    outputs = {"queries, keys and values": qkv, "2 × model.hidden": 2 * model.hidden, "model.width": model.width}
+    outputs = {"queries, keys and values": qkv, "2 × model.mlp_width": 2 * model.mlp_width, "model.width": model.width}
     contracted = (
         (("w", "a"), features),
         (("head_w", "head_a", "e"), {"model.width": model.width}),

@@ -52,7 +52,7 @@ class ModelConfig:
     width: int
     depth: int
     heads: int
-    hidden: int
+    mlp_width: int = dataclasses.field(metadata={"digest": "hidden"})
     sequence_length: int
     base_width: int
     base_depth: int
@@ -207,7 +207,7 @@ class MLP(nn.Module):
     program: static.StaticPrecision
 
     def setup(self):
-        self.gate_up = Linear((2, self.config.hidden), self.program)
+        self.gate_up = Linear((2, self.config.mlp_width), self.program)
         self.down = Linear((self.config.width,), self.program)
 
     def __call__(self, x_BxLxD, table, key=None):

@@ -7,21 +7,21 @@ from precision_scaling.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Shape of a decoder. hidden: width inside the SwiGLU MLP, 8/3 of the width so that N is about 12·depth·width²."""
+    """Shape of a decoder. mlp_width: inside the SwiGLU MLP, 8/3 of the width so that N is about 12·depth·width²."""
 
     width: int
     depth: int
     heads: int
-    hidden: int
+    mlp_width: int
 
 
-def hidden_width(width: int, multiple: int) -> int:
+def mlp_width_of(width: int, multiple: int) -> int:
     """8/3 of the width, rounded up to a multiple that the hardware likes."""
     return -(-8 * width // (3 * multiple)) * multiple
 
 
 def _size(width: int, depth: int, heads: int, multiple: int) -> Size:
-    return Size(width, depth, heads, hidden_width(width, multiple))
+    return Size(width, depth, heads, mlp_width_of(width, multiple))
 
 
 # The paper names its sizes by N alone and publishes no shapes: these keep width / depth near 100 and heads of 64.

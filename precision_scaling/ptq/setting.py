@@ -106,7 +106,11 @@ class Setting:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError where groups do not fit the inputs of a decoder's projections, or smoothing its norms."""
-        inputs = {"model.width": model.width, "model.hidden": model.hidden, "all heads": model.heads * model.head_dim}
+        inputs = {
+            "model.width": model.width,
+            "model.mlp_width": model.mlp_width,
+            "all heads": model.heads * model.head_dim,
+        }
         for name, rows in inputs.items():
             if self.group_size and rows % self.group_size:
                 raise ConfigError("ptq.group_size", self.group_size, f"0, or a divisor of {name}, {rows}")

@@ -41,7 +41,7 @@ def _main(argv) -> None:
                 results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
-    trackers.check(config.train.sinks)
+    trackers.check(config.train.trackers)
     hosts.start()
     workspace = open_workspace(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)

@@ -152,7 +152,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "heads": shape.model.heads,
         "sequence_length": shape.model.sequence_length,
         "batch_size": shape.batch_size,
-        "peak_rate": run.peak_rate,
+        "peak_rate": run.peak_lr,
         "warmup_fraction": round(run.warmup_steps / run.steps, 4),
         "schedule": run.schedule_name,
         **{f"{name}_format": fmt.name for name, fmt in run.formats},

@@ -50,7 +50,7 @@ def train_missing(
         checkpoint_seconds=config.train.checkpoint_seconds,
         steps_per_dispatch=config.train.steps_per_dispatch,
         rewinds=config.train.rewinds,
-        sinks=tuple(config.train.sinks),
+        trackers=tuple(config.train.trackers),
     )
     todo: list[tuple[Cohort, cohort.Options]] = []
     for group in workspace.experiment.cohorts:

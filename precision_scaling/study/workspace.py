@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from precision_scaling.config import base, experiment
+from precision_scaling.config import base, experiment, options
 from precision_scaling.config.experiment import Experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus, prepare
@@ -30,7 +30,7 @@ from precision_scaling.training.run import Run
 # corpus, its hash says.
 _FREE_OPTIONS = re.compile(
     r"study\.|ptq\.(methods|bits|group_size|symmetric|act_order|clip|smoothing|granularity)"
-    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|sinks)"
+    r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|trackers)"
     r"|data\.(cache_dir|tfds_dir|workers|beam_options|hash|root)|compilation_cache|mesh\."
 )
 
@@ -73,7 +73,7 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
     names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
-    patterns.check("config.optimizer.decayed", config.optimizer.decayed, names)
+    patterns.check("config.optimizer.decay_pattern", config.optimizer.decay_pattern, names)
     for group in planned.cohorts:
         compiled.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
@@ -120,7 +120,7 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
     try:
         claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
         defaults = experiment.describe(base.get_config())
-        return {"config": _filled(dict(claim["config"]), defaults), "corpus": claim["corpus"]}
+        return {"config": _filled(_renamed(claim["config"]), defaults), "corpus": claim["corpus"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
@@ -129,6 +129,16 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a config ({error}); allowed is a new --workdir or one of train or study"
         ) from None
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """A workdir's config with every option under the name that it has now."""
+    sections = {name: dict(values) if isinstance(values, dict) else values for name, values in dict(config).items()}
+    for old, new in options.RENAMED.items():
+        section, leaf, name = *old.split("."), new.partition(".")[2]
+        if isinstance(sections.get(section), dict) and leaf in sections[section]:
+            sections[section][name] = sections[section].pop(leaf)
+    return sections
 
 
 def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Options:
     lanes: runs that train at once, at most. Another number is another compiled program, whose sums round differently,
     and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
     rewinds: how often a run whose loss or gradient is not finite goes back to its last checkpoint, and on without that
-    batch. sinks: of `sinks.PACKAGES`, for the metrics.
+    batch. trackers: of `trackers.PACKAGES`, for the metrics.
     """
 
     lanes: int
@@ -54,7 +54,7 @@ class Options:
     checkpoint_seconds: float
     steps_per_dispatch: int
     rewinds: int = 0
-    sinks: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _inputs(cohort: Cohort, lanes: "Sequence[_Lane | None]") -> RunInputs:
     """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
     runs = [lane.run if lane else cohort.runs[0] for lane in lanes]
     tables = [table_of(run, cohort.program) for run in runs]
-    idle = lambda schedule: schedule._replace(peak_rate=np.float32(0))
+    idle = lambda schedule: schedule._replace(peak_lr=np.float32(0))
     schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, lanes, strict=True)]
     return RunInputs(
         table=jax.tree.map(lambda *grids: np.stack(grids), *tables),
@@ -184,7 +184,7 @@ class _Trainer:
     ):
         self.static, self.cohort, self.layout = static, cohort, layout
         self.workdir, self.options, self.progress, self.profile = workdir, options, progress, profile
-        self.followers = trackers.Followers(options.sinks if hosts.primary() else ())
+        self.followers = trackers.Followers(options.trackers if hosts.primary() else ())
         self._step_tokens = cohort.shape.tokens_per_step
         self.waiting: list[Run] = list(cohort.runs)
         self.lanes: list[_Lane | None] = [None] * feed.lanes

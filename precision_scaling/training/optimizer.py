@@ -18,7 +18,7 @@ RATE_POWERS = ((r"layers/.*kernel", -1.0, -0.5),)
 class OptimizerConfig:
     """Options of AdamW that are the same for every run of a study.
 
-    decayed: regex on the paths of the parameters that weight decay acts on. z_loss: weight of mean(log² Z) in the
+    decay_pattern: regex on the paths of the parameters that weight decay acts on. z_loss: weight of mean(log² Z) in the
     training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer.
     """
 
@@ -28,7 +28,7 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     final_fraction: float
-    decayed: str = "kernel|embedding"
+    decay_pattern: str = "kernel|embedding"
     z_loss: float = 0.0
 
 
@@ -37,7 +37,7 @@ def _path(key_path) -> str:
 
 
 def parameter_names(params: Any) -> list[str]:
-    """What `decayed` is searched in."""
+    """What `decay_pattern` is searched in."""
     return [_path(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
@@ -73,7 +73,7 @@ def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, 
     direction, state = _adam(config).update(grads, state, params)
 
     def apply(key_path, param, delta, multiplier):
-        if re.search(config.decayed, _path(key_path)):
+        if re.search(config.decay_pattern, _path(key_path)):
             delta = delta + config.weight_decay * param
         return param - rate * multiplier * delta
 

@@ -42,7 +42,7 @@ class Run:
     precision: Precision
     steps: int
     warmup_steps: int
-    peak_rate: float
+    peak_lr: float = dataclasses.field(metadata={"digest": "peak_rate"})
     seed: int
     ptq: bool
     imported: str = ""
@@ -52,7 +52,7 @@ class Run:
     @property
     def schedule(self) -> Schedule:
         """The learning rate, step by step."""
-        return schedule.of(self.schedule_name, self.peak_rate, self.steps, self.warmup_steps, self.decay_steps)
+        return schedule.of(self.schedule_name, self.peak_lr, self.steps, self.warmup_steps, self.decay_steps)
 
     @functools.cached_property
     def branch_step(self) -> int:
@@ -92,8 +92,8 @@ class Run:
 def digest(value: Any) -> str:
     """Six characters that name a dataclass by content.
 
-    Fields at their defaults do not count, so that an option that is new, and off, leaves the names of old runs as
-    they were.
+    Fields at their defaults do not count, and a renamed field counts under its first name (metadata "digest"), so that
+    old runs keep their names.
     """
     return hashlib.sha256(repr(_content(value)).encode()).hexdigest()[:6]
 
@@ -102,7 +102,7 @@ def _content(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return [_content(item) for item in value] if isinstance(value, tuple) else value
     fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {field.name: _content(now) for field, now in fields if now != field.default}
+    return {field.metadata.get("digest", field.name): _content(now) for field, now in fields if now != field.default}
 
 
 @dataclasses.dataclass(frozen=True)

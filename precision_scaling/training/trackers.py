@@ -1,7 +1,7 @@
 """Where a run's metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, as extras.
 
-metrics.jsonl is the record; a sink follows that file and shows what it holds, so that a run that goes on after a kill,
-or from another's trunk, has one curve without gaps and doubles.
+metrics.jsonl is the record; a tracker follows that file and shows what it holds, so that a run that goes on after a
+kill, or from another's trunk, has one curve without gaps and doubles.
 """
 
 import importlib.util
@@ -67,21 +67,21 @@ class Wandb:
         self._run.finish()
 
 
-_SINKS = {"tensorboard": TensorBoard, "wandb": Wandb}
+_TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises ConfigError for a sink that does not exist or whose package is not installed."""
+    """Raises ConfigError for a tracker that does not exist or whose package is not installed."""
     for name in names:
         if name not in PACKAGES:
-            raise ConfigError("train.sinks", tuple(names), f"any of {', '.join(PACKAGES)}")
+            raise ConfigError("train.trackers", tuple(names), f"any of {', '.join(PACKAGES)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             allowed = f"none, or {name} after pip install -e '.[{name}]'"
-            raise ConfigError("train.sinks", tuple(names), allowed)
+            raise ConfigError("train.trackers", tuple(names), allowed)
 
 
 class Followers:
-    """The sinks of the runs under way, by the run's metrics.jsonl."""
+    """The trackers of the runs under way, by the run's metrics.jsonl."""
 
     def __init__(self, names: Sequence[str]):
         self._names = tuple(names)
@@ -91,20 +91,20 @@ class Followers:
         """Passes on what is new in a run's metrics.jsonl; of a run not seen before, all of it."""
         if not self._names:
             return
-        sinks, offset = self._open.get(path) or (tuple(_SINKS[name](path.parent) for name in self._names), 0)
+        trackers, offset = self._open.get(path) or (tuple(_TRACKERS[name](path.parent) for name in self._names), 0)
         with open(path, "rb") as file:
             file.seek(offset)
             for line in file:
                 step, values = scalars(json.loads(line))
-                for sink in sinks:
-                    sink.write(step, values)
-            self._open[path] = sinks, file.tell()
+                for tracker in trackers:
+                    tracker.write(step, values)
+            self._open[path] = trackers, file.tell()
 
     def end(self, path: Path) -> None:
-        """Closes the sinks of a run."""
-        sinks, _ = self._open.pop(path, ((), 0))
-        for sink in sinks:
-            sink.close()
+        """Closes the trackers of a run."""
+        trackers, _ = self._open.pop(path, ((), 0))
+        for tracker in trackers:
+            tracker.close()
 
     def close(self) -> None:
         """Closes all of them."""
