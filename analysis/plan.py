@@ -5,8 +5,6 @@ what serving takes in memory, when to stop training on more data, what other law
 outside the data of the fit.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 
@@ -77,8 +75,8 @@ def _number_of(flag: flags.FlagHolder) -> float | None:
 def _bits(flag: flags.FlagHolder) -> float | None:
     try:
         return None if flag.value is None else bits_of_format(flag.value)
-    except CostError as err:
-        raise CostError(f"--{flag.name}={flag.value}: {err}") from None
+    except CostError as error:
+        raise CostError(f"--{flag.name}={flag.value}: {error}") from None
 
 
 def _serving_of_flags() -> memory.Serving:

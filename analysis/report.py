@@ -4,8 +4,6 @@ Fits the laws (fit_LAW.json), compares them on held-out rows (compare.csv), draw
 puts the paper's findings to the table (findings.json) and writes one self-contained index.html.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shlex

@@ -1,7 +1,5 @@
 """How numbers are said, alike in the plan, the figures and the report."""
 
-from __future__ import annotations
-
 
 def count_label(value: float) -> str:
     """A count as people say it: 30M, 1.5B, 820k."""

@@ -222,8 +222,11 @@ def test_rows_of_other_schedules_and_of_ptq_beyond_the_weights_stay_out_of_fits(
 
 
 def test_only_one_method_of_ptq_is_fitted_and_the_other_is_counted():
-    rows = [row("a", 1e8, 1e10, method=""), row("a", 1e8, 1e10, post=3, method="rtn"),
-            row("a", 1e8, 1e10, post=3, method="gptq")]  # fmt: skip
+    rows = [
+        row("a", 1e8, 1e10, method=""),
+        row("a", 1e8, 1e10, post=3, method="rtn"),
+        row("a", 1e8, 1e10, post=3, method="gptq"),
+    ]
     main, method = main_rows(table_of(rows))
     assert method == "gptq" and len(main) == 2
     assert main.left_out == {"PTQ by another method than gptq": 1}

@@ -143,9 +143,16 @@ def test_compute_optimal_sizes_match_a_scalar_minimizer(capacity, p, exponents):
     params = {**PAPER, "alpha": exponents[0], "beta": exponents[1]}
     flops, cost = 1e21, p / 16
     law = lambda log_n: float(
-        laws.predict("precision", {k: v for k, v in params.items() if k in laws.published("precision")},
-                     N=np.exp(log_n), D=flops / (6 * cost * np.exp(log_n)), P_w=p, P_a=p, P_kv=p)
-    )  # fmt: skip
+        laws.predict(
+            "precision",
+            {k: v for k, v in params.items() if k in laws.published("precision")},
+            N=np.exp(log_n),
+            D=flops / (6 * cost * np.exp(log_n)),
+            P_w=p,
+            P_a=p,
+            P_kv=p,
+        )
+    )
     found = math.exp(optimize.minimize_scalar(law, bounds=(10, 40), method="bounded", options={"xatol": 1e-10}).x)
     n, d = closed_forms.compute_optimal(params, flops, cost, float(capacity(p)))
     assert n == pytest.approx(found, rel=1e-5)
@@ -173,11 +180,21 @@ def test_fixed_size_precision_matches_the_search(ground, capacity, n):
     assert minimize(ground, Budget(flops=1e21, n=n, p_range=(2.0, 60.0))).p == pytest.approx(closed, abs=1e-4)
 
 
-@pytest.mark.parametrize("case", [
-    {}, {"p": 16.0}, {"n": 1e9}, {"d": 1e11}, {"serve_bits": 4.0}, {"serve_bits": 3.0, "n": 3e8},
-    {"inference_tokens": 1e12}, {"memory_bytes": 5e8}, {"memory_bytes": 5e8, "serve_bits": 4.0},
-    {"serve_bits": 6.0, "inference_tokens": 1e12},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"p": 16.0},
+        {"n": 1e9},
+        {"d": 1e11},
+        {"serve_bits": 4.0},
+        {"serve_bits": 3.0, "n": 3e8},
+        {"inference_tokens": 1e12},
+        {"memory_bytes": 5e8},
+        {"memory_bytes": 5e8, "serve_bits": 4.0},
+        {"serve_bits": 6.0, "inference_tokens": 1e12},
+    ],
+)
 def test_no_random_plan_within_the_budget_beats_the_search(ground, case):
     budget = Budget(flops=1e21, **case)
     best = minimize(ground, budget)
@@ -306,11 +323,15 @@ def test_intervals_come_from_the_samples_of_the_fit(fits):
     assert found.intervals["P_ci"] == pytest.approx((7.002, 7.002), abs=2e-3)  # E moves no optimum
 
 
-@pytest.mark.parametrize(("budget", "why"), [
-    (Budget(), "--params and --tokens"), (Budget(n=1e9), "--params and --tokens"),
-    (Budget(flops=1e8, n=1e9), "no model meets --flops=1e[+]08"),
-    (Budget(flops=1e21, n=1e9, memory_bytes=1e6), "--memory=1MB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        (Budget(), "--params and --tokens"),
+        (Budget(n=1e9), "--params and --tokens"),
+        (Budget(flops=1e8, n=1e9), "no model meets --flops=1e[+]08"),
+        (Budget(flops=1e21, n=1e9, memory_bytes=1e6), "--memory=1MB"),
+    ],
+)
 def test_impossible_budgets_are_refused(ground, budget, why):
     with pytest.raises(BudgetError, match=why):
         minimize(ground, budget)
@@ -331,15 +352,22 @@ def test_command_prints_the_plan_and_writes_it(tmp_path):
     assert json.loads(out.read_text())["P"] == pytest.approx(7.0, abs=0.01)
 
 
-@pytest.mark.parametrize("options", [
-    ("--flops=1e21",), ("--fit=missing.json", "--flops=1e21"), ("--fit=paper", "--flops=-1"),
-    ("--fit=paper", "--flops=1e21", "--parts=q"), ("--fit=paper", "--flops=1e21", "--columns=group_size"),
-    ("--fit=paper", "--flops=1e21", "--memory=0"),
-    ("--fit=paper", "--flops=1e21", "--serve-bits=0"),
-    ("--fit=paper", "--flop=1e21"),
-    ("--fit=paper", "--flops=many"),
-    ("--fit=paper", "--flops=1e21", "--precision=q8"), ("--fit=paper", "--flops=1e21", "stray"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--flops=1e21",),
+        ("--fit=missing.json", "--flops=1e21"),
+        ("--fit=paper", "--flops=-1"),
+        ("--fit=paper", "--flops=1e21", "--parts=q"),
+        ("--fit=paper", "--flops=1e21", "--columns=group_size"),
+        ("--fit=paper", "--flops=1e21", "--memory=0"),
+        ("--fit=paper", "--flops=1e21", "--serve-bits=0"),
+        ("--fit=paper", "--flop=1e21"),
+        ("--fit=paper", "--flops=many"),
+        ("--fit=paper", "--flops=1e21", "--precision=q8"),
+        ("--fit=paper", "--flops=1e21", "stray"),
+    ],
+)
 def test_command_refuses_bad_input_in_one_line(options, capsys):
     saved = FLAGS.flag_values_dict()
     assert command.run("", FLAGS, main, ["plan", *options]) == 2

@@ -121,17 +121,29 @@ def test_measured_speeds_hold_for_the_formats_of_their_kind():
     cost = CostModel.parse("bf16:1,fp8:1.6,mxfp4:3,5:2")
     has = lambda name: cost.has(formats.parse(name))
     assert [name for name in ("e4m3fn", "e5m2", "int8", "mxfp4", "nvfp4", "int5", "e2m2", "bf16") if has(name)] == [
-        "e4m3fn", "e5m2", "mxfp4", "int5", "e2m2", "bf16",
-    ]  # fmt: skip
+        "e4m3fn",
+        "e5m2",
+        "mxfp4",
+        "int5",
+        "e2m2",
+        "bf16",
+    ]
     found = plan([of("noise", NOISE)], Budget(flops=1e12, cost=cost))
     assert {row["format"] for row in found.formats} >= {"e4m3fn", "e5m2", "bf16"}
     assert row_of(found, "e5m2")["loss"] > row_of(found, "e4m3fn")["loss"]
 
 
-@pytest.mark.parametrize(("name", "bits", "fmt"), [
-    ("nvfp4", 4.5, "nvfp4"), ("mxfp8", 8.25, "mxfp8"), ("FP8", 8, "e4m3fn"), ("fp4", 4, "e2m1"), ("7", 7, None),
-    ("fp12", 12, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "bits", "fmt"),
+    [
+        ("nvfp4", 4.5, "nvfp4"),
+        ("mxfp8", 8.25, "mxfp8"),
+        ("FP8", 8, "e4m3fn"),
+        ("fp4", 4, "e2m1"),
+        ("7", 7, None),
+        ("fp12", 12, None),
+    ],
+)
 def test_names_of_formats(name, bits, fmt):
     assert bits_of_format(name) == bits
     found = named_format(name)
@@ -183,10 +195,16 @@ def test_the_standard_shape_is_near_those_of_named_sizes(name):
     assert width == pytest.approx(100 * depth)
 
 
-@pytest.mark.parametrize("serving", [
-    Serving(), Serving(context=4096, batch=4), Serving(context=2048, vocabulary=50000, group_size=64),
-    Serving(context=1e5, layout=Layout(32, 8, 128), kv_bits=4.0), Serving(context=512, cache_trained_low=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "serving",
+    [
+        Serving(),
+        Serving(context=4096, batch=4),
+        Serving(context=2048, vocabulary=50000, group_size=64),
+        Serving(context=1e5, layout=Layout(32, 8, 128), kv_bits=4.0),
+        Serving(context=512, cache_trained_low=True),
+    ],
+)
 def test_the_largest_model_fills_the_memory(serving):
     bits = np.array([3.0, 4.0, 8.0, 16.0])
     n = serving.most_parameters(24e9, bits, bits)
@@ -228,9 +246,17 @@ def test_formats_that_do_not_fit_are_named(noise_fits):
     assert any("there is no plan in" in warning and "int8" in warning for warning in found.warnings)
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("24GiB", 24 * 2**30), ("80 GB", 80e9), ("1.5MB", 1.5e6), ("512KiB", 2**19), ("2e3B", 2e3), ("1TiB", 2**40),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("80 GB", 80e9),
+        ("1.5MB", 1.5e6),
+        ("512KiB", 2**19),
+        ("2e3B", 2e3),
+        ("1TiB", 2**40),
+    ],
+)
 def test_sizes_of_memory(text, value):
     assert parse_bytes(text) == value
 

@@ -19,8 +19,18 @@ from analysis.reporting import report
 from analysis.reporting.verdicts import finding
 from analysis.table import from_columns
 
-TRUTH = {**paper.PUBLISHED, "A": 7.2, "alpha": 0.2, "B": 48.0, "beta": 0.3, "E": 0.9, "C_T": 0.25,
-         "C_w": 0.5, "C_a": 0.5, "C_kv": 0.5}  # fmt: skip
+TRUTH = {
+    **paper.PUBLISHED,
+    "A": 7.2,
+    "alpha": 0.2,
+    "B": 48.0,
+    "beta": 0.3,
+    "E": 0.9,
+    "C_T": 0.25,
+    "C_w": 0.5,
+    "C_a": 0.5,
+    "C_kv": 0.5,
+}
 QUEST = Path(__file__).parents[2] / "shared" / "data" / "quest_runs.csv"
 
 
@@ -94,8 +104,10 @@ def written(tmp_path_factory):
     runs = write_csv(folder / "runs.csv", [*small_rows(), {**small_rows()[0], "run": "lost", "loss": "nan"}])
     done = subprocess.run(
         [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=60"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout
 
@@ -175,10 +187,16 @@ def test_a_table_of_sizes_and_tokens_alone_is_reported(tmp_path):
 TRUTH_CHINCHILLA = {"A": 400.0, "alpha": 0.34, "B": 410.0, "beta": 0.28, "E": 1.69}
 
 
-@pytest.mark.parametrize("options", [
-    (), ("--runs=missing.csv", "--out=x"), ("--runs=missing.csv", "--out=x", "--laws=nope"),
-    ("--runs=missing.csv", "--out=x", "--bootstrap=-1"), ("--runs=missing.csv", "--out=x", "--where=method"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--runs=missing.csv", "--out=x"),
+        ("--runs=missing.csv", "--out=x", "--laws=nope"),
+        ("--runs=missing.csv", "--out=x", "--bootstrap=-1"),
+        ("--runs=missing.csv", "--out=x", "--where=method"),
+    ],
+)
 def test_command_refuses_bad_input_in_one_line(options, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = analysis_report.FLAGS.flag_values_dict()

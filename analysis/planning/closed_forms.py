@@ -5,8 +5,6 @@ other. Symbols as in Scaling Laws for Precision (arXiv 2411.04330); `params` are
 samples included.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 
@@ -43,8 +41,10 @@ def best_precision(capacity: Callable, relative_cost: Callable, grid: np.ndarray
         return float(grid[at])
     found = optimize.minimize_scalar(
         lambda p: -float(capacity(np.float64(p)) / relative_cost(np.float64(p))),
-        bounds=(grid[at - 1], grid[at + 1]), method="bounded", options={"xatol": 1e-9},
-    )  # fmt: skip
+        bounds=(grid[at - 1], grid[at + 1]),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
     return float(found.x)
 
 

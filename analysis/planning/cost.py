@@ -4,8 +4,6 @@ speeds.
 `analysis.plan` minimizes a law under these costs; the figures draw them as budgets.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -64,7 +62,7 @@ class CostModel:
     speeds: tuple[tuple[str, float], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> CostModel:
+    def parse(cls, text: str) -> "CostModel":
         """`"bf16:1,fp8:1.6"` to a cost model; an empty text is the linear one. Raises CostError."""
         if not text.strip():
             return cls()
@@ -81,8 +79,8 @@ class CostModel:
                 )
             try:
                 bits = bits_of_format(name)
-            except CostError as err:
-                raise CostError(f"--speeds={text}: {err}") from None
+            except CostError as error:
+                raise CostError(f"--speeds={text}: {error}") from None
             if bits in seen:
                 raise CostError(
                     f"--speeds={text}: {name.strip()!r} and {seen[bits]!r} both have {bits:g} bits; laws tell formats "

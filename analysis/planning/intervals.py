@@ -1,7 +1,5 @@
 """Intervals of a plan from the bootstrap samples of its fits."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

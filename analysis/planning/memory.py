@@ -3,8 +3,6 @@
 Weights alone mislead: with long contexts and large batches the cache is the larger part (Kim et al., arXiv 2510.10964).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 
@@ -34,7 +32,7 @@ class Layout:
     head_width: int
 
     @classmethod
-    def parse(cls, text: str) -> Layout:
+    def parse(cls, text: str) -> "Layout":
         """`"32x8x128"`, layers x heads of keys x width of a head."""
         found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
         if not found or 0 in (numbers := [int(number) for number in found.groups()]):

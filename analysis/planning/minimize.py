@@ -5,19 +5,14 @@ A `Surface` (surface.py) is the loss as one or two fits say; a `Budget` says wha
 `minimize` gives the point.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.planning.cost import CostModel
 from analysis.planning.memory import Serving, bytes_label
+from analysis.planning.surface import Surface
 from precision_scaling.errors import UserError
-
-if TYPE_CHECKING:
-    from analysis.planning.surface import Surface
 
 LINEAR_COST, WEIGHTS_ALONE = CostModel(), Serving()
 SMALLEST_N = 1e3  # parameters; below anything a law was fitted on, so that the bound never shapes a plan
@@ -203,10 +198,17 @@ def _losses(surface: Surface, budget: Budget, size_share, p, token_share):
 
 
 def _why_impossible(budget: Budget) -> str:
-    parts = [f"--{name}={value:g}" for name, value in (
-        ("flops", budget.flops), ("params", budget.n), ("tokens", budget.d), ("precision", budget.p),
-        ("inference-tokens", budget.inference_tokens or None),
-    ) if value is not None]  # fmt: skip
+    parts = [
+        f"--{name}={value:g}"
+        for name, value in (
+            ("flops", budget.flops),
+            ("params", budget.n),
+            ("tokens", budget.d),
+            ("precision", budget.p),
+            ("inference-tokens", budget.inference_tokens or None),
+        )
+        if value is not None
+    ]
     if budget.memory_bytes is not None:
         parts.append(f"--memory={bytes_label(budget.memory_bytes).replace(' ', '')}")
     return f"no model meets {' '.join(parts)}: raise the budget or free one of them"

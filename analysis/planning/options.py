@@ -2,8 +2,6 @@
 and D under the same budget.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -111,19 +109,28 @@ def row(option: Option, best: Option, ci: dict) -> dict:
     point, surface, budget = option.point, option.surface, option.budget
     outside = [reach.name for reach in reaches(surface, point, point.flops, budget.serve_bits) if reach.outside]
     found = {
-        "P": point.p, "N": round(point.n), "D": round(point.d), "loss": point.loss, "delta": point.delta,
-        "flops": point.flops, "extra_loss": point.loss - best.point.loss,
-        "N_factor": _make_up_factor(surface, best.point, point.p), "outside": outside,
-        "memory_bytes": option.memory, "fills_memory": option.fills_memory, **ci,
-    }  # fmt: skip
+        "P": point.p,
+        "N": round(point.n),
+        "D": round(point.d),
+        "loss": point.loss,
+        "delta": point.delta,
+        "flops": point.flops,
+        "extra_loss": point.loss - best.point.loss,
+        "N_factor": _make_up_factor(surface, best.point, point.p),
+        "outside": outside,
+        "memory_bytes": option.memory,
+        "fills_memory": option.fills_memory,
+        **ci,
+    }
     share = surface.share(point.p, point.n, point.d)
     if share is not None:
         found["capacity"] = float(share)
     if option.fmt is not None:
         found |= {
-            "format": option.fmt.name, "served": "as trained" if budget.serve_bits is None else budget.serve_bits,
+            "format": option.fmt.name,
+            "served": "as trained" if budget.serve_bits is None else budget.serve_bits,
             "seen": was_seen(surface.fit, surface.parts, option.fmt),
-        }  # fmt: skip
+        }
     elif name := budget.cost.format_name(point.p):
         found["format"] = name
     return found

@@ -1,7 +1,5 @@
 """A plan: the best N, D and P under a budget by one or two fits, with alternatives and warnings."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -60,16 +58,28 @@ class Plan:
     def to_json(self) -> str:
         best, turning = self.best, self.critical_tokens
         raw = {
-            "N": round(best.n), "D": round(best.d), "P": best.p, "loss": best.loss, "loss_ci": self.loss_ci,
-            "flops": best.flops, "alternatives": self.alternatives,
-            "delta": best.delta, "tokens_per_parameter": best.d / best.n, "serve_bits": self.budget.serve_bits,
-            "D_crit": None if turning is None or math.isinf(turning) else turning, **self.intervals,
-            "format": self.chosen.fmt and self.chosen.fmt.name, "formats": self.formats,
-            "memory": served.memory(self.chosen), "serving": [served.row(option) for option in self.serving],
+            "N": round(best.n),
+            "D": round(best.d),
+            "P": best.p,
+            "loss": best.loss,
+            "loss_ci": self.loss_ci,
+            "flops": best.flops,
+            "alternatives": self.alternatives,
+            "delta": best.delta,
+            "tokens_per_parameter": best.d / best.n,
+            "serve_bits": self.budget.serve_bits,
+            "D_crit": None if turning is None or math.isinf(turning) else turning,
+            **self.intervals,
+            "format": self.chosen.fmt and self.chosen.fmt.name,
+            "formats": self.formats,
+            "memory": served.memory(self.chosen),
+            "serving": [served.row(option) for option in self.serving],
             "model_spread": spread.record(self.chosen, self.opinions),
             "extrapolation": {reach.name: reach.record() for reach in self.reaches},
-            "parts": list(self.parts), "laws": list(self.laws), "warnings": self.warnings,
-        }  # fmt: skip
+            "parts": list(self.parts),
+            "laws": list(self.laws),
+            "warnings": self.warnings,
+        }
         return json.dumps(raw, indent=1, allow_nan=False) + "\n"
 
 
@@ -98,10 +108,18 @@ def plan(
     opinions = spread.opinions(chosen, others, budget)
     far = reaches(surface, best, best.flops, bits)
     found = Plan(
-        chosen, budget, spans.loss, spans.optimum, rows[: len(rows) - len(near)], rows[len(rows) - len(near) :],
-        served.by_bits(surface, budget) if None not in (budget.memory_bytes, budget.flops) else [], opinions,
-        turning_point(chosen.surface, best.n, best.p, bits) if bits is not None else None, far, [],
-    )  # fmt: skip
+        chosen,
+        budget,
+        spans.loss,
+        spans.optimum,
+        rows[: len(rows) - len(near)],
+        rows[len(rows) - len(near) :],
+        served.by_bits(surface, budget) if None not in (budget.memory_bytes, budget.flops) else [],
+        opinions,
+        turning_point(chosen.surface, best.n, best.p, bits) if bits is not None else None,
+        far,
+        [],
+    )
     without = [one.name for one in listed if one.name not in {option.fmt.name for option in near}]
     uninformed = surfaces.uninformed_parts(surface.fit) if parts is None else ()
     words = warnings(chosen, budget, far, uninformed, spans.loss is not None)

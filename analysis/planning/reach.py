@@ -1,7 +1,5 @@
 """How far a plan lies from the rows that its fits were made from."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from analysis.fitting.fit import Fit

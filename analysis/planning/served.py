@@ -1,7 +1,5 @@
 """Bits to serve in under a memory: fewer bits hold more parameters, and lose more to PTQ."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -36,12 +34,19 @@ def memory(option: Option) -> dict[str, Any]:
     width, depth = map(float, serving.shape(point.n))
     weights = float(serving.weights(point.n, option.bits))
     found = {
-        "weights_bytes": weights, "weight_bits": option.bits, "stored_bits": weights * 8 / point.n,
-        "kv_cache_bytes": float(serving.cache(point.n, point.p)), "kv_bits": float(serving.cache_bits(point.p)),
-        "embedding_bytes": float(serving.embeddings(point.n)), "total_bytes": option.memory,
-        "context": serving.context, "batch": serving.batch, "width": width, "depth": depth,
+        "weights_bytes": weights,
+        "weight_bits": option.bits,
+        "stored_bits": weights * 8 / point.n,
+        "kv_cache_bytes": float(serving.cache(point.n, point.p)),
+        "kv_bits": float(serving.cache_bits(point.p)),
+        "embedding_bytes": float(serving.embeddings(point.n)),
+        "total_bytes": option.memory,
+        "context": serving.context,
+        "batch": serving.batch,
+        "width": width,
+        "depth": depth,
         "layout": None if serving.layout is None else dataclasses.asdict(serving.layout),
-    }  # fmt: skip
+    }
     if budget.memory_bytes is not None:
         found |= {"limit_bytes": budget.memory_bytes, "fits": bool(budget.fits_memory(point.n, point.p))}
     return found
@@ -51,6 +56,12 @@ def row(option: Option) -> dict[str, Any]:
     """A line of the table of bits to serve in."""
     point = option.point
     return {
-        "serve_bits": option.budget.serve_bits, "N": round(point.n), "D": round(point.d), "P": point.p,
-        "loss": point.loss, "delta": point.delta, "flops": point.flops, **memory(option),
-    }  # fmt: skip
+        "serve_bits": option.budget.serve_bits,
+        "N": round(point.n),
+        "D": round(point.d),
+        "P": point.p,
+        "loss": point.loss,
+        "delta": point.delta,
+        "flops": point.flops,
+        **memory(option),
+    }

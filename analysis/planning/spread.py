@@ -2,8 +2,6 @@
 another question, and often the larger one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +31,13 @@ class Opinion:
         own = self.own
         best = {} if own is None else {"N": round(own.n), "D": round(own.d), "P": own.p, "loss": own.loss}
         return {
-            "law": self.law, "parts": list(self.parts), "loss": self.loss, "loss_ci": self.loss_ci,
-            "own_plan": best or None, **({"why": self.why} if self.why else {}),
-        }  # fmt: skip
+            "law": self.law,
+            "parts": list(self.parts),
+            "loss": self.loss,
+            "loss_ci": self.loss_ci,
+            "own_plan": best or None,
+            **({"why": self.why} if self.why else {}),
+        }
 
 
 def opinions(plan: Option, others: Sequence[Surface], budget: Budget) -> list[Opinion]:
@@ -56,8 +58,8 @@ def _opinion(plan: Option, surface: Surface, budget: Budget) -> Opinion:
         return silent("no law of δ goes with it")
     try:
         known = known_precisions(surface.fit, surface.parts)
-    except SurfaceError as err:
-        return silent(str(err))
+    except SurfaceError as error:
+        return silent(str(error))
     own = _own_plan(surface, dataclasses.replace(budget, p_choices=known or ()))
     speaks = known is None or surface.of_format or min(at.p, HIGH_PRECISION_BITS) in known
     loss = float(surface.served(at.n, at.d, at.p, bits)) if speaks else np.nan

@@ -5,8 +5,6 @@ A fit of L alone (`chinchilla`, `precision`, ...) becomes a loss as trained; wit
 of both (`unified`) it becomes a loss as served.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -219,10 +217,10 @@ class Surface:
         return self.law.share(self._values, self._complete(N=n, D=d, **_precisions(p, self.parts)), np)
 
     @functools.cached_property
-    def _in_16_bits(self) -> Surface:
+    def _in_16_bits(self) -> "Surface":
         return dataclasses.replace(self, parts=(), of_format={})
 
-    def in_formats(self, named: Sequence[Format]) -> Surface:
+    def in_formats(self, named: Sequence[Format]) -> "Surface":
         """The surface of models whose parts are trained in these formats, one for each entry of the arguments.
 
         Laws that read a relative step or an error take that of the format (weights scaled by channel, activations and
@@ -236,7 +234,7 @@ class Surface:
         found = {name: derived.column(name, columns) for name in names if name not in self.columns}
         return dataclasses.replace(self, of_format=found)
 
-    def in_format(self, fmt: Format) -> Surface:
+    def in_format(self, fmt: Format) -> "Surface":
         """The surface of models trained in one format, for arguments of any shape."""
         many = self.in_formats([fmt])
         return dataclasses.replace(many, of_format={name: values[0] for name, values in many.of_format.items()})
@@ -250,7 +248,7 @@ class Surface:
         """Number of bootstrap samples that all constants have; `of_delta`: those of the law of δ, too."""
         return min(draws(fit) for fit in (self.fits if of_delta else self.fits[:1]))
 
-    def draw(self, index: int) -> Surface:
+    def draw(self, index: int) -> "Surface":
         """The surface at one bootstrap sample of the constants."""
         drawn = {fit.law: fit if draws(fit) <= index else draw(fit, index) for fit in self.fits}
         delta = None if self.delta_fit is None else drawn[self.delta_fit.law]
@@ -269,7 +267,7 @@ def _check_columns(given: Sequence[Fit], columns: Mapping[str, float]) -> None:
             )
 
 
-def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[str, float] | None = None) -> Surface:
+def build(given: Sequence[Fit], parts: Sequence[str] = PARTS, columns: Mapping[str, float] | None = None) -> "Surface":
     """The surface of the first fit of a loss among these, with `parts` trained at P bits."""
     return dataclasses.replace(pairs(given, columns)[0], parts=tuple(parts))
 

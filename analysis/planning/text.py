@@ -73,9 +73,11 @@ def _memory(plan: Plan) -> str:
         held += f", KV cache {bytes_label(found['kv_cache_bytes'])} ({load}, {shape})"
     if serving.vocabulary:
         held += f", embeddings {bytes_label(found['embedding_bytes'])}"
-    missing = [f"{what} (--{flag})" for what, flag, given in (
-        ("KV cache", "context", serving.context), ("embeddings", "vocab", serving.vocabulary)
-    ) if not given]  # fmt: skip
+    missing = [
+        f"{what} (--{flag})"
+        for what, flag, given in (("KV cache", "context", serving.context), ("embeddings", "vocab", serving.vocabulary))
+        if not given
+    ]
     limit = plan.budget.memory_bytes
     held += f", of {bytes_label(limit)}" if limit else ""
     return held + (f"; without {', '.join(missing)}" if missing else "")
@@ -98,11 +100,16 @@ def _format_row(row: dict) -> tuple[str, ...]:
     extra = f"{row['extra_loss']:+.4f}{_beside(row.get('extra_loss_ci'), '{:+.4f}'.format)}"
     notes = ["fills the memory"] * row["fills_memory"] + ["not in the fit's table"] * (row["seen"] is False)
     return (
-        row["format"], f"{row['P']:.4g}{mark('P')}", f"{count_label(row['N'])}{mark('N')}",
-        f"{count_label(row['D'])}{mark('D')}", f"{row['loss']:.4f}", extra,
-        "-" if row["N_factor"] is None else f"x {row['N_factor']:.2f}", bytes_label(row["memory_bytes"]),
+        row["format"],
+        f"{row['P']:.4g}{mark('P')}",
+        f"{count_label(row['N'])}{mark('N')}",
+        f"{count_label(row['D'])}{mark('D')}",
+        f"{row['loss']:.4f}",
+        extra,
+        "-" if row["N_factor"] is None else f"x {row['N_factor']:.2f}",
+        bytes_label(row["memory_bytes"]),
         ", ".join(notes),
-    )  # fmt: skip
+    )
 
 
 def _serving(plan: Plan) -> list[str]:
@@ -112,11 +119,19 @@ def _serving(plan: Plan) -> list[str]:
     rows = [("served in", "trained in", "N", "D", "loss", "of it δ", "weights", "KV cache", "")]
     for option in plan.serving:
         point, found, bits = option.point, served.memory(option), option.budget.serve_bits
-        rows.append((
-            "as trained" if bits is None else f"{bits:g} bits", f"{point.p:.2f}", count_label(point.n),
-            count_label(point.d), f"{point.loss:.4f}", f"{point.delta:.4f}", bytes_label(found["weights_bytes"]),
-            bytes_label(found["kv_cache_bytes"]), "best" if option is best else "",
-        ))  # fmt: skip
+        rows.append(
+            (
+                "as trained" if bits is None else f"{bits:g} bits",
+                f"{point.p:.2f}",
+                count_label(point.n),
+                count_label(point.d),
+                f"{point.loss:.4f}",
+                f"{point.delta:.4f}",
+                bytes_label(found["weights_bytes"]),
+                bytes_label(found["kv_cache_bytes"]),
+                "best" if option is best else "",
+            )
+        )
     free = ", P free" if plan.budget.p is None else ""
     return [f"Bits to serve in within {bytes_label(plan.budget.memory_bytes)}{free}:", *_table(rows)]
 
@@ -129,12 +144,15 @@ def _spread(plan: Plan) -> list[str]:
     for opinion in plan.opinions:
         own = opinion.own
         fewer = "" if opinion.parts == plan.parts else f"of {named(opinion.parts)} alone"
-        rows.append((
-            opinion.law, "-" if opinion.loss is None else f"{opinion.loss:.4f}",
-            interval_text(opinion.loss_ci, "{:.4f}".format),
-            *(("-",) * 3 if own is None else (f"{own.p:.2f}", count_label(own.n), count_label(own.d))),
-            opinion.why or fewer,
-        ))  # fmt: skip
+        rows.append(
+            (
+                opinion.law,
+                "-" if opinion.loss is None else f"{opinion.loss:.4f}",
+                interval_text(opinion.loss_ci, "{:.4f}".format),
+                *(("-",) * 3 if own is None else (f"{own.p:.2f}", count_label(own.n), count_label(own.d))),
+                opinion.why or fewer,
+            )
+        )
     return [f"Model spread: the laws given say {low:.4f} to {high:.4f} for this plan", *_table(rows)]
 
 

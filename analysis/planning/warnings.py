@@ -1,7 +1,5 @@
 """What a reader must hear before believing a plan: data left behind, constants not identified, bounds reached."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from analysis import laws

@@ -1,7 +1,5 @@
 """The table and the fits that figures, findings and report all draw on, with the cuts of the table they share."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property

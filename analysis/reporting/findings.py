@@ -2,8 +2,6 @@
 analysis/verdicts.
 """
 
-from __future__ import annotations
-
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts.best_precision import optimal_precision
 from analysis.reporting.verdicts.few_bits import few_bits_cost_parameters

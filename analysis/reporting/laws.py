@@ -1,7 +1,5 @@
 """The laws of a report: which are fitted and which compared, side by side in processes of their own."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -68,8 +66,8 @@ def _fit(name: str, table: Table, bootstrap: int, seed: int) -> Fit | str:
     try:
         # a constant has one interval: of the bootstrap where there is one, else of its profile
         return fit_lib.fit(name, table, bootstrap_resamples=bootstrap, profile=not bootstrap, seed=seed)
-    except (FitError, LawError) as err:
-        return str(err)
+    except (FitError, LawError) as error:
+        return str(error)
 
 
 def _compare(table: Table, names: Sequence[str], seed: int) -> Comparison | None:

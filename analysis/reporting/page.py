@@ -1,7 +1,5 @@
 """The report as one HTML file that needs nothing beside it: figures inline, style inline, no script, made to print."""
 
-from __future__ import annotations
-
 import base64
 import html
 import math

@@ -1,7 +1,5 @@
 """Writes the report of a table: fits, comparison, figures, findings and one self-contained page."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import importlib.metadata
@@ -81,8 +79,8 @@ def write(
     }
     try:
         _write_files(report, provenance)
-    except OSError as err:
-        raise ReportError(f"--out={out} cannot be written: {err.strerror or err}") from None
+    except OSError as error:
+        raise ReportError(f"--out={out} cannot be written: {error.strerror or error}") from None
     return report
 
 

@@ -1,7 +1,5 @@
 """What every curve of a fit carries: the 95 % band of its bootstrap samples, and shade where it leaves the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figure of competing laws side by side: how well each predicts rows it never saw, and its information criteria."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure

@@ -2,8 +2,6 @@
 and the held-out errors of competing laws.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 

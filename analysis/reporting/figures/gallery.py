@@ -1,7 +1,5 @@
 """The list of figures in the order of the report, and the loop that draws each or says why it cannot."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,7 @@ from analysis.reporting.figures.style import Skipped, house_style, save
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A figure of the gallery: file name, title, what it shows in words (also its text for those who cannot see "
-    "it)."""
+    """A figure of the gallery: file name, title, and what it shows, in words: caption and alternative text."""
 
     name: str
     title: str
@@ -103,8 +100,7 @@ GALLERY = (
         "compute_optimal",
         "Compute-optimal size, tokens and precision",
         "What laws advise for a budget: N and D with precision free and held at 16 bits, and the best precision by "
-        "every "
-        "law that predicts held-out rows as well as the best, and by the paper's.",
+        "every law that predicts held-out rows as well as the best, and by the paper's.",
         planning.compute_optimal,
     ),
     Entry(
@@ -117,8 +113,7 @@ GALLERY = (
         "unified_map",
         "Loss over training and serving precision",
         "Predicted by the unified law at the largest model of the table. The dashed line is the best training "
-        "precision for "
-        "each serving precision, at equal N and D.",
+        "precision for each serving precision, at equal N and D.",
         planning.unified_map,
     ),
     Entry(
@@ -138,8 +133,7 @@ GALLERY = (
         "law_comparison",
         "Laws compared on rows they never saw",
         "Left: error of each law on rows held out of its fit, best law on top; a law without a mark cannot predict "
-        "those "
-        "rows. Right: information criteria above the lowest (k parameters).",
+        "those rows. Right: information criteria above the lowest (k parameters).",
         comparison.law_comparison,
     ),
     Entry(
@@ -159,8 +153,9 @@ GALLERY = (
 
 
 def draw_all(evidence: Evidence, directory: Path, gallery: tuple[Entry, ...] = GALLERY) -> list[Drawn]:
-    """Writes every figure that the table allows into `directory` (png and svg); the others come back with the "
-    "reason."""
+    """Writes every figure that the table allows into `directory` (png and svg); the others come back with the
+    reason.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     with house_style():

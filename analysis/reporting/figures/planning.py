@@ -2,8 +2,6 @@
 compute-optimal N, D and P, and the loss left after training and serving in any two precisions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 

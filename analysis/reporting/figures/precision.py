@@ -2,8 +2,6 @@
 and P.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -86,11 +84,16 @@ def loss_by_bits(evidence: Evidence) -> Figure:
     axes[0, 0].set_ylabel("validation loss (nats per token)")
     handles = [
         Line2D(
-            [], [], marker=marker(i), mec=INK, color=colors[key], ls=line(i) if fit else ":",
+            [],
+            [],
+            marker=marker(i),
+            mec=INK,
+            color=colors[key],
+            ls=line(i) if fit else ":",
             label=f"{count_label(key[0])}, {count_label(key[1])}",
         )
         for i, key in enumerate(every)
-    ]  # fmt: skip
+    ]
     figure.legend(handles=handles, title="N, D", loc="outside right center")
     lines = f"Lines are the fitted law {fit.law}." if fit else "No law of training precision was fitted."
     noise = evidence.loss_noise
@@ -177,8 +180,9 @@ def _widest_plane(evidence: Evidence) -> tuple[str, float, Table]:
 
 
 def iso_loss(evidence: Evidence) -> Figure:
-    """Iso-loss contours over N and training precision at one D: measured on the left, by the fitted law on the "
-    "right."""
+    """Iso-loss contours over N and training precision at one D: measured on the left, by the fitted law on the
+    right.
+    """
     part, d, table = _widest_plane(evidence)
     fit = evidence.fit_of("precision", "unified")
     if fit is None or not informs(fit, part):
@@ -222,8 +226,12 @@ def iso_loss(evidence: Evidence) -> Figure:
         log_axis(axis, "x", table["N"], counts=True)
         axis.set(xlabel="parameters N", xlim=(predicted_n[0], predicted_n[-1]), ylim=(predicted_p[0], SHOWN_BITS))
         axis.grid(False)
-        _iso_cost(axis, predicted_n, predicted_p, None if axis is left else lambda n, p: laws.predict(
-            fit.law, fit.values, N=n, D=d, **{part: p}))  # fmt: skip
+        _iso_cost(
+            axis,
+            predicted_n,
+            predicted_p,
+            None if axis is left else lambda n, p: laws.predict(fit.law, fit.values, N=n, D=d, **{part: p}),
+        )
     left.set_ylabel(f"{part}, training precision of {PARTS[part][0]} (bits)")
     bits_axis(left.yaxis, bits)
     figure.colorbar(shown if not full else filled, ax=axes, label="loss (nats per token)", format="%.2f")

@@ -2,8 +2,6 @@
 loses least, and what training in low precision changes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

@@ -2,8 +2,6 @@
 apart in grey print, axes in powers of ten, and files written as png and svg that do not change when nothing changed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from pathlib import Path
@@ -31,16 +29,38 @@ INK = "#222222"
 WIDTH = 7.2  # inches: a text column of the report and of a printed page
 
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5,
-    "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": "#666666", "xtick.color": "#444444", "ytick.color": "#444444",
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.7, "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "lines.linewidth": 1.3, "lines.markersize": 4.5, "lines.markeredgewidth": 0.6, "legend.frameon": False,
-    "legend.handlelength": 2.2, "figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 100,
-    "svg.fonttype": "path", "svg.hashsalt": "precision_scaling", "axes.titlelocation": "left",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "legend.fontsize": 7.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#666666",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "lines.markeredgewidth": 0.6,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.dpi": 100,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "precision_scaling",
+    "axes.titlelocation": "left",
     "mathtext.fontset": "dejavusans",
-}  # fmt: skip
+}
 
 
 class Skipped(Exception):

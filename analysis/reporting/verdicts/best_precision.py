@@ -4,8 +4,6 @@ A law in which P acts through a share f(P) of N alone has argmax f(P)/P at every
 So every law that predicts held-out rows as well as the best is asked, and runs of equal cost are compared without any.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

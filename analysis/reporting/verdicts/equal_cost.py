@@ -2,8 +2,6 @@
 and the size of the 16-bit model that is as good as one of few bits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """F3: does training below 4 bits need more than 4 times the parameters?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

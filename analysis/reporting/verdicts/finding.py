@@ -2,8 +2,6 @@
 the law whatever the data, and what the rows of the table show.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """F1: the loss that PTQ adds grows with training length, read off the rows of every PTQ method."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +16,7 @@ MOST = 0.9  # share of the series that counts as all but a few
 GROWS = "The loss that PTQ adds (δ) grows with training length D at fixed N."
 GROWS_FORM = (
     "δ = C_T D^γ_D / N^γ_N · exp(-P_post/γ_post) has one exponent of D for every N and P_post. Its sign is free, so "
-    "that "
-    "growth itself is not forced; that it is alike at all N and bits is."
+    "that growth itself is not forced; that it is alike at all N and bits is."
 )
 
 

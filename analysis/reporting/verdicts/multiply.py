@@ -6,8 +6,6 @@ that effects compound or overlap. kappa (fitting/multiplicativity.py) is the siz
 any law: shares of N that multiply cost at least the sum of what each costs alone, whatever alpha and f are.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -29,8 +27,7 @@ from analysis.wording import interval_text
 CLAIM = "The effects of weight, activation and KV precision multiply in N_eff: fits to single parts predict joint runs."
 FORM = (
     "N_eff = N f_w f_a f_kv lets no part know of another. It follows, whatever the constants, that parts lowered "
-    "together "
-    "cost at least the sum of what each costs alone."
+    "together cost at least the sum of what each costs alone."
 )
 PREDICTORS = ("precision", "noise")  # product of shares, and variances that add
 LEAST_JOINT_RUNS = 3
@@ -79,8 +76,8 @@ class Forecast:
         return (
             f"{self.law} puts {self.above} of {len(self.errors)} joint losses too high (sign test p = "
             f"{self.sign_p:.2g}), mean {100 * self.mean:+.2f} % [{low:+.2f}, {high:+.2f}] of {100 * self.rms:.2f} % "
-            f"rms (on its own runs "
-            f"{100 * self.rms_of_its_own:.2f} %; {self.starts_at_best:.0%} of starts at its best fit)"
+            f"rms (on its own runs {100 * self.rms_of_its_own:.2f} %; {self.starts_at_best:.0%} of starts at its best "
+            "fit)"
         )
 
 
@@ -111,8 +108,8 @@ def forecasts(losses: Table, seed: int = 0) -> dict[str, Forecast | str]:
     for law in PREDICTORS:
         try:
             made[law] = forecast(law, losses, seed)
-        except (FitError, LawError) as err:
-            made[law] = str(err)
+        except (FitError, LawError) as error:
+            made[law] = str(error)
     return made
 
 
@@ -195,8 +192,8 @@ def effects_multiply(evidence: Evidence) -> Finding:
     losses = evidence.losses
     try:
         require_marginals(losses)
-    except FitError as err:
-        return undecided("F2", CLAIM, FORM, f"{str(err)[0].upper()}{str(err)[1:]}.")
+    except FitError as error:
+        return undecided("F2", CLAIM, FORM, f"{str(error)[0].upper()}{str(error)[1:]}.")
     joint_runs = int(np.sum(is_joint(losses)))
     if joint_runs < LEAST_JOINT_RUNS:
         return undecided("F2", CLAIM, FORM, f"{joint_runs} joint runs are too few to tell, want {LEAST_JOINT_RUNS}.")
@@ -250,8 +247,7 @@ def _sum_words(sums: Sums) -> str:
     beyond = f" (noise: ±{limit:.2g}; beyond it one by one: {less} less, {more} more)" if sums.noise else ""
     return (
         f"Without a law: {sum(s.saved > 0 for s in sums.found)} of {len(sums.found)} joint settings whose parts were "
-        f"also "
-        f"lowered alone cost less than the sum of their parts, by {mean:+.3f} nats on average{beyond}."
+        f"also lowered alone cost less than the sum of their parts, by {mean:+.3f} nats on average{beyond}."
     )
 
 

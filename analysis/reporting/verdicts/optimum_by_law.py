@@ -1,7 +1,5 @@
 """The cost-optimal training precision by fitted laws: which laws to ask, and what each says at every budget."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

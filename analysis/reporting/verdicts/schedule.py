@@ -3,8 +3,6 @@
 Only matched runs answer: a decaying and a constant schedule at equal N, D, seed and bits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -116,10 +114,8 @@ class Shares:
     def words(self) -> str:
         return (
             f"{self.decaying} {self.decayed:.2f}, constant {self.constant:.2f} ({self.series} pairs of one N, seed "
-            f"and bits "
-            f"above the noise, of {self.units} N and seeds; decay has the larger exponent in {self.higher}; a "
-            f"constant rate "
-            f"keeps {self.share:.2f} {interval_text(self.share_ci, '{:.2f}'.format)}".rstrip()
+            f"and bits above the noise, of {self.units} N and seeds; decay has the larger exponent in {self.higher}; "
+            f"a constant rate keeps {self.share:.2f} {interval_text(self.share_ci, '{:.2f}'.format)}".rstrip()
             + " of the exponent)"
         )
 
@@ -194,8 +190,7 @@ def _ratio_words(found: Sequence[Matched], method: str) -> str:
         return ""
     return (
         f"At equal N, D, seed and bits δ under a constant rate is {np.min(ratios):.2f} to {np.max(ratios):.2f} times "
-        f"that "
-        f"under decay, below it in {int(np.sum(ratios < 1))} of {len(ratios)}."
+        f"that under decay, below it in {int(np.sum(ratios < 1))} of {len(ratios)}."
     )
 
 

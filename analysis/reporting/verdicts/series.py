@@ -1,7 +1,5 @@
 """Series along D: δ and the loss as served of one PTQ method, N and P_post, set against the noise between seeds."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

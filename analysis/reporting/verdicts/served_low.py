@@ -4,8 +4,6 @@ Row by row and PTQ method by PTQ method: a model whose weights were trained in P
 N and D, both served at P_post bits, below, at and above P_w.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -29,8 +27,7 @@ NOTHING_CLAIM = "Served at the bits their weights were trained in, or more, mode
 ONE_CLAIM = "One law (law 4) predicts the loss at any pair of training and serving precisions."
 ONE_FORM = (
     "Law 4 multiplies δ by Π_x [1 - exp(-C_x (P_x - P_post))], which is less than 1 for every model trained low, and "
-    "0 once "
-    "P_post reaches the bits of any part: that such models lose less, and nothing there, is forced."
+    "0 once P_post reaches the bits of any part: that such models lose less, and nothing there, is forced."
 )
 
 
@@ -150,8 +147,8 @@ def low_precision_loses_less(evidence: Evidence) -> Finding:
         verdicts.append(_less(loses))
         said.append(
             f"{method.upper() or 'PTQ'}: {loses[LESS]} of {len(mine)} rows with P_post below P_w have a smaller δ "
-            f"than the "
-            f"16-bit model of equal N, D and P_post beyond the noise, {loses[MORE]} a larger one, the rest within it."
+            f"than the 16-bit model of equal N, D and P_post beyond the noise, {loses[MORE]} a larger one, the rest "
+            "within it."
         )
     others = [p for p in every if p.side != BELOW]
     if others:
@@ -204,8 +201,7 @@ def _home_words(method: str, side: str, found: Sequence[Pair]) -> str:
     deltas = [p.delta for p in found]
     return (
         f"{method.upper() or 'PTQ'}, {side}: of {len(found)} rows δ is above 0 beyond the noise in {changes[MORE]} "
-        f"and below it "
-        f"in {changes[LESS]}, {min(deltas):+.2g} to {max(deltas):+.2g}, median {np.median(deltas):+.2g}."
+        f"and below it in {changes[LESS]}, {min(deltas):+.2g} to {max(deltas):+.2g}, median {np.median(deltas):+.2g}."
     )
 
 

@@ -4,8 +4,6 @@ D_crit is claimed only where measured losses turn: a least value inside the seri
 both larger than the noise between seeds. Anything else is what a fit says.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter
@@ -23,8 +21,7 @@ from analysis.wording import count_label
 WORSE = "Past some D_crit more data makes the quantized model worse."
 WORSE_FORM = (
     "Wherever γ_D > 0 the law has a D_crit at every N and P_post, because what is left to learn, B D^-β, vanishes "
-    "and δ "
-    "does not: that there is one is forced, where it lies is an extrapolation unless the measured losses turn."
+    "and δ does not: that there is one is forced, where it lies is an extrapolation unless the measured losses turn."
 )
 
 
@@ -39,9 +36,8 @@ def more_data_hurts(evidence: Evidence) -> Finding:
     main = series[0].method
     fit = _by_fit(evidence, [s for s in series if s.method == main])
     said = (
-        f"The loss as served is least at some D and higher, beyond the noise between seeds, at the most D in "
-        f"{len(worse)} "
-        f"of {len(series)} series ({_by_bits(worse)}); "
+        "The loss as served is least at some D and higher, beyond the noise between seeds, at the most D in "
+        f"{len(worse)} of {len(series)} series ({_by_bits(worse)}); "
         if worse
         else f"In none of {len(series)} series is the loss as served higher at the most D than at its least, beyond "
         f"the noise "
@@ -83,8 +79,7 @@ def _turn_words(series: Series) -> str:
     low, high = series.bounds()
     return (
         f"{series.method.upper() or 'PTQ'} {series.p_post:g} bits, N = {count_label(series.n)}: D/N "
-        f"{low / series.n:.3g} to "
-        f"{high / series.n:.3g}"
+        f"{low / series.n:.3g} to {high / series.n:.3g}"
     )
 
 
@@ -139,8 +134,8 @@ def _by_fit(evidence: Evidence, series: Sequence[Series]) -> ByFit:
         return ByFit("By the fits the quantized model never turns worse.", foretold, {"fit_D_crit": None})
     words = (
         f"By the fits alone D_crit at {at.p_post:g} bits and N = {count_label(at.n)} would be {turn / at.n:.3g} "
-        f"tokens per "
-        f"parameter; they miss the {at.p_post:g}-bit losses by {misses.min():.2g} to {misses.max():.2g} nats"
+        f"tokens per parameter; they miss the {at.p_post:g}-bit losses by {misses.min():.2g} to {misses.max():.2g} "
+        "nats"
     )
     words += f" and foretell a rise in {foretold} series where none was measured." if foretold else "."
     numbers = {"fit_D_crit_per_N": turn / at.n, "fit_misses": [float(misses.min()), float(misses.max())]}
