@@ -121,7 +121,7 @@ def power(sizes_: tuple[int, ...], values) -> float:
 
 def check(loader: Loader):
     """The coordinate check: {(axis, scaled): (2, sizes, T + 1, 4)}, printed as powers."""
-    tokens_TxBxS1 = jnp.asarray(np.stack([loader.batch(0, t) for t in range(STEPS)]).astype(np.int32))
+    tokens_TxBxS1 = jnp.asarray(loader.windows(loader.window_indices(0, 0, STEPS)).astype(np.int32))
     probe_BxS = jnp.asarray(loader.validation_windows(BATCH)[:, :-1].astype(np.int32))
     measured = functools.cache(lambda *shape: coordinates(decoder(*shape), tokens_TxBxS1, probe_BxS))
     found = {}
@@ -174,7 +174,7 @@ def losses(config: ModelConfig, loader: Loader) -> np.ndarray:
     rates = np.repeat(np.asarray(RATES, np.float32), seeds)
     schedules = [schedule.of("cosine", rate, steps, steps // 10, 0) for rate in rates]
     inputs = RunInputs({}, jax.tree.map(lambda *lanes: np.stack(lanes), *schedules))
-    tokens_TxBxS1 = jnp.asarray(np.stack([loader.batch(0, t) for t in range(steps)]).astype(np.int32))
+    tokens_TxBxS1 = jnp.asarray(loader.windows(loader.window_indices(0, 0, steps)).astype(np.int32))
     held_out_NxBxS1 = jnp.asarray(loader.validation_windows(128).reshape(4, 32, -1).astype(np.int32))
 
     def train(seeds_R):

@@ -109,13 +109,10 @@ def measure_batches(corpus: tokens.Corpus) -> None:
             same = tokens.Corpus(each, corpus.validation, 0, 0, corpus.directory, {})
             source = Loader(same, loader.seq_len, loader.batch_size)
             numbers = iter(range(10**6))
-            per_batch = seconds(lambda source=source, numbers=numbers: source.batch(0, next(numbers) % 1900), 500)
+            order = lambda source=source, numbers=numbers: source.window_indices(0, next(numbers) % 1900, 1)
+            per_batch = seconds(lambda source=source, order=order: source.windows(order()), 500)
             rate = _BATCH.value * _SEQ_LEN.value / per_batch / 1e6
             print(f"batch from {name}: {per_batch * 1e6:.0f} us, {rate:.0f} M tokens/s", flush=True)
-    ahead = loader.batches(0, 0)
-    per_batch = seconds(lambda: [next(ahead) for _ in range(100)]) / 100
-    rate = _BATCH.value * _SEQ_LEN.value / per_batch / 1e6
-    print(f"batch with read-ahead: {per_batch * 1e6:.0f} us, {rate:.0f} M tokens/s")
 
 
 def _mapped(path: str, stream: np.ndarray) -> np.memmap:

@@ -19,13 +19,18 @@ def counting_corpus(train: int, validation: int = 101) -> Corpus:
     return Corpus(**arrays, vocab_size=65_536, end_of_text=65_535, directory=Path(), meta={})
 
 
+def batch(loader: Loader, seed: int, step: int) -> np.ndarray:
+    """The windows of one step, as training reads them."""
+    return loader.windows(loader.window_indices(seed, step, 1)[0])
+
+
 def test_a_window_is_seq_len_inputs_and_the_next_token_and_a_short_rest_is_left_out():
     batches = Loader(counting_corpus(48), seq_len=10, batch_size=4)
     assert batches.n_windows == 4  # 0-10, 10-20, 20-30, 30-40; 40-47 is short
-    batch = batches.batch(seed=0, step=0)
-    assert (batch.shape, batch.dtype) == ((4, 11), np.int32)
-    assert sorted(batch[:, 0]) == [0, 10, 20, 30]
-    np.testing.assert_array_equal(batch, batch[:, :1] + np.arange(11))
+    first = batch(batches, seed=0, step=0)
+    assert (first.shape, first.dtype) == ((4, 11), np.uint16)
+    assert sorted(first[:, 0]) == [0, 10, 20, 30]
+    np.testing.assert_array_equal(first, first[:, :1] + np.arange(11))
     assert Loader(counting_corpus(41), 10, 4).n_windows == 4  # the last target is the last token
     assert Loader(counting_corpus(40), 10, 4).n_windows == 3
 
@@ -49,15 +54,15 @@ def test_every_window_comes_once_an_epoch_in_an_order_of_its_own():
 def test_a_batch_depends_on_seed_and_step_alone():
     corpus = counting_corpus(25_001)
     batches = Loader(corpus, seq_len=4, batch_size=16)
-    forward = [batches.batch(1, step) for step in range(300)]  # crosses blocks of the order
+    forward = [batch(batches, 1, step) for step in range(300)]  # crosses blocks of the order
     loader._order_block.cache_clear()
     fresh = Loader(corpus, seq_len=4, batch_size=16)
     for step in (299, 7, 256, 0, 255):
-        fresh.batch(2, step)
-        np.testing.assert_array_equal(fresh.batch(1, step), forward[step])
+        batch(fresh, 2, step)
+        np.testing.assert_array_equal(batch(fresh, 1, step), forward[step])
     # The stream of examples does not depend on the batch size either.
     rows = np.concatenate(forward)
-    np.testing.assert_array_equal(Loader(corpus, 4, 40).batch(1, 50), rows[2000:2040])
+    np.testing.assert_array_equal(batch(Loader(corpus, 4, 40), 1, 50), rows[2000:2040])
 
 
 def test_the_order_of_a_seed_is_the_one_of_earlier_versions():
@@ -66,30 +71,12 @@ def test_the_order_of_a_seed_is_the_one_of_earlier_versions():
     assert order.tolist() == [[4, 2, 8, 5, 0, 3, 9, 6, 1, 7], [1, 8, 4, 0, 3, 2, 5, 6, 9, 7]]
 
 
-def test_iterating_from_a_step_is_what_a_run_that_never_stopped_reads():
-    batches = Loader(counting_corpus(5001), seq_len=5, batch_size=8)
-    whole = list(itertools.islice(batches.batches(seed=3, first_step=0), 20))
-    resumed = list(itertools.islice(batches.batches(seed=3, first_step=13), 7))
-    np.testing.assert_array_equal(whole[13:], resumed)
-    np.testing.assert_array_equal(whole, [batches.batch(3, step) for step in range(20)])
-
-
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_the_parts_of_the_processes_make_up_the_same_global_batch(process_count):
-    batches = Loader(counting_corpus(5001), seq_len=5, batch_size=8)
-    parts = [batches.batch(3, 9, process_index=i, process_count=process_count) for i in range(process_count)]
-    np.testing.assert_array_equal(np.concatenate(parts), batches.batch(3, 9))
-    streams = [batches.batches(3, 9, process_index=i, process_count=process_count) for i in range(process_count)]
-    np.testing.assert_array_equal(np.concatenate([next(stream) for stream in streams]), batches.batch(3, 9))
-
-
-def test_windows_by_number_are_the_batches_in_the_type_of_the_file():
+def test_windows_by_number_are_those_of_the_stream_in_the_type_of_the_file():
     batches = Loader(counting_corpus(25_007), seq_len=12, batch_size=8)
     index = np.stack([batches.window_indices(seed, first_step=4, n_steps=3) for seed in (0, 1)])  # lanes, steps, B
-    expected = np.array([[batches.batch(seed, step) for step in (4, 5, 6)] for seed in (0, 1)])
     windows = batches.windows(index)
     assert index.dtype == np.int32 and windows.dtype == np.uint16
-    np.testing.assert_array_equal(windows, expected)
+    np.testing.assert_array_equal(windows, index[..., None] * 12 + np.arange(13))
     last = Loader(counting_corpus(41), seq_len=10, batch_size=4)
     np.testing.assert_array_equal(last.windows(np.array(last.n_windows - 1)), np.arange(30, 41))
 
@@ -108,7 +95,7 @@ def test_calibration_windows_are_distinct_training_windows_drawn_by_their_seed()
     assert len(set(windows[:, 0])) == 100
     assert windows.max() < 30_000  # none from validation
     assert np.mean(windows == batches.calibration_windows(100, seed=1)) < 0.05
-    assert np.mean(windows == np.concatenate([batches.batch(0, step) for step in range(13)])[:100]) < 0.05
+    assert np.mean(windows == np.concatenate([batch(batches, 0, step) for step in range(13)])[:100]) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -119,7 +106,6 @@ def test_calibration_windows_are_distinct_training_windows_drawn_by_their_seed()
         (lambda: Loader(counting_corpus(50), 10, 0), ["batch_size=0", "1 or more"]),
         (lambda: Loader(counting_corpus(50), 10, 4).validation_windows(11), ["11 validation windows", "1 to 10"]),
         (lambda: Loader(counting_corpus(50), 10, 4).calibration_windows(5, 0), ["5 calibration windows", "1 to 4"]),
-        (lambda: Loader(counting_corpus(50), 10, 4).batch(0, 0, process_count=3), ["batch_size=4", "3"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_value_and_what_is_allowed(call, named):

@@ -1,7 +1,6 @@
 """Tokens in many parts, written by many processes: the same as in one, whatever was killed on the way."""
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import pytest
 
 from precision_scaling.data import DataError, parts, remote, tokenize, tokenizer, tokens, workers
 from precision_scaling.data.loader import Loader
-from precision_scaling.data.parts import Content, TokenParts, open_tokens
+from precision_scaling.data.parts import TokenFile, TokenParts, open_tokens
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import files
@@ -125,17 +124,16 @@ def test_a_loader_reads_the_same_batches_from_parts_as_from_one_file(tmp_path, t
     parted = Loader(prepare(tmp_path, tree), seq_len=24, batch_size=8)
     loader = Loader(whole, seq_len=24, batch_size=8)
     assert (parted.n_windows, parted.n_validation_windows) == (loader.n_windows, loader.n_validation_windows)
-    for step in range(12):
-        np.testing.assert_array_equal(parted.batch(3, step), loader.batch(3, step))
-    streams = [list(itertools.islice(one.batches(3, 5), 4)) for one in (parted, loader)]
-    np.testing.assert_array_equal(*streams)
+    index = loader.window_indices(3, first_step=0, n_steps=12)
+    np.testing.assert_array_equal(parted.window_indices(3, first_step=0, n_steps=12), index)
+    np.testing.assert_array_equal(parted.windows(index), loader.windows(index))
     np.testing.assert_array_equal(parted.validation_windows(9), loader.validation_windows(9))
     np.testing.assert_array_equal(parted.calibration_windows(9, 0), loader.calibration_windows(9, 0))
 
 
 def test_files_that_are_not_what_they_should_be_are_refused(tmp_path):
     dtype = np.dtype(np.uint16)
-    of_counts = lambda *counts: [Content(tmp_path / "abc"[i], count, dtype) for i, count in enumerate(counts)]
+    of_counts = lambda *counts: [TokenFile(tmp_path / "abc"[i], count, dtype) for i, count in enumerate(counts)]
     for name, count in (("a", 3), ("b", 2)):
         np.arange(count, dtype=dtype).tofile(tmp_path / name)
     assert np.asarray(open_tokens(of_counts(3, 2), dtype)).tolist() == [0, 1, 2, 0, 1]
@@ -148,7 +146,7 @@ def test_files_that_are_not_what_they_should_be_are_refused(tmp_path):
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
     np.array([0, 299, 7], np.uint16).tofile(tmp_path / "a.bin")
-    content = Content(tmp_path / "a.bin", 3, np.dtype(np.uint16))
+    content = TokenFile(tmp_path / "a.bin", 3, np.dtype(np.uint16))
     written = hashlib.blake2b((tmp_path / "a.bin").read_bytes(), digest_size=16).hexdigest()
     assert content.digest() == content.digest(300) == written
     with pytest.raises(ValueError, match=r"a\.bin has the id 299, the vocabulary is 299"):
@@ -167,8 +165,8 @@ def test_a_tokenizer_that_leaves_its_vocabulary_is_named(tmp_path, tree, monkeyp
 def test_large_token_files_are_read_once_and_again_when_they_were_touched(tmp_path, tree, whole, monkeypatch):
     corpus = prepare(tmp_path, tree)
     read = []
-    digest = Content.digest
-    monkeypatch.setattr(Content, "digest", lambda self, *most: read.append(self.path.name) or digest(self, *most))
+    digest = TokenFile.digest
+    monkeypatch.setattr(TokenFile, "digest", lambda self, *most: read.append(self.path.name) or digest(self, *most))
     prepare(tmp_path, tree)
     count = len(read)
     assert count == 2 * len(corpus.meta["parts"]["train"])  # small ones: always

@@ -1,14 +1,13 @@
-"""Batches: cuts token files into windows and orders them. Last stage of the data flow (tokens -> int32 batches).
+"""Windows of tokens and their order: token files in, the batches of a step out. Last stage of the data flow.
 
-Example g of a run (g = step * batch_size + row) is window g of an endless stream: epoch after epoch, each its own
-permutation of all windows, through Grain's random access. Data order is therefore a pure function of (seed, step): the
-number of hosts and what each of them reads cannot change it, and resuming needs the step alone.
+Example g of a run (g = step * batch_size + row) is window g of an endless stream: epoch after epoch, each a permutation
+of all windows of its own, by Grain's random access. Data order is therefore a pure function of (seed, step): the number
+of hosts and what each of them reads cannot change it, and resuming needs the step alone.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +20,7 @@ _BLOCK = 4096  # positions of the stream ordered at a time
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Windows of seq_len inputs and their targets, in batches.
+    """Windows of seq_len inputs and their targets, by number and in the order of a seed.
 
     Shapes: B batch_size, S seq_len. Window i holds tokens i*S to i*S + S inclusive: inputs are [:S], targets [1:], so
     every token but the first (and a rest shorter than S at the end) is a target once an epoch.
@@ -66,24 +65,6 @@ class Loader:
         """Training windows by number: index.shape + (S + 1,), in the type of the token file."""
         return _windows(self.corpus.train, index, self.seq_len)
 
-    def batch(self, seed: int, step: int, *, process_index: int = 0, process_count: int = 1) -> np.ndarray:
-        """Tokens of one step: int32 (B / process_count, S + 1), the rows of process `process_index`."""
-        if self.batch_size % process_count:
-            raise DataError(f"batch_size={self.batch_size}: must be divisible by the process count {process_count}")
-        rows = self.batch_size // process_count
-        start = step * self.batch_size + process_index * rows
-        return _read(self.corpus.train, _order("train", seed, self.n_windows, start, start + rows), self.seq_len)
-
-    def batches(
-        self, seed: int, first_step: int, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[np.ndarray]:
-        """Endless `batch(seed, step)` for step = first_step, first_step + 1, ..., read ahead by Grain's threads."""
-        import grain
-
-        read = functools.partial(self.batch, seed, process_index=process_index, process_count=process_count)
-        steps = grain.MapDataset.range(first_step, np.iinfo(np.int64).max)
-        return iter(steps.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
     def validation_windows(self, n: int) -> np.ndarray:
         """The fixed validation set: n windows evenly spread over the held-out text, int32 (n, S + 1)."""
         available = self.n_validation_windows
@@ -99,7 +80,7 @@ class Loader:
         return _read(self.corpus.train, _order("calibration", seed, self.n_windows, 0, n), self.seq_len)
 
 
-def _count(tokens: np.ndarray, seq_len: int) -> int:
+def _count(tokens: np.ndarray | TokenParts, seq_len: int) -> int:
     return (len(tokens) - 1) // seq_len  # the last target needs one token more
 
 
@@ -112,7 +93,7 @@ def _windows(tokens: np.ndarray | TokenParts, index: np.ndarray, seq_len: int) -
     return windows
 
 
-def _read(tokens: np.ndarray, index: np.ndarray, seq_len: int) -> np.ndarray:
+def _read(tokens: np.ndarray | TokenParts, index: np.ndarray, seq_len: int) -> np.ndarray:
     return _windows(tokens, index, seq_len).astype(np.int32)
 
 

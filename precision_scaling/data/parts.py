@@ -3,13 +3,14 @@ was written with. Between `tokens` and `loader`.
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import logging
 import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ ALWAYS_CHECKED_BYTES = 1 << 30
 _READ_BYTES = 1 << 22
 
 
-class Content(NamedTuple):
-    """A file of so many token ids."""
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """A file of `count` token ids."""
 
     path: Path
     count: int
@@ -38,18 +40,17 @@ class Content(NamedTuple):
     def digest(self, vocab_size: int | None = None) -> str:
         """Of the bytes: BLAKE2b of 16 bytes in hex. ValueError for an id that is not in the vocabulary."""
         self.check_size()
-        digest, buffer = hashlib.blake2b(digest_size=16), bytearray(_READ_BYTES)
+        digest = hashlib.blake2b(digest_size=16)
         with files.naming(self.path), files.open_regular(self.path) as file:
-            while size := file.readinto(buffer):
-                block = memoryview(buffer)[:size]
+            while block := file.read(_READ_BYTES):
                 digest.update(block)
                 if vocab_size is not None and (largest := int(np.frombuffer(block, self.dtype).max())) >= vocab_size:
                     raise ValueError(f"{self.path.name} has the id {largest}, the vocabulary is {vocab_size}")
         return digest.hexdigest()
 
 
-def digests(contents: Sequence[Content], vocab_size: int, note: Path) -> list[str]:
-    """`Content.digest` of every file, read by several threads.
+def digests(contents: Sequence[TokenFile], vocab_size: int, note: Path) -> list[str]:
+    """`TokenFile.digest` of every file, read by several threads.
 
     Where they are larger than ALWAYS_CHECKED_BYTES together, a digest is kept in the file `note`, and holds as long as
     size, times and inode of its file are the same: terabytes are read once. A bit that a disk loses later is not seen.
@@ -58,7 +59,7 @@ def digests(contents: Sequence[Content], vocab_size: int, note: Path) -> list[st
     known = _noted(note) if large else {}
     identities = [[vocab_size, *_identity(one.path)] for one in contents]
 
-    def digest(one: Content, identity: list[int]) -> str:
+    def digest(one: TokenFile, identity: list[int]) -> str:
         before = known.get(one.path.name)
         return before[1] if before and before[0] == identity else one.digest(vocab_size)
 
@@ -87,7 +88,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def open_tokens(contents: Sequence[Content], dtype: np.dtype) -> "np.ndarray | TokenParts":
+def open_tokens(contents: Sequence[TokenFile], dtype: np.dtype) -> "np.ndarray | TokenParts":
     """The tokens of consecutive files, memory-mapped; an array where one file holds them all.
 
     Raises:
@@ -138,4 +139,5 @@ class TokenParts:
 def forget_pages(tokens: np.ndarray) -> None:
     """Lets go of what was read of a memory-mapped file, or the process would come to hold all of it."""
     if isinstance(tokens, np.memmap):
-        tokens._mmap.madvise(mmap.MADV_DONTNEED)
+        pages: mmap.mmap = tokens._mmap  # type: ignore[attr-defined]  # NumPy has no public name for it
+        pages.madvise(mmap.MADV_DONTNEED)

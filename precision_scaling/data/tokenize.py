@@ -19,7 +19,7 @@ import numpy as np
 
 from precision_scaling.data import DataError, corpora
 from precision_scaling.data import tokenizer as tokenizers
-from precision_scaling.data.parts import Content
+from precision_scaling.data.parts import TokenFile
 from precision_scaling.runtime import files
 from precision_scaling.runtime.progress import progress_bar
 
@@ -137,8 +137,8 @@ def scan(texts: Texts, start: int, stop: int, path: Path) -> int:
         except UnicodeDecodeError:
             pass
     with files.replacing(path) as file:
-        file.write(found)
-        file.write(hashlib.blake2b(found, digest_size=_DIGEST_BYTES).digest())
+        file.write(found.data)
+        file.write(hashlib.blake2b(found.data, digest_size=_DIGEST_BYTES).digest())
     return stop - start
 
 
@@ -196,8 +196,8 @@ def write(
             there += size
         else:
             missing.append((texts[i], first, sides.tobytes(), spec, directory, number, dtype.name))
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "disable": not progress}
-    with progress_bar(total=total, initial=there, desc="tokenizing", **options) as bar:
+    units: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
+    with progress_bar(total=total, initial=there, desc="tokenizing", disable=not progress, **units) as bar:
         for size in run(write_part, missing):
             bar.update(size)
     return [files.read_sealed(_record_path(directory, number)) for number in range(len(plan.parts))]
@@ -206,7 +206,7 @@ def write(
 def write_part(texts: Texts, first: int, sides: bytes, spec: str, directory: Path, number: int, dtype: str) -> int:
     """One task of the second pass: train-NUMBER.bin, validation-NUMBER.bin, and last what is in them; returns bytes."""
     tokenizer = _tokenizer(spec, directory)
-    record = {key: dict.fromkeys(SIDES, 0) for key in ("tokens", "documents", "bytes")}
+    counts = {key: dict.fromkeys(SIDES, 0) for key in ("tokens", "documents", "bytes")}
     digests = [hashlib.blake2b(digest_size=16) for _ in SIDES]
     paths = [directory / part_name(side, number) for side in SIDES]
     with files.replacing(paths[TRAIN]) as train, files.replacing(paths[VALIDATION]) as validation:
@@ -220,13 +220,13 @@ def write_part(texts: Texts, first: int, sides: bytes, spec: str, directory: Pat
                     )
                 stream = _join(encoded, tokenizer.end_of_text, np.dtype(dtype))
                 with files.naming(paths[side]):
-                    file.write(stream)
-                digests[side].update(stream)
+                    file.write(stream.data)
+                digests[side].update(stream.data)
                 for key, value in (("tokens", stream.size), ("documents", len(kept)), ("bytes", sum(map(len, kept)))):
-                    record[key][SIDES[side]] += value
-    record["hash"] = {side: digest.hexdigest() for side, digest in zip(SIDES, digests, strict=True)}
-    files.write_sealed(_record_path(directory, number), record)
-    return sum(record["bytes"].values())
+                    counts[key][SIDES[side]] += value
+    hashes = {side: digest.hexdigest() for side, digest in zip(SIDES, digests, strict=True)}
+    files.write_sealed(_record_path(directory, number), {**counts, "hash": hashes})
+    return sum(counts["bytes"].values())
 
 
 def _record_path(directory: Path, number: int) -> Path:
@@ -238,7 +238,7 @@ def _record(directory: Path, number: int, dtype: np.dtype) -> dict[str, Any] | N
     try:
         record = files.read_sealed(_record_path(directory, number))
         for side in SIDES:
-            content = Content(directory / part_name(side, number), record["tokens"][side], dtype)
+            content = TokenFile(directory / part_name(side, number), record["tokens"][side], dtype)
             if content.digest() != record["hash"][side]:
                 return None
         return record

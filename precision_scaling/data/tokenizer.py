@@ -142,7 +142,7 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     return LearnedTokenizer(tokenizer, spec)
 
 
-def given(spec: str) -> Tokenizer:
+def given(spec: str) -> LearnedTokenizer:
     """The tokenizer that a spec of the kind "file:" names."""
     return from_file(split_file(spec)[0], spec)
 
@@ -152,7 +152,7 @@ def load(spec: str, path: Path) -> Tokenizer:
     return ByteTokenizer() if spec == "bytes" else from_file(path, spec)
 
 
-def from_file(path: Path, spec: str) -> Tokenizer:
+def from_file(path: Path, spec: str) -> LearnedTokenizer:
     """Loads a tokenizer.json; `spec` names it in errors."""
     from tokenizers import Tokenizer as Loadable
 

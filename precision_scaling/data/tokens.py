@@ -26,7 +26,7 @@ import numpy as np
 from precision_scaling.data import DataError, corpora, remote, tokenize
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data import workers as workers_lib
-from precision_scaling.data.parts import Content, TokenParts, digests, open_tokens
+from precision_scaling.data.parts import TokenFile, TokenParts, digests, open_tokens
 from precision_scaling.data.tokenize import SIDES
 from precision_scaling.runtime import files
 
@@ -248,11 +248,11 @@ def _digest(hashes: Iterable[str]) -> str:
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
-def contents(directory: Path, meta: dict[str, Any], sides: Sequence[str] = SIDES) -> list[Content]:
+def contents(directory: Path, meta: dict[str, Any], sides: Sequence[str] = SIDES) -> list[TokenFile]:
     """The token files of these sides, in their order."""
     dtype = np.dtype(meta["dtype"])
     return [
-        Content(directory / tokenize.part_name(side, i), count, dtype)
+        TokenFile(directory / tokenize.part_name(side, i), count, dtype)
         for side in sides
         for i, count in enumerate(meta["parts"][side])
     ]
@@ -281,8 +281,7 @@ def _open(directory: Path, key: str) -> Corpus | None:
                 files.write_sealed(directory / "meta.json", meta)
         if _digest([text]) != meta["tokenizer_hash"]:
             raise ValueError("tokenizer.json is not what was written")
-        ids = {name: meta[name] for name in ("vocab_size", "end_of_text")}
-        return Corpus(**tokens, **ids, directory=directory, meta=meta)
+        return Corpus(tokens["train"], tokens["validation"], meta["vocab_size"], meta["end_of_text"], directory, meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if os.path.lexists(directory):
             logging.warning("%s is damaged (%s): making it again", directory, error)

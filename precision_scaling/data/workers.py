@@ -24,22 +24,21 @@ def pool(n: int) -> Iterator[Callable[[Callable, Iterable[tuple]], Iterator[Any]
     """Gives run(function, tasks), which yields function(*task) as tasks end, in any order, by n processes.
 
     The function is one of a module's top level. With n = 1 everything runs in this process. What a task raises is
-    raised here, and no other is begun; OSError for a process that died.
+    raised here, and no further task begins; OSError for a process that died.
     """
     if n == 1:
         yield lambda function, tasks: (function(*task) for task in tasks)
         return
-    workers = [_start() for _ in range(n)]
-    idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
+    workers = [_Worker() for _ in range(n)]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
     def one(function: Callable, task: tuple) -> Any:
         worker = idle.get()
         try:
-            pickle.dump((function.__module__, function.__qualname__, task), worker.stdin)
-            worker.stdin.flush()
-            failed, result = pickle.load(worker.stdout)
+            worker.send((function.__module__, function.__qualname__, task))
+            failed, result = worker.receive()
         except (EOFError, OSError, pickle.UnpicklingError):
             raise OSError("a process that tokenizes has died (of memory?): run it again to go on") from None
         finally:
@@ -62,19 +61,34 @@ def pool(n: int) -> Iterator[Callable[[Callable, Iterable[tuple]], Iterator[Any]
         yield run
     finally:
         for worker in workers:
-            with contextlib.suppress(OSError):  # it may have died
-                worker.stdin.close()  # ends it, as does the end of this process
-            worker.stdout.close()
-            worker.terminate()
-            worker.wait()
+            worker.close()
 
 
-def _start() -> subprocess.Popen:
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "precision_scaling.data.workers"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+class _Worker:
+    """A process that does one task after the other."""
+
+    def __init__(self) -> None:
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "precision_scaling.data.workers"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        assert self._process.stdin and self._process.stdout  # as both are pipes
+        self._tasks, self._answers = self._process.stdin, self._process.stdout
+
+    def send(self, task: Any) -> None:
+        pickle.dump(task, self._tasks)
+        self._tasks.flush()
+
+    def receive(self) -> Any:
+        return pickle.load(self._answers)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it may have died
+            self._tasks.close()  # ends it, as does the end of this process
+        self._answers.close()
+        self._process.terminate()
+        self._process.wait()
 
 
 def _work() -> None:

@@ -16,16 +16,15 @@ from precision_scaling.runtime import cli, files
 from precision_scaling.study import results
 
 
-def _required(*names: str) -> list[Path]:
-    """Values of flags that are directories."""
-    for name in names:
-        if not flags.FLAGS[name].value:
-            raise UserError(f"--{name} is missing; `python -m precision_scaling.huggingface --help` tells of all flags")
-    return [files.expanded(flags.FLAGS[name].value, f"--{name}") for name in names]
+def _directory(flag: flags.FlagHolder[str]) -> Path:
+    """The value of a flag that the command requires."""
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing; `python -m precision_scaling.huggingface --help` lists all flags")
+    return files.expanded(flag.value, f"--{flag.name}")
 
 
 def _import() -> str:
-    directory, workdir = _required("model", "workdir")
+    directory, workdir = _directory(_MODEL), _directory(_WORKDIR)
     if _TOKENS.value is None:
         raise UserError("--tokens is missing: the tokens that the model was trained on (D), which its files do not say")
     run = workdir_lib.import_model(directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value)
@@ -37,7 +36,7 @@ def _import() -> str:
 
 
 def _export() -> str:
-    workdir, out = _required("workdir", "out")
+    workdir, out = _directory(_WORKDIR), _directory(_OUT)
     run = workdir_lib.export_run(workdir, out, _RUN.value)
     return f"{run.id}: written to {out}"
 

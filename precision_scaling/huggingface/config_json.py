@@ -182,7 +182,8 @@ def _rope(config: Mapping[str, Any], family: Architecture) -> tuple[float, str]:
             raise _refused(key, value, "an object or null")
     if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
         raise _refused("rope_scaling", given["rope_scaling"], "the same as rope_parameters, or one of them left out")
-    key, parameters = next(iter(given.items()), ("rope_parameters", {}))
+    none: tuple[str, dict[str, Any]] = ("rope_parameters", {})
+    key, parameters = next(iter(given.items()), none)
     if family.window != "layers":
         return _one_rope(config, key, parameters, family)
     # One set for each kind of layer; ours are all alike.

@@ -71,7 +71,7 @@ class Pretrained:
         checksum = 0
         for name in _shown_as(sorted(self.tensors), "checking", len(self.tensors)):
             for piece in _pieces(self.tensors[name]):
-                checksum = zlib.crc32(piece.view(np.uint8), checksum)
+                checksum = zlib.crc32(piece.view(np.uint8).data, checksum)
                 with np.errstate(over="ignore"):
                     numbers = np.isfinite(piece.astype(np.float32)).all()
                 if not numbers:
@@ -137,9 +137,8 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two tensors are the same, bit by bit."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return all(
-        np.array_equal(*(piece.view(np.uint8) for piece in pair)) for pair in zip(_pieces(a), _pieces(b), strict=True)
-    )
+    pairs = zip(_pieces(a), _pieces(b), strict=True)
+    return all(np.array_equal(one.view(np.uint8), other.view(np.uint8)) for one, other in pairs)
 
 
 def _check_tensors(found: Pretrained) -> None:

@@ -1,7 +1,10 @@
 """Files of the safetensors format: a length, a JSON header with types, shapes and places, and the bytes of the tensors.
 
-Used by `directory`. Tensors are mapped from the file and written one by one, so that a model is never in memory twice;
-the format's own package copies them, and writes an array that is not contiguous in the wrong order.
+Used by `directory`. Not the format's own package (`safetensors` 0.8, which the tests compare with): here tensors are
+mapped when read and written one by one, so that a model is never in memory twice. The package copies each tensor that
+it reads and writes from contiguous copies of all of them at once; a transposed view, as ours are, it writes in the
+wrong order. In a header it accepts a name that stands there twice, keys outside the format, and shapes and types that
+then fail in NumPy.
 """
 
 import json
@@ -86,7 +89,8 @@ def _check_cover(header: Mapping[str, Any], size: int) -> None:
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors in their own types, float64, float32, float16 or bfloat16; there whole or not at all."""
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for name, tensor in tensors.items():
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
