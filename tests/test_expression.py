@@ -61,6 +61,6 @@ def test_expressions_mean_what_they_say(text, expected):
     ],
 )
 def test_everything_else_is_refused_in_one_line(text, words):
-    with pytest.raises(ExpressionError, match="expression") as err:
+    with pytest.raises(ExpressionError, match="expression") as error:
         rows_where(text, TABLE)
-    assert words in str(err.value) and "\n" not in str(err.value)
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -15,8 +15,9 @@ from analysis.fitting.levenberg_marquardt import solve
 from analysis.fitting.multistart import search
 from analysis.fitting.nested import ratio_test
 from analysis.fitting.problem import FitError, Options, set_up
-from analysis.fitting.residual import FloorError, compared, measurement, noise_floor, slope, transform
+from analysis.fitting.residual import compared, measurement, slope, transform
 from analysis.laws import law, synthetic
+from analysis.table.seed_noise import noise_floor
 
 TRUTH = {"A": 400.0, "alpha": 0.4, "B": 2000.0, "beta": 0.4, "E": 1.5}
 
@@ -59,8 +60,10 @@ def test_above_the_floor_delta_compares_as_its_log_and_below_as_itself():
 def test_the_floor_is_the_spread_over_seeds_at_the_most_bits():
     seeds = delta_rows([(0.5, 0.001), (0.7, 0.003), (0.6, 0.002)], (3, 8), seeds=(0, 1, 2)).deltas()
     assert noise_floor(seeds) == pytest.approx(0.001)  # of 1, 2 and 3 thousandths
-    with pytest.raises(FloorError, match="give delta_floor"):
-        noise_floor(delta_rows([(0.5, 0.001), (0.7, 0.003)], (3, 8)).deltas())
+    alone = delta_rows([(0.5, 0.001), (0.7, 0.003), (0.6, 0.002), (0.4, 0.002), (0.3, 0.001)], (3, 8))
+    assert noise_floor(alone.deltas()) is None
+    with pytest.raises(FitError, match="give delta_floor"):
+        set_up("ptq_noise", alone, Options(delta_residual="floored"))
 
 
 @pytest.mark.slow

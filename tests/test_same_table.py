@@ -15,6 +15,7 @@ from analysis.fitting import caveats, comparison
 from analysis.fitting.fit import fit
 from analysis.fitting.multistart import least_resamples, too_few_runs
 from analysis.fitting.problem import FitError, set_up
+from analysis.table.columns import SETTINGS
 from analysis.table.reading import TableError
 
 TRUTH = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
@@ -330,7 +331,7 @@ def test_every_column_that_a_law_reads_tells_rows_apart():
     """Else two rows of a run that a law takes for two settings would be repeats in the table."""
     derived = ("gmse_", "s_")
     read = {name for law in laws.LAWS.values() for name in law.columns if not name.startswith(derived)}
-    assert read <= set(tables.SETTINGS)
+    assert read <= set(SETTINGS)
 
 
 def test_columns_that_a_law_reads_hold_numbers_it_can_use():

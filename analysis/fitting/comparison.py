@@ -138,8 +138,8 @@ def compare(
         for law, kind in _kinds(form.law, low, high):
             try:
                 fitted.append(_judge(law, kind, table, of_law, starts, seed, name, (fit_where, test_where)))
-            except (FitError, LawError) as err:
-                skipped[name] = str(err)
+            except (FitError, LawError) as error:
+                skipped[name] = str(error)
     if not fitted:
         raise FitError(f"no law can be fitted to {table.source}: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
     rows = []
@@ -152,8 +152,8 @@ def compare(
             test = multiplicativity(table, starts=starts, seed=seed)
         else:
             why = "no law of training precision was compared"
-    except FitError as err:
-        why = str(err)
+    except FitError as error:
+        why = str(error)
     notes = []
     if low and any(row.law == "chinchilla" for row in rows):
         notes.append(
@@ -242,7 +242,7 @@ def _judge(
     effects = (
         set(law.names) - CHINCHILLA_NAMES if law.log_delta is None and {*law.names, "g"} >= CHINCHILLA_NAMES else ()
     )
-    if effects and law.expand is None and all(name in setup.refused or name in setup.constants for name in effects):
+    if effects and law.family is None and all(name in setup.refused or name in setup.constants for name in effects):
         raise FitError("no parameter beyond those of chinchilla is informed: on this table it is chinchilla")
     if name.endswith(UNBIASED):
         with_biases = set_up(law, table, dataclasses.replace(options, biased=True))

@@ -11,7 +11,7 @@ import numpy as np
 from analysis.fitting.levenberg_marquardt import jacobian, solve
 from analysis.fitting.multistart import start_grid
 from analysis.fitting.problem import FitError, Setup
-from analysis.laws.law import HIGH_PRECISION_BITS, PRECISION_COLUMNS
+from analysis.table.columns import HIGH_PRECISION_BITS, PRECISIONS
 from analysis.table.expression import rows_where
 
 SCHEMES = ("N", "D", "P", "compute", "joint")
@@ -57,13 +57,13 @@ def folds(setup: Setup, scheme: str) -> np.ndarray:
     if scheme in ("N", "D"):
         return _bins(np.log(rows[scheme]))
     if scheme == "P":
-        settings = np.stack([rows[c] for c in (*PRECISION_COLUMNS, "P_post")], axis=1)
+        settings = np.stack([rows[c] for c in (*PRECISIONS, "P_post")], axis=1)
         return np.unique(np.nan_to_num(settings), axis=0, return_inverse=True)[1].ravel() % MOST_SETTINGS
     if scheme == "joint":
-        low = np.sum([rows[c] < HIGH_PRECISION_BITS for c in PRECISION_COLUMNS], axis=0)
+        low = np.sum([rows[c] < HIGH_PRECISION_BITS for c in PRECISIONS], axis=0)
         return np.where(low > 1, 0, -1)
     if scheme == "compute":
-        cost_m, run_m = rows["N"] * rows["D"] * np.mean([rows[c] for c in PRECISION_COLUMNS], axis=0), rows.models
+        cost_m, run_m = rows["N"] * rows["D"] * np.mean([rows[c] for c in PRECISIONS], axis=0), rows.models
         cost_r = np.zeros(run_m.max() + 1)
         cost_r[run_m] = cost_m
         largest = np.argsort(-cost_r)[: max(round(LARGEST_SHARE * len(cost_r)), 1)]

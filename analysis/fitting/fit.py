@@ -82,10 +82,10 @@ def load(path: str | Path) -> Fit:
     """Read fit.json. Raises FitError in one line where it is missing or not a fit."""
     try:
         return Fit.from_json(files.read(Path(path).expanduser()).decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as err:
-        raise FitError(f"cannot read fit {path}: {getattr(err, 'strerror', None) or err}") from None
-    except (FitError, LawError) as err:
-        raise FitError(f"{path} is not a fit: {err}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FitError(f"cannot read fit {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (FitError, LawError) as error:
+        raise FitError(f"{path} is not a fit: {error}") from None
 
 
 def published(law: str) -> Fit:

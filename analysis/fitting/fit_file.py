@@ -112,8 +112,8 @@ def _parse(text: str) -> Any:
         return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
     except FitError:
         raise
-    except (ValueError, RecursionError) as err:
-        raise FitError(f"not JSON: {err}") from None
+    except (ValueError, RecursionError) as error:
+        raise FitError(f"not JSON: {error}") from None
 
 
 def _of_type(key: str, value: Any, kind: type, words: str) -> Any:

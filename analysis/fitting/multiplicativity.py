@@ -15,8 +15,9 @@ from analysis.fitting.levenberg_marquardt import residuals
 from analysis.fitting.multistart import bootstrap, search
 from analysis.fitting.problem import FitError, Options, Setup, Stage, set_up
 from analysis.laws import paper
-from analysis.laws.law import HIGH_PRECISION_BITS, PRECISION_COLUMNS, Parameter, log_power_law, log_sum
+from analysis.laws.law import Parameter, log_power_law, log_sum
 from analysis.table import Table
+from analysis.table.columns import HIGH_PRECISION_BITS, PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Multiplicativity:
 
 def _joint(c, xp):
     low = 0
-    for column in PRECISION_COLUMNS:
+    for column in PRECISIONS:
         low = low + xp.where(c[column] < HIGH_PRECISION_BITS, 1, 0)
     return low >= 2
 
@@ -68,7 +69,7 @@ def require_marginals(table: Table) -> None:
     joint_n = is_joint(table)
     if not joint_n.any():
         raise FitError("no run was trained with two or more parts below 16 bits")
-    for column in PRECISION_COLUMNS:
+    for column in PRECISIONS:
         alone = (table[column] < HIGH_PRECISION_BITS) & ~joint_n
         if (table[column][joint_n] < HIGH_PRECISION_BITS).any() and not alone.any():
             raise FitError(f"joint runs lower {column}, but no run lowers {column} alone")

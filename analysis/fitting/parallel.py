@@ -3,8 +3,6 @@
 Threads will not do: compiled programs that run side by side in one process can wait for each other's threads forever.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import multiprocessing
@@ -20,8 +18,8 @@ class Serial(concurrent.futures.Executor):
         future: concurrent.futures.Future = concurrent.futures.Future()
         try:
             future.set_result(function(*arguments, **named))
-        except Exception as err:
-            future.set_exception(err)
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 

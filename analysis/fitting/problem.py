@@ -14,11 +14,12 @@ import numpy as np
 
 from analysis import laws
 from analysis.fitting.levenberg_marquardt import Problem, huber, residuals
-from analysis.fitting.residual import DELTA_RESIDUALS, RESIDUALS, compared, noise_floor, slope, transform
+from analysis.fitting.residual import DELTA_RESIDUALS, RESIDUALS, compared, slope, transform
 from analysis.laws import derived
 from analysis.laws.law import AFTER_PTQ, Law, Need, Parameter
 from analysis.table import Table, describe
 from analysis.table.expression import rows_where
+from analysis.table.seed_noise import noise_floor
 from precision_scaling.errors import UserError
 
 LOSSES = ("huber", "least_squares")
@@ -284,6 +285,11 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     floor = None
     if chosen.delta is not None and _delta_residual(law, options) == "floored":
         floor = noise_floor(chosen.delta) if options.delta_floor is None else options.delta_floor
+        if floor is None:
+            raise FitError(
+                "delta_residual = floored: no run is repeated with another seed, which would give the noise of delta; "
+                "give delta_floor, a number of nats"
+            )
     return Setup(
         law,
         options,

@@ -8,8 +8,8 @@ import numpy as np
 
 from analysis.fitting.multistart import LARGE_TABLE, Best, few_runs
 from analysis.fitting.problem import Setup
-from analysis.laws.law import HIGH_PRECISION_BITS, PRECISION_COLUMNS
-from analysis.table import FORMAT_COLUMNS, Table
+from analysis.table import Table
+from analysis.table.columns import FORMAT_COLUMNS, HIGH_PRECISION_BITS, PRECISIONS
 from precision_scaling.numerics import formats
 
 
@@ -58,8 +58,8 @@ def _residuals_in_words(setup: Setup) -> list[str]:
 
 def _ranges(rows: Table) -> dict[str, tuple[float, float]]:
     """Smallest and largest N, D, training cost C (6/16 N D P) and bits of the rows."""
-    bits = np.mean([np.minimum(rows[name], HIGH_PRECISION_BITS) for name in PRECISION_COLUMNS], axis=0)
-    columns = {name: rows[name] for name in ("N", "D", *PRECISION_COLUMNS, "P_post")}
+    bits = np.mean([np.minimum(rows[name], HIGH_PRECISION_BITS) for name in PRECISIONS], axis=0)
+    columns = {name: rows[name] for name in ("N", "D", *PRECISIONS, "P_post")}
     columns["C"] = 6 * rows["N"] * rows["D"] * bits / HIGH_PRECISION_BITS
     known = {name: column for name, column in columns.items() if not np.isnan(column).all()}
     return {name: (float(np.nanmin(column)), float(np.nanmax(column))) for name, column in known.items()}

@@ -7,15 +7,8 @@ and its inverse (which measurement a residual stands for).
 
 import numpy as np
 
-from analysis.table import FORMAT_COLUMNS, PRECISIONS, Table
-from precision_scaling.errors import UserError
-
 RESIDUALS = ("log_loss", "loss")
 DELTA_RESIDUALS = ("log_delta", "log_loss", "floored")
-
-
-class FloorError(UserError):
-    """No noise floor of δ can be told from the table."""
 
 
 def transform(kind: str, log_value, floor, xp=np):
@@ -49,27 +42,3 @@ def measurement(kind: str, predicted: np.ndarray, residual: np.ndarray, floor: f
     if kind == "loss":
         return predicted + residual
     return 2 * floor * np.sinh(np.arcsinh(predicted / (2 * floor)) + residual)
-
-
-def noise_floor(deltas: Table) -> float:
-    """Standard deviation of δ over seeds at the most bits that were repeated: what is left of it where δ vanishes.
-
-    deltas: rows after PTQ with `delta`. Rows that agree in everything but the seed are repeats. Raises FloorError where
-    the table has none.
-    """
-    names = ["N", "D", *PRECISIONS, "P_post", *(name for names in FORMAT_COLUMNS.values() for name in names)]
-    names += ["schedule", "ptq_options", "group_size"]
-    codes = [np.unique(deltas[name].astype(str), return_inverse=True)[1].ravel() for name in names if name in deltas]
-    group_n = np.unique(np.stack(codes), axis=1, return_inverse=True)[1].ravel()
-    count = np.bincount(group_n)
-    mean_n = (np.bincount(group_n, deltas["delta"]) / count)[group_n]
-    for bits in sorted(set(deltas["P_post"][count[group_n] > 1]), reverse=True):
-        here = (deltas["P_post"] == bits) & (count[group_n] > 1)
-        freedom = np.sum(here) - len(set(group_n[here]))
-        floor = float(np.sqrt(np.sum((deltas["delta"] - mean_n)[here] ** 2) / freedom))
-        if floor > 0:
-            return floor
-    raise FloorError(
-        "delta_residual = floored: no run is repeated with another seed, which would tell the noise of delta; give "
-        "delta_floor, a number of nats"
-    )

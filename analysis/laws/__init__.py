@@ -1,23 +1,21 @@
-"""The registry of scaling laws and their prediction: the paper's four laws and the alternatives it tested.
+"""The registry of scaling laws and their prediction.
 
-fit.py, compare.py and plan.py take a law from `LAWS` by name. To add a law: write its `log_loss` or `log_delta` as a
-pure function of (params, columns, xp), list its parameters, and put the Law into `LAWS`.
+Every command takes a law from `LAWS` by name. To add a law, write its `Law` in one of the modules below and list it in
+that module's LAWS; docs/analysis.md shows one, and how to register it from Python.
 """
 
 import numpy as np
 
-from analysis.laws import capacity, derived, noise, published_laws
+from analysis.laws import capacity, derived, noise, paper, published_laws
 from analysis.laws.law import (
-    HIGH_PRECISION_BITS,
     MIN_FRACTION,
-    PRECISION_COLUMNS,
     Law,
     LawError,
     Parameter,
     Values,
     fraction,
 )
-from analysis.laws.paper import CHINCHILLA, D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS, PRECISION, PTQ, UNIFIED
+from analysis.table.columns import HIGH_PRECISION_BITS, PRECISIONS
 
 __all__ = [
     "LAWS",
@@ -35,8 +33,7 @@ __all__ = [
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
-        *(CHINCHILLA, PTQ, PRECISION, UNIFIED),
-        *(D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS),
+        *paper.LAWS,
         *published_laws.LAWS,
         *capacity.LAWS,
         *noise.LAWS,
@@ -54,18 +51,18 @@ def get(name: str | Law) -> Law:
 
 
 def resolve(law: str | Law, params: Values | None = None, columns: Values | None = None) -> Law:
-    """The law with concrete parameters: a family (capacity) gets one for each label found in `params` or `columns`."""
+    """The law with concrete parameters: a family gets one for each label found in `params`, else in `columns`."""
     law = get(law)
-    if law.expand is None:
+    if law.family is None:
         return law
     if params is not None:
-        return law.expand(tuple(name for name in params if name.startswith("eff_")))
-    return law.expand(law.labels(columns))
+        return law.family.law(tuple(name for name in params if name.startswith(law.family.prefix)))
+    return law if columns is None else law.family.law(law.family.labels(columns))
 
 
 def precisions_of(name: str) -> dict[str, float] | None:
     """The training precisions that a capacity parameter such as eff_w4_a4 stands for; None for other parameters."""
-    return capacity.bits_of(name) if name.startswith("eff_") else None
+    return capacity.bits_of(name) if name.startswith(capacity.FORWARD) else None
 
 
 def published(law: str | Law) -> dict[str, float]:
@@ -75,7 +72,7 @@ def published(law: str | Law) -> dict[str, float]:
 
 def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
     """The law's columns as float64 arrays of one shape; an absent precision is 16 bits, an absent P_post no PTQ."""
-    defaults = dict.fromkeys(PRECISION_COLUMNS, HIGH_PRECISION_BITS)
+    defaults = dict.fromkeys(PRECISIONS, HIGH_PRECISION_BITS)
     if law.target == "loss":
         defaults["P_post"] = np.nan
     out = {}
@@ -87,8 +84,8 @@ def complete_columns(law: Law, columns: Values) -> dict[str, np.ndarray]:
             raise LawError(f"law {law.name} needs column {name}; given: {', '.join(columns) or 'none'}")
         try:
             out[name] = np.asarray(value, dtype=np.float64)
-        except (TypeError, ValueError) as err:
-            raise LawError(f"column {name} holds something that is not a number: {err}") from None
+        except (TypeError, ValueError) as error:
+            raise LawError(f"column {name} holds something that is not a number: {error}") from None
     try:
         shape = np.broadcast_shapes(*(v.shape for v in out.values()))
     except ValueError:

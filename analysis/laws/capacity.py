@@ -1,5 +1,5 @@
 """Laws in which a precision is worth a share of N (or of D): free for every combination seen, or predicted from the
-error that a format makes on Gaussian data. Registered by analysis/laws/paper.py.
+error that a format makes on Gaussian data.
 """
 
 import functools
@@ -11,10 +11,8 @@ import numpy as np
 from analysis.laws.law import (
     CHINCHILLA_NEEDS,
     FIXED_OPTIMUM,
-    HIGH_PRECISION_BITS,
     OUTER_NEEDS,
-    PARTS,
-    PRECISION_COLUMNS,
+    Family,
     Law,
     LawError,
     Parameter,
@@ -23,6 +21,7 @@ from analysis.laws.law import (
     log_sum,
     outer_exponent,
 )
+from analysis.table.columns import HIGH_PRECISION_BITS, PARTS, PRECISIONS
 
 FORWARD, BACKWARD = "eff_", "eff_D_"  # eff_w4_a4 multiplies N; eff_D_g4 multiplies D (gradients of 4 bits)
 
@@ -38,8 +37,11 @@ def bits_of(name: str) -> dict[str, float]:
 
 def forward_names(columns) -> tuple[str, ...]:
     """One capacity per combination of training precisions below 16 bits, such as 'eff_w4_a4' or 'eff_kv3', sorted."""
-    seen = np.unique(np.stack([np.ravel(columns[c]) for c in PRECISION_COLUMNS], axis=1), axis=0)
-    labels = ("_".join(f"{x}{bits:g}" for x, bits in zip(PARTS, row, strict=True) if bits < 16) for row in seen)
+    seen = np.unique(np.stack([np.ravel(columns[c]) for c in PRECISIONS], axis=1), axis=0)
+    labels = (
+        "_".join(f"{x}{bits:g}" for x, bits in zip(PARTS, row, strict=True) if bits < HIGH_PRECISION_BITS)
+        for row in seen
+    )
     return tuple(FORWARD + label for label in labels if label)
 
 
@@ -87,7 +89,7 @@ def _some_low_precision(columns: tuple[str, ...]) -> Callable:
 @functools.cache
 def _free(names: tuple[str, ...]) -> Law:
     def share(p, c, xp):
-        return xp.exp(_log_capacity(p, c, xp, names, PRECISION_COLUMNS))
+        return xp.exp(_log_capacity(p, c, xp, names, PRECISIONS))
 
     def log_loss(p, c, xp):
         return log_chinchilla(p, c["N"] * share(p, c, xp), c["D"], xp)
@@ -97,12 +99,11 @@ def _free(names: tuple[str, ...]) -> Law:
         "L = A (N eff)^-alpha + B D^-beta + E, eff free for every combination of training precisions, 1 at 16 bits",
         "Panferov et al., arXiv 2502.05003; Frantar et al., arXiv 2502.16440",
         (*chinchilla_parameters({}), *_capacities(names), outer_exponent(fit=False)),
-        ("N", "D", *PRECISION_COLUMNS),
+        ("N", "D", *PRECISIONS),
         log_loss,
         needs=OUTER_NEEDS,
-        check=_some_low_precision(PRECISION_COLUMNS),
-        expand=_free,
-        labels=forward_names,
+        check=_some_low_precision(PRECISIONS),
+        family=Family(FORWARD, _free, forward_names),
         share=share,
         holds=("chinchilla",),
         by_form=FIXED_OPTIMUM,
@@ -115,12 +116,12 @@ def _quartet(names: tuple[str, ...]) -> Law:
     backward = tuple(name for name in names if name.startswith(BACKWARD))
 
     def log_loss(p, c, xp):
-        log_n = xp.log(c["N"]) + _log_capacity(p, c, xp, forward, PRECISION_COLUMNS)
+        log_n = xp.log(c["N"]) + _log_capacity(p, c, xp, forward, PRECISIONS)
         log_d = xp.log(c["D"]) + _log_capacity(p, c, xp, backward, ("P_grad",))
         size = xp.log(p["A"]) - p["alpha"] * log_n
         return log_sum(xp, p["gamma"] * log_sum(xp, size, xp.log(p["B"]) - p["beta"] * log_d), xp.log(p["E"]))
 
-    columns = (*PRECISION_COLUMNS, "P_grad")
+    columns = (*PRECISIONS, "P_grad")
     return Law(
         "quartet",
         "L = [A (N eff_N)^-alpha + B (D eff_D)^-beta]^gamma + E, eff_N free for every combination of forward bits, "
@@ -135,11 +136,11 @@ def _quartet(names: tuple[str, ...]) -> Law:
         log_loss,
         needs=CHINCHILLA_NEEDS,
         check=_some_low_precision(columns),
-        expand=_quartet,
-        labels=both_names,
+        family=Family(FORWARD, _quartet, both_names),
         holds=("capacity",),
-        share=lambda p, c, xp: xp.exp(_log_capacity(p, c, xp, forward, PRECISION_COLUMNS)),
+        share=lambda p, c, xp: xp.exp(_log_capacity(p, c, xp, forward, PRECISIONS)),
         by_form=FIXED_OPTIMUM,
+        example={"gamma": 0.8, "eff_D_g4": 0.6, "eff_D_g8": 0.9},
     )
 
 
@@ -189,6 +190,7 @@ GAUSSIAN = Law(
     share=_gaussian_share,
     bits=tuple(map(float, range(2, 17))),  # errors of formats, not of fractions of a bit
     by_form=FIXED_OPTIMUM,
+    example={"L": 0.98, "F": 0.35, "C": 1.5},
 )
 
 LAWS = (_free(()), _quartet(()), GAUSSIAN)

@@ -4,38 +4,38 @@ steps, exponent and mantissa bits, and 16 bits for the backward pass where nothi
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from analysis.laws.law import HIGH_PRECISION_BITS, LawError
+from analysis.laws.law import LawError, Values
 from analysis.laws.steps import integer_step, relative_step
-from analysis.table import FORMAT_COLUMNS, METHOD_COLUMNS
+from analysis.table.columns import FORMAT_COLUMNS, GAUSSIAN_ERROR, HIGH_PRECISION_BITS, METHOD_COLUMNS, STEP
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.gaussian import gaussian_mse
 
 WIDE_FLOATS = {"bf16": (8, 7), "fp16": (5, 10), "fp32": (8, 23)}
 
 
-def column(name: str, columns: Mapping[str, object], strict: bool = True) -> np.ndarray | None:
-    """The column of that name worked out from the others; None where they do not determine it.
+def column(name: str, columns: Values, strict: bool = True) -> np.ndarray | None:
+    """The column of that name computed from the others; None where they do not determine it.
 
-    A format that is not known raises LawError, or, where not `strict`, gives NaN.
+    An unknown format raises LawError if `strict`, else gives NaN.
     """
     if name == "P_grad":
         return np.full(np.shape(columns.get("N", 0.0)), HIGH_PRECISION_BITS)
-    if name.startswith("gmse_"):
-        return _gaussian_errors(name.removeprefix("gmse_"), columns, strict)
+    if name.startswith(GAUSSIAN_ERROR):
+        return _gaussian_errors(name.removeprefix(GAUSSIAN_ERROR), columns, strict)
     if name == "s_post":
         return _step_after_ptq(columns, strict)
-    if name.startswith("s_"):
-        return _steps(name.removeprefix("s_"), columns, strict)
+    if name.startswith(STEP):
+        return _steps(name.removeprefix(STEP), columns, strict)
     if name in ("exponent_bits", "mantissa_bits"):
         return _float_bits(("exponent_bits", "mantissa_bits").index(name), columns)
     return None
 
 
-def _gaussian_errors(part: str, columns: Mapping[str, object], strict: bool) -> np.ndarray | None:
+def _gaussian_errors(part: str, columns: Values, strict: bool) -> np.ndarray | None:
     """Mean squared error on unit Gaussian data at the best scale: of the format where a column names it, else of the
     symmetric integer of P bits; 0 at 16 bits or more.
     """
@@ -47,7 +47,7 @@ def _gaussian_errors(part: str, columns: Mapping[str, object], strict: bool) -> 
 
 
 def _or_nan(strict: bool, function: Callable[..., float], *arguments) -> float:
-    """The function's value; NaN where it raises LawError, which passes if `strict`."""
+    """The function's value; where it raises LawError, that error if `strict`, else NaN."""
     try:
         return function(*arguments)
     except LawError:
@@ -69,8 +69,8 @@ def _integer_error(bits: float) -> float:
 def _format_error(name: str) -> float:
     try:
         return gaussian_mse(name)
-    except UserError as err:
-        raise LawError(str(err)) from None
+    except UserError as error:
+        raise LawError(str(error)) from None
 
 
 # The column that says what shares a scale in a part, and what does where it says nothing (the paper's setting).
@@ -78,7 +78,7 @@ GRANULARITY_COLUMNS = {"w": "w_granularity", "a": "a_granularity", "kv": "attent
 USUAL_GRANULARITY = {"w": "channel", "a": "tensor", "kv": "tensor"}
 
 
-def _steps(part: str, columns: Mapping[str, object], strict: bool) -> np.ndarray:
+def _steps(part: str, columns: Values, strict: bool) -> np.ndarray:
     """Relative step of the grid of a part (see `laws.steps`): of the formats that the table names, keys and values by
     their root mean square, else of the symmetric integers of P bits.
     """
@@ -101,8 +101,8 @@ def _steps(part: str, columns: Mapping[str, object], strict: bool) -> np.ndarray
     return _known(np.sqrt(squares), bits, part, strict)
 
 
-def _vector_lengths(part: str, columns: Mapping[str, object], shape: tuple[int, ...]) -> np.ndarray:
-    """How many values the contraction has: the width of the model, or of a head; 0 where the table does not tell."""
+def _vector_lengths(part: str, columns: Values, shape: tuple[int, ...]) -> np.ndarray:
+    """How many values the contraction has: the width of the model, or of a head; 0 where the table does not say."""
     try:
         width = np.asarray(columns.get("width", 0.0), np.float64)
         heads = np.asarray(columns.get("heads", 1.0), np.float64) if part == "kv" else 1.0
@@ -125,7 +125,7 @@ def _known(step: np.ndarray, bits: np.ndarray, part: str, strict: bool) -> np.nd
     return step
 
 
-def _step_after_ptq(columns: Mapping[str, object], strict: bool) -> np.ndarray | None:
+def _step_after_ptq(columns: Values, strict: bool) -> np.ndarray | None:
     """Relative step of the grid of P_post bits: ±(2^(b-1) - 1) levels, or 2^b between the extremes where the method or
     its options say asymmetric; NaN before PTQ. None without P_post.
     """
@@ -140,7 +140,7 @@ def _step_after_ptq(columns: Mapping[str, object], strict: bool) -> np.ndarray |
     return np.where(np.isnan(bits), np.nan, _known(step, bits, "post", strict))
 
 
-def _float_bits(which: int, columns: Mapping[str, object]) -> np.ndarray | None:
+def _float_bits(which: int, columns: Values) -> np.ndarray | None:
     """Exponent (0) or mantissa (1) bits of the weights' format; NaN for formats that are not floating-point."""
     if "w_format" not in columns:
         return None

@@ -1,7 +1,8 @@
 """What a scaling law is to this package: named parameters, the columns it reads, and log L or log δ as pure functions.
 
 The functions are written against an array namespace `xp` (numpy or jax.numpy), so that prediction, fitting and planning
-share one definition. analysis/laws/paper.py holds the registry of laws built from these parts.
+share one definition. All that other code must know of a law is a field or a property of `Law`: nothing else asks for
+its name. analysis/laws/__init__.py is the registry.
 """
 
 import dataclasses
@@ -10,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from analysis.table.columns import GAUSSIAN_ERROR, HIGH_PRECISION_BITS, PARTS, STEP, is_of_format
 from precision_scaling.errors import UserError
 
 Values = Mapping[str, Any]
 LogFunction = Callable[[Values, Values, Any], Any]
 
-HIGH_PRECISION_BITS = 16.0
-PARTS = ("w", "a", "kv")
-PRECISION_COLUMNS = tuple(f"P_{x}" for x in PARTS)
+OUTER_EXPONENT = "g"
 AFTER_PTQ = ("P_post", "s_post")  # columns that are empty (NaN) before PTQ
 MIN_FRACTION = 1e-3  # f_x is clipped here: below its zero the paper's runs diverge, and log f must stay finite
 
@@ -30,10 +30,11 @@ class LawError(UserError):
 class Parameter:
     """One constant of a law.
 
-    `log` parameters are positive and fitted as their logarithm. `grid` holds the values that starts are drawn from.
-    `default` is the value where a set of constants leaves the parameter out; `held` the value that switches its
-    effect off (used where no row informs it). `fit` is False for a parameter that stays at its default unless a fit
-    asks for it (`Options.freed`): redundant with another, or one more than most tables can tell.
+    log: positive, and fitted as its logarithm. grid: the values that starts are drawn from. default: the value where a
+    set of constants leaves the parameter out. held: the value that switches its effect off, used where no row informs
+    it. fit: False for a parameter that stays at its default unless a fit frees it (`Options.freed`), because it is
+    redundant or most tables do not identify it. wide: a positive parameter is weakly identified where the ends of its
+    interval lie further apart than this ratio.
     """
 
     name: str
@@ -46,14 +47,12 @@ class Parameter:
     default: float | None = None
     held: float | None = None
     fit: bool = True
+    wide: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """`params` can be told from the rest of the law only if `column` takes at least `levels` values on these rows.
-
-    Of several columns one that does is enough.
-    """
+    """`params` are identified only if `column` (one of several) takes at least `levels` values on these rows."""
 
     column: str | tuple[str, ...]
     levels: int
@@ -74,10 +73,29 @@ class LawStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+    """Laws with one parameter for each label that a table holds, such as a capacity for each training precision.
+
+    prefix: how the names of those parameters begin. law: the law with these parameters. labels: their names for
+    complete columns.
+    """
+
+    prefix: str
+    law: Callable[[tuple[str, ...]], "Law"]
+    labels: Callable[[Values], tuple[str, ...]]
+
+
+# Model sizes (parameters) and token budgets of 2411.04330.
+PAPER_SIZES = (30e6, 60e6, 110e6, 220e6)
+PAPER_TOKENS = (1.5e9, 3e9, 6e9, 13e9, 26e9)
+
+
+@dataclasses.dataclass(frozen=True)
 class Law:
     """A scaling law: `log_loss(params, columns, xp)` is the log of L in nats per token, `log_delta` that of δ.
 
     A law with only `log_delta` predicts δ; one with both predicts L + δ, with δ = 0 where P_post is empty (NaN).
+    Raises LawError where both are missing.
     """
 
     name: str
@@ -92,8 +110,8 @@ class Law:
     biases: tuple[str, ...] = ()  # zero in the unbiased form
     high_precision_only: bool = False  # the law says nothing about runs trained below 16 bits
     check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None
-    expand: Callable[[tuple[str, ...]], "Law"] | None = None  # families: the law with one parameter per label
-    labels: Callable[[Values], tuple[str, ...]] | None = None  # families: the labels that these columns hold
+    family: Family | None = None
+    baseline: bool = False  # compared on rows of every precision, too, as the law without an effect of precision
     # What a plan must know. `share` is N_eff/N; `share_varies`: with N or D, not with precision alone.
     share: LogFunction | None = None
     share_varies: bool = False
@@ -101,6 +119,14 @@ class Law:
     bits_given: bool = False  # the law does not say how loss depends on the number of bits
     holds: tuple[str, ...] = ()  # laws that this one becomes where some of its parameters are held
     by_form: str = ""  # what the formula says of the best precision whatever the constants: no table can show it
+    # What a synthetic table needs (synthetic.py): constants that no source gives, and where to measure.
+    example: Values = dataclasses.field(default_factory=dict, hash=False)
+    sizes: tuple[float, ...] = PAPER_SIZES
+    tokens: tuple[float, ...] = PAPER_TOKENS
+
+    def __post_init__(self):
+        if self.log_loss is None and self.log_delta is None:
+            raise LawError(f"law {self.name}: log_loss, log_delta or both must be given")
 
     @property
     def target(self) -> str:
@@ -117,12 +143,29 @@ class Law:
         pairs = ((name, name.replace("gamma_", "n_", 1)) for name in self.names if name.startswith("gamma_"))
         return tuple(pair for pair in pairs if pair[1] in self.names)
 
+    @property
+    def effects(self) -> frozenset[str]:
+        """The parameters beyond those of Chinchilla's law, for laws of the loss that contain it; else none."""
+        if self.log_delta is not None or not {*self.names, OUTER_EXPONENT} >= CHINCHILLA_NAMES:
+            return frozenset()
+        return frozenset(self.names) - CHINCHILLA_NAMES
+
+    @property
+    def frees_outer_exponent(self) -> bool:
+        """Whether the law has an outer exponent that stays at its default unless a fit frees it."""
+        return any(p.name == OUTER_EXPONENT and not p.fit for p in self.params)
+
+    @property
+    def reads_formats(self) -> bool:
+        """Whether the law reads relative steps or errors, which formats determine, and not bits alone."""
+        return any(is_of_format(name) for name in self.columns)
+
     def reads_part(self, part: str) -> bool:
         """Whether the precision or the error of a part ("w", "a", "kv") enters the law."""
         return bool(_part_columns(part) & set(self.columns))
 
     def part_params(self, part: str) -> tuple[str, ...]:
-        """The parameters that only rows of low precision in that part tell, before PTQ, by `needs`: amplitude first."""
+        """The parameters that by `needs` only rows of low precision in that part inform before PTQ; amplitude first."""
         needs = [n for n in self.needs if set(n.columns) <= _part_columns(part) and n.rows != "delta"]
         return tuple(dict.fromkeys(name for need in needs for name in need.params))
 
@@ -152,11 +195,12 @@ class Law:
 
     def evaluate(self, params: Values, columns: Values, xp=np):
         """Predicted L (nats per token), or δ where the law is one of δ alone; `params` and `columns` complete."""
+        if self.log_delta is None:
+            assert self.log_loss is not None  # by __post_init__
+            return xp.exp(self.log_loss(params, columns, xp))
         if self.log_loss is None:
             return xp.exp(self.log_delta(params, columns, xp))
         loss = xp.exp(self.log_loss(params, columns, xp))
-        if self.log_delta is None:
-            return loss
         after = next(name for name in AFTER_PTQ if name in columns)
         quantized = ~xp.isnan(xp.asarray(columns[after]))
         stand_in = {"P_post": HIGH_PRECISION_BITS, "s_post": 0.0}
@@ -166,7 +210,7 @@ class Law:
 
 
 def _part_columns(part: str) -> set[str]:
-    return {f"P_{part}", f"s_{part}", f"gmse_{part}"}
+    return {f"P_{part}", f"{STEP}{part}", f"{GAUSSIAN_ERROR}{part}"}
 
 
 def fraction(P, gamma, n, xp=np):
@@ -190,9 +234,9 @@ def log_sum(xp, *log_terms):
 def log_chinchilla(p: Values, n, d, xp=np):
     """log(E + (A n^-alpha + B d^-beta)^g) (2203.15556, eq. 10; g = 1 there and where the law has no g)."""
     size, data = log_power_law(p["A"], p["alpha"], n, xp), log_power_law(p["B"], p["beta"], d, xp)
-    if "g" not in p:
+    if OUTER_EXPONENT not in p:
         return log_sum(xp, size, data, xp.log(p["E"]))
-    return log_sum(xp, p["g"] * log_sum(xp, size, data), xp.log(p["E"]))
+    return log_sum(xp, p[OUTER_EXPONENT] * log_sum(xp, size, data), xp.log(p["E"]))
 
 
 # Of laws in which precision multiplies N or D by a factor f of its own.
@@ -210,17 +254,19 @@ def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ..
         Parameter("alpha", 0.0, 3.0, exponents, published=get("alpha"), held=0.5),
         Parameter("B", 1e-6, 1e30, logs, log=True, unit="nats · tokens^beta", published=get("B"), held=1e-6),
         Parameter("beta", 0.0, 3.0, exponents, published=get("beta"), held=0.5),
-        Parameter("E", 1e-3, 30.0, floors, log=True, unit="nats per token", published=get("E"), held=1e-3),
+        Parameter("E", 1e-3, 30.0, floors, log=True, unit="nats per token", published=get("E"), held=1e-3, wide=1.5),
     )
 
 
 def outer_exponent(fit: bool = True) -> Parameter:
     """g of E + (A N^-alpha + B D^-beta)^g; `fit` False: 1 unless freed."""
-    return Parameter("g", 0.05, 5.0, (0.3, 0.6, 1.0), True, default=None if fit else 1.0, held=1.0, fit=fit)
+    return Parameter(OUTER_EXPONENT, 0.05, 5.0, (0.3, 0.6, 1.0), True, default=None if fit else 1.0, held=1.0, fit=fit)
 
 
+CHINCHILLA_NAMES = frozenset(p.name for p in chinchilla_parameters({})) | {OUTER_EXPONENT}
 CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))
-OUTER_NEEDS = (*CHINCHILLA_NEEDS, Need("N", 2, ("g",)), Need("D", 2, ("g",)))  # a power of one term is a power
+# A power of one term alone is a power law, so that the outer exponent takes several values of both.
+OUTER_NEEDS = (*CHINCHILLA_NEEDS, Need("N", 2, (OUTER_EXPONENT,)), Need("D", 2, (OUTER_EXPONENT,)))
 
 
 def fraction_parameters(

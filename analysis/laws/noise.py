@@ -9,7 +9,6 @@ import numpy as np
 
 from analysis.laws.law import (
     OUTER_NEEDS,
-    PARTS,
     Law,
     LawStage,
     Need,
@@ -19,8 +18,9 @@ from analysis.laws.law import (
     log_sum,
     outer_exponent,
 )
+from analysis.table.columns import PARTS, STEP
 
-STEPS = tuple(f"s_{x}" for x in PARTS)
+STEPS = tuple(f"{STEP}{x}" for x in PARTS)
 SOURCE = "this project"
 
 
@@ -79,6 +79,7 @@ def _names(params: tuple[Parameter, ...]) -> tuple[str, ...]:
 
 _CHINCHILLA = (*chinchilla_parameters({}), outer_exponent())
 _CHINCHILLA_STAGE = LawStage("high_precision", _names(_CHINCHILLA))
+_OUTER_EXAMPLE = {"A": 2e6, "alpha": 0.7, "B": 1e7, "beta": 0.7, "E": 1.2, "g": 0.4}
 _AMPLITUDE_NEEDS = tuple(Need(f"s_{x}", 2, (f"c_{x}",)) for x in PARTS)
 
 CHINCHILLA_OUTER = Law(
@@ -91,6 +92,7 @@ CHINCHILLA_OUTER = Law(
     needs=OUTER_NEEDS,
     high_precision_only=True,
     holds=("chinchilla",),
+    example=_OUTER_EXAMPLE,
 )
 
 _ADDED = (
@@ -115,6 +117,7 @@ NOISE = Law(
         Need(STEPS, 3, ("q",)),
     ),
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_ADDED))),
+    example={**_OUTER_EXAMPLE, "d": 0.1, "q": 0.65, "c_w": 0.02, "c_a": 0.05, "c_kv": 0.01},
 )
 
 _CAPACITY = (
@@ -123,6 +126,7 @@ _CAPACITY = (
     *_amplitudes((1e-6, 1e-4, 1e-2, 1.0), "parameters^-m"),
 )
 _CAPACITY_NEEDS = (*OUTER_NEEDS, *_AMPLITUDE_NEEDS, Need("N", 2, ("m",), "low"), Need(STEPS, 3, ("p",)))
+_CAPACITY_EXAMPLE = {**_OUTER_EXAMPLE, "m": 0.3, "p": 1.7, "c_w": 0.02, "c_a": 0.08, "c_kv": 0.02}
 _CAPACITY_FORMULA = "L = E + (A N_eff^-alpha + B D^-beta)^g, N_eff = N / (1 + N^m sum_x c_x s_x^p)"
 CAPACITY_NOISE = Law(
     "capacity_noise",
@@ -135,6 +139,7 @@ CAPACITY_NOISE = Law(
     share=_noisy_share,
     share_varies=True,
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_CAPACITY))),
+    example=_CAPACITY_EXAMPLE,
 )
 
 _GROWTH = (
@@ -143,6 +148,7 @@ _GROWTH = (
     Parameter("gamma_N", -3.0, 3.0, (0.0, 0.3, 0.6), held=0.0),
 )
 _GROWTH_NEEDS = (Need("N", 2, ("gamma_N",), "delta"), Need("D", 2, ("gamma_D",), "delta"))
+_GROWTH_EXAMPLE = {"C": 0.003, "gamma_D": 0.5, "gamma_N": 0.35}
 PTQ_NOISE = Law(
     "ptq_noise",
     "delta = C s_post^p D^gamma_D / N^gamma_N, p = 2 unless freed, s_post the relative step of the grid of P_post bits",
@@ -152,6 +158,7 @@ PTQ_NOISE = Law(
     log_delta=_ptq_noise,
     needs=(*_GROWTH_NEEDS, Need("s_post", 2, ("p",), "delta")),
     high_precision_only=True,
+    example=_GROWTH_EXAMPLE,
 )
 
 _SERVED = (
@@ -171,6 +178,7 @@ UNIFIED_NOISE = Law(
     share=_noisy_share,
     share_varies=True,
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _names(_CAPACITY)), LawStage("delta", _names(_SERVED))),
+    example={**_CAPACITY_EXAMPLE, **_GROWTH_EXAMPLE, "k": 5.0, "M": 0.3},
 )
 
 
@@ -207,6 +215,13 @@ SHANNON = Law(
     _shannon,
     needs=(Need("N", 2, ("alpha", "c", "gamma")), Need("D", 2, ("beta",)), Need("D", 3, ("d", "delta"))),
     high_precision_only=True,
+    example={
+        **{"a": 0.1, "alpha": 0.05, "b": 1.0, "beta": 0.5, "c": 0.5, "gamma": 0.2},
+        **{"d": 3.0, "delta": 0.3, "e": 2e4},
+    },
+    # four sizes within a factor of ten do not identify its three noise terms
+    sizes=tuple(np.geomspace(1e7, 1e10, 8)),
+    tokens=tuple(np.geomspace(1e8, 1e12, 12)),
 )
 
 LAWS = (CHINCHILLA_OUTER, NOISE, CAPACITY_NOISE, PTQ_NOISE, UNIFIED_NOISE, SHANNON)

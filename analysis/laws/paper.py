@@ -5,9 +5,8 @@ import numpy as np
 from analysis.laws.law import (
     CHINCHILLA_NEEDS,
     FIXED_OPTIMUM,
+    OUTER_EXPONENT,
     OUTER_NEEDS,
-    PARTS,
-    PRECISION_COLUMNS,
     Law,
     LawStage,
     Need,
@@ -22,6 +21,7 @@ from analysis.laws.law import (
     log_sum,
     outer_exponent,
 )
+from analysis.table.columns import PARTS, PRECISIONS
 
 PAPER = "Kumar et al., arXiv 2411.04330"
 # Table 2 of the paper, alpha = beta tied. C_w, C_a, C_kv of the unified law are not published.
@@ -114,12 +114,12 @@ _PTQ_NEEDS = (
     Need("D", 2, ("gamma_D",), "delta"),
     Need("P_post", 2, ("gamma_post",), "delta"),
 )
-_CHINCHILLA_STAGE = LawStage("high_precision", ("A", "alpha", "B", "beta", "E", "g"))
+_CHINCHILLA_STAGE = LawStage("high_precision", ("A", "alpha", "B", "beta", "E", OUTER_EXPONENT))
 _FRACTION_NAMES = tuple(p.name for p in _FRACTIONS)
 _PRECISION_FORMULA = "L = A N_eff^-alpha + B D^-beta + E, N_eff = N f_w f_a f_kv, f_x = 1 - exp(-P_x/gamma_x + n_x)"
 
 
-def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=None, biases=_BIASES, **plan) -> Law:
+def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=None, biases=_BIASES, **more) -> Law:
     needs = OUTER_NEEDS + fraction_needs() if needs is None else needs
     later = tuple(p.name for p in effects)
     return Law(
@@ -127,12 +127,12 @@ def _alternative(name: str, formula: str, log_loss, effects=_FRACTIONS, needs=No
         formula,
         f"{PAPER}, Table 1 (alternatives)",
         _CHINCHILLA + effects + _OUTER,
-        ("N", "D", *PRECISION_COLUMNS),
+        ("N", "D", *PRECISIONS),
         log_loss,
         needs=needs,
         stages=(_CHINCHILLA_STAGE, LawStage("loss", later)),
         biases=biases,
-        **plan,
+        **more,
     )
 
 
@@ -145,6 +145,7 @@ CHINCHILLA = Law(
     _chinchilla,
     needs=CHINCHILLA_NEEDS,
     high_precision_only=True,
+    baseline=True,
 )
 PTQ = Law(
     "ptq",
@@ -161,7 +162,7 @@ PRECISION = Law(
     _PRECISION_FORMULA,
     f"{PAPER}, eq. 3-4",
     _CHINCHILLA + _FRACTIONS + _OUTER,
-    ("N", "D", *PRECISION_COLUMNS),
+    ("N", "D", *PRECISIONS),
     _precision,
     needs=OUTER_NEEDS + fraction_needs(),
     stages=(_CHINCHILLA_STAGE, LawStage("loss", _FRACTION_NAMES)),
@@ -179,7 +180,7 @@ UNIFIED = Law(
     + _PTQ
     + tuple(Parameter(f"C_{x}", 1e-3, 100.0, (0.1, 0.3, 1.0, 3.0), True, "1/bits", held=100.0) for x in PARTS)
     + _OUTER,
-    ("N", "D", *PRECISION_COLUMNS, "P_post"),
+    ("N", "D", *PRECISIONS, "P_post"),
     _precision,
     _unified_delta,
     needs=OUTER_NEEDS + fraction_needs() + _PTQ_NEEDS + tuple(Need(f"P_{x}", 2, (f"C_{x}",), "delta") for x in PARTS),
@@ -191,6 +192,7 @@ UNIFIED = Law(
     biases=_BIASES,
     share=_capacity,
     by_form=FIXED_OPTIMUM,
+    example={"C_w": 0.5, "C_a": 0.3, "C_kv": 0.8},
 )
 D_EFF = _alternative(
     "d_eff",
@@ -215,6 +217,10 @@ N_AND_D_EFF_UNTIED = _alternative(
     share=_capacity,
     holds=("n_and_d_eff",),
     by_form=FIXED_OPTIMUM,
+    example={
+        **{"gamma_w_D": 2.0, "n_w_D": 0.2, "gamma_a_D": 1.8, "n_a_D": 1.0},
+        **{"gamma_kv_D": 1.2, "n_kv_D": 1.5},
+    },
 )
 POWER_LAWS = _alternative(
     "power_laws",
@@ -232,4 +238,7 @@ POWER_LAWS = _alternative(
     + tuple(Need(f"P_{x}", 2, (f"C_{x}", f"rho_{x}")) for x in PARTS)
     + tuple(Need(f"P_{x}", 3, (f"rho_{x}",)) for x in PARTS),
     (),
+    example={"C_w": 2.0, "rho_w": 2.0, "C_a": 8.0, "rho_a": 2.5, "C_kv": 4.0, "rho_kv": 3.0},
 )
+
+LAWS = (CHINCHILLA, PTQ, PRECISION, UNIFIED, D_EFF, N_AND_D_EFF, N_AND_D_EFF_UNTIED, POWER_LAWS)

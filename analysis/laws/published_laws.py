@@ -4,7 +4,6 @@ import numpy as np
 
 from analysis.laws.law import (
     CHINCHILLA_NEEDS,
-    HIGH_PRECISION_BITS,
     Law,
     Need,
     Parameter,
@@ -12,6 +11,7 @@ from analysis.laws.law import (
     log_chinchilla,
     log_sum,
 )
+from analysis.table.columns import HIGH_PRECISION_BITS
 
 # --- low-bit quantization favours undertrained models
 
@@ -88,6 +88,9 @@ FLOATING_POINT = Law(
     ),
     check=_group_size_above_one,
     bits_given=True,
+    # those of its source: its last term is below the noise at the paper's sizes
+    sizes=(41e6, 85e6, 154e6, 679e6),
+    tokens=(10e9, 20e9, 50e9, 100e9),
 )
 
 

@@ -11,7 +11,8 @@ import functools
 
 import numpy as np
 
-from analysis.laws.law import HIGH_PRECISION_BITS, LawError
+from analysis.laws.law import LawError
+from analysis.table.columns import HIGH_PRECISION_BITS
 from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.gaussian import gaussian_mse
@@ -46,8 +47,8 @@ def relative_step(name: str, granularity: str = "", length: float = 0, usual: st
         if fmt.family == "int" and count == reference:
             return float(integer_step(fmt.bits))
         return _on_integer_curve(_error(fmt, count), reference)
-    except UserError as err:
-        raise LawError(str(err)) from None
+    except UserError as error:
+        raise LawError(str(error)) from None
 
 
 def _sharing(granularity: str, length: float) -> int:

@@ -1,16 +1,14 @@
 """From the bytes of a table to its cells as text: compression, encoding, line ends, separators, names of columns.
 
-What is nearly a table of the contract is refused in one line that says what is wrong with it, never read as another.
+A file that is almost a table of the contract raises an error of one line that says what is wrong; nothing is guessed.
 """
 
 import csv
 import difflib
-import gzip
 import hashlib
 import io
 import re
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +18,6 @@ import pandas as pd
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import files
 
-GZIP = b"\x1f\x8b"
 OTHER_FILES = {
     b"PK\x03\x04": "a zip archive or a workbook",
     b"BZh": "compressed by bzip2",
@@ -47,10 +44,10 @@ def read(path: Path) -> tuple[pd.DataFrame, str]:
         raw = files.read(path)
     except FileNotFoundError:
         raise TableError(f"no table at {path}") from None
-    except files.NotAFile as err:
-        raise TableError(str(err)) from None
-    except OSError as err:
-        raise _unreadable(path, err.strerror) from None
+    except files.NotAFile as error:
+        raise TableError(str(error)) from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
     text = _text(path, raw)
     header = next((line for line in text.split("\n") if line.strip()), "")
     _check_separator(path, header)
@@ -63,17 +60,15 @@ def read(path: Path) -> tuple[pd.DataFrame, str]:
             frame = pd.read_csv(
                 io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False
             )
-    except (ValueError, pd.errors.ParserWarning) as err:  # pandas' own errors are ValueErrors
-        raise _unreadable(path, " ".join(str(err).split())) from None
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors are ValueErrors
+        raise _unreadable(path, " ".join(str(error).split())) from None
     if text.count("\n") > len(frame):
         _check_rows(path, frame)
     return frame, hashlib.sha256(raw).hexdigest()
 
 
 def _check_rows(path: Path, frame: pd.DataFrame) -> None:
-    """Raises TableError where a cell holds a line break: from a quotation mark without its end to the next one all rows
-    are one cell.
-    """
+    """Raises TableError where a cell holds a line break, as rows after an unclosed quotation mark do."""
     for name in frame:
         broken = frame[name].str.contains("\n", na=False, regex=False)
         if broken.any():
@@ -81,9 +76,9 @@ def _check_rows(path: Path, frame: pd.DataFrame) -> None:
 
 
 def check_names(names: Iterable[str], required: Iterable[str], known: Iterable[str], source: str) -> None:
-    """Raises TableError where a required column is missing, or a column's name is nearly that of a known one.
+    """Raises TableError where a required column is missing, or a column's name is almost that of a known one.
 
-    A column that is merely unknown is no mistake. `P_Post` is: rows after PTQ would pass for rows before it.
+    Unknown columns are allowed. `P_Post` is not: rows after PTQ would pass for rows before it.
     """
     names = list(names)
     absent = {_plain(name): name for name in (*required, *known) if name not in names}
@@ -110,20 +105,19 @@ def _unreadable(path: Path, why: str) -> TableError:
 
 
 def _text(path: Path, raw: bytes) -> str:
-    """The text of the file, with lines that end in \\n alone."""
-    if raw.startswith(GZIP):  # by its content: not every reader of names knows what .gz is
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as err:
-            raise _unreadable(path, f"its gzip data are damaged ({err})") from None
+    """The text of the file, its line ends all \\n."""
+    try:
+        raw = files.unzipped(raw)
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from None
     for magic, what in OTHER_FILES.items():
         if raw.startswith(magic):
             raise _unreadable(path, f"it is {what}; want CSV text, gzipped or not")
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise _unreadable(path, f"it is not {'UTF-16' if wide else 'UTF-8'} text (byte {err.start})") from None
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"it is not {'UTF-16' if wide else 'UTF-8'} text (byte {error.start})") from None
     if "\0" in text:
         raise _unreadable(path, "it holds NUL characters")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -132,7 +126,7 @@ def _text(path: Path, raw: bytes) -> str:
 def _cells(line: str, separator: str = ",") -> list[str]:
     try:
         return [name.strip() for name in next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])]
-    except csv.Error:  # a cell without an end; pandas says where
+    except csv.Error:  # an unclosed cell; pandas says where
         return []
 
 

@@ -1,5 +1,5 @@
-"""Which rows of a table say the same once more, which are of one trained model, and which loss before PTQ a row after
-it belongs to.
+"""Which rows of a table are duplicates, which are of one trained model, and to which loss before PTQ a row after PTQ
+belongs.
 
 A model is what was trained once: one run, one N, one training precision, one seed. A row after PTQ belongs to the loss
 before PTQ of its model at the same D. Where a run has several such losses, it is the one that agrees with the row in
@@ -11,19 +11,21 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-PLACE = ("run", "N", "P_w", "P_a", "P_kv")
-NONE, SEVERAL = -1, -2  # no row before PTQ; several, and nothing tells which
+from analysis.table.columns import PRECISIONS
+
+PLACE = ("run", "N", *PRECISIONS)
+NONE, SEVERAL = -1, -2  # no row before PTQ; several that cannot be told apart
 
 
 def of_ptq(name: str) -> bool:
-    """Whether a column says how a model was quantized after training: of rows before PTQ it says nothing."""
+    """Whether a column says how a model was quantized after training, and so nothing about rows before PTQ."""
     return name in ("P_post", "method", "post_parts", "stored_bits", "fallback_layers") or name.startswith("ptq")
 
 
 def without_repeats(
     rows: pd.DataFrame, settings: Sequence[str], named: bool
 ) -> tuple[pd.DataFrame, list[tuple[str, pd.Index]]]:
-    """The rows that say something new and contradict no other; and (reason, index of rows) of the rest.
+    """The rows that are neither duplicates nor contradictions; and (reason, index of rows) of the rest.
 
     `settings` are the columns that make two rows of a run different measurements. Without run names of its own a table
     can only repeat rows as a whole.
@@ -50,7 +52,7 @@ def without_repeats(
 
 
 def _copies(rows: pd.DataFrame, apart: Sequence[str]) -> pd.Series:
-    """True for rows of runs whose rows are, but for the name, all those of another run."""
+    """True for rows of runs that repeat, under another name, all the rows of another run."""
     hashes = pd.util.hash_pandas_object(rows[list(apart)], index=False)
     whole = hashes.groupby(rows["run"], sort=False).agg(["sum", "count"])
     return rows["run"].isin(whole.index[whole.duplicated()])
@@ -78,12 +80,12 @@ def models(rows: pd.DataFrame, settings: Sequence[str]) -> tuple[np.ndarray, np.
     base_n[single] = only[single]
 
     several = np.flatnonzero(~before_n & (count[point_n] > 1))
-    candidates = {point: [] for point in np.unique(point_n[several])}
+    candidates: dict[int, list[int]] = {int(point): [] for point in np.unique(point_n[several])}
     for i in np.flatnonzero(known_n & np.isin(point_n, list(candidates))):
         candidates[point_n[i]].append(i)
     columns = {"seed": seed_n, **{name: _codes(rows[name]) for name in settings if name not in ("seed", "D", *PLACE)}}
     for i in several:
-        base_n[i] = _belonging(i, np.array(candidates[point_n[i]]), columns, loss)
+        base_n[i] = _belonging(int(i), np.array(candidates[point_n[i]]), columns, loss)
 
     paired = ~before_n & (base_n >= 0)
     model_n[paired] = model_n[base_n[paired]]

@@ -1,9 +1,7 @@
-"""How far losses of equal runs lie apart: the noise of L and δ, estimated from runs that differ in their seed alone.
+"""The noise of L and δ between seeds, estimated from runs that differ only in their seed.
 
-A difference between two rows that is below this noise says nothing, and no finding may rest on it.
+No finding may rest on a difference between rows that is below this noise.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,16 +9,17 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-from analysis.table import FORMAT_COLUMNS, HIGH_PRECISION_BITS, METHOD_COLUMNS, PRECISIONS, Table
+from analysis.table.columns import ALL_FORMAT_COLUMNS, HIGH_PRECISION_BITS, METHOD_COLUMNS, PRECISIONS
+from analysis.table.table import Table
 
-# What two runs must share to be the same but for their seed; columns that a table lacks are the same everywhere.
+# What two runs must share to differ only in their seed; a column that the table lacks does not tell rows apart.
 SAME = (
     *("N", "D", *PRECISIONS, "P_post", *METHOD_COLUMNS, "schedule", "precision"),
-    *(name for names in FORMAT_COLUMNS.values() for name in names),
+    *ALL_FORMAT_COLUMNS,
     *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity", "ptq_options", "post_parts"),
     *("group_size", "peak_rate", "batch_size", "corpus", "width", "depth"),
 )
-LEAST_FREEDOM = 3  # degrees of freedom worth an estimate
+LEAST_FREEDOM = 3  # degrees of freedom that an estimate takes
 FREEDOM_PER_SLOPE = 10  # degrees of freedom for each way in which the noise may vary
 LEVEL = 0.95
 
@@ -54,7 +53,7 @@ class Noise:
         return float(stats.t.ppf(0.5 + LEVEL / 2, self.freedom))
 
     def limit(self, seeds: tuple[float, float] = (1, 1), **columns) -> np.ndarray:
-        """A difference of two means over so many seeds below this is noise (95 %)."""
+        """The 95 % limit of noise in a difference of two means over `seeds` seeds each."""
         return self.t * self.at(**columns) * np.sqrt(1 / seeds[0] + 1 / seeds[1])
 
     @property
@@ -71,7 +70,9 @@ class Noise:
 
 
 def noise_of(table: Table, column: str = "loss") -> Noise | None:
-    """The noise of `column` over the rows that repeat with another seed; None where too few do."""
+    """The noise of `column` over rows repeated with another seed; None where these have under LEAST_FREEDOM degrees of
+    freedom.
+    """
     groups = repeated(table)
     freedom = sum(len(group) - 1 for group in groups)
     if freedom < LEAST_FREEDOM:
@@ -95,8 +96,22 @@ def noise_of(table: Table, column: str = "loss") -> Noise | None:
     return Noise(pooled**0.5, freedom, dict(zip(terms, map(float, found[1:]), strict=True)), center, float(found[0]))
 
 
+def noise_floor(deltas: Table) -> float | None:
+    """Standard deviation of δ between seeds at the largest P_post with repeats: the noise that is left as δ vanishes.
+
+    deltas: rows after PTQ with `delta`. None where no row is repeated with another seed.
+    """
+    groups = repeated(deltas)
+    for bits in sorted({float(deltas["P_post"][group[0]]) for group in groups}, reverse=True):
+        here = [group for group in groups if deltas["P_post"][group[0]] == bits]
+        squares = sum(float(np.sum((deltas["delta"][group] - deltas["delta"][group].mean()) ** 2)) for group in here)
+        if squares > 0:
+            return float(np.sqrt(squares / sum(len(group) - 1 for group in here)))
+    return None
+
+
 def repeated(table: Table) -> list[np.ndarray]:
-    """Indices of the rows that are the same but for their seed, a group for each setting with two seeds or more."""
+    """Indices of the rows that differ only in their seed, a group for each setting with two seeds or more."""
     if "seed" not in table or not len(table):
         return []
     names = [name for name in SAME if name in table]

@@ -7,6 +7,7 @@ ends, such as a pipe, is read.
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import secrets
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +25,7 @@ from absl import logging
 from precision_scaling.errors import UserError
 
 FINGERPRINT = "fingerprint"
+_GZIP = b"\x1f\x8b"  # the first bytes of gzip data
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -44,6 +47,19 @@ def read(path: Path | str) -> bytes:
     """All of a regular file. NotAFile at once for anything else; OSError, which names the file, as ever."""
     with naming(path), open_regular(path) as file:
         return file.read()
+
+
+def unzipped(content: bytes) -> bytes:
+    """The content without its gzip compression, recognized by its first bytes, not by a name; other content as it is.
+
+    Raises ValueError for damaged gzip data.
+    """
+    if not content.startswith(_GZIP):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"its gzip data are damaged ({error})") from None
 
 
 def check_regular(path: Path | str) -> None:

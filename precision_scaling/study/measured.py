@@ -4,9 +4,7 @@
 """
 
 import csv
-import gzip
 import io
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from precision_scaling.study.workspace import Workspace
 from precision_scaling.training.run import Run
 
 TRAINED = "trained"
-_GZIP = b"\x1f\x8b"  # begins what is gzipped, whatever its name
 _TEXTS = ("run", "status", "method")
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
@@ -50,8 +47,7 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """{run: {measurement: rows}}."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     try:
-        content = files.read(table)
-        text = (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8")
+        text = files.unzipped(files.read(table)).decode("utf-8")
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
             raise ValueError
@@ -68,7 +64,7 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         raise
     except OSError as error:
         raise UserError(f"--rows={table}: {error.strerror or error}") from None
-    except (ValueError, csv.Error, EOFError, TypeError, zlib.error):
+    except (ValueError, csv.Error, TypeError):
         raise UserError(f"--rows={table}: not a table; allowed is the runs.csv or runs.csv.gz of this study") from None
     return found
 

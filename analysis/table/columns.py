@@ -1,0 +1,32 @@
+"""The columns of runs.csv: their names, the parts of a model that they speak of, and the values that they may hold."""
+
+HIGH_PRECISION_BITS = 16.0  # P of bf16; from here up a part counts as not quantized
+PARTS = ("w", "a", "kv")  # weights, activations, KV cache
+COUNTS = ("N", "D")
+PRECISIONS = tuple(f"P_{part}" for part in PARTS)
+REQUIRED = (*COUNTS, "loss")
+NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
+# With every text column: what makes two rows of a run different measurements.
+SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size", "P_grad", "exponent_bits", "mantissa_bits")
+KNOWN = ("run", *NUMERIC, *SETTINGS, "status", "method")
+
+# Beyond these no count, number of bits or loss is one; squares of them stay far from the end of float64.
+LEAST = {"N": 1.0, "D": 1.0, **dict.fromkeys((*PRECISIONS, "P_post"), 0.1)}
+MOST = {"N": 1e20, "D": 1e20, "loss": 1e6, **dict.fromkeys((*PRECISIONS, "P_post"), 256.0)}
+MOST_OF_OTHERS = 1e12
+POSITIVE, NOT_NEGATIVE = ("group_size", "P_grad"), ("exponent_bits", "mantissa_bits")
+EMPTY = ("", "nan", "na", "n/a", "none", "null")
+
+# Columns that every checked table has: see runs.models. No file has them, as their names hold a space.
+MODEL, BASE = "trained model", "row before PTQ"
+
+FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
+ALL_FORMAT_COLUMNS = tuple(name for names in FORMAT_COLUMNS.values() for name in names)
+METHOD_COLUMNS = ("method", "ptq_method")
+BEYOND_WEIGHTS = ("smoothquant", "kv_cache")  # PTQ methods that quantize activations or the KV cache
+STEP, GAUSSIAN_ERROR = "s_", "gmse_"  # prefixes of columns that a format determines: relative step, mean squared error
+
+
+def is_of_format(name: str) -> bool:
+    """Whether a format determines the column: the relative step or the Gaussian error of a part."""
+    return name.startswith((STEP, GAUSSIAN_ERROR))
