@@ -13,7 +13,7 @@ from absl import flags
 from analysis import command
 from analysis.fitting.problem import FitError
 from analysis.laws import law
-from analysis.planning import memory, surface, text
+from analysis.planning import fitted, memory, text
 from analysis.planning.cost import MAX_BITS, CostError, CostModel, bits_of_format, named_format
 from analysis.planning.minimize import Budget, BudgetError
 from analysis.planning.plan import plan
@@ -129,7 +129,7 @@ def main() -> None:
     fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
     out = None if not _OUT.value else command.output("out", _OUT.value, reads=fit_files)
     fmt = None if _PRECISION.value is None else named_format(_PRECISION.value)
-    result = plan(surface.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags(), fmt)
+    result = plan(fitted.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags(), fmt)
     print(text.describe(result))
     if out is not None:
         with command.writing("out", out, instead=result.to_json):

@@ -1,5 +1,14 @@
 """How numbers are said, alike in the plan, the figures and the report."""
 
+from collections.abc import Iterable
+
+PART_NAMES = {"w": "weights", "a": "activations", "kv": "KV cache"}
+
+
+def parts_text(parts: Iterable[str]) -> str:
+    """The parts of a model in words: weights, KV cache."""
+    return ", ".join(PART_NAMES[part] for part in parts) or "nothing"
+
 
 def count_label(value: float) -> str:
     """A count as people say it: 30M, 1.5B, 820k."""

@@ -12,7 +12,7 @@ from analysis.laws import derived
 from analysis.laws.law import Law, LawError, Need, Parameter
 from analysis.laws.steps import integer_step, relative_step
 from analysis.laws.synthetic import constants, table
-from analysis.planning import surface
+from analysis.planning import fitted, surface
 from analysis.planning.minimize import Budget
 from analysis.planning.plan import plan
 from precision_scaling.numerics.gaussian import gaussian_mse
@@ -170,13 +170,13 @@ def test_a_noise_law_is_planned_and_its_best_precision_rises_with_the_budget():
     assert bits == pytest.approx([best_bits("noise", CPU, flops) for flops in (1e11, 1e12, 1e13)], abs=0.03)
     assert bits[0] < bits[1] - 0.3 < bits[2] - 0.6
     assert not any("by the form" in warning for warning in found[0].warnings)
-    paper = plan(surface.load("paper"), Budget(flops=1e21))
+    paper = plan(fitted.load("paper"), Budget(flops=1e21))
     assert any("by the form of law precision alone" in warning for warning in paper.warnings)
 
 
 def test_the_share_of_n_that_noise_leaves_needs_n_and_goes_into_the_plan():
     params = {**OUTER, "m": 0.5, "p": 2.0, "c_w": 0.27, "c_a": 9.8, "c_kv": 1e-30}
-    share = surface.capacity(of("capacity_noise", params), ("w",))
+    share = surface.build([of("capacity_noise", params)]).with_parts(["w"]).share
     assert share(np.float64(3), 1e4, 1e8) == pytest.approx(1 / 4)
     with pytest.raises(surface.SurfaceError, match="varies with N or D"):
         share(3.0)
@@ -187,7 +187,7 @@ def test_the_share_of_n_that_noise_leaves_needs_n_and_goes_into_the_plan():
 
 def test_only_informed_parts_are_planned_and_unknown_bits_are_refused():
     half = dataclasses.replace(of("noise", CPU), refused={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
-    assert surface.informed_parts(half) == ("w",)
+    assert surface.build([half]).parts == ("w",)
     result = plan([half], Budget(flops=1e12))
     assert result.parts == ("w",) and "activations, KV cache costs" in result.warnings[0]
     gmse = of(

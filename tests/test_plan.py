@@ -14,7 +14,7 @@ from analysis import command, laws
 from analysis.fitting.fit import Fit
 from analysis.laws import law as law_lib
 from analysis.plan import FLAGS, main
-from analysis.planning import closed_forms, surface
+from analysis.planning import closed_forms, fitted, surface
 from analysis.planning.cost import CostError, CostModel, bits_of_format
 from analysis.planning.minimize import Budget, BudgetError, minimize, turning_point
 from analysis.planning.plan import plan
@@ -26,7 +26,7 @@ P_16 = 16.0
 
 @pytest.fixture(scope="module")
 def fits():
-    return surface.load("paper")
+    return fitted.load("paper")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def ground(fits):
 
 @pytest.fixture(scope="module")
 def capacity(fits):
-    return surface.capacity(fits[0])
+    return surface.build(fits).share
 
 
 def hand_loss(n, d, p):
@@ -57,7 +57,7 @@ def test_capacity_of_all_parts_at_paper_precisions(capacity, p, product):
 
 @pytest.mark.parametrize(("part", "zero"), [("a", 3.11), ("kv", 2.32), ("w", 0.81)])
 def test_capacity_of_a_part_vanishes_at_its_zero(fits, part, zero):
-    f = surface.capacity(fits[0], (part,))
+    f = surface.build(fits).with_parts([part]).share
     others = f(24.0) / (1 - math.exp(-24 / PAPER[f"gamma_{part}"] + PAPER[f"n_{part}"]))
     assert f(zero - 0.05) == pytest.approx(1e-3 * others, rel=1e-6)  # clipped below the zero
     assert 1e-3 < f(zero + 0.05) < 0.06
@@ -122,14 +122,14 @@ def test_tokens_past_which_the_quantized_model_gets_worse(ground, bits, per_para
 
 def test_precision_of_the_weights_grows_like_beta_gamma_log_flops_at_fixed_size(fits):
     gamma, beta = PAPER["gamma_w"], PAPER["beta"]
-    weights = surface.capacity(fits[0], ("w",))
+    weights = surface.build(fits).with_parts(["w"]).share
     # the condition α A (f N)^-α f'/f = β B D^-β / P leaves P/γ - (1 - β) ln P = β ln C once f is near 1
     pure = lambda p: p / gamma - (1 - beta) * math.log(p)
     grid = np.linspace(2, 80, 8000)
     low, high = (closed_forms.fixed_size_precision(PAPER, weights, 1e8, c, grid) for c in (1e24, 1e30))
     assert (pure(high) - pure(low)) / math.log(1e6) == pytest.approx(beta, rel=5e-3)
     assert (high - low) / math.log(1e6) == pytest.approx(beta * gamma, rel=0.1)  # β γ ln C, up to the ln P term
-    at = minimize(surface.build(fits, ("w",)), Budget(flops=1e24, n=1e8, p_range=(2.0, 80.0)))
+    at = minimize(surface.build(fits).with_parts(["w"]), Budget(flops=1e24, n=1e8, p_range=(2.0, 80.0)))
     assert at.p == pytest.approx(low, abs=2e-3)
     assert at.d == pytest.approx(16e24 / (6 * 1e8 * at.p), rel=1e-9)  # D* = 16 C / (6 N P*): C / (N β γ ln C)
 

@@ -11,7 +11,7 @@ from analysis.fitting import provenance
 from analysis.fitting.fit import Fit
 from analysis.laws.steps import relative_step
 from analysis.plan import FLAGS, main
-from analysis.planning import surface
+from analysis.planning import fitted, surface
 from analysis.planning.cost import CostModel, bits_of_format, named_format
 from analysis.planning.memory import Layout, Serving, ServingError, bytes_label, parse_bytes
 from analysis.planning.minimize import Budget
@@ -88,7 +88,7 @@ def test_the_best_format_is_that_of_the_grid(served_in_four):
 
 
 def test_laws_that_read_bits_take_the_nominal_ones_and_say_so():
-    found = plan(surface.load("paper"), Budget(flops=1e21))
+    found = plan(fitted.load("paper"), Budget(flops=1e21))
     assert row_of(found, "int8")["loss"] == row_of(found, "e4m3fn")["loss"] == row_of(found, "e5m2")["loss"]
     constants = ((2.6745, 0.3037), (2.2102, 1.4072), (0.9578, 2.4185))
     f = lambda p: np.prod([1 - np.exp(-p / gamma + n) for gamma, n in constants])
@@ -103,7 +103,7 @@ def test_formats_that_the_table_never_saw_are_marked(served_in_four):
     assert seen["e4m3fn"] is False  # the cache alone was trained in it
     assert seen["int8"] is False and seen["nvfp4"] is False
     assert "not in the fit's table" in describe(served_in_four)
-    paper = plan(surface.load("paper"), Budget(flops=1e20))
+    paper = plan(fitted.load("paper"), Budget(flops=1e20))
     assert row_of(paper, "int8")["seen"] and not row_of(paper, "mxfp8")["seen"]
     silent = plan([of("noise", NOISE)], Budget(flops=1e12))
     assert row_of(silent, "int4")["seen"] is None and "does not say which formats" in describe(silent)
@@ -277,7 +277,7 @@ def test_a_model_of_fewer_bits_than_those_of_serving_is_served_as_trained(noise_
 
 @pytest.fixture(scope="module")
 def other_laws():
-    precision = of("precision", laws.published("precision"), ranges=surface.PAPER_RANGES)
+    precision = of("precision", laws.published("precision"), ranges=fitted.PAPER_RANGES)
     power = {name: laws.published("precision")[name] for name in ("A", "alpha", "B", "beta", "E")}
     power |= {"C_w": 3.0, "rho_w": 3.0, "C_a": 3.0, "rho_a": 3.0, "C_kv": 1.0, "rho_kv": 3.0}
     return [precision, of("power_laws", power), of("chinchilla", laws.published("chinchilla"))]
@@ -343,7 +343,7 @@ def test_extrapolation_is_marked_in_text_and_json(noise_fits):
 
 
 def test_a_fit_without_its_costs_on_record_is_judged_by_its_largest_n_and_d():
-    found = plan(surface.load("paper"), Budget(flops=1e21))
+    found = plan(fitted.load("paper"), Budget(flops=1e21))
     budget = json.loads(found.to_json())["extrapolation"]["budget"]
     assert budget["data"][1] == pytest.approx(6 * 1.7e9 * 26e9)
     assert any("budget = 1e+21 FLOPs is 3.77 times above" in w and "combined" in w for w in found.warnings)

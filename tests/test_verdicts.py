@@ -13,6 +13,7 @@ from analysis import laws
 from analysis.fitting.comparison import Comparison, Row
 from analysis.fitting.fit import Fit
 from analysis.fitting.multiplicativity import Multiplicativity
+from analysis.planning.surface import build
 from analysis.reporting import findings
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts import (
@@ -271,10 +272,10 @@ def spread(made, scale=0.01):
 
 
 def test_best_bits_are_those_of_the_closed_form_at_every_budget():
-    loss = optimum_by_law.loss_of(fit_with("precision", laws.get("precision").published))
+    loss = build([fit_with("precision", laws.get("precision").published)]).loss
     for flops in (1e18, 1e21):
         assert optimum_by_law.best_bits(loss, flops, optimum_by_law.FINEST) == pytest.approx(7.0, abs=0.02)
-    rising = optimum_by_law.loss_of(fit_with("power_laws", POWER))
+    rising = build([fit_with("power_laws", POWER)]).loss
     low, high = (optimum_by_law.best_bits(rising, flops, optimum_by_law.FINEST) for flops in (1e12, 1e16))
     assert high > low + 1
 

@@ -65,6 +65,16 @@ class Fit:
         """Loss (or δ) of the fitted law at the given columns."""
         return laws.predict(self.law, self.values, **columns)
 
+    @property
+    def draws(self) -> int:
+        """Number of bootstrap samples of the constants."""
+        return min((len(values) for values in self.samples.values()), default=0)
+
+    def draw(self, index: int) -> "Fit":
+        """The fit at one bootstrap sample of its constants; those that were not fitted stay."""
+        sample = {name: values[index] for name, values in self.samples.items()}
+        return dataclasses.replace(self, values={**self.values, **sample})
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 

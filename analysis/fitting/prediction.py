@@ -167,8 +167,7 @@ def _evaluate(fit: Fit, rows: Table, which: str) -> tuple[np.ndarray, np.ndarray
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             return np.exp(function(law.values(values), columns, np))
 
-    count = min((len(draws) for draws in fit.samples.values()), default=0)
-    draws = [at({name: fit.samples[name][i] for name in fit.samples}) for i in range(min(count, MOST_DRAWS))]
+    draws = [at({name: fit.samples[name][i] for name in fit.samples}) for i in range(min(fit.draws, MOST_DRAWS))]
     return at(fit.values), np.reshape(draws, (len(draws), len(rows)))
 
 

@@ -54,7 +54,7 @@ def intervals(plan: Option, options: Sequence[Option], budget: Budget) -> Interv
 
 def samples(surface: Surface, of_delta: bool) -> np.ndarray | None:
     """Which bootstrap samples to use; None where there are too few for an interval."""
-    count = surface.draws(of_delta)
+    count = (surface if of_delta else surface.of_loss).draws
     if count < least_resamples((LEVEL[1] - LEVEL[0]) / 100):
         return None
     return np.linspace(0, count - 1, min(count, MOST_DRAWS)).round().astype(int)

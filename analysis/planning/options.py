@@ -10,7 +10,7 @@ from scipy import optimize
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning.cost import CostError
 from analysis.planning.minimize import Budget, BudgetError, Point, evaluate, minimize, precisions
-from analysis.planning.reach import reaches, was_seen
+from analysis.planning.reach import reaches
 from analysis.planning.surface import Surface
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
@@ -129,7 +129,7 @@ def row(option: Option, best: Option, ci: dict) -> dict:
         found |= {
             "format": option.fmt.name,
             "served": "as trained" if budget.serve_bits is None else budget.serve_bits,
-            "seen": was_seen(surface.fit, surface.parts, option.fmt),
+            "seen": surface.saw(option.fmt),
         }
     elif name := budget.cost.format_name(point.p):
         found["format"] = name
@@ -140,8 +140,7 @@ def _make_up_factor(surface: Surface, at: Point, p: float) -> float | None:
     """Factor on N that makes a model trained at p bits as good as one of 16 at the plan's N and D (as trained, before
     PTQ).
     """
-    in_16_bits = dataclasses.replace(surface, parts=(), of_format={})
-    target = float(in_16_bits.loss(at.n, at.d, HIGH_PRECISION_BITS))
+    target = float(surface.in_16_bits.loss(at.n, at.d, HIGH_PRECISION_BITS))
     gap = lambda log_factor: float(surface.loss(at.n * math.exp(log_factor), at.d, p)) - target
     low, high = math.log(1e-3), math.log(1e6)
     if not gap(low) > 0 > gap(high):

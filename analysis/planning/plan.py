@@ -5,17 +5,15 @@ import json
 import math
 from collections.abc import Sequence
 
-from analysis import laws as laws_lib
 from analysis.fitting.fit import Fit
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning import options, served, spread
-from analysis.planning import surface as surfaces
 from analysis.planning.intervals import Interval, intervals
 from analysis.planning.minimize import Budget, Point, minimize, turning_point
 from analysis.planning.options import Option
 from analysis.planning.reach import Reach, reaches
-from analysis.planning.surface import Surface, SurfaceError
-from analysis.planning.warnings import about_formats, named, warnings
+from analysis.planning.surface import Surface, SurfaceError, build_all
+from analysis.planning.warnings import about_formats, warnings
 from precision_scaling.numerics.formats import Format
 
 
@@ -53,7 +51,7 @@ class Plan:
 
     @property
     def laws(self) -> tuple[str, ...]:
-        return tuple(fit.law for fit in self.surface.fits)
+        return tuple(fitted.name for fitted in self.surface.fitted)
 
     def to_json(self) -> str:
         best, turning = self.best, self.critical_tokens
@@ -95,8 +93,9 @@ def plan(
     fits: of the loss, the first of which makes the plan and the others its spread, and of δ. fmt: train in this format,
     of the budget's p bits.
     """
-    informed, *others = surfaces.pairs(fits, columns)
-    surface = _with_parts(informed, parts)
+    surface, *others = build_all(fits, columns)
+    if parts is not None:
+        surface = surface.with_parts(parts)
     budget = _with_choices(surface, budget)
     chosen = _choose(surface, budget, fmt)
     best, bits = chosen.point, chosen.budget.serve_bits
@@ -121,41 +120,28 @@ def plan(
         [],
     )
     without = [one.name for one in listed if one.name not in {option.fmt.name for option in near}]
-    uninformed = surfaces.uninformed_parts(surface.fit) if parts is None else ()
+    uninformed = surface.of_loss.uninformed if parts is None else ()
     words = warnings(chosen, budget, far, uninformed, spans.loss is not None)
     return dataclasses.replace(found, warnings=[*words, *about_formats(budget, without)])
 
 
-def _with_parts(surface: Surface, parts: Sequence[str] | None) -> Surface:
-    """The surface with these parts trained low, which the fit's table must inform; None: those that it informs."""
-    if parts is None:
-        return surface
-    name = surface.fit.law
-    if unread := [x for x in parts if not surface.law.reads_part(x)]:
-        raise SurfaceError(f"--parts: law {name} does not read the training precision of {named(unread)}")
-    if unknown := [x for x in parts if x in surfaces.uninformed_parts(surface.fit)]:
-        raise SurfaceError(
-            f"--parts: the fit's table does not inform {named(unknown)}; it informs {named(surface.parts)}"
-        )
-    return dataclasses.replace(surface, parts=tuple(parts))
-
-
 def _with_choices(surface: Surface, budget: Budget) -> Budget:
     """The budget with the precisions that the law knows. Raises SurfaceError for what it cannot plan."""
-    fit = surface.fit
-    if budget.serve_bits is not None and surface.delta_fit is None:
-        raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={fit.law}.json,ptq.json or a fit of unified")
-    if budget.serve_bits is not None and fit.serve_bits is not None:
+    law, bits = surface.name, budget.serve_bits
+    if bits is not None and surface.of_delta is None:
+        raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={law}.json,ptq.json or a fit of unified")
+    if bits is not None and (rounded := surface.of_loss.fit.serve_bits) is not None:
         raise SurfaceError(
-            f"--serve-bits={budget.serve_bits:g}: law {fit.law} is one of losses after PTQ to {fit.serve_bits:g} bits "
-            "already; leave the flag out"
+            f"--serve-bits={bits:g}: law {law} is one of losses after PTQ to {rounded:g} bits already; leave the flag "
+            "out"
         )
-    in_16_bits_only = budget.p is not None and not surface.parts and not laws_lib.get(fit.law).bits_given
-    if in_16_bits_only and budget.p < HIGH_PRECISION_BITS:
-        raise SurfaceError(f"--precision={budget.p:g}: law {fit.law} as fitted knows training in 16 bits only")
     serving = dataclasses.replace(budget.serving, cache_trained_low="kv" in surface.parts)
-    choices = () if budget.p is not None else surfaces.known_precisions(fit, surface.parts) or ()
-    return dataclasses.replace(budget, serving=serving, p_choices=choices)
+    budget = dataclasses.replace(budget, serving=serving)
+    if budget.p is None:
+        return dataclasses.replace(budget, p_choices=surface.precisions or ())
+    if budget.p < HIGH_PRECISION_BITS and not surface.parts and not surface.law.bits_given:
+        raise SurfaceError(f"--precision={budget.p:g}: law {law} as fitted knows training in 16 bits only")
+    return budget
 
 
 def _choose(surface: Surface, budget: Budget, fmt: Format | None) -> Option:

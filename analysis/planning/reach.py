@@ -2,13 +2,11 @@
 
 import dataclasses
 
-from analysis.fitting.fit import Fit
-from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
+from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning.cost import FLOPS_PER_PARAMETER_TOKEN
 from analysis.planning.minimize import Point
-from analysis.planning.surface import Surface, data_range
+from analysis.planning.surface import Surface
 from analysis.wording import count_label
-from precision_scaling.numerics.formats import Format
 
 SLACK = 0.01  # of a range, within which a value counts as inside
 TIMES = ("N", "D", "budget")  # quantities whose distance is said as a factor
@@ -47,27 +45,16 @@ class Reach:
 
 def reaches(surface: Surface, point: Point, flops: float, serve_bits: float | None = None) -> list[Reach]:
     """N, D, P, training cost and P_post of a plan beside their ranges in the table, where these are on record."""
-    fit = surface.fit
     found = [
         Reach(name, value, *span)
         for name, value in (("N", point.n), ("D", point.d), ("P", point.p))
-        if (span := data_range(fit, name, surface.parts or PARTS))
+        if (span := surface.data_range(name))
     ]
-    if span := data_range(fit, "C"):
+    if span := surface.data_range("C"):
         found.append(Reach("budget", flops, *span))
-    elif (n := data_range(fit, "N")) and (d := data_range(fit, "D")) and (p := data_range(fit, "P")):
+    elif (n := surface.data_range("N")) and (d := surface.data_range("D")) and (p := surface.data_range("P")):
         low = FLOPS_PER_PARAMETER_TOKEN * n[0] * d[0] * min(p[0], HIGH_PRECISION_BITS) / HIGH_PRECISION_BITS
         found.append(Reach("budget", flops, low, FLOPS_PER_PARAMETER_TOKEN * n[1] * d[1], bound=True))
-    if serve_bits is not None and (span := data_range(surface.delta_fit, "P_post")):
+    if serve_bits is not None and (span := surface.data_range("P_post")):
         found.append(Reach("P_post", serve_bits, *span))
     return found
-
-
-def was_seen(fit: Fit, parts: tuple[str, ...], fmt: Format) -> bool | None:
-    """Whether the fit's table has every one of the parts trained in the format; None where it is not on record."""
-    seen = fit.reporting.get("formats") or {}
-    if fmt.family == "none":
-        return True
-    if not all(part in seen for part in parts):
-        return None
-    return all(fmt.name in seen[part] for part in parts)

@@ -6,7 +6,7 @@ from typing import Any
 from analysis.planning.cost import CostError
 from analysis.planning.minimize import Budget, BudgetError, minimize
 from analysis.planning.options import Option
-from analysis.planning.surface import Surface, data_range
+from analysis.planning.surface import Surface
 
 SERVED_BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # that PTQ methods write
 
@@ -15,7 +15,7 @@ def by_bits(surface: Surface, budget: Budget) -> list[Option]:
     """The best plan for every number of bits that the law of δ has rows of, and for serving as trained; each within the
     memory. Those that no model meets are left out.
     """
-    span = data_range(surface.delta_fit, "P_post") if surface.delta_fit is not None else None
+    span = surface.data_range("P_post")
     known = [bits for bits in SERVED_BITS if span and span[0] <= bits <= span[1]]
     found = []
     asked = [] if budget.serve_bits is None else [budget.serve_bits]

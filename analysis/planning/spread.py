@@ -13,7 +13,7 @@ from analysis.planning.cost import CostError
 from analysis.planning.intervals import Interval, loss_interval
 from analysis.planning.minimize import Budget, BudgetError, Point, minimize
 from analysis.planning.options import Option
-from analysis.planning.surface import Surface, SurfaceError, known_precisions
+from analysis.planning.surface import Surface, SurfaceError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ def _as_planned(surface: Surface, plan: Option) -> Surface:
 def _opinion(plan: Option, surface: Surface, budget: Budget) -> Opinion:
     at, bits = plan.point, plan.budget.serve_bits
     silent = lambda why: Opinion(surface.name, surface.parts, None, None, None, why)
-    if bits is not None and surface.delta_fit is None:
+    if bits is not None and surface.of_delta is None:
         return silent("no law of δ goes with it")
     try:
-        known = known_precisions(surface.fit, surface.parts)
+        known = surface.precisions
     except SurfaceError as error:
         return silent(str(error))
     own = _own_plan(surface, dataclasses.replace(budget, p_choices=known or ()))

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from analysis.planning import served, spread
 from analysis.planning.memory import bytes_label
 from analysis.planning.plan import Plan
-from analysis.planning.warnings import named
-from analysis.wording import count_label, interval_text
+from analysis.wording import count_label, interval_text, parts_text
 
 OUTSIDE = "*"  # behind a number beyond the fit's table
 
@@ -44,7 +43,7 @@ def _head(plan: Plan) -> list[str]:
     in_format = f", {plan.chosen.fmt.name}" if plan.chosen.fmt else ""
     delta = "" if bits is None else f", δ {best.delta:.4f} of it from PTQ to {bits:g} bits{mark('P_post')}"
     return [
-        f"Plan by {' + '.join(plan.laws)}, precision of {named(plan.parts)}{legend}",
+        f"Plan by {' + '.join(plan.laws)}, precision of {parts_text(plan.parts)}{legend}",
         f"  N      {count_label(best.n)}{mark('N')} parameters ({best.n:.4g}){_beside(spans.get('N_ci'), count_label)}",
         f"  D      {count_label(best.d)}{mark('D')} tokens ({best.d:.4g}), {best.d / best.n:.3g} per parameter"
         + _beside(spans.get("D_ci"), count_label),
@@ -143,7 +142,7 @@ def _spread(plan: Plan) -> list[str]:
     rows = [("law", "loss here", "", "its own P", "N", "D", "")]
     for opinion in plan.opinions:
         own = opinion.own
-        fewer = "" if opinion.parts == plan.parts else f"of {named(opinion.parts)} alone"
+        fewer = "" if opinion.parts == plan.parts else f"of {parts_text(opinion.parts)} alone"
         rows.append(
             (
                 opinion.law,

@@ -2,19 +2,13 @@
 
 from collections.abc import Sequence
 
-from analysis import laws
 from analysis.fitting.multistart import NO_INTERVALS
-from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
+from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning.memory import bytes_label
 from analysis.planning.minimize import Budget, precisions
 from analysis.planning.options import Option
-from analysis.planning.reach import Reach, was_seen
-
-
-def named(parts: Sequence[str]) -> str:
-    """The parts of a model in words."""
-    names = {"w": "weights", "a": "activations", "kv": "KV cache"}
-    return ", ".join(names[x] for x in parts) or "nothing"
+from analysis.planning.reach import Reach
+from analysis.wording import parts_text
 
 
 def warnings(
@@ -22,43 +16,43 @@ def warnings(
 ) -> list[str]:
     """In words. `budget` leaves free what the plan chose; `uninformed` are parts kept at 16 bits for want of data."""
     surface, best, serve_bits = plan.surface, plan.point, plan.budget.serve_bits
-    fit, ptq, found = surface.fit, surface.delta_fit, []
+    law, found = surface.law, []
     if uninformed:
-        parts = named(uninformed)
+        parts = parts_text(uninformed)
         found.append(f"the fit's table does not say what low precision of {parts} costs: kept at 16 bits")
     if budget.p_choices == (HIGH_PRECISION_BITS,):
-        found.append(f"law {fit.law} as fitted knows training in 16 bits only: P is not chosen")
+        found.append(f"law {surface.name} as fitted knows training in 16 bits only: P is not chosen")
     found += [reach.words for reach in far if reach.outside]
-    if plan.fmt is not None and was_seen(fit, surface.parts, plan.fmt) is False:
+    if plan.fmt is not None and surface.saw(plan.fmt) is False:
         found.append(f"the fit's table has no run trained in {plan.fmt.name}")
     if plan.fmt is not None and not surface.reads_formats:
-        found.append(f"law {fit.law} reads bits: it takes {plan.fmt.name} for any format of {plan.fmt.bits:g} bits")
-    if serve_bits is not None and ptq is not fit and best.p < HIGH_PRECISION_BITS:
+        found.append(
+            f"law {surface.name} reads bits: it takes {plan.fmt.name} for any format of {plan.fmt.bits:g} bits"
+        )
+    if serve_bits is not None and surface.of_delta is not surface.of_loss and best.p < HIGH_PRECISION_BITS:
         found.append(
             "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
         )
-    if fit.serve_bits is not None:
-        found.append(f"law {fit.law} was fitted to losses after PTQ to {fit.serve_bits:g} bits: this is one of these")
+    if (rounded := surface.of_loss.fit.serve_bits) is not None:
+        found.append(f"law {surface.name} was fitted to losses after PTQ to {rounded:g} bits: this is one of these")
     kv_bits = budget.serving.kv_bits
     if kv_bits is not None and kv_bits < (best.p if "kv" in surface.parts else HIGH_PRECISION_BITS):
         found.append(f"no law here says what rounding the cache to {kv_bits:g} bits after training costs: not counted")
-    used = surface.fits if serve_bits is not None else surface.fits[:1]
+    used = surface.fitted if serve_bits is not None else (surface.of_loss,)
     for one in used:
-        law = laws.resolve(one.law, one.values)
-        of_parts = {name for x in PARTS for name in law.part_params(x)}  # told elsewhere, part by part
-        refused = [name for name in one.refused if name not in of_parts]
-        if refused:
-            found.append(f"{one.law}: the fit's table does not inform {', '.join(refused)}; stand-ins were used")
-        found += [f"{one.law}: {note}" for note in one.notes]
+        if one.stand_ins:
+            names = ", ".join(one.stand_ins)
+            found.append(f"{one.name}: the fit's table does not inform {names}; stand-ins were used")
+        found += [f"{one.name}: {note}" for note in one.fit.notes]
     given = (serve_bits, budget.p, budget.n, budget.d, budget.memory_bytes)
-    if (form := laws.get(fit.law).by_form) and not any(given):
-        found.append(f"by the form of law {fit.law} alone, {form}")
+    if law.by_form and not any(given):
+        found.append(f"by the form of law {surface.name} alone, {law.by_form}")
     if budget.p is None and not precisions(budget) and budget.flops is not None:
         for bound, word in zip(budget.p_range, ("lowest", "highest"), strict=True):
             if abs(best.p - bound) < 1e-3:
                 found.append(f"P ends at {bound:g} bits, the {word} that was searched")
-    few_runs = any(note.startswith(NO_INTERVALS) for one in used for note in one.notes)
-    if not has_interval and any(one.n for one in used) and not few_runs:
+    few_runs = any(note.startswith(NO_INTERVALS) for one in used for note in one.fit.notes)
+    if not has_interval and any(one.fit.n for one in used) and not few_runs:
         found.append("no interval: the fit carries no bootstrap samples (fit again with --bootstrap=1000)")
     return found
 

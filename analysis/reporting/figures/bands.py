@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.fitting.fit import Fit
-from analysis.planning import surface
+from analysis.planning.surface import Surface
 
 MOST_DRAWS = 100
 LEAST_DRAWS = 20
@@ -14,13 +14,13 @@ ENDS = (0.025, 0.975)
 BEYOND = {"color": "#E9E9E9", "zorder": -1, "lw": 0}
 
 
-def band(axis, x, curve: Callable[..., np.ndarray], fits: Sequence[Fit], color) -> bool:
+def band(axis, x, curve: Callable[..., np.ndarray], fits: Sequence[Fit | Surface], color) -> bool:
     """Fills between the 2.5 and 97.5 % quantiles of `curve(*fits)` over bootstrap samples; False where none are."""
-    count = min([surface.draws(fit) for fit in fits] or [0])
+    count = min([fit.draws for fit in fits] or [0])
     if count < LEAST_DRAWS:
         return False
     with np.errstate(all="ignore"):
-        drawn = np.array([curve(*(surface.draw(fit, i) for fit in fits)) for i in range(min(count, MOST_DRAWS))])
+        drawn = np.array([curve(*(fit.draw(i) for fit in fits)) for i in range(min(count, MOST_DRAWS))])
         low, high = np.nanquantile(np.where(np.isfinite(drawn), drawn, np.nan), ENDS, axis=0)
     axis.fill_between(x, low, high, color=color, alpha=0.16, lw=0, zorder=1)
     return True
@@ -54,7 +54,7 @@ def band_words(fits: Sequence[Fit | None]) -> str:
         return ""
     words = (
         "Bands are 95 % over resampled runs."
-        if min(surface.draws(fit) for fit in shown) >= LEAST_DRAWS
+        if min(fit.draws for fit in shown) >= LEAST_DRAWS
         else "Without a bootstrap the lines have no bands."
     )
     shares = [f"{fit.law} {fit.starts_at_best:.1%}" for fit in shown if fit.starts_at_best is not None]

@@ -5,11 +5,11 @@ compute-optimal N, D and P, and the loss left after training and serving in any 
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import laws
 from analysis.fitting.fit import Fit
-from analysis.laws.law import FIXED_OPTIMUM, HIGH_PRECISION_BITS
-from analysis.planning import closed_forms, surface
+from analysis.laws.law import HIGH_PRECISION_BITS
+from analysis.planning import closed_forms
 from analysis.planning.cost import CostModel
+from analysis.planning.surface import Surface, build
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.figures.bands import band, band_words, beyond, say
 from analysis.reporting.figures.style import (
@@ -25,49 +25,50 @@ from analysis.reporting.figures.style import (
     thin,
 )
 from analysis.reporting.verdicts.equal_cost import matches
-from analysis.reporting.verdicts.optimum_by_law import optima
+from analysis.reporting.verdicts.optimum_by_law import Optimum, optima
 from analysis.table import PRECISIONS
-from analysis.wording import count_label
+from analysis.wording import count_label, parts_text
 
 BITS = np.linspace(3.0, 16.0, 261)
 COARSE = np.linspace(2.0, 24.0, 221)  # of P* for each bootstrap sample
 
 
-def _planning_fit(evidence: Evidence) -> tuple[Fit, tuple[str, ...]]:
+def _surface(fit: Fit) -> Surface:
+    surface = build([fit])
+    if not surface.parts:
+        raise Skipped("the table does not inform what low precision of any part costs")
+    return surface
+
+
+def _planning_surface(evidence: Evidence) -> Surface:
     fit = evidence.fit_of("precision", "unified")
     if fit is None:
         raise Skipped("no fitted law of training precision")
-    parts = surface.informed_parts(fit)
-    if not parts:
-        raise Skipped("the table does not inform what low precision of any part costs")
+    surface = _surface(fit)
     if unknown := [name for name in ("alpha", "beta") if name in fit.refused]:
         raise Skipped(f"the table does not tell {' and '.join(unknown)} of the law {fit.law}")
-    return fit, parts
-
-
-def _parts_text(parts: tuple[str, ...]) -> str:
-    return ", ".join({"w": "weights", "a": "activations", "kv": "KV cache"}[x] for x in parts)
+    return surface
 
 
 def cost_matched(evidence: Evidence) -> Figure:
     """Loss against precision at equal training cost: N falls as 1/P at one D; and measured runs with all parts tied."""
-    fit, parts = _planning_fit(evidence)
-    losses = evidence.losses
+    surface = _planning_surface(evidence)
+    losses, parts = evidence.losses, surface.parts
     d = float(np.exp(np.median(np.log(losses["D"]))))
     bases = np.geomspace(losses["N"].min(), losses["N"].max(), 3)
     figure, axes = panels(1, 2, 3.0)
     left, right = axes[0]
     colors = ramp(len(bases))
-    ground = surface.build([fit], parts)
     for series, n in enumerate(bases):
-        excess = lambda fit, n=n: _above_best(surface.build([fit], parts).loss(n * HIGH_PRECISION_BITS / BITS, d, BITS))
-        values = excess(fit)
+        excess = lambda surface, n=n: _above_best(surface.loss(n * HIGH_PRECISION_BITS / BITS, d, BITS))
+        values = excess(surface)
         left.plot(BITS, values, color=colors[series], ls=line(series), label=f"{count_label(n)} at 16 bits")
         left.plot(BITS[np.argmin(values)], 0, marker(series), color=colors[series], mec=INK)
-        band(left, BITS, excess, [fit], colors[series])
-    left.set_ylim(-0.01 * _visible(ground, bases, d), _visible(ground, bases, d))
+        band(left, BITS, excess, [surface], colors[series])
+    height = _visible(surface, bases, d)
+    left.set_ylim(-0.01 * height, height)
     left.set_title(f"law at N·P fixed, D = {count_label(d)}")
-    left.set_xlabel(f"precision of {_parts_text(parts)} (bits)")
+    left.set_xlabel(f"precision of {parts_text(parts)} (bits)")
     left.set_ylabel("loss above the best precision\n(nats per token)")
     bits_axis(left.xaxis, BITS)
     left.legend(title="same cost as")
@@ -86,27 +87,28 @@ def cost_matched(evidence: Evidence) -> Figure:
     right.set_title("measured" if len(bits) > 1 else "measured (no runs with all parts below 16 bits)")
     right.set_xlabel("training cost 6/16·N·D·P (FLOP-equivalents)")
     right.set_ylabel("validation loss (nats per token)")
-    form = laws.get(fit.law).by_form
-    return say(figure, f"By the form of {fit.law} {form}." if form else "", band_words([fit]))
+    form = surface.law.by_form
+    words = f"By the form of {surface.name} {form}." if form else ""
+    return say(figure, words, band_words([surface.of_loss.fit]))
 
 
 def _above_best(loss: np.ndarray) -> np.ndarray:
     return loss - loss.min()
 
 
-def _visible(ground, bases, d) -> float:
+def _visible(surface: Surface, bases: np.ndarray, d: float) -> float:
     """Height that shows the basin of every curve and not the cliff where f vanishes."""
     excess = []
     for n in bases:
-        loss = ground.loss(n * HIGH_PRECISION_BITS / BITS, np.full(BITS.shape, d), BITS)
+        loss = surface.loss(n * HIGH_PRECISION_BITS / BITS, np.full(BITS.shape, d), BITS)
         excess.append(loss[-1] - loss.min())
     return 2.0 * max(max(excess), 1e-3)
 
 
 def fixed_size_precision(evidence: Evidence) -> Figure:
     """P* against D/N for models of a fixed N: the more tokens, the more bits are worth their cost."""
-    fit, parts = _planning_fit(evidence)
-    losses = evidence.losses
+    surface = _planning_surface(evidence)
+    losses, law = evidence.losses, surface.name
     figure, axes = panels(1, 1, 3.0, width=5.2)
     axis = axes[0, 0]
     sizes = thin(losses["N"], 4)
@@ -114,40 +116,41 @@ def fixed_size_precision(evidence: Evidence) -> Figure:
     ratios = losses["D"] / losses["N"]
     wanted = np.geomspace(max(ratios.min() / 10, 0.1), ratios.max() * 10, 40)
     for series, (n, color) in enumerate(zip(sizes, ramp(len(sizes)), strict=True)):
-        best = lambda fit, n=n: _best_at_ratios(fit, surface.capacity(fit, parts), n, wanted, grid)
-        values = best(fit)
+        best = lambda surface, n=n: _best_at_ratios(surface, n, wanted, grid)
+        values = best(surface)
         axis.plot(wanted, values, color=color, ls=line(series), label=count_label(n))
-        band(axis, wanted, best, [fit], color)
+        band(axis, wanted, best, [surface], color)
     log_axis(axis, "x", wanted)
     axis.set_xlim(wanted[0], wanted[-1])
     axis.set_ylim(grid[0], None)
     beyond(axis, ratios.min(), ratios.max())
     axis.set_xlabel("tokens per parameter D/N")
     axis.set_ylabel("cost-optimal precision P* (bits)")
-    axis.set_title(f"{fit.law} law, {_parts_text(parts)} at P")
+    axis.set_title(f"{law} law, {parts_text(surface.parts)} at P")
     axis.legend(title="fixed N")
-    lowest = min(float(losses[f"P_{x}"].min()) for x in parts)
-    form = f"That P* rises with D/N follows from the form of {fit.law}, not from runs of one N and cost."
+    lowest = min(float(losses[f"P_{x}"].min()) for x in surface.parts)
+    form = f"That P* rises with D/N follows from the form of {law}, not from runs of one N and cost."
     shade = f"Shaded: beyond the D/N of the table; precisions were measured from {lowest:g} bits on."
-    return say(figure, form, shade, band_words([fit]))
+    return say(figure, form, shade, band_words([surface.of_loss.fit]))
 
 
-def _best_at_ratios(fit: Fit, capacity, n: float, ratios: np.ndarray, grid: np.ndarray) -> np.ndarray:
+def _best_at_ratios(surface: Surface, n: float, ratios: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """P* of a model of N parameters at each D/N: where the gain by bits balances that by the tokens they cost.
 
     Along `C = 6/16 N D P` at fixed N the optimum has `dL/dlog P = dL/dlog D`; NaN where it lies beyond `grid`.
     """
-    alpha, beta, share = fit.values["alpha"], fit.values["beta"], capacity(grid)
-    gain = alpha * fit.values["A"] * (share * n) ** -alpha * np.gradient(np.log(share), np.log(grid))
+    values, share = surface.of_loss.values, surface.share(grid)
+    alpha, beta = values["alpha"], values["beta"]
+    gain = alpha * values["A"] * (share * n) ** -alpha * np.gradient(np.log(share), np.log(grid))
     falling = slice(int(np.argmax(gain)), None)  # below, f is at its floor
-    tokens = beta * fit.values["B"] * (ratios * n) ** -beta
+    tokens = beta * values["B"] * (ratios * n) ** -beta
     gain = np.maximum(gain[falling], 1e-300)
     return np.interp(-np.log(tokens), -np.log(gain), grid[falling], left=np.nan, right=np.nan)
 
 
 def compute_optimal(evidence: Evidence) -> Figure:
     """N*, D* and P* against the budget C, with P free and with P held at 16 bits; P* by every law near the best."""
-    fit, parts = _planning_fit(evidence)
+    surface = _planning_surface(evidence)
     cost, losses = CostModel(), evidence.losses
     spent = cost.training(losses["N"], losses["D"], np.mean([np.minimum(losses[c], 16.0) for c in PRECISIONS], axis=0))
     flops = np.geomspace(spent.min() / 3, spent.max() * 100, 60)
@@ -155,12 +158,12 @@ def compute_optimal(evidence: Evidence) -> Figure:
     colors = ramp(2)
     for series, label in enumerate(("P free", "P = 16")):
         for which, axis in enumerate(axes.flat[:2]):
-            curve = lambda fit, which=which, free=series == 0: _optimal(fit, parts, flops, free)[which]
-            axis.plot(flops, curve(fit), color=colors[1 - series], ls=line(series), label=label)
-            band(axis, flops, curve, [fit], colors[1 - series])
+            curve = lambda surface, which=which, free=series == 0: _optimal(surface, flops, free)[which]
+            axis.plot(flops, curve(surface), color=colors[1 - series], ls=line(series), label=label)
+            band(axis, flops, curve, [surface], colors[1 - series])
     for axis, column, name in zip(axes.flat, ("N", "D"), ("parameters N*", "tokens D*"), strict=False):
         log_axis(axis, "y", axis.lines[0].get_ydata(), counts=True)
-        axis.set_title(f"{name}, {fit.law}")
+        axis.set_title(f"{name}, {surface.name}")
         _frame(axis, flops, spent)
         beyond(axis, losses[column].min(), losses[column].max(), "y")
     axes[0, 0].legend(loc="upper left")
@@ -171,21 +174,21 @@ def compute_optimal(evidence: Evidence) -> Figure:
     _frame(last, flops, spent)
     if asked:
         last.legend(loc="upper left")
-    forced = [f.law for f in asked if laws.get(f.law).by_form == FIXED_OPTIMUM]
+    forced = [optimum.law for optimum in asked if optimum.constant]
     form = f"One P* at every budget follows from the form of {', '.join(forced)}." if forced else ""
     return say(
         figure,
         form,
         "Shaded: beyond the budgets, N or D of the table.",
-        band_words([fit, *(f for f in asked if f is not fit)]),
+        band_words([evidence.fits[law] for law in dict.fromkeys((surface.name, *(optimum.law for optimum in asked)))]),
     )
 
 
-def _optimal(fit: Fit, parts: tuple[str, ...], flops: np.ndarray, free: bool):
+def _optimal(surface: Surface, flops: np.ndarray, free: bool):
     """(N*, D*) by a fit, at its own best precision or at 16 bits."""
-    capacity, cost = surface.capacity(fit, parts), CostModel()
-    p = closed_forms.best_precision(capacity, cost.relative, COARSE) if free else HIGH_PRECISION_BITS
-    return closed_forms.compute_optimal(fit.values, flops, float(cost.relative(p)), float(capacity(p)))
+    cost = CostModel()
+    p = closed_forms.best_precision(surface.share, cost.relative, COARSE) if free else HIGH_PRECISION_BITS
+    return closed_forms.compute_optimal(surface.of_loss.values, flops, float(cost.relative(p)), float(surface.share(p)))
 
 
 def _frame(axis, flops: np.ndarray, spent: np.ndarray) -> None:
@@ -195,9 +198,9 @@ def _frame(axis, flops: np.ndarray, spent: np.ndarray) -> None:
     beyond(axis, spent.min(), spent.max())
 
 
-def _best_by_law(axis, evidence: Evidence, spent: np.ndarray) -> list[Fit]:
+def _best_by_law(axis, evidence: Evidence, spent: np.ndarray) -> list[Optimum]:
     """P* with its interval at budgets within the table's, by every law of the finding F3, and the best of runs of equal
-    cost; returns the fits asked.
+    cost; returns what the laws said.
     """
     found = optima(evidence)
     for series, optimum in enumerate(found):
@@ -211,7 +214,7 @@ def _best_by_law(axis, evidence: Evidence, spent: np.ndarray) -> list[Fit]:
     for match in matches(evidence)[1]:
         axis.plot([match.cost] * 2, [min(match.good), max(match.good)], color=INK, lw=1)
         axis.plot(match.cost, match.best, "*", color="white", mec=INK, ms=8, label="_")
-    return [evidence.fits[optimum.law] for optimum in found]
+    return found
 
 
 def unified_map(evidence: Evidence) -> Figure:
@@ -221,18 +224,16 @@ def unified_map(evidence: Evidence) -> Figure:
     fit = evidence.fit_of("unified")
     if fit is None:
         raise Skipped("the unified law was not fitted")
-    parts = surface.informed_parts(fit)
-    if not parts:
-        raise Skipped("the table does not inform what low precision of any part costs")
+    surface = _surface(fit)
+    parts = surface.parts
     losses, deltas = evidence.losses, evidence.deltas
     lowest = float(np.min([losses[f"P_{x}"].min() for x in parts]))
     train = np.linspace(max(lowest, 3.0), HIGH_PRECISION_BITS, 120)
     post = np.linspace(deltas["P_post"].min(), deltas["P_post"].max(), 80)
     n = float(losses["N"].max())
     d = float(losses["D"][losses["N"] == n].max())
-    ground = surface.build([fit], parts)
-    delta = np.stack([ground.delta(np.full(train.shape, n), np.full(train.shape, d), train, bits) for bits in post])
-    loss = ground.loss(np.full(train.shape, n), np.full(train.shape, d), train)[None, :] + delta
+    delta = np.stack([surface.delta(np.full(train.shape, n), np.full(train.shape, d), train, bits) for bits in post])
+    loss = surface.loss(np.full(train.shape, n), np.full(train.shape, d), train)[None, :] + delta
     figure, axes = panels(1, 2, 2.9, sharey=True)
     for axis, values, label in ((axes[0, 0], loss, "loss as served"), (axes[0, 1], delta, "δ of PTQ")):
         low, high = np.quantile(values, [0.0, 0.9])
@@ -240,7 +241,7 @@ def unified_map(evidence: Evidence) -> Figure:
         filled = axis.contourf(train, post, values, levels=levels, cmap="cividis_r", extend="max")
         figure.colorbar(filled, ax=axis, format="%.2f", label="nats per token")
         axis.set_title(f"{label}, N = {count_label(n)}, D = {count_label(d)}")
-        axis.set_xlabel(f"training precision of\n{_parts_text(parts)} (bits)")
+        axis.set_xlabel(f"training precision of\n{parts_text(parts)} (bits)")
         bits_axis(axis.xaxis, train)
         axis.grid(False)
     best = train[np.argmin(loss, axis=1)]

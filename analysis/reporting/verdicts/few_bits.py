@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.laws import law
-from analysis.laws.law import HIGH_PRECISION_BITS
-from analysis.planning import surface
+from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
+from analysis.planning.surface import build
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts.equal_cost import Factor, size_factors
 from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
@@ -44,14 +43,13 @@ def few_bits_cost_parameters(evidence: Evidence) -> Finding:
 
 def _factor_by_fit(evidence: Evidence) -> str:
     fit = evidence.fit_of("precision")
-    if fit is None or len(surface.informed_parts(fit)) < len(law.PARTS):
+    if fit is None or (surface := build([fit])).parts != PARTS:
         return ""
-    share = lambda fit: surface.capacity(fit)(np.array([HIGH_PRECISION_BITS, 4.0]))
-    factor = lambda fit: float(np.divide(*share(fit)))
-    drawn = [factor(surface.draw(fit, i)) for i in range(surface.draws(fit))]
+    factor = lambda surface: float(np.divide(*surface.share(np.array([HIGH_PRECISION_BITS, 4.0]))))
+    drawn = [factor(surface.draw(i)) for i in range(surface.draws)]
     span = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) >= 20 else None
     interval = interval_text(span, "{:.1f}".format)
-    return f"The fitted law of precision says {factor(fit):.1f}{interval and ' '}{interval} at 4 bits."
+    return f"The fitted law of precision says {factor(surface):.1f}{interval and ' '}{interval} at 4 bits."
 
 
 def _rows(found: Sequence[Factor]) -> list[dict[str, object]]:

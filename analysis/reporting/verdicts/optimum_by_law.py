@@ -5,13 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from analysis import laws
 from analysis.fitting.comparison import Comparison, Row
-from analysis.fitting.fit import Fit
-from analysis.laws import law as law_lib
-from analysis.laws.law import FIXED_OPTIMUM, HIGH_PRECISION_BITS
-from analysis.planning import surface
+from analysis.laws.law import FIXED_OPTIMUM, HIGH_PRECISION_BITS, PARTS
 from analysis.planning.cost import FLOPS_PER_PARAMETER_TOKEN, CostModel
+from analysis.planning.surface import Surface, build
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts.finding import LEVEL
 from analysis.table import PRECISIONS
@@ -32,15 +29,9 @@ def _may_be_best(row: Row) -> bool:
     return row.difference is not None and (row.difference[1] is None or row.difference[1] <= 0)
 
 
-def loss_of(fit: Fit) -> Callable:
-    """Loss of a model of N parameters, D tokens and P bits in every part."""
-    return surface.build([fit]).loss
-
-
-def allowed(fit: Fit) -> np.ndarray:
+def allowed(surface: Surface) -> np.ndarray:
     """The precisions that the law can be asked for, in bits, with 16."""
-    known = surface.known_precisions(fit, law_lib.PARTS)
-    return FINEST if known is None else np.array(known)
+    return FINEST if surface.precisions is None else np.array(surface.precisions)
 
 
 def best_bits(loss: Callable, flops: float, bits: np.ndarray) -> float:
@@ -130,18 +121,18 @@ def optima(evidence: Evidence) -> list[Optimum]:
     if optima not in evidence.memo:
         near = near_best(evidence.comparison)
         evidence.memo[optima] = [
-            _optimum(fit, name, budgets_of(evidence), laws.get(name).by_form == FIXED_OPTIMUM, name in near)
+            _optimum(surface, budgets_of(evidence), name in near)
             for name in dict.fromkeys((*near, "precision"))
-            if (fit := evidence.fits.get(name)) and len(surface.informed_parts(fit)) == len(law_lib.PARTS)
+            if name in evidence.fits and (surface := build([evidence.fits[name]])).parts == PARTS
         ]
     return evidence.memo[optima]
 
 
-def _optimum(fit: Fit, name: str, budgets: tuple[float, ...], constant: bool, near: bool) -> Optimum:
+def _optimum(surface: Surface, budgets: tuple[float, ...], near: bool) -> Optimum:
     """P* at each budget by the fit and by its bootstrap samples; where the form makes it one, it is sought once."""
-    bits = allowed(fit)
+    bits, constant = allowed(surface), surface.law.by_form == FIXED_OPTIMUM
     asked = budgets[len(budgets) // 2 :][:1] if constant else budgets
-    at = lambda fit: np.resize([best_bits(loss_of(fit), c, bits) for c in asked], len(budgets))
-    drawn = [at(surface.draw(fit, i)) for i in range(min(surface.draws(fit), DRAWS))]
-    best = tuple(map(float, at(fit)))
-    return Optimum(name, budgets, best, np.array(drawn).reshape(-1, len(budgets)), constant, near, fit.starts_at_best)
+    at = lambda surface: np.resize([best_bits(surface.loss, c, bits) for c in asked], len(budgets))
+    drawn = [at(surface.draw(i)) for i in range(min(surface.draws, DRAWS))]
+    best, starts = tuple(map(float, at(surface))), surface.of_loss.fit.starts_at_best
+    return Optimum(surface.name, budgets, best, np.array(drawn).reshape(-1, len(budgets)), constant, near, starts)
