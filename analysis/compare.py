@@ -10,14 +10,15 @@ import sys
 
 from absl import flags
 
-from analysis import command
 from analysis import table as tables
 from analysis.fitting import options as options_lib
 from analysis.fitting.comparison import FILES, OUTER, UNBIASED, compare, named, summary, to_csv, to_json
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
-from analysis.fitting.options import pairs
+from analysis.fitting.options import MOST_REPEATS, pairs
 from analysis.fitting.problem import FitError, Options
+from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
+from precision_scaling.runtime.outputs import output, writing
 
 FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -39,17 +40,14 @@ _text("fit_where", None, "One more hold-out: rows to fit, an expression on colum
 _text("test_where", None, "One more hold-out: rows to predict (those that --fit_where leaves).")
 how_to_fit = options_lib.define(FLAGS)
 _count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=command.MOST_REPEATS)
+_count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
 _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
     """Compare as the flags say, write the files and print the tables. Raises UserError."""
-    for name in ("runs", "out"):
-        if not FLAGS[name].value:
-            raise FitError(f"--{name} is required")
     stay_off_accelerators()
-    out = command.output("out", FLAGS.out, FILES, reads=[FLAGS.runs])
+    out = output("out", FLAGS.out, FILES, reads=[FLAGS.runs])
     for name in FLAGS.laws:
         named(name)
     if repeated := [name for name in FLAGS.laws if FLAGS.laws.count(name) > 1]:
@@ -61,11 +59,13 @@ def main() -> None:
         table, names, options, FLAGS.starts, seed=FLAGS.seed, fit_where=FLAGS.fit_where, test_where=FLAGS.test_where
     )
     print(summary(result))
-    with command.writing("out", out, instead=lambda: to_csv(result)):
+    with writing("out", out, instead=lambda: to_csv(result)):
         atomic_write(out / "compare.csv", to_csv(result))
         atomic_write(out / "compare.json", to_json(result))
     print(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("runs", "out"))
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
+    sys.exit(command())

@@ -9,13 +9,15 @@ import sys
 
 from absl import flags
 
-from analysis import command, laws
+from analysis import laws
 from analysis import table as tables
 from analysis.fitting import options as options_lib
 from analysis.fitting.fit import Checks, fit, summary
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
-from analysis.fitting.options import _hubers, numbers, pairs
-from analysis.fitting.problem import STAGES, FitError, Options
+from analysis.fitting.options import MOST_REPEATS, _hubers, numbers, pairs
+from analysis.fitting.problem import STAGES, Options
+from precision_scaling.runtime import cli
+from precision_scaling.runtime.outputs import output, writing
 
 FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -33,9 +35,9 @@ _count(
     0,
     "Bootstrap resamples of the runs for the intervals.",
     lower_bound=0,
-    upper_bound=command.MOST_REPEATS,
+    upper_bound=MOST_REPEATS,
 )
-_count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=command.MOST_REPEATS)
+_count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
@@ -58,11 +60,8 @@ _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 def main() -> None:
     """Fit as the flags say, write fit.json and print the summary. Raises UserError."""
-    for name in ("runs", "law", "out"):
-        if not FLAGS[name].value:
-            raise FitError(f"--{name} is required")
     stay_off_accelerators()
-    out = command.output("out", FLAGS.out, reads=[FLAGS.runs])
+    out = output("out", FLAGS.out, reads=[FLAGS.runs])
     laws.get(FLAGS.law)
     options = Options(
         fixed=numbers("fixed", FLAGS.fixed),
@@ -86,10 +85,12 @@ def main() -> None:
         checks=Checks(FLAGS.test_where, numbers("test", FLAGS.test), _hubers(FLAGS.sweep_huber), FLAGS.drop_worst),
     )
     print(summary(result))
-    with command.writing("out", out, instead=result.to_json):
+    with writing("out", out, instead=result.to_json):
         result.save(out)
     print(f"written: {out}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("runs", "law", "out"))
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
+    sys.exit(command())

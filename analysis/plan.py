@@ -1,4 +1,4 @@
-"""Plans the next run: `python -m analysis.plan --fit=fit.json|paper --flops=1e21 [--serve-bits=4] --out=plan.json`.
+"""Plans the next run: `python -m analysis.plan --fit=fit.json|paper --flops=1e21 [--serve_bits=4] --out=plan.json`.
 
 Reads fits, minimizes the loss they predict under a budget, and says which formats there are near the best precision,
 what serving takes in memory, when to stop training on more data, what other laws would say, and how far the answer lies
@@ -10,15 +10,15 @@ import sys
 
 from absl import flags
 
-from analysis import command
-from analysis.fitting.problem import FitError
 from analysis.laws import law
 from analysis.planning import fitted, memory, text
 from analysis.planning.cost import MAX_BITS, CostError, CostModel, bits_of_format, named_format
 from analysis.planning.minimize import Budget, BudgetError
 from analysis.planning.plan import plan
 from analysis.planning.surface import SurfaceError
+from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
+from precision_scaling.runtime.outputs import output, writing
 
 FLAGS = flags.FlagValues()
 _number = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
@@ -31,17 +31,17 @@ _FIT = _text(
     "'paper', or fit.json files separated by commas: a law of the loss, which makes the plan, others of the loss to "
     "compare with and, for PTQ, one of δ",
 )
-_FLOPS = _number("flops", None, "budget in FLOPs of 16 bits; training, and serving with --inference-tokens")
+_FLOPS = _number("flops", None, "budget in FLOPs of 16 bits; training, and serving with --inference_tokens")
 _PARAMS = _number("params", None, "fix N, non-embedding parameters")
 _TOKENS = _number("tokens", None, "fix D, training tokens")
 _PRECISION = _text("precision", None, "fix P: bits, or a format to train in (nvfp4; fp8 is e4m3fn)")
-_SERVE_BITS = _number("serve-bits", None, "bits of the weights after PTQ; without it the model is served as trained")
-_SERVE_GROUP = _whole("serve-group", 0, "weights that share a scale of 16 bits as served; 0: an output channel does")
-_INFERENCE = _number("inference-tokens", 0.0, "tokens to serve that the budget must also pay for (2 N per token)")
+_SERVE_BITS = _number("serve_bits", None, "bits of the weights after PTQ; without it the model is served as trained")
+_SERVE_GROUP = _whole("serve_group", 0, "weights that share a scale of 16 bits as served; 0: an output channel does")
+_INFERENCE = _number("inference_tokens", 0.0, "tokens to serve that the budget must also pay for (2 N per token)")
 _MEMORY = _text("memory", None, "what weights, KV cache and embeddings may take as served, such as 24GiB or 80GB")
 _CONTEXT = _number("context", 0.0, "tokens of context in the KV cache; 0 leaves the cache out")
 _BATCH = _number("batch", 1.0, "sequences served at once, each with a cache of its own")
-_KV_BITS = _text("kv-bits", None, "bits or format of the cache as served (default: as trained, else 16)")
+_KV_BITS = _text("kv_bits", None, "bits or format of the cache as served (default: as trained, else 16)")
 _LAYOUT = _text("layout", None, "layers x KV heads x head width, such as 32x8x128 (default: width of 100 x layers)")
 _VOCAB = _whole("vocab", 0, "entries of an embedding and a head, held in 16 bits; 0 leaves them out")
 _SPEEDS = _text("speeds", "", "measured speeds such as bf16:1,fp8:1.6; without it cost is linear in bits")
@@ -55,12 +55,12 @@ ALLOWED = {
     "flops": (1.0, 1e40),
     "params": (1.0, 1e20),
     "tokens": (1.0, 1e20),
-    "inference-tokens": (1.0, 1e30),
+    "inference_tokens": (1.0, 1e30),
     "context": (1.0, 1e9),
     "batch": (1.0, 1e9),
     "vocab": (1, 10**8),
-    "serve-group": (1, 10**6),
-    "serve-bits": (1.0, MAX_BITS),
+    "serve_group": (1, 10**6),
+    "serve_bits": (1.0, MAX_BITS),
 }
 
 
@@ -116,7 +116,7 @@ def _columns_of_flags() -> dict[str, float]:
     columns = {}
     for entry in _COLUMNS.value:
         name, separator, text = (piece.strip() for piece in entry.partition(":"))
-        value = command.finite(text)
+        value = cli.finite(text)
         if not separator or value is None or value < 0 or name in columns:
             raise SurfaceError(f"--columns={entry}: want NAME:NUMBER, such as group_size:128, each name once")
         columns[name] = value
@@ -124,18 +124,18 @@ def _columns_of_flags() -> dict[str, float]:
 
 
 def main() -> None:
-    if not _FIT.value:
-        raise FitError("--fit is required: 'paper' or a fit.json")
     fit_files = [] if _FIT.value.strip() == "paper" else [name.strip() for name in _FIT.value.split(",")]
-    out = None if not _OUT.value else command.output("out", _OUT.value, reads=fit_files)
+    out = None if not _OUT.value else output("out", _OUT.value, reads=fit_files)
     fmt = None if _PRECISION.value is None else named_format(_PRECISION.value)
     result = plan(fitted.load(_FIT.value), _budget_of_flags(), _parts_of_flags(), _columns_of_flags(), fmt)
     print(text.describe(result))
     if out is not None:
-        with command.writing("out", out, instead=result.to_json):
+        with writing("out", out, instead=result.to_json):
             atomic_write(out, result.to_json())
         print(f"\nwrote {out}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("fit",))
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
+    sys.exit(command())

@@ -11,14 +11,15 @@ import sys
 import numpy as np
 from absl import flags
 
-from analysis import command
 from analysis import table as tables
 from analysis.fitting import fit
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
 from analysis.fitting.options import pairs
 from analysis.fitting.prediction import MEASURED, PREDICTED, predict, summary, to_csv
 from analysis.fitting.problem import FitError
+from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
+from precision_scaling.runtime.outputs import output, writing
 
 FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -43,21 +44,20 @@ flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", lower_bou
 
 def main() -> None:
     """Predict as the flags say, write the table and print how well it went. Raises UserError."""
-    for name in ("fit", "runs", "out"):
-        if not FLAGS[name].value:
-            raise FitError(f"--{name} is required")
     stay_off_accelerators()
-    out = command.output("out", FLAGS.out, reads=[FLAGS.runs, *FLAGS.fit])
+    out = output("out", FLAGS.out, reads=[FLAGS.runs, *FLAGS.fit])
     given = [fit.load(path) for path in FLAGS.fit]
     table = tables.load(FLAGS.runs, measured=False).where(**pairs("where", FLAGS.where))
     found = predict(given, table, FLAGS.before, FLAGS.level, FLAGS.seed)
     if not np.isfinite(found.predicted).any():
         raise FitError(f"no row of {FLAGS.runs} can be predicted: {'; '.join(dict.fromkeys(found.note))}")
     print(summary(found))
-    with command.writing("out", out, instead=lambda: to_csv(found)):
+    with writing("out", out, instead=lambda: to_csv(found)):
         atomic_write(out, to_csv(found))
     print(f"written: {out}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("fit", "runs", "out"))
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
+    sys.exit(command())

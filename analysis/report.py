@@ -11,11 +11,12 @@ import sys
 
 from absl import flags
 
-from analysis import command
 from analysis import table as tables
 from analysis.fitting import options as options_lib
 from analysis.reporting.laws import LAWS
 from analysis.reporting.report import LAW_FILES, LEAST_RESAMPLES, ReportError, write
+from precision_scaling.runtime import cli
+from precision_scaling.runtime.outputs import output
 
 FLAGS = flags.FlagValues()
 _text = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
@@ -25,7 +26,7 @@ _OUT = _text("out", None, "folder for the report")
 _BOOTSTRAP = _whole(
     *("bootstrap", 200, "bootstrap resamples of the runs for the intervals; 0 for none"),
     lower_bound=0,
-    upper_bound=command.MOST_REPEATS,
+    upper_bound=options_lib.MOST_REPEATS,
 )
 _SEED = _whole("seed", 0, "seed of starts and bootstrap", lower_bound=0)
 _PROCESSES = _whole("processes", 2, "processes that fit side by side; no more than there are CPUs", lower_bound=1)
@@ -36,9 +37,6 @@ _WHERE = flags.DEFINE_multi_string("where", [], "keep rows with COLUMN=VALUE; ma
 
 
 def main() -> None:
-    for flag in (_RUNS, _OUT):
-        if not flag.value:
-            raise ReportError(f"--{flag.name} is required")
     if unknown := [name for name in _LAWS.value if name not in LAWS]:
         raise ReportError(f"--laws={','.join(_LAWS.value)}: {unknown[0]!r} is not one of {', '.join(LAWS)}")
     if 0 < _BOOTSTRAP.value < LEAST_RESAMPLES:
@@ -46,7 +44,7 @@ def main() -> None:
             f"--bootstrap={_BOOTSTRAP.value}: allowed is {LEAST_RESAMPLES} or more, or 0 for no intervals"
         )
     files = (*LAW_FILES, "compare.csv", "findings.json", "index.html")
-    out = command.output("out", _OUT.value, files, reads=[_RUNS.value])
+    out = output("out", _OUT.value, files, reads=[_RUNS.value])
     table = tables.load(_RUNS.value).where(**options_lib.pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
     processes = min(_PROCESSES.value, os.cpu_count() or 1)
@@ -55,5 +53,7 @@ def main() -> None:
     print(f"report: {out / 'index.html'}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("runs", "out"))
+
 if __name__ == "__main__":
-    sys.exit(command.run(__doc__, FLAGS, main, sys.argv))
+    sys.exit(command())

@@ -17,14 +17,16 @@ from ml_collections import config_flags
 
 from precision_scaling.runtime import cli
 
-_DEVICES = flags.DEFINE_integer("devices", 64, "Forced host devices.", lower_bound=1)
-_SIZES = flags.DEFINE_list("sizes", ["220M", "1.7B"], "Named sizes to compile.")
-_BITS = flags.DEFINE_string("precision", "w4_a8_kv8", "Precision of the run, as in a study's grid; bf16 for none.")
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/paper.py", "Config file.")
+FLAGS = flags.FlagValues()
+_DEVICES = flags.DEFINE_integer("devices", 64, "Forced host devices.", lower_bound=1, flag_values=FLAGS)
+_SIZES = flags.DEFINE_list("sizes", ["220M", "1.7B"], "Named sizes to compile.", flag_values=FLAGS)
+_BITS = flags.DEFINE_string(
+    "precision", "w4_a8_kv8", "Precision of the run, as in a study's grid; bf16 for none.", flag_values=FLAGS
+)
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/paper.py", "Config file.", flag_values=FLAGS)
 
 
-def _main(argv) -> None:
-    del argv
+def _main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={_DEVICES.value}"
     import jax
@@ -92,4 +94,4 @@ def _report(size: str, jax, layout, resolved, group) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main)
+    sys.exit(cli.run(_main, FLAGS))

@@ -11,6 +11,7 @@ Runs are those of one size at --tokens times --precisions. Prints seconds, runs 
 how far the losses of the three lie apart, and the devices' peak memory where they tell it.
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,13 +27,16 @@ from precision_scaling.study import evaluate, results, run_missing
 from precision_scaling.study.workspace import open_workspace
 from precision_scaling.training.compiled import compiled_cohort
 
-_SIZE = flags.DEFINE_string("size", "25k", "Size of the models.")
-_TOKENS = flags.DEFINE_list("tokens", ["100000", "200000"], "Token budgets.")
-_PRECISIONS = flags.DEFINE_list("precisions", ["bf16", "w3", "w4", "a4", "a6", "kv4", "w4_a6_kv4"], "Precisions.")
-_LANES = flags.DEFINE_integer("lanes", 8, "Runs at a time.", lower_bound=1)
-_CORPUS = flags.DEFINE_string("corpus", base.get_config().data.name, "Corpus.")
-_SEQUENCE = flags.DEFINE_integer("sequence_length", 64, "Tokens per sequence.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.")
+FLAGS = flags.FlagValues()
+_SIZE = flags.DEFINE_string("size", "25k", "Size of the models.", flag_values=FLAGS)
+_TOKENS = flags.DEFINE_list("tokens", ["100000", "200000"], "Token budgets.", flag_values=FLAGS)
+_PRECISIONS = flags.DEFINE_list(
+    "precisions", ["bf16", "w3", "w4", "a4", "a6", "kv4", "w4_a6_kv4"], "Precisions.", flag_values=FLAGS
+)
+_LANES = flags.DEFINE_integer("lanes", 8, "Runs at a time.", lower_bound=1, flag_values=FLAGS)
+_CORPUS = flags.DEFINE_string("corpus", base.get_config().data.name, "Corpus.", flag_values=FLAGS)
+_SEQUENCE = flags.DEFINE_integer("sequence_length", 64, "Tokens per sequence.", flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.", flag_values=FLAGS)
 
 
 def config(tokens, precisions, lanes: int):
@@ -65,8 +69,7 @@ def measure(studies: list, clear: bool) -> tuple[float, dict[str, float]]:
     return seconds, losses
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
     tokens, precisions = [int(float(text)) for text in _TOKENS.value], _PRECISIONS.value
     single = [(t, p) for p in precisions for t in tokens]
     whole = config(tokens, precisions, _LANES.value)
@@ -100,4 +103,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

@@ -14,6 +14,7 @@ Three minutes on two CPU cores for the check, fifteen for the transfer test.
 """
 
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -33,11 +34,16 @@ from precision_scaling.training import optimizer, schedule
 from precision_scaling.training import step as step_lib
 from precision_scaling.training.step import RunInputs, Static
 
-_OUT = flags.DEFINE_string("out", "docs/coordinate_check.png", "The figure.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Initializations that the check averages over; the transfer test has two.")
-_RATE = flags.DEFINE_float("rate", 4e-3, "Learning rate of the coordinate check.")
-_TRANSFER = flags.DEFINE_bool("transfer", True, "Whether to do the transfer test.")
-_TRANSFER_STEPS = flags.DEFINE_integer("transfer_steps", 300, "Steps of each run of the transfer test.")
+FLAGS = flags.FlagValues()
+_OUT = flags.DEFINE_string("out", "docs/coordinate_check.png", "The figure.", flag_values=FLAGS)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "Initializations that the check averages over; the transfer test has two.", flag_values=FLAGS
+)
+_RATE = flags.DEFINE_float("rate", 4e-3, "Learning rate of the coordinate check.", flag_values=FLAGS)
+_TRANSFER = flags.DEFINE_bool("transfer", True, "Whether to do the transfer test.", flag_values=FLAGS)
+_TRANSFER_STEPS = flags.DEFINE_integer(
+    "transfer_steps", 300, "Steps of each run of the transfer test.", flag_values=FLAGS
+)
 
 BASE_WIDTH, BASE_DEPTH, HEAD, SEQUENCE, BATCH, STEPS = 32, 2, 16, 64, 8, 10
 WIDTHS, DEPTHS = (32, 64, 128, 256), (2, 4, 8, 16)
@@ -207,8 +213,7 @@ def transfer(loader: Loader, shapes=TRANSFER) -> None:
         print(f"{f'{width}, {depth}, {name}':>18} {text}     {best_rate(found)}", flush=True)
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
     config = base.get_config()
     compilation.use_cache(config.compilation_cache)
     loader = Loader(prepare(**config.data), SEQUENCE, BATCH)
@@ -218,4 +223,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

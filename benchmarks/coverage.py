@@ -8,6 +8,7 @@ goes on where the first was stopped.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from analysis.laws import synthetic
 from precision_scaling.runtime import cli, files
 from precision_scaling.runtime.progress import progress_bar
 
-_LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.")
-_REPEATS = flags.DEFINE_integer("repeats", 200, "Tables per law.", lower_bound=1)
-_RESAMPLES = flags.DEFINE_integer("resamples", 256, "Bootstrap resamples per table.", lower_bound=20)
-_STARTS = flags.DEFINE_integer("starts", 4, "Starts per fit.", lower_bound=1)
-_NOISE = flags.DEFINE_float("noise", 0.005, "Standard deviation of log L (and of log delta).")
-_OUT = flags.DEFINE_string("out", None, "File of the numbers as JSON.")
+FLAGS = flags.FlagValues()
+_LAWS = flags.DEFINE_list("laws", list(laws.LAWS), "Laws to test.", flag_values=FLAGS)
+_REPEATS = flags.DEFINE_integer("repeats", 200, "Tables per law.", lower_bound=1, flag_values=FLAGS)
+_RESAMPLES = flags.DEFINE_integer("resamples", 256, "Bootstrap resamples per table.", lower_bound=20, flag_values=FLAGS)
+_STARTS = flags.DEFINE_integer("starts", 4, "Starts per fit.", lower_bound=1, flag_values=FLAGS)
+_NOISE = flags.DEFINE_float("noise", 0.005, "Standard deviation of log L (and of log delta).", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "File of the numbers as JSON.", flag_values=FLAGS)
 
 
 def repeat(name: str, seed: int) -> dict:
@@ -53,8 +55,7 @@ def summary(name: str, repeats: list[dict]) -> dict:
     return {"repeats": len(repeats), "coverage": held, "median_relative_width": width}
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
     out = Path(_OUT.value) if _OUT.value else None
     setting = {"resamples": _RESAMPLES.value, "starts": _STARTS.value, "noise": _NOISE.value}
     record = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {"setting": setting}
@@ -73,4 +74,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

@@ -24,10 +24,13 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.data.parts import TokenParts, digests
 from precision_scaling.runtime import cli
 
-_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe:8192", "bpe:VOCAB or file:PATH.")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens in a window.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Windows in a batch.", lower_bound=1)
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that tokenize; 0: one per core.", lower_bound=0)
+FLAGS = flags.FlagValues()
+_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe:8192", "bpe:VOCAB or file:PATH.", flag_values=FLAGS)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 1024, "Tokens in a window.", lower_bound=1, flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Windows in a batch.", lower_bound=1, flag_values=FLAGS)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes that tokenize; 0: one per core.", lower_bound=0, flag_values=FLAGS
+)
 
 _PREPARE = """
 import sys, time, resource
@@ -52,7 +55,7 @@ def seconds(function: Callable[[], object], repeats: int = 5, clock=time.perf_co
     return min(times)
 
 
-def main(_) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         data = {**base.get_config().data, "cache_dir": cache, "workers": _WORKERS.value}
         for spec in ("bytes", _TOKENIZER.value):
@@ -121,4 +124,4 @@ def _mapped(path: str, stream: np.ndarray) -> np.memmap:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

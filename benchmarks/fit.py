@@ -8,6 +8,7 @@ and its time is scaled up.
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from analysis.fitting.problem import set_up
 from analysis.laws import synthetic
 from precision_scaling.runtime import cli, files
 
+FLAGS = flags.FlagValues()
 _SHARE = flags.DEFINE_float(
-    "scipy_share", 1 / 15, "Share of the starts that SciPy runs.", lower_bound=0.001, upper_bound=1
+    "scipy_share", 1 / 15, "Share of the starts that SciPy runs.", lower_bound=0.001, upper_bound=1, flag_values=FLAGS
 )
-_UNIFIED = flags.DEFINE_bool("unified", True, "Whether to time the unified law too.")
-_OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
+_UNIFIED = flags.DEFINE_bool("unified", True, "Whether to time the unified law too.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.", flag_values=FLAGS)
 SAME = 1e-4  # relative difference in objective below which two optima count as the same
 
 
@@ -126,8 +128,7 @@ def unified() -> dict:
     }
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
     out = {"chinchilla": chinchilla()}
     if _UNIFIED.value:
         out["unified"] = unified()
@@ -138,4 +139,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

@@ -15,6 +15,7 @@ through the layers, the Hessians of their inputs, and solving.
 """
 
 import os
+import sys
 import time
 
 import jax
@@ -33,13 +34,17 @@ from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.step import Static
 
-FLAGS = flags.FLAGS
-flags.DEFINE_bool("large", False, "also 4096 x 4096: minutes on a small CPU, and never in the plain version there")
-flags.DEFINE_bool("plain", True, "also the plain column-by-column version, for the ratio")
-flags.DEFINE_string("model", "", "a size of precision_scaling.model.sizes: times that whole model instead of layers")
-flags.DEFINE_integer("sequences", 16, "calibration sequences of --model", lower_bound=1)
-flags.DEFINE_integer("length", 512, "tokens of each", lower_bound=1)
-flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bound=1)
+FLAGS = flags.FlagValues()
+flags.DEFINE_bool(
+    "large", False, "also 4096 x 4096: minutes on a small CPU, and never in the plain version there", flag_values=FLAGS
+)
+flags.DEFINE_bool("plain", True, "also the plain column-by-column version, for the ratio", flag_values=FLAGS)
+flags.DEFINE_string(
+    "model", "", "a size of precision_scaling.model.sizes: times that whole model instead of layers", flag_values=FLAGS
+)
+flags.DEFINE_integer("sequences", 16, "calibration sequences of --model", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("length", 512, "tokens of each", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bound=1, flag_values=FLAGS)
 
 SHAPES = ((512, 512), (1024, 1024), (2048, 1024), (1024, 2816))
 LARGE = (4096, 4096)
@@ -152,8 +157,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
         print(f"{name:>12} {seconds * config.depth:8.2f} s")
 
 
-def main(argv):
-    del argv
+def main() -> None:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{device.device_kind} ({device.platform}, {cores} cores), JAX {jax.__version__}, bits {BITS}, float32")
@@ -199,4 +203,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(main, FLAGS))

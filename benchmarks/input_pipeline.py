@@ -11,6 +11,7 @@ process while it is fed: its own, and with the pages of the file that are mapped
 import functools
 import json
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,13 +31,18 @@ from precision_scaling.training import optimizer, schedule, step
 from precision_scaling.training.feed import Chunk, Prefetcher
 from precision_scaling.training.step import RunInputs, Static
 
-_TOKENS = flags.DEFINE_integer("tokens", 1_000_000_000, "Tokens in the file, two bytes each.", lower_bound=100_000)
-_SIZE = flags.DEFINE_string("size", "1M", "Named size of the model.")
-_SEQUENCE = flags.DEFINE_integer("sequence_length", 64, "Tokens per sequence.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps per dispatch.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Dispatches of each, after a first.", lower_bound=1)
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where the file is written; default: the system's for such.")
+FLAGS = flags.FlagValues()
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 1_000_000_000, "Tokens in the file, two bytes each.", lower_bound=100_000, flag_values=FLAGS
+)
+_SIZE = flags.DEFINE_string("size", "1M", "Named size of the model.", flag_values=FLAGS)
+_SEQUENCE = flags.DEFINE_integer("sequence_length", 64, "Tokens per sequence.", lower_bound=1, flag_values=FLAGS)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.", lower_bound=1, flag_values=FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps per dispatch.", lower_bound=1, flag_values=FLAGS)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Dispatches of each, after a first.", lower_bound=1, flag_values=FLAGS)
+_DIRECTORY = flags.DEFINE_string(
+    "directory", None, "Where the file is written; default: the system's for such.", flag_values=FLAGS
+)
 
 VOCABULARY = 257
 
@@ -55,8 +61,7 @@ def _write(path: Path, tokens: int) -> np.memmap:
     return np.memmap(path, np.uint16, mode="r")
 
 
-def _main(argv) -> None:
-    del argv
+def _main() -> None:
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
         tokens = _write(Path(directory) / "train.bin", _TOKENS.value)
         print(f"{len(tokens):,} tokens written; memory in MiB: {_memory()}", flush=True)
@@ -156,4 +161,4 @@ def _compare(corpus: Corpus) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main)
+    sys.exit(cli.run(_main, FLAGS))

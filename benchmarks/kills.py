@@ -22,9 +22,12 @@ from absl import flags, logging
 
 from precision_scaling.runtime import cli
 
-_KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where the studies are kept; default: deleted afterwards.")
+FLAGS = flags.FlagValues()
+_KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs.", lower_bound=1, flag_values=FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", flag_values=FLAGS)
+_DIRECTORY = flags.DEFINE_string(
+    "directory", None, "Where the studies are kept; default: deleted afterwards.", flag_values=FLAGS
+)
 
 CONFIG = """
 from configs import base
@@ -51,7 +54,6 @@ def start(config: Path, workdir: Path) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["study", f"--config={config}", f"--workdir={workdir}"]
-    flags.FLAGS.unparse_flags()
     status = 0
     try:
         runpy.run_module("precision_scaling.study", run_name="__main__", alter_sys=True)
@@ -112,8 +114,7 @@ def parameters(run: Path) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)]
 
 
-def _main(argv) -> None:
-    del argv
+def _main() -> None:
     from precision_scaling.study import __main__  # noqa: F401  imported once, for all processes
 
     logging.set_verbosity(logging.WARNING)
@@ -156,4 +157,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main)
+    sys.exit(cli.run(_main, FLAGS))

@@ -9,6 +9,7 @@ rounds, each of which runs every precision once.
 
 import functools
 import statistics
+import sys
 import time
 
 import jax
@@ -22,12 +23,13 @@ from precision_scaling.runtime import cli, compilation
 from precision_scaling.training import step as step_lib
 from precision_scaling.training.cohort import table_of
 
-_SIZE = flags.DEFINE_string("size", "1M", "Model size, as in precision_scaling/model/sizes.py.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per step.")
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 128, "Tokens per sequence.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds that are measured.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps of each precision in a round.")
+FLAGS = flags.FlagValues()
+_SIZE = flags.DEFINE_string("size", "1M", "Model size, as in precision_scaling/model/sizes.py.", flag_values=FLAGS)
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.", flag_values=FLAGS)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per step.", flag_values=FLAGS)
+_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 128, "Tokens per sequence.", flag_values=FLAGS)
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds that are measured.", flag_values=FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 3, "Steps of each precision in a round.", flag_values=FLAGS)
 _PRECISIONS = flags.DEFINE_list(
     "precisions",
     [
@@ -43,6 +45,7 @@ _PRECISIONS = flags.DEFINE_list(
         "fp8 native",
     ],
     "Presets and shorthand as in a study's grid, native ones with the word behind; the first is the denominator.",
+    flag_values=FLAGS,
 )
 
 
@@ -71,8 +74,7 @@ def _compile(text: str):
     return step, state, inputs, tokens, time.perf_counter() - started
 
 
-def _main(argv) -> None:
-    del argv
+def _main() -> None:
     compiled, skipped = {}, {}
     for text in _PRECISIONS.value:
         try:
@@ -104,4 +106,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main)
+    sys.exit(cli.run(_main, FLAGS))

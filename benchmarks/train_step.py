@@ -12,6 +12,7 @@ more than wall time on a machine that is shared. Also prints the time to trace a
 
 import functools
 import statistics
+import sys
 import time
 
 import jax
@@ -26,16 +27,21 @@ from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import cli, compilation
 from precision_scaling.training import optimizer, schedule, step
 
-_SIZE = flags.DEFINE_string("size", None, "Named size; default 1M on a CPU, 110M elsewhere.")
-_DEPTH = flags.DEFINE_integer("depth", 0, "Layers; 0: by size.")
-_SEQUENCE = flags.DEFINE_integer("sequence_length", None, "Tokens per sequence; default 64 on a CPU, 1024 elsewhere.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.")
-_LANES = flags.DEFINE_integer("lanes", 1, "Runs that train at once.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps per measurement.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Default float32 on a CPU, bfloat16 elsewhere.")
-_BITS = flags.DEFINE_integer("bits", 4, "Bits of the quantized program.")
-_VOCAB = flags.DEFINE_integer("vocab_size", 257, "Vocabulary.")
+FLAGS = flags.FlagValues()
+_SIZE = flags.DEFINE_string("size", None, "Named size; default 1M on a CPU, 110M elsewhere.", flag_values=FLAGS)
+_DEPTH = flags.DEFINE_integer("depth", 0, "Layers; 0: by size.", flag_values=FLAGS)
+_SEQUENCE = flags.DEFINE_integer(
+    "sequence_length", None, "Tokens per sequence; default 64 on a CPU, 1024 elsewhere.", flag_values=FLAGS
+)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.", flag_values=FLAGS)
+_LANES = flags.DEFINE_integer("lanes", 1, "Runs that train at once.", flag_values=FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps per measurement.", flag_values=FLAGS)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.", flag_values=FLAGS)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ("float32", "bfloat16"), "Default float32 on a CPU, bfloat16 elsewhere.", flag_values=FLAGS
+)
+_BITS = flags.DEFINE_integer("bits", 4, "Bits of the quantized program.", flag_values=FLAGS)
+_VOCAB = flags.DEFINE_integer("vocab_size", 257, "Vocabulary.", flag_values=FLAGS)
 
 PAPER = StaticPrecision(
     tuple(
@@ -101,8 +107,7 @@ class Measured:
             self.cpu.append(time.process_time() - started[1])
 
 
-def _main(argv) -> None:
-    del argv
+def _main() -> None:
     config = _model()
     programs = {
         "quantized": Measured(config, PAPER, _BITS.value),
@@ -132,4 +137,4 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main)
+    sys.exit(cli.run(_main, FLAGS))

@@ -9,6 +9,7 @@ nothing else. Shape letters: C batches, B sequences, S positions, L layers, O op
 import csv
 import functools
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,23 @@ from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import cli, compilation, files
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training.run import Run
+
+FLAGS = flags.FlagValues()
+_WORKDIR = command_line.define_workdir(FLAGS, "A workdir of train or study.")
+_RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.", flag_values=FLAGS)
+_PRECISION = flags.DEFINE_string(
+    "precision",
+    None,
+    "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given.",
+    flag_values=FLAGS,
+)
+_SEQUENCES = flags.DEFINE_integer(
+    "sequences",
+    None,
+    "Held-out sequences that are followed, in whole batches; 64, if there are.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 
 Place = tuple[str, str]  # a product of a block and one of its operands
 # The products of a block in the order in which data reaches them, with their operands.
@@ -194,8 +212,8 @@ def _weakest(lines: Sequence[dict[str, Any]]) -> str:
     return f"; {line['snr_db']:.1f} dB at worst, {line['operand']} of {line['product']} in layer {line['layer']}"
 
 
-def _main(argv) -> None:
-    del argv
+def main() -> None:
+    """Measure as the flags say, write the table and the figure, and print where they are. Raises UserError."""
     workspace = reopen_workspace(_WORKDIR.value)
     available = workspace.experiment.config.evaluate.sequences
     sequences = min(64, available) if _SEQUENCES.value is None else _SEQUENCES.value
@@ -220,14 +238,7 @@ def _main(argv) -> None:
         print(f"{path}: {len(lines)} operands{_weakest(lines)}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("workdir",))
+
 if __name__ == "__main__":
-    _WORKDIR = command_line.define_workdir("A workdir of train or study.")
-    _RUN = flags.DEFINE_string("run", None, "Name of a run in it; all that are trained, if not given.")
-    _PRECISION = flags.DEFINE_string(
-        "precision", None, "Formats to measure at, as in a study's grid (w4_a4_kv4); the run's own, if not given."
-    )
-    _SEQUENCES = flags.DEFINE_integer(
-        "sequences", None, "Held-out sequences that are followed, in whole batches; 64, if there are.", lower_bound=1
-    )
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(_main)
+    sys.exit(command())

@@ -4,6 +4,8 @@ python -m precision_scaling.train --config=configs/base.py --workdir=DIR [--conf
 """
 
 import contextlib
+import functools
+import sys
 
 from absl import flags
 
@@ -16,15 +18,22 @@ from precision_scaling.study.workspace import open_workspace
 from precision_scaling.training import trackers
 from precision_scaling.training.run import WHOLE
 
+FLAGS = flags.FlagValues()
+_CONFIG = command_line.define_config(FLAGS)
+_WORKDIR = command_line.define_workdir(FLAGS, "Directory of the run: checkpoint, metrics and runs.csv.")
+_TIME_LIMIT = stopping.define_flag(FLAGS)
+_PROFILE = profiling.define_flag(FLAGS)
+hosts.define_flags(FLAGS)
 
-def _main(argv) -> None:
-    del argv
+
+def main() -> None:
+    """Train as the flags say and print where the row is. Raises UserError."""
     config, workdir = _CONFIG.value, _WORKDIR.value
     options.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
     trackers.check(config.train.trackers)
-    hosts.start()
+    hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
     with run_missing.at_work(workdir, WHOLE, _TIME_LIMIT.value) as stop, contextlib.closing(profile):
@@ -39,11 +48,7 @@ def _main(argv) -> None:
     print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workspace.directory(run)}")
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))
+
 if __name__ == "__main__":
-    _CONFIG = command_line.define_config()
-    _WORKDIR = command_line.define_workdir("Directory of the run: checkpoint, metrics and runs.csv.")
-    _TIME_LIMIT = stopping.define_flag()
-    _PROFILE = profiling.define_flag()
-    hosts.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(_main)
+    sys.exit(command())

@@ -175,20 +175,20 @@ def cases_of_numbers():
         yield "fit", f"--drop_worst={value}", "drop_worst"
     for value in ("nan", "inf", "x", "-1", "1e99"):
         yield "fit", f"--fixed=E={value}", "E"
-    for flag in ("flops", "params", "tokens", "inference-tokens", "serve-bits", "context", "batch"):
+    for flag in ("flops", "params", "tokens", "inference_tokens", "serve_bits", "context", "batch"):
         for value in ("nan", "inf", "-1", "1e400", "x"):
             yield "plan", f"--{flag}={value}", flag
-    for flag in ("flops", "params", "tokens", "serve-bits", "batch"):
+    for flag in ("flops", "params", "tokens", "serve_bits", "batch"):
         yield "plan", f"--{flag}=0", flag
     for value in ("0", "-4", "nan", "inf", "33", "x", ""):
         yield "plan", f"--precision={value}", f"--precision={value}: format"
     for value in ("0", "nan", "fp", "33"):
-        yield "plan", f"--kv-bits={value}", f"--kv-bits={value}: format"
+        yield "plan", f"--kv-bits={value}", f"--kv_bits={value}: format"
     for value in ("", "24", "0GB", "-1GB", "24Gib", "24 gigabytes", "nanGB", "1e400GB", "1e99GB", "GiB", "1e13TB"):
         yield "plan", f"--memory={value}", f"--memory={value}: want"
     for value in ("", "32", "32x8", "32x8x0", "32x8x128x2", "32xfewx128", "-1x8x128", "32x8x1e3", "999999x8x128"):
         yield "plan", f"--layout={value}", f"--layout={value}: want layers x KV heads"
-    for flag in ("vocab", "serve-group"):
+    for flag in ("vocab", "serve_group"):
         for value in ("-1", "1.5", "nan", "x", "1000000000"):
             yield "plan", f"--{flag}={value}", flag
     for value in ("bf16", "bf16:nan", "bf16:-1", "bf16:0", "bf16:inf", "bf16:1,fp16:2", ":1", "fp8:1e400"):

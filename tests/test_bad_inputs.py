@@ -124,9 +124,7 @@ def test_help_shows_every_flag_of_its_command(module):
     assert done.code == 0 and not done.stderr
     shown = set(re.findall(r"^ +--(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
     assert set(HELP[module].split()) <= shown
-    # No module of the project has flags that only --helpfull tells of.
-    headings = [line for line in forked.run(module, ["--helpfull"], ROOT).stdout.splitlines() if line.endswith(":")]
-    assert [line for line in headings if line.startswith("precision_scaling.")] == []
+    assert forked.run(module, ["--helpfull"], ROOT)[:3] == done[:3]
 
 
 def test_the_harness_is_of_the_size_it_should_be_and_fast(tmp_path):

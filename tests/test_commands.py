@@ -1,5 +1,6 @@
 """What the commands say to a wrong word: exit status 2, one line on stderr, nothing written. And to a right one."""
 
+import errno
 import os
 import re
 import subprocess
@@ -11,7 +12,9 @@ from absl import flags
 
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import __main__
+from precision_scaling.runtime import cli
 from precision_scaling.runtime.cli import help_text
+from precision_scaling.runtime.stopping import Stopped
 from precision_scaling.study.workspace import reopen_workspace
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +106,59 @@ def test_every_command_has_the_same_frame():
     del ends[ROOT / "precision_scaling" / "data" / "workers.py"]  # a process of its own, and no command
     assert len(ends) >= 20
     for path, end in ends.items():
-        assert re.search(r"(cli|command)\.run\(.*\)\n\Z", end), path
+        called = texts[path][0] if end == "    sys.exit(command())\n" else end
+        assert "cli.run" in called, path
+
+
+def frame(*argv: str, required=(), defaults=()) -> tuple[int, dict]:
+    """Exit status and values of a command with a number, a switch and a text."""
+    values = flags.FlagValues()
+    flags.DEFINE_float("serve_bits", 0.0, "Bits.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Whether.", flag_values=values)
+    flags.DEFINE_string("fit", None, "Which.", flag_values=values)
+
+    def main() -> None:
+        if values.fit == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", "runs.csv")
+        if values.fit == "stopped":
+            raise Stopped("by SIGTERM")
+        if values.fit == "interrupted":
+            raise KeyboardInterrupt
+
+    return cli.run(main, values, ["command", *argv], required, defaults), values.flag_values_dict()
+
+
+def test_hyphens_and_underscores_in_the_name_of_an_option_are_the_same(tmp_path):
+    (tmp_path / "flags").write_text("--serve-bits=4\n--dry-run\n")
+    wanted = {"serve_bits": 4.0, "dry_run": True, "fit": "a-b"}
+    for words in (["--serve-bits=4", "--dry-run"], ["-serve_bits", "4", "--dry_run"], [f"--flagfile={tmp_path}/flags"]):
+        assert frame("--fit=a-b", *words) == (0, wanted)
+    assert frame("--nodry-run") == (0, {"serve_bits": 0.0, "dry_run": False, "fit": None})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("--serve-bit=4",), 2, "error: Unknown command line flag 'serve-bit'"),
+        (("--serve_bits=nan",), 2, "error: --serve_bits=nan: allowed is a finite number"),
+        (("--serve_bits=a\nb",), 2, "error: the argument '--serve_bits=a b': allowed is one line"),
+        (("4",), 2, "error: unexpected argument '4'; options begin with --"),
+        (("--flagfile=/nowhere",), 2, "/nowhere"),
+        (("--fit=",), 2, "error: --fit is required"),
+        (("--fit=full",), 2, "error: runs.csv: No space left on device; what was measured is kept"),
+        (("--fit=stopped",), 75, "stopped: by SIGTERM; run the same command again"),
+        (("--fit=interrupted",), 130, "interrupted: run the same command again"),
+    ],
+)
+def test_a_command_that_cannot_go_on_says_why_in_one_line(arguments, status, words, capsys):
+    assert frame(*arguments, required=("fit",))[0] == status
+    printed = capsys.readouterr()
+    assert printed.out == "" and words in printed.err and printed.err.count("\n") == 1
+
+
+def test_an_argument_by_default_counts_where_the_option_is_not_given():
+    assert frame(defaults=("--fit=paper",))[1]["fit"] == "paper"
+    assert frame("--fit", "own", defaults=("--fit=paper",))[1]["fit"] == "own"
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(run_command, tmp_path):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from analysis import command, compare, laws
+from analysis import compare, laws
 from analysis import table as tables
 from analysis.fitting import comparison, crossval
 from analysis.fitting.multiplicativity import multiplicativity
@@ -139,7 +139,7 @@ def test_the_command_writes_both_files_and_prints_what_was_skipped(tmp_path, cap
         "--starts=48",
     ]
     saved = compare.FLAGS.flag_values_dict()
-    assert command.run("", compare.FLAGS, compare.main, ["compare", *arguments]) == 0
+    assert compare.command(["compare", *arguments]) == 0
     for name, value in saved.items():
         compare.FLAGS[name].value = value
     printed = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_the_command_writes_both_files_and_prints_what_was_skipped(tmp_path, cap
 )
 def test_the_command_refuses_mistakes_in_one_line(capsys, arguments, words):
     saved = compare.FLAGS.flag_values_dict()
-    assert command.run("", compare.FLAGS, compare.main, ["compare", *arguments]) == 2
+    assert compare.command(["compare", *arguments]) == 2
     for name, value in saved.items():
         compare.FLAGS[name].value = value
     error = capsys.readouterr().err

@@ -61,7 +61,7 @@ def overrides() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("document", "key", "value"), overrides())
 def test_a_documented_override_is_parsed(document, key, value, monkeypatch):
     values = flags.FlagValues()
-    command_line.define_config(values=values)
+    command_line.define_config(values)
     arguments = ["command", f"--config={ROOT / 'configs' / 'base.py'}", *shlex.split(f"--config.{key}={value}")]
     monkeypatch.setattr("sys.argv", arguments)  # where ml_collections looks for overrides
     values(arguments)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import optimize as scipy_optimize
 
-from analysis import command, laws
 from analysis import fit as analysis_fit
+from analysis import laws
 from analysis import table as tables
 from analysis.fitting import caveats
 from analysis.fitting import fit as fitting_fit
@@ -380,7 +380,7 @@ def test_the_command_writes_the_contract_and_prints_what_was_left_out(tmp_path):
 )
 def test_the_command_refuses_mistakes_in_one_line(capsys, arguments, words):
     saved = analysis_fit.FLAGS.flag_values_dict()
-    assert command.run("", analysis_fit.FLAGS, analysis_fit.main, ["fit", *arguments]) == 2
+    assert analysis_fit.command(["fit", *arguments]) == 2
     for name, value in saved.items():
         analysis_fit.FLAGS[name].value = value
     error = capsys.readouterr().err

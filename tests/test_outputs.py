@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import command
 from precision_scaling.errors import UserError
+from precision_scaling.runtime.outputs import output, writing
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,10 +18,10 @@ def test_an_output_that_can_be_written_is_its_path_and_leaves_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.json").write_text("old")
     for text in ("new.json", "old.json", "deep/er/new.json", str(tmp_path / "a" / "b")):
-        assert command.output("out", text) == Path(text)
-    assert command.output("out", "new", ("a.csv", "b.json")) == Path("new")
+        assert output("out", text) == Path(text)
+    assert output("out", "new", ("a.csv", "b.json")) == Path("new")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert command.output("out", "~/x.json") == tmp_path / "x.json"
+    assert output("out", "~/x.json") == tmp_path / "x.json"
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
     assert (tmp_path / "old.json").read_text() == "old"
 
@@ -33,16 +33,16 @@ def test_an_input_is_no_output_under_any_of_its_names(tmp_path):
     for name in (runs, link, tmp_path / "x" / ".." / "runs.csv"):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="is what the command reads"):
-            command.output("out", str(name), reads=[str(runs)])
+            output("out", str(name), reads=[str(runs)])
     with pytest.raises(UserError, match="is what the command reads"):
-        command.output("out", str(tmp_path), ("compare.csv", "runs.csv"), reads=[str(runs)])
+        output("out", str(tmp_path), ("compare.csv", "runs.csv"), reads=[str(runs)])
 
 
 def test_what_cannot_be_written_after_all_is_printed(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match="cannot be written: Not a directory; what should have stood there is printed"),
-        command.writing("out", tmp_path / "file" / "x", instead=lambda: '{"N": 3}'),
+        writing("out", tmp_path / "file" / "x", instead=lambda: '{"N": 3}'),
     ):
         (tmp_path / "file" / "x").write_text("")
     assert capsys.readouterr().out.strip() == '{"N": 3}'

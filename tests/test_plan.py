@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from analysis import command, laws
+from analysis import laws
 from analysis.fitting.fit import Fit
 from analysis.laws import law as law_lib
-from analysis.plan import FLAGS, main
+from analysis.plan import FLAGS, command
 from analysis.planning import closed_forms, fitted, surface
 from analysis.planning.cost import CostError, CostModel, bits_of_format
 from analysis.planning.minimize import Budget, BudgetError, minimize, turning_point
@@ -370,7 +370,7 @@ def test_command_prints_the_plan_and_writes_it(tmp_path):
 )
 def test_command_refuses_bad_input_in_one_line(options, capsys):
     saved = FLAGS.flag_values_dict()
-    assert command.run("", FLAGS, main, ["plan", *options]) == 2
+    assert command(["plan", *options]) == 2
     for name, value in saved.items():
         FLAGS[name].value = value
     told = capsys.readouterr().err

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from analysis import command, laws
+from analysis import laws
 from analysis.fitting import provenance
 from analysis.fitting.fit import Fit
 from analysis.laws.steps import relative_step
-from analysis.plan import FLAGS, main
+from analysis.plan import FLAGS, command
 from analysis.planning import fitted, surface
 from analysis.planning.cost import CostModel, bits_of_format, named_format
 from analysis.planning.memory import Layout, Serving, ServingError, bytes_label, parse_bytes
@@ -355,7 +355,7 @@ def test_the_command_takes_a_format_a_layout_and_a_memory(capsys, tmp_path):
     options += ["--layout=32x8x128", "--kv-bits=fp8", "--vocab=32000", "--serve-bits=4", "--serve-group=128"]
     options += [f"--out={out}"]
     try:
-        assert command.run("", FLAGS, main, ["plan", *options]) == 0
+        assert command(["plan", *options]) == 0
     finally:
         for name, value in saved.items():
             FLAGS[name].value = value

@@ -126,7 +126,7 @@ def test_the_noise_in_an_interval_is_that_of_what_the_fit_compared(how, expected
 def run(*arguments):
     for name in FLAGS:
         FLAGS[name].unparse()
-    return predict.command.run(predict.__doc__, FLAGS, predict.main, ["predict", *arguments])
+    return predict.command(["predict", *arguments])
 
 
 def test_the_command_writes_the_contracts_columns(tmp_path, capsys):

@@ -16,7 +16,7 @@ from precision_scaling.runtime.progress import LINE_SECONDS, progress_bar
 ROOT = Path(__file__).parent.parent
 WORK = """
 import time
-from precision_scaling import progress
+from precision_scaling.runtime import progress
 progress.LINE_SECONDS = 0.25
 with progress.progress_bar(total=100, desc="training", unit=" tokens") as bar:
     for _ in range(100):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import command, laws
+from analysis import laws
 from analysis import report as analysis_report
 from analysis.fitting import fit
 from analysis.laws import paper
@@ -163,7 +163,7 @@ def test_a_fit_of_the_report_can_be_planned_with(written, capsys):
     folder, _ = written
     out = folder / "plan.json"
     both = f"--fit={folder / 'fit_precision.json'},{folder / 'fit_ptq.json'}"
-    assert command.run("", plan.FLAGS, plan.main, ["plan", both, "--flops=1e15", "--serve-bits=4", f"--out={out}"]) == 0
+    assert plan.command(["plan", both, "--flops=1e15", "--serve-bits=4", f"--out={out}"]) == 0
     raw = json.loads(out.read_text())
     assert raw["loss_ci"][0] < raw["loss"] < raw["loss_ci"][1] and 5 < raw["P"] < 9
     assert any("extrapolation: N" in warning for warning in raw["warnings"])
@@ -200,7 +200,7 @@ TRUTH_CHINCHILLA = {"A": 400.0, "alpha": 0.34, "B": 410.0, "beta": 0.28, "E": 1.
 def test_command_refuses_bad_input_in_one_line(options, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = analysis_report.FLAGS.flag_values_dict()
-    assert command.run("", analysis_report.FLAGS, analysis_report.main, ["report", *options]) == 2
+    assert analysis_report.command(["report", *options]) == 2
     told = capsys.readouterr().err
     assert len(told.strip().splitlines()) == 1 and told.startswith("error: ")
     assert not list(tmp_path.iterdir())

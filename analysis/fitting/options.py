@@ -6,9 +6,11 @@ from typing import Any
 
 from absl import flags
 
-from analysis import command
 from analysis.fitting.problem import LOSSES, FitError
 from analysis.fitting.residual import DELTA_RESIDUALS, RESIDUALS
+from precision_scaling.runtime.cli import finite
+
+MOST_REPEATS = 100_000  # starts or resamples that a command takes
 
 
 def define(values: flags.FlagValues) -> Callable[[], dict[str, Any]]:
@@ -53,7 +55,7 @@ def numbers(flag: str, entries: list[str]) -> dict[str, float]:
     """`name=number` entries as a dict. Raises FitError on anything else."""
     out = {}
     for name, value in pairs(flag, entries).items():
-        out[name] = command.finite(value)
+        out[name] = finite(value)
         if out[name] is None:
             raise FitError(f"--{flag}={name}={value}: the value must be a finite number")
     return out
@@ -63,7 +65,7 @@ def _hubers(entries: list[str]) -> tuple[float, ...]:
     """Values of Huber's delta, infinity among them. Raises FitError on anything else."""
     out = []
     for entry in entries:
-        value = math.inf if entry.strip() == "inf" else command.finite(entry)
+        value = math.inf if entry.strip() == "inf" else finite(entry)
         if value is None or value <= 0:
             raise FitError(f"--sweep_huber={entry}: allowed are positive numbers and inf")
         out.append(value)

@@ -10,10 +10,10 @@ import re
 
 import numpy as np
 
-from analysis import command
 from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
+from precision_scaling.runtime.cli import finite
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0  # forward and backward of a dense model (Kaplan et al. 2020), as in law 5 of the paper
 INFERENCE_FLOPS_PER_PARAMETER_TOKEN = 2.0  # the forward pass alone
@@ -32,7 +32,7 @@ def named_format(name: str) -> Format | None:
     """The number format of that name; None for a bare number and for names that say no more than the bits."""
     text = name.strip().lower()
     try:
-        return None if command.finite(text) is not None else formats.parse(USUAL_FLOATS.get(text, text))
+        return None if finite(text) is not None else formats.parse(USUAL_FLOATS.get(text, text))
     except formats.FormatError:
         return None
 

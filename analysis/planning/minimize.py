@@ -205,7 +205,7 @@ def _why_impossible(budget: Budget) -> str:
             ("params", budget.n),
             ("tokens", budget.d),
             ("precision", budget.p),
-            ("inference-tokens", budget.inference_tokens or None),
+            ("inference_tokens", budget.inference_tokens or None),
         )
         if value is not None
     ]

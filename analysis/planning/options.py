@@ -80,7 +80,7 @@ def in_format(surface: Surface, budget: Budget, best: Point, fmt: Format) -> Opt
 def trained_in(surface: Surface, budget: Budget, fmt: Format) -> tuple[Surface, Budget]:
     """The surface and the budget of models trained in a format.
 
-    Elements of no more than --serve-bits are served as they were trained, with the scales of their blocks.
+    Elements of no more than --serve_bits are served as they were trained, with the scales of their blocks.
     """
     element_bits = math.floor(fmt.bits) if fmt.family == "block" else fmt.bits  # scales take less than a bit
     trained = budget.serve_bits is None or element_bits <= budget.serve_bits

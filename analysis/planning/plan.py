@@ -129,10 +129,10 @@ def _with_choices(surface: Surface, budget: Budget) -> Budget:
     """The budget with the precisions that the law knows. Raises SurfaceError for what it cannot plan."""
     law, bits = surface.name, budget.serve_bits
     if bits is not None and surface.of_delta is None:
-        raise SurfaceError(f"--serve-bits needs a law of δ: give --fit={law}.json,ptq.json or a fit of unified")
+        raise SurfaceError(f"--serve_bits needs a law of δ: give --fit={law}.json,ptq.json or a fit of unified")
     if bits is not None and (rounded := surface.of_loss.fit.serve_bits) is not None:
         raise SurfaceError(
-            f"--serve-bits={bits:g}: law {law} is one of losses after PTQ to {rounded:g} bits already; leave the flag "
+            f"--serve_bits={bits:g}: law {law} is one of losses after PTQ to {rounded:g} bits already; leave the flag "
             "out"
         )
     serving = dataclasses.replace(budget.serving, cache_trained_low="kv" in surface.parts)

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,27 @@ from ml_collections.config_flags import config_path, tuple_parser
 
 from precision_scaling.config import options
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import cli, files
-
-flags.disclaim_key_flags()  # --help shows a flag with the command that defines it
+from precision_scaling.runtime import files
 
 
-def define_workdir(text: str) -> flags.FlagHolder[Path]:
-    """Defines --workdir; the holder's value is a path that may not exist yet."""
-    return flags.DEFINE(_Directory(), "workdir", None, text)
+def define_workdir(values: flags.FlagValues, text: str) -> flags.FlagHolder[Path | None]:
+    """Defines --workdir among `values`; the holder's value is a path that may not exist yet."""
+    return flags.DEFINE(_Directory(), "workdir", None, text, flag_values=values)
 
 
 def define_config(
-    default: str | None = None,
-    text: str = "Config file; any option in it can be overridden.",
-    values: flags.FlagValues = flags.FLAGS,
+    values: flags.FlagValues, text: str = "Config file; any option in it can be overridden."
 ) -> flags.FlagHolder[ml_collections.ConfigDict]:
     """Defines --config among `values`; the holder's value is the config with its overrides.
 
-    It has the options of configs/base.py, whose values `options.check` is yet to look at.
+    It has the options of config/base.py; their values are yet to be checked by `options.check`.
     """
     for kind, parser in ((bool, _Bool()), (int, _Whole()), (float, _Number()), (tuple, _Tuple())):
         config_flags.register_flag_parser_for_type(kind, parser)
-    try:
-        holder = config_flags.DEFINE_config_file("config", default, text, values)
-    except flags.Error as error:  # it looks for itself in the file of --flagfile
-        cli.fail(error)
-    values["config"].parser = _ConfigFile()
+    # Where ml_collections looks for overrides. It does so here, too, where a mistake would not be one line yet.
+    arguments: list[str] = []
+    holder = config_flags.DEFINE_config_file("config", None, text, values, sys_argv=arguments)
+    values["config"].parser = _ConfigFile(arguments)
     return holder
 
 
@@ -71,10 +65,17 @@ class _Directory(flags.ArgumentParser):
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """The config that a file's get_config() returns; "FILE:TEXT" passes it a text."""
+    """The config that a file's get_config() returns; "FILE:TEXT" passes it a text.
+
+    arguments: filled with those of the command line.
+    """
+
+    def __init__(self, arguments: list[str]):
+        self._arguments = arguments
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        if sum(bool(re.match(r"--?config(=|$)", given)) for given in _arguments()) > 1:
+        self._arguments[:] = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+        if sum(bool(re.match(r"--?config(=|$)", given)) for given in self._arguments) > 1:
             raise UserError("--config is there twice; allowed is one config")
         path, *text = argument.split(":", 1)
         config = _load(path, text)
@@ -83,8 +84,9 @@ class _ConfigFile(flags.ArgumentParser):
             raise UserError(f"get_config() returns a {found}: allowed is a ConfigDict made from configs/base.py")
         options.check_names(config)
         config.lock()
-        for name in _overridden():
-            _check_override(config, name)
+        for given in self._arguments:
+            if match := re.match(r"--?(?:no)?config\.([^=]*)", given):
+                _check_override(config, match[1])
         return config
 
     def flag_type(self) -> str:
@@ -116,17 +118,6 @@ def _place(error: BaseException, path: str) -> str:
         return f"line {error.lineno}: "
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f"line {lines[-1]}: " if lines else ""
-
-
-def _arguments() -> list[str]:
-    return flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
-
-
-def _overridden() -> Iterator[str]:
-    """The names in --config.NAME on the command line."""
-    for argument in _arguments():
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            yield match[1]
 
 
 def _check_override(config: ml_collections.ConfigDict, name: str) -> None:

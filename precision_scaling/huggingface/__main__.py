@@ -15,6 +15,27 @@ from precision_scaling.huggingface import workdir as workdir_lib
 from precision_scaling.runtime import cli, files
 from precision_scaling.study import results
 
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+    "model", "", "import: a model directory, config.json, safetensors and tokenizer.json.", flag_values=FLAGS
+)
+_TOKENS = flags.DEFINE_float(
+    "tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1, flag_values=FLAGS
+)
+_CONFIG = command_line.define_config(
+    FLAGS, "import: corpus and evaluation, config/pretrained.py if not given; its model section gives dtype and remat."
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length",
+    0,
+    "import: of evaluation and calibration; 0: the model's, at most 1024.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.", flag_values=FLAGS)
+_RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.", flag_values=FLAGS)
+
 
 def _directory(flag: flags.FlagHolder[str]) -> Path:
     """The value of a flag that the command requires."""
@@ -41,26 +62,18 @@ def _export() -> str:
     return f"{run.id}: written to {out}"
 
 
-def _main(argv) -> None:
-    del argv
+def command() -> int:
+    """Runs the command line, whose first word says what to do; returns the exit status."""
     commands = {"import": _import, "export": _export}
-    if _COMMAND not in commands:
-        raise UserError(f"command {_COMMAND or 'missing'}: allowed is {' or '.join(commands)}")
-    print(commands[_COMMAND]())
+    word = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""  # absl would call it stray
+
+    def main() -> None:
+        if word not in commands:
+            raise UserError(f"command {word or 'missing'}: allowed is {' or '.join(commands)}")
+        print(commands[word]())
+
+    return cli.run(main, FLAGS, defaults=(f"--config={pretrained.__file__}",))
 
 
 if __name__ == "__main__":
-    # absl's flags know no commands.
-    _COMMAND = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else ""
-    _MODEL = flags.DEFINE_string("model", "", "import: a model directory, config.json, safetensors and tokenizer.json.")
-    _TOKENS = flags.DEFINE_float("tokens", None, "import: tokens that the model was trained on (D).", lower_bound=1)
-    _CONFIG = command_line.define_config(
-        pretrained.__file__, "import: corpus and evaluation; its model section gives dtype and remat."
-    )
-    _SEQUENCE_LENGTH = flags.DEFINE_integer(
-        "sequence_length", 0, "import: of evaluation and calibration; 0: the model's, at most 1024.", lower_bound=0
-    )
-    _WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.")
-    _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.")
-    _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.")
-    cli.run(_main)
+    sys.exit(command())

@@ -3,6 +3,9 @@
 python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
+import functools
+import sys
+
 from absl import flags
 
 from precision_scaling.config import command_line, options
@@ -14,6 +17,27 @@ from precision_scaling.runtime import cli
 from precision_scaling.study import locks, results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
 from precision_scaling.study.workspace import Workspace, reopen_workspace
+
+FLAGS = flags.FlagValues()
+_WORKDIR = command_line.define_workdir(FLAGS, "A workdir of train or study.")
+_METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.", flag_values=FLAGS)
+_BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.", flag_values=FLAGS)
+_SAVE = flags.DEFINE_bool(
+    "save", False, "Keep the quantized models, packed, in runs/<id>/quantized.", flag_values=FLAGS
+)
+# Options of the method; what is not given is as in the workdir's config.
+_GROUP_SIZE = flags.DEFINE_integer(
+    "group_size", None, "Inputs that share a scale; 0: all of an output channel.", flag_values=FLAGS
+)
+_ASYMMETRIC = flags.DEFINE_bool("asymmetric", None, "Integer grids with a zero point.", flag_values=FLAGS)
+_ACT_ORDER = flags.DEFINE_bool("act_order", None, "GPTQ: inputs by decreasing Hessian diagonal.", flag_values=FLAGS)
+_CLIP = flags.DEFINE_bool("clip", None, "Shrink ranges to the least squared rounding error.", flag_values=FLAGS)
+_SMOOTHING = flags.DEFINE_float(
+    "smoothing", None, "SmoothQuant: share of the range that is moved, alpha.", flag_values=FLAGS
+)
+_GRANULARITY = flags.DEFINE_enum(
+    "granularity", None, GRANULARITIES, "What shares a scale in activations, keys and values.", flag_values=FLAGS
+)
 
 
 def _bits(texts: list[str]) -> list[int]:
@@ -55,8 +79,8 @@ def _sizes(workspace: Workspace, setting: Setting, bits: list[int]) -> list[str]
     return lines
 
 
-def _main(argv) -> None:
-    del argv
+def main() -> None:
+    """Quantize and evaluate as the flags say, and print where the rows are. Raises UserError."""
     workdir, bits, given = _WORKDIR.value, _bits(_BITS.value), _given()
     workspace = reopen_workspace(workdir)
     setting = _setting(_METHOD.value, workspace.experiment.config.ptq, given)
@@ -73,19 +97,7 @@ def _main(argv) -> None:
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("workdir",))
+
 if __name__ == "__main__":
-    _WORKDIR = command_line.define_workdir("A workdir of train or study.")
-    _METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.")
-    _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.")
-    _SAVE = flags.DEFINE_bool("save", False, "Keep the quantized models, packed, in runs/<id>/quantized.")
-    # Options of the method; what is not given is as in the workdir's config.
-    _GROUP_SIZE = flags.DEFINE_integer("group_size", None, "Inputs that share a scale; 0: all of an output channel.")
-    _ASYMMETRIC = flags.DEFINE_bool("asymmetric", None, "Integer grids with a zero point.")
-    _ACT_ORDER = flags.DEFINE_bool("act_order", None, "GPTQ: quantize inputs by falling size.")
-    _CLIP = flags.DEFINE_bool("clip", None, "Shrink ranges to the least squared rounding error.")
-    _SMOOTHING = flags.DEFINE_float("smoothing", None, "SmoothQuant: share of the range that is moved, alpha.")
-    _GRANULARITY = flags.DEFINE_enum(
-        "granularity", None, GRANULARITIES, "What shares a scale in activations, keys and values."
-    )
-    flags.mark_flags_as_required(["workdir"])
-    cli.run(_main)
+    sys.exit(command())

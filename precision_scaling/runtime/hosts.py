@@ -22,25 +22,24 @@ from precision_scaling.runtime.stopping import EXIT_AGAIN, Stopped
 # A process that stops answering is given up after so many seconds, and all others end.
 HEARTBEAT_SECONDS = 30
 
-flags.disclaim_key_flags()  # --help shows the flags with the command that defines them
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The command-line options of a run on several processes, which `start` reads."""
+    text = "HOST:PORT of process 0, for a run of several processes."
+    flags.DEFINE_string("coordinator_address", "", text, flag_values=values)
+    text = "Number of processes of the run, the same in each of them."
+    flags.DEFINE_integer("num_processes", 0, text, lower_bound=0, flag_values=values)
+    text = "Index of this process, from 0; -1: not given."
+    flags.DEFINE_integer("process_id", -1, text, lower_bound=-1, flag_values=values)
+    text = "A run of several processes that find each other: on a TPU pod, under SLURM or MPI."
+    flags.DEFINE_bool("distributed", False, text, flag_values=values)
 
 
-def define_flags() -> None:
-    """The command-line options of a run on several processes."""
-    flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, for a run of several processes.")
-    flags.DEFINE_integer("num_processes", 0, "Processes of the run, the same number for all of them.", lower_bound=0)
-    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0; -1: not given.", lower_bound=-1)
-    flags.DEFINE_bool(
-        "distributed", False, "A run of several processes that find each other: on a TPU pod, under SLURM or MPI."
-    )
+def start(values: flags.FlagValues) -> None:
+    """Joins the other processes, as the options of `define_flags` say; before anything asks JAX for its devices.
 
-
-def start() -> None:
-    """Joins the other processes, as the flags say; before anything asks JAX for its devices.
-
-    UserError for flags that do not go together, and where the others are not found.
+    UserError for options that do not go together, and where the other processes are not found.
     """
-    values = flags.FLAGS
     address, count, index = values.coordinator_address, values.num_processes, values.process_id
     if not address and not values.distributed:
         if count > 0 or index >= 0:

@@ -12,12 +12,11 @@ from absl import flags
 
 from precision_scaling.runtime import hosts
 
-flags.disclaim_key_flags()  # --help shows the flag with the command that defines it
 
-
-def define_flag() -> flags.FlagHolder[int]:
+def define_flag(values: flags.FlagValues) -> flags.FlagHolder[int]:
     """The option --profile."""
-    return flags.DEFINE_integer("profile", 0, "Trace the first so many dispatches into WORKDIR/profile.", lower_bound=0)
+    text = "Number of dispatches to trace into WORKDIR/profile, from the first one on."
+    return flags.DEFINE_integer("profile", 0, text, lower_bound=0, flag_values=values)
 
 
 class Profile:

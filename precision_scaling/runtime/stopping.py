@@ -13,20 +13,11 @@ EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command
 _STARTED = time.monotonic()  # of the process, nearly: imports come first
 _MOST_MINUTES = 60.0 * 24 * 365
 
-flags.disclaim_key_flags()  # --help shows the flag with the command that defines it
 
-
-class _Minutes(flags.FloatParser):
-    """A number between its bounds, which absl takes NaN to be."""
-
-    def is_outside_bounds(self, val: float) -> bool:
-        return not self.lower_bound <= val <= self.upper_bound
-
-
-def define_flag() -> flags.FlagHolder[float]:
+def define_flag(values: flags.FlagValues) -> flags.FlagHolder[float]:
     """The option --time_limit."""
     text = "Minutes after which to end and exit with status 75; 0: none."
-    return flags.DEFINE(_Minutes(0.0, _MOST_MINUTES), "time_limit", 0.0, text)
+    return flags.DEFINE_float("time_limit", 0.0, text, 0.0, _MOST_MINUTES, flag_values=values)
 
 
 class Stopped(Exception):

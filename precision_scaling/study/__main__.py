@@ -6,6 +6,7 @@ The command of the data flow's middle: config in, workdir/runs.csv out. Safe to 
 """
 
 import contextlib
+import functools
 import sys
 
 from absl import flags
@@ -21,9 +22,40 @@ from precision_scaling.study.workspace import open_workspace
 from precision_scaling.training import trackers
 from precision_scaling.training.run import Shard
 
+FLAGS = flags.FlagValues()
+_CONFIG = command_line.define_config(FLAGS)
+_WORKDIR = command_line.define_workdir(FLAGS, "Directory of the study: checkpoints, metrics and runs.csv.")
+_SHARD = flags.DEFINE_string(
+    "shard", "0/1", "i/n: do the i-th of n shards of the study, so that n workers can share it.", flag_values=FLAGS
+)
+_ONLY = flags.DEFINE_string(
+    "only",
+    "",
+    "Do the runs whose id this regular expression finds, e.g. '^100k-' or '-s1-'; empty: all.",
+    flag_values=FLAGS,
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop.", flag_values=FLAGS
+)
+_SETTINGS = flags.DEFINE_string(
+    "settings",
+    "",
+    "With --dry_run: a table of every loss that would be measured, for analysis.predict.",
+    flag_values=FLAGS,
+)
+_ROWS = flags.DEFINE_string(
+    "rows",
+    "",
+    "A runs.csv or .csv.gz of this study: runs that are complete there are not done again.",
+    flag_values=FLAGS,
+)
+_TIME_LIMIT = stopping.define_flag(FLAGS)
+_PROFILE = profiling.define_flag(FLAGS)
+hosts.define_flags(FLAGS)
 
-def _main(argv) -> None:
-    del argv
+
+def main() -> None:
+    """Do what is missing in a study, or print its plan. Raises UserError."""
     config, workdir = _CONFIG.value, _WORKDIR.value
     options.check(config)
     if not config.study.grid:
@@ -42,7 +74,7 @@ def _main(argv) -> None:
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             return
     trackers.check(config.train.trackers)
-    hosts.start()
+    hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)
     profile = Profile(workdir / "profile", _PROFILE.value)
     warnings: list[str] = []
@@ -66,26 +98,7 @@ def _main(argv) -> None:
         print("\n".join([*profile.report(), *warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 
+command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))
+
 if __name__ == "__main__":
-    _CONFIG = command_line.define_config()
-    _WORKDIR = command_line.define_workdir("Directory of the study: checkpoints, metrics and runs.csv.")
-    _SHARD = flags.DEFINE_string(
-        "shard", "0/1", "i/n: do the i-th of n shards of the study, so that n workers can share it."
-    )
-    _ONLY = flags.DEFINE_string(
-        "only", "", "Do the runs whose id this regular expression finds, e.g. '^100k-' or '-s1-'; empty: all."
-    )
-    _DRY_RUN = flags.DEFINE_bool(
-        "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop."
-    )
-    _SETTINGS = flags.DEFINE_string(
-        "settings", "", "With --dry_run: a table of every loss that would be measured, for analysis.predict."
-    )
-    _ROWS = flags.DEFINE_string(
-        "rows", "", "A runs.csv or .csv.gz of this study: runs that are complete there are not done again."
-    )
-    _TIME_LIMIT = stopping.define_flag()
-    _PROFILE = profiling.define_flag()
-    hosts.define_flags()
-    flags.mark_flags_as_required(["config", "workdir"])
-    cli.run(_main)
+    sys.exit(command())
