@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ANALYSIS = ("fit", "compare", "predict", "plan", "report")
+PACKAGES = ("study", "ptq", "huggingface")  # commands that are packages
+
 setup(
     name="precision_scaling",
     version="0.1.0",
@@ -41,6 +44,15 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],  # config.train.trackers; it needs no TensorFlow
         "wandb": ["wandb>=0.20"],
         "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboardX>=2.6"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15", "setuptools>=70.1", "tensorboardX>=2.6"],
+    },
+    # For directories that have an analysis/ or configs/ of their own, which `python -m` would take for ours.
+    entry_points={
+        "console_scripts": [
+            *(f"precision-scaling-{name} = analysis.{name}:command" for name in ANALYSIS),
+            *(f"precision-scaling-{name} = precision_scaling.{name}.__main__:command" for name in PACKAGES),
+            "precision-scaling-train = precision_scaling.train:command",
+            "precision-scaling-layer-stats = precision_scaling.layer_stats:command",
+        ]
     },
 )

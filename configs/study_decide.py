@@ -14,8 +14,8 @@ serves all. D/N goes from 5 to 300, and no run sees a document twice. The grid s
 cores: about eight hours.
 """
 
-from configs.study_overnight_cpu import PARTS, combinations, tied
 from precision_scaling.config import base
+from precision_scaling.config.grids import PARTS, combinations, tied
 
 SIZES = ("27k", "106k", "400k", "1.6M")
 PARAMETERS = {"27k": 26_624, "106k": 106_496, "400k": 401_408, "1.6M": 1_605_632}

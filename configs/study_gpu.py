@@ -10,8 +10,8 @@ three sizes and three budgets each; the two largest are in bf16 alone, for the l
 not been measured yet; part of its first cohort has been run on a CPU (results/README.md).
 """
 
-from configs.study_overnight_cpu import PARTS, combinations, tied
 from precision_scaling.config import base
+from precision_scaling.config.grids import PARTS, combinations, tied
 from precision_scaling.model import sizes
 
 SIZES = ("100k", "300k", "1M", "3M", "10M")

@@ -10,27 +10,12 @@ on smaller models and fewer of them; the largest size has low precision in one p
 be held to it.
 """
 
-import random
-
 from precision_scaling.config import base
+from precision_scaling.config.grids import PARTS, combinations, tied
 
 SIZES = ("14k", "25k", "55k", "100k")
 TOKENS = (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)  # D/N from 2 to 600
 MIDDLE = 1_000_000
-PARTS = ("w", "a", "kv")
-
-
-def combinations(bits: tuple[int, ...], count: int, seed: int) -> tuple[str, ...]:
-    """So many different precisions of weights, activations and KV cache at once, drawn at random: a validation set."""
-    draw, found = random.Random(seed), {}
-    while len(found) < count:
-        found["_".join(f"{part}{draw.choice(bits)}" for part in PARTS)] = None
-    return tuple(found)
-
-
-def tied(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Weights, activations and KV cache in the same format."""
-    return tuple("_".join(f"{part}{name}" for part in PARTS) for name in formats)
 
 
 def get_config():

@@ -15,6 +15,7 @@ import errno
 import faulthandler
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.runtime.stopping import EXIT_AGAIN, Stopped
 
 EXIT_MISTAKE = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 HELP = {"-h", "-help", "--help", "-?", "--helpshort", "--helpfull", "-helpfull"}
 # A disk that is full or cannot be written, or a path that leads nowhere: nothing is wrong with the program.
@@ -53,18 +55,21 @@ def run(
     defaults: arguments such as --config=FILE, which count where the command line has no such option.
     """
     argv = sys.argv if argv is None else argv
-    if HELP & set(argv[1:]):  # anywhere, and before a config is read
-        print(help_text(sys.modules[main.__module__].__doc__ or "", values))
-        return 0
     with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # stderr may be no file
         faulthandler.enable()
     logging.set_verbosity(logging.WARNING)  # Orbax and JAX log every file otherwise
     flags.FLAGS(argv[:1])  # libraries read the defaults of their own options
     try:
+        if HELP & set(argv[1:]):  # anywhere, and before a config is read
+            print(help_text(sys.modules[main.__module__].__doc__ or "", values), flush=True)
+            return 0
         _parse(values, [argv[0], *_arguments(values, argv[1:], defaults)], required)
         main()
     except UserError as error:
         return report_mistake(error)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
