@@ -16,6 +16,7 @@ from precision_scaling.model import decoder, sizes
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 GOLDEN = Path(__file__).parent / "golden" / "base.json"
+GOLDEN_STUDIES = Path(__file__).parent / "golden" / "studies.json"
 
 
 def load(name):
@@ -45,9 +46,34 @@ def test_a_misspelt_option_is_an_error_in_a_config_file_too():
         base.get_config().trian = {}
 
 
-def test_defaults_are_those_of_the_golden_file():
-    """After a default was changed on purpose: python -m tests.test_configs."""
+def leaves(tree, prefix=""):
+    """{name: value} of the options of a described config; a part of the grid is one value."""
+    found = {}
+    for key, value in tree.items():
+        inside = isinstance(value, dict) and prefix != "study.grid."
+        found |= leaves(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return found
+
+
+def studies():
+    """By config: what it sets to other values than base, with the numbers of runs and of tokens that follow."""
+    default, found = leaves(experiment.describe(base.get_config())), {}
+    for name in NAMES:
+        config = load(name)
+        resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
+        options = leaves(experiment.describe(config))
+        found[name] = {
+            "runs": len(resolved.runs),
+            "tokens": sum(run.tokens for run in resolved.runs),
+            **{key: value for key, value in options.items() if key not in default or default[key] != value},
+        }
+    return found
+
+
+def test_configs_are_those_of_the_golden_files():
+    """After an option was changed on purpose: python -m tests.test_configs."""
     assert experiment.describe(base.get_config()) == json.loads(GOLDEN.read_text())
+    assert json.loads(json.dumps(studies())) == json.loads(GOLDEN_STUDIES.read_text())
 
 
 @pytest.mark.slow
@@ -142,3 +168,8 @@ def test_the_papers_first_cohort_starts_to_train(data_options, tmp_path):
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(experiment.describe(base.get_config()), indent=1) + "\n")
+    lines = [
+        f' "{name}": {{\n' + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in study.items()) + "\n }"
+        for name, study in studies().items()
+    ]
+    GOLDEN_STUDIES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
