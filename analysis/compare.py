@@ -11,11 +11,13 @@ import sys
 from absl import flags
 
 from analysis import table as tables
-from analysis.fitting import options as options_lib
-from analysis.fitting.comparison import FILES, OUTER, UNBIASED, compare, named, summary, to_csv, to_json
+from analysis.fitting import flags as fit_flags
+from analysis.fitting.comparison import compare
+from analysis.fitting.comparison_text import FILES, summary, to_csv, to_json
+from analysis.fitting.flags import MOST_REPEATS, pairs
+from analysis.fitting.forms import OUTER, UNBIASED, named
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
-from analysis.fitting.options import MOST_REPEATS, pairs
-from analysis.fitting.problem import FitError, Options
+from analysis.fitting.options import FitError, Options
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.runtime.outputs import output, writing
@@ -38,7 +40,7 @@ flags.DEFINE_list(
 )
 _text("fit_where", None, "One more hold-out: rows to fit, an expression on columns such as 'N < 3e5'.")
 _text("test_where", None, "One more hold-out: rows to predict (those that --fit_where leaves).")
-how_to_fit = options_lib.define(FLAGS)
+how_to_fit = fit_flags.define(FLAGS)
 _count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
 _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)

@@ -1,7 +1,6 @@
 """Fits a scaling law to a table of measured losses: `python -m analysis.fit --runs=runs.csv --law=NAME --out=fit.json`.
 
-A Fit holds the constants, their intervals, what the table could not tell, and everything needed to repeat it. Its
-search and its checks are in search.py and identify.py.
+fit.json holds the constants, their intervals, what the table does not identify, and all that is needed to repeat it.
 """
 
 import functools
@@ -11,11 +10,13 @@ from absl import flags
 
 from analysis import laws
 from analysis import table as tables
-from analysis.fitting import options as options_lib
-from analysis.fitting.fit import Checks, fit, summary
+from analysis.fitting import flags as fit_flags
+from analysis.fitting.checks import Checks
+from analysis.fitting.fit import fit
+from analysis.fitting.fit_text import summary
+from analysis.fitting.flags import MOST_REPEATS, hubers, numbers, pairs
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
-from analysis.fitting.options import MOST_REPEATS, _hubers, numbers, pairs
-from analysis.fitting.problem import STAGES, Options
+from analysis.fitting.options import STAGES, Options
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.outputs import output, writing
 
@@ -30,13 +31,7 @@ _switch = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
 _text("runs", None, "Table of measured losses (runs.csv).")
 _text("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
 _text("out", None, "Where to write fit.json.")
-_count(
-    "bootstrap",
-    0,
-    "Bootstrap resamples of the runs for the intervals.",
-    lower_bound=0,
-    upper_bound=MOST_REPEATS,
-)
+_count("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0, upper_bound=MOST_REPEATS)
 _count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
@@ -44,13 +39,17 @@ flags.DEFINE_multi_string(
 _many("fixed", [], "Parameters held at a value: name=value,...")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
-how_to_fit = options_lib.define(FLAGS)
+how_to_fit = fit_flags.define(FLAGS)
 _text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
 _text("test_where", None, "Rows to judge the fit by, which it does not see (those that --fit_where leaves).")
 _many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
 _many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
 _count(
-    "drop_worst", 0, "Refit without the 1, 2, ... so many rows of largest residual.", lower_bound=0, upper_bound=1000
+    "drop_worst",
+    0,
+    "Refits without the 1, 2, ... up to this many rows of largest residual.",
+    lower_bound=0,
+    upper_bound=1000,
 )
 _choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
 _number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
@@ -82,7 +81,7 @@ def main() -> None:
         profile=FLAGS.profile,
         seed=FLAGS.seed,
         progress=True,
-        checks=Checks(FLAGS.test_where, numbers("test", FLAGS.test), _hubers(FLAGS.sweep_huber), FLAGS.drop_worst),
+        checks=Checks(FLAGS.test_where, numbers("test", FLAGS.test), hubers(FLAGS.sweep_huber), FLAGS.drop_worst),
     )
     print(summary(result))
     with writing("out", out, instead=result.to_json):

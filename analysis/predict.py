@@ -13,10 +13,10 @@ from absl import flags
 
 from analysis import table as tables
 from analysis.fitting import fit
+from analysis.fitting.flags import pairs
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
-from analysis.fitting.options import pairs
+from analysis.fitting.options import FitError
 from analysis.fitting.prediction import MEASURED, PREDICTED, predict, summary, to_csv
-from analysis.fitting.problem import FitError
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.runtime.outputs import output, writing

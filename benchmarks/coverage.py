@@ -17,7 +17,8 @@ from absl import flags
 
 from analysis import laws
 from analysis.fitting.multistart import bootstrap, search
-from analysis.fitting.problem import Options, set_up
+from analysis.fitting.options import Options
+from analysis.fitting.setup import set_up
 from analysis.laws import synthetic
 from precision_scaling.runtime import cli, files
 from precision_scaling.runtime.progress import progress_bar

@@ -20,7 +20,7 @@ from analysis import laws
 from analysis import table as tables
 from analysis.fitting.identifiability import identify
 from analysis.fitting.multistart import bootstrap, search, start_grid
-from analysis.fitting.problem import set_up
+from analysis.fitting.setup import set_up
 from analysis.laws import synthetic
 from precision_scaling.runtime import cli, files
 
@@ -124,7 +124,7 @@ def unified() -> dict:
         "total_s": searching + identifying + resampling,
         "objective": best.objective,
         "share_at_best": best.share,
-        "refused": verdict.refused,
+        "refused": verdict.unidentified,
     }
 
 

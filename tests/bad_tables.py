@@ -283,8 +283,8 @@ def cases_of_fits():
     yield text('{"law": "chinchilla"}'), 'a fit needs "law"'
     yield text('{"law": "nonsense", "params": {}}'), "unknown law 'nonsense'"
     yield text('{"law": "chinchilla", "params": {"A": 1, "A": 2}}'), "'A' stands twice"
-    yield text('{"law": "chinchilla", "params": {"A": NaN}}'), "NaN is no number"
-    yield text('{"law": "chinchilla", "params": {"A": -Infinity}}'), "-Infinity is no number"
+    yield text('{"law": "chinchilla", "params": {"A": NaN}}'), "NaN is not a number"
+    yield text('{"law": "chinchilla", "params": {"A": -Infinity}}'), "-Infinity is not a number"
     yield text(b"\xff\xfe{}"), "cannot read fit"
     yield entry("law", 3), 'a fit needs "law"'
     yield entry("law", GONE), 'a fit needs "law"'
@@ -304,7 +304,7 @@ def cases_of_fits():
     yield entry("params.A", -3.0), "params.A is -3: it must not be negative"
     yield entry("values.A", None), "values.A is null"
     yield entry("values", [1, 2]), "values is [1, 2]: it must be an object"
-    yield entry("refused", {"E": "for a reason"}), "but refused says that the table does not tell it"
+    yield entry("refused", {"E": "for a reason"}), "but refused says that the table does not identify it"
     yield entry("refused", {"E": 3}), "refused.E is 3: it must be a text"
     yield entry("refused", {"F": "x"}), "no parameter 'F'"
     yield entry("ci", 3), "ci is 3: it must be an object"

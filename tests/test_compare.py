@@ -8,10 +8,11 @@ import pytest
 
 from analysis import compare, laws
 from analysis import table as tables
-from analysis.fitting import comparison, crossval
+from analysis.fitting import comparison, crossval, forms
 from analysis.fitting.multiplicativity import multiplicativity
 from analysis.fitting.multistart import search
-from analysis.fitting.problem import FitError, set_up
+from analysis.fitting.options import FitError
+from analysis.fitting.setup import set_up
 from analysis.laws import paper, synthetic
 from analysis.laws.law import LawError
 
@@ -43,7 +44,7 @@ def test_laws_are_judged_on_the_same_rows_and_count_their_free_parameters(compar
     rows = {row.law: row for row in compared.rows}
     assert len({row.n for row in compared.rows}) == 1
     assert rows["chinchilla"].k == 5 and rows["precision"].k == 7 and rows["precision_unbiased"].k == 6
-    assert set(rows["precision"].refused) == WEIGHTS_ONLY
+    assert set(rows["precision"].unidentified) == WEIGHTS_ONLY
     assert rows["capacity"].k == 5 + 6
     assert "needs losses after PTQ" in compared.skipped["ptq"]
 
@@ -73,9 +74,9 @@ def test_held_out_error_is_that_of_a_fit_without_the_fold():
 
 
 def test_a_law_without_biases_is_named_so_and_must_have_some():
-    assert "precision_unbiased" in comparison.all_names() and "chinchilla_unbiased" not in comparison.all_names()
+    assert "precision_unbiased" in forms.all_names() and "chinchilla_unbiased" not in forms.all_names()
     with pytest.raises(LawError, match="chinchilla has no biases"):
-        comparison.named("chinchilla_unbiased")
+        forms.named("chinchilla_unbiased")
 
 
 def test_the_compute_scheme_holds_out_the_largest_fifth_of_the_runs():

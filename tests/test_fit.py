@@ -19,7 +19,8 @@ from analysis.fitting import fit as fitting_fit
 from analysis.fitting.fit import fit
 from analysis.fitting.levenberg_marquardt import Solution
 from analysis.fitting.multistart import SAME_OPTIMUM, plainest
-from analysis.fitting.problem import FitError, Options, set_up
+from analysis.fitting.options import FitError, Options
+from analysis.fitting.setup import set_up
 from analysis.laws import synthetic
 from analysis.laws.law import MIN_FRACTION
 
@@ -38,7 +39,7 @@ def chinchilla_table(sizes=4, budgets=5, noise=0.0, seed=0, **more):
 
 
 def assert_recovered(result, truth, tolerance=1e-3):
-    assert not result.refused
+    assert not result.unidentified
     for name, value in truth.items():
         assert result.params[name] == pytest.approx(value, rel=tolerance, abs=1e-9), name
 
@@ -169,9 +170,9 @@ def test_precisions_that_the_table_lacks_are_refused_with_the_reason(bits, refus
     full = synthetic.table("precision", noise=0.002)
     mask = np.isin(full["P_w"], bits) & (full["P_a"] == 16) & (full["P_kv"] == 16)
     result = fit("precision", full.select(mask), starts=24, profile=False)
-    assert set(result.refused) == refused | {"gamma_a", "n_a", "gamma_kv", "n_kv"}
-    assert all(result.params[name] is None for name in result.refused)
-    assert "only P_a = 16; 2 different values" in result.refused["gamma_a"]
+    assert set(result.unidentified) == refused | {"gamma_a", "n_a", "gamma_kv", "n_kv"}
+    assert all(result.params[name] is None for name in result.unidentified)
+    assert "only P_a = 16; 2 different values" in result.unidentified["gamma_a"]
     assert np.isfinite(result.predict(N=1e8, D=1e10, P_w=bits[-1]))
 
 
@@ -192,7 +193,7 @@ def test_of_equal_optima_the_one_without_a_part_at_its_floor_is_told():
 def test_one_size_informs_neither_a_nor_alpha():
     table = chinchilla_table(sizes=1, budgets=8)
     result = fit("chinchilla", table, starts=64)
-    assert {"A", "alpha"} <= set(result.refused)
+    assert {"A", "alpha"} <= set(result.unidentified)
     np.testing.assert_allclose(result.predict(N=table["N"], D=table["D"]), table["loss"], rtol=1e-3)
 
 
@@ -201,14 +202,14 @@ def test_a_table_without_an_asymptote_says_that_e_is_weakly_identified():
     loss = laws.predict("chinchilla", {"A": 8.0, "alpha": 0.1, "B": 12.0, "beta": 0.12, "E": 0.5}, N=n, D=d)
     loss = loss * np.exp(0.003 * np.random.default_rng(1).standard_normal(12))
     result = fit("chinchilla", tables.from_columns({"N": n, "D": d, "loss": loss}))
-    assert "E" in result.refused or any(note.startswith("E is weakly identified") for note in result.notes)
+    assert "E" in result.unidentified or any(note.startswith("E is weakly identified") for note in result.notes)
 
 
 @pytest.mark.slow
 def test_a_well_measured_table_has_no_weak_parameter_and_profiles_agree_with_the_bootstrap():
     table = chinchilla_table(12, 20, noise=0.002)
     result = fit("chinchilla", table, bootstrap_resamples=300)
-    assert not result.refused and not result.identifiability["weak"]
+    assert not result.unidentified and not result.identifiability["weak"]
     for name in ("alpha", "beta", "E"):
         low, high = result.identifiability["profile"][name]
         assert (high - low) == pytest.approx(result.ci[name][1] - result.ci[name][0], rel=0.4)
@@ -412,7 +413,7 @@ def test_public_measurements_fit_as_well_as_published_and_leave_e_open():
     assert capacity.r2 > biased.r2
     assert unbiased.r2 < 0.99
     assert any(note.startswith("E is weakly identified") for note in biased.notes)
-    assert set(biased.refused) == {"gamma_kv", "n_kv"}
+    assert set(biased.unidentified) == {"gamma_kv", "n_kv"}
     # the authors' own constants (arXiv 2502.05003), which their notebook takes from the last start and not the best
     for bits, published in ((2, 0.152), (3, 0.433), (4, 0.692), (8, 1.016)):
         assert capacity.params[f"eff_w{bits}_a{bits}"] == pytest.approx(published, abs=0.05)

@@ -7,7 +7,8 @@ import pytest
 
 from analysis import laws
 from analysis.fitting.fit import Fit, fit
-from analysis.fitting.problem import FitError, Options, set_up
+from analysis.fitting.options import FitError, Options
+from analysis.fitting.setup import set_up
 from analysis.laws import derived
 from analysis.laws.law import Law, LawError, Need, Parameter
 from analysis.laws.steps import integer_step, relative_step
@@ -133,18 +134,18 @@ def test_a_parameter_that_stays_at_its_default_is_fitted_when_freed():
 def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
     rows = table("noise")
     weights_only = rows.select((rows["P_a"] == 16) & (rows["P_kv"] == 16) & np.isin(rows["P_w"], (16, 4)))
-    refused = set_up("noise", weights_only).refused
+    refused = set_up("noise", weights_only).unidentified
     assert set(refused) == {"c_a", "c_kv", "q"}
     assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
     one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
-    assert "only D =" in set_up("chinchilla_outer", rows.select(rows["D"] == rows["D"].min())).refused["g"]
+    assert "only D =" in set_up("chinchilla_outer", rows.select(rows["D"] == rows["D"].min())).unidentified["g"]
     channel = table("shannon")
     one_size = set_up("shannon", channel.select(channel["N"] == channel["N"].min()))
-    assert set(one_size.refused) == {"alpha", "c", "gamma"}
+    assert set(one_size.unidentified) == {"alpha", "c", "gamma"}
     served = table("unified_noise")
     served = served.select(~served.quantized | (served["P_post"] == 4))
-    assert "only s_post" in set_up("unified_noise", served).refused["M"]
-    assert "training below 16 bits" in set_up("noise", one_budget).refused["d"]
+    assert "only s_post" in set_up("unified_noise", served).unidentified["M"]
+    assert "training below 16 bits" in set_up("noise", one_budget).unidentified["d"]
 
 
 # --- planning with laws that say by themselves what a plan must know
@@ -186,7 +187,7 @@ def test_the_share_of_n_that_noise_leaves_needs_n_and_goes_into_the_plan():
 
 
 def test_only_informed_parts_are_planned_and_unknown_bits_are_refused():
-    half = dataclasses.replace(of("noise", CPU), refused={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
+    half = dataclasses.replace(of("noise", CPU), unidentified={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
     assert surface.build([half]).parts == ("w",)
     result = plan([half], Budget(flops=1e12))
     assert result.parts == ("w",) and "activations, KV cache costs" in result.warnings[0]
@@ -220,5 +221,5 @@ def test_a_law_of_ones_own_is_planned_by_what_it_reads(monkeypatch):
     assert result.parts == ("w",)
     # N = D, so that both terms are 300 (6 P / 16 / 1e12)^(1/4): minimal where 150 (6/16/1e12)^.25 P^.25 = 1/P
     assert result.best.p == pytest.approx((150 * (6 / 16 / 1e12) ** 0.25) ** (-4 / 5), abs=1e-3)
-    untold = dataclasses.replace(of("own", params), refused={"c": "only P_w = 16"})
+    untold = dataclasses.replace(of("own", params), unidentified={"c": "only P_w = 16"})
     assert plan([untold], Budget(flops=1e12)).best.p == 16.0

@@ -281,7 +281,7 @@ def test_a_part_without_data_stays_at_sixteen_bits_and_is_named(fits):
         fits[0],
         params={**fits[0].params, "gamma_kv": None, "n_kv": None},
         values={**fits[0].values, "gamma_kv": 0.05, "n_kv": 0.0},
-        refused={"gamma_kv": "no row", "n_kv": "no row"},
+        unidentified={"gamma_kv": "no row", "n_kv": "no row"},
     )
     found = plan([fit], Budget(flops=1e21))
     assert found.parts == ("w", "a")

@@ -10,7 +10,7 @@ from analysis import laws, predict
 from analysis import table as tables
 from analysis.fitting import prediction
 from analysis.fitting.fit import Fit, fit
-from analysis.fitting.problem import FitError, Options
+from analysis.fitting.options import FitError, Options
 from analysis.laws import synthetic
 from analysis.predict import FLAGS
 

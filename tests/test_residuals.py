@@ -9,13 +9,14 @@ from scipy import optimize
 
 from analysis import laws
 from analysis import table as tables
-from analysis.fitting import comparison, crossval
+from analysis.fitting import crossval, forms
 from analysis.fitting.fit import Checks, fit
 from analysis.fitting.levenberg_marquardt import solve
 from analysis.fitting.multistart import search
 from analysis.fitting.nested import ratio_test
-from analysis.fitting.problem import FitError, Options, set_up
+from analysis.fitting.options import FitError, Options
 from analysis.fitting.residual import compared, measurement, slope, transform
+from analysis.fitting.setup import set_up
 from analysis.laws import law, synthetic
 from analysis.table.seed_noise import noise_floor
 
@@ -159,15 +160,15 @@ def synthetic_joint(table):
 
 
 def test_a_form_with_a_free_outer_exponent_is_named_so():
-    form = comparison.named("precision_outer")
+    form = forms.named("precision_outer")
     assert form.freed == ("g",) and form.law.name == "precision" and form.biased
-    assert not comparison.named("precision_unbiased_outer").biased
-    assert comparison.named("chinchilla_outer").freed == ()  # a law of its own
+    assert not forms.named("precision_unbiased_outer").biased
+    assert forms.named("chinchilla_outer").freed == ()  # a law of its own
     assert set_up(form.law, synthetic.table("precision"), Options(freed=form.freed)).free[-1] == "g"
     with pytest.raises(law.LawError, match="qid has no outer exponent"):
-        comparison.named("qid_outer")
-    assert comparison._held_by("precision_outer") == {"precision", "precision_unbiased_outer"}
-    assert comparison._held_by("capacity") == {"chinchilla"}
+        forms.named("qid_outer")
+    assert forms.held_by("precision_outer") == {"precision", "precision_unbiased_outer"}
+    assert forms.held_by("capacity") == {"chinchilla"}
 
 
 @pytest.mark.slow

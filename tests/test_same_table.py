@@ -14,7 +14,8 @@ from analysis import table as tables
 from analysis.fitting import caveats, comparison
 from analysis.fitting.fit import fit
 from analysis.fitting.multistart import least_resamples, too_few_runs
-from analysis.fitting.problem import FitError, set_up
+from analysis.fitting.options import FitError
+from analysis.fitting.setup import set_up
 from analysis.table.columns import SETTINGS
 from analysis.table.reading import TableError
 

@@ -259,7 +259,7 @@ def compared(*laws_with_low, kind="loss"):
         gap = None if i == 0 else (low + 0.01, low, low + 0.02)
         held = dict.fromkeys(("N", "D", "P", "compute", "largest_N"), 0.01 + 0.01 * i)
         quality = {"r2": 0.9, "mse": 0.1, "objective": 0.1, "aic": 0.0, "bic": 0.0, "r2_held_out": 0.9}
-        shares = {"starts_at_best": 1.0, "condition": 1.0, "seconds": 0.0, "refused": ()}
+        shares = {"starts_at_best": 1.0, "condition": 1.0, "seconds": 0.0, "unidentified": ()}
         made.append(Row(law=law, kind=kind, n=9, k=5, held_out=held, served=held, difference=gap, **quality, **shares))
     return Comparison(tuple(made), {}, None, "", {}, ())
 

@@ -1,9 +1,9 @@
-"""What should give a reader of a fit pause about the rows it was made from, in notes of one line."""
+"""Caveats about the rows that a fit was made from, in notes of one line."""
 
 import numpy as np
 
-from analysis.fitting.problem import Setup
-from analysis.table import BASE, FORMAT_COLUMNS, MODEL, NUMERIC, PRECISIONS
+from analysis.fitting.setup import Setup
+from analysis.table.columns import ALL_FORMAT_COLUMNS, BASE, MODEL, NUMERIC, PRECISIONS
 from analysis.table.runs import PLACE
 
 # In a column with one of these words in its name even a mixture that goes along with N or D is one.
@@ -22,10 +22,10 @@ def about_the_rows(setup: Setup) -> tuple[str, ...]:
 
 
 def mixed_rows(setup: Setup) -> tuple[str, ...]:
-    """A word on columns that tell rows apart but that the law does not know: methods have different constants."""
+    """A note for each column that tells rows apart but that the law does not read: methods have different constants."""
     silent = {*setup.law.columns, *NUMERIC, *MEASURED, "run", MODEL, BASE}
-    if any(name.startswith(("s_", "gmse_")) for name in setup.law.columns):
-        silent |= {name for names in FORMAT_COLUMNS.values() for name in names}  # the law knows formats by their error
+    if setup.law.reads_formats:
+        silent |= set(ALL_FORMAT_COLUMNS)
     known = [c for c in dict.fromkeys((*PRECISIONS, "P_post", *setup.law.columns)) if c not in ("N", "D")]
     notes = []
     for name in setup.rows.columns:
@@ -36,9 +36,9 @@ def mixed_rows(setup: Setup) -> tuple[str, ...]:
 
 
 def shared_names(setup: Setup) -> tuple[str, ...]:
-    """A word on run names that stand for several models: rows are then told apart by less than a name each."""
+    """A note on run names that several models share."""
     rows = setup.rows
-    models_of = {}
+    models_of: dict[str, set[int]] = {}
     for name, model in set(zip(rows["run"], setup.run_n, strict=True)):
         models_of.setdefault(name, set()).add(model)
     shared = sorted(name for name, models in models_of.items() if len(models) > 1)
@@ -52,7 +52,7 @@ def shared_names(setup: Setup) -> tuple[str, ...]:
 
 
 def dropped_deltas(setup: Setup) -> tuple[str, ...]:
-    """A word on rows that a fit of log δ cannot hold."""
+    """A note on rows that a fit of log δ cannot hold."""
     dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
     if not dropped:
         return ()

@@ -10,7 +10,8 @@ import numpy as np
 
 from analysis.fitting.levenberg_marquardt import jacobian, solve
 from analysis.fitting.multistart import start_grid
-from analysis.fitting.problem import FitError, Setup
+from analysis.fitting.options import FitError
+from analysis.fitting.setup import Setup
 from analysis.table.columns import HIGH_PRECISION_BITS, PRECISIONS
 from analysis.table.expression import rows_where
 
@@ -88,11 +89,11 @@ def chosen(setup: Setup, fit_where: str | None, test_where: str | None) -> Split
     Raises FitError where they share rows or choose none.
     """
     rows = setup.every_row
-    if fit_where is None and test_where is None:
+    fit_m, test_m = (None if where is None else rows_where(where, rows) for where in (fit_where, test_where))
+    if fit_m is None and test_m is None:
         raise FitError("give fit_where, test_where or both")
-    kept = None if fit_where is None else rows_where(fit_where, rows)
-    held = ~kept if test_where is None else rows_where(test_where, rows)
-    kept = ~held if kept is None else kept
+    kept = ~test_m if fit_m is None else fit_m
+    held = ~fit_m if test_m is None else test_m
     both = int(np.sum(kept & held))
     if both:
         raise FitError(f"fit_where and test_where share {both} rows: a row that is fitted cannot test the fit")

@@ -1,7 +1,7 @@
-"""Reads fit.json: every field has the type of the contract, and what the file says twice it says alike.
+"""Reads fit.json: every field has the type of the contract, and numbers that the file holds twice agree.
 
-A file may be written by hand with `law` and `params` alone. One in which a constant was changed in one place only is
-refused: nobody could tell which of the two is meant.
+A file may be written by hand with `law` and `params` alone. A constant that was changed in one place only is an error:
+which of the two is meant is unknown.
 """
 
 import difflib
@@ -10,25 +10,31 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from analysis import laws
-from analysis.fitting.problem import FitError
+from analysis.fitting.options import FitError
+from analysis.fitting.statistics import percentiles
 from analysis.laws.law import Law
 
 SAME = 1e-9  # relative difference up to which two numbers are one that was printed twice
+KEYS = {"unidentified": "refused"}  # fields of a Fit whose key in the file has another name
 
 
-def read(text: str, known: Iterable[str]) -> dict[str, Any]:
-    """The fields of a fit, those that the file leaves out at what a fit without data has. Raises FitError or LawError.
+def key_of(field: str) -> str:
+    """The key of a field of a Fit in fit.json."""
+    return KEYS.get(field, field)
 
-    `known` are the names of the fields.
+
+def read(text: str, fields: Iterable[str]) -> dict[str, Any]:
+    """The fields of a fit; those that the file leaves out are as in a fit without data. Raises FitError or LawError.
+
+    fields: the names of all fields of a Fit.
     """
     raw = _parse(text)
+    known = [key_of(field) for field in fields]
     if not isinstance(raw, dict) or not isinstance(raw.get("law"), str) or not isinstance(raw.get("params"), dict):
         raise FitError('a fit needs "law": name and "params": {name: value}')
     for key in set(raw) - set(known):
-        if close := difflib.get_close_matches(key, list(known), 1, 0.75):
+        if close := difflib.get_close_matches(key, known, 1, 0.75):
             raise FitError(f"key {key!r}: did you mean {close[0]!r}?")
     law = laws.resolve(raw["law"], raw["params"])
     params = _constants(law, "params", raw["params"], null=True)
@@ -39,18 +45,18 @@ def read(text: str, known: Iterable[str]) -> dict[str, Any]:
         if value is not None and not _alike(value, values.get(name)):
             said = f"values.{name} is {values[name]:g}" if name in values else f"values has no {name}"
             raise FitError(f"params.{name} is {value:g}, but {said}: change both, or leave values out")
-    refused = _mapping("refused", raw.get("refused", {}), law, lambda key, text: _of_type(key, text, str, "a text"))
-    for name in refused:
+    unidentified = _mapping("refused", raw.get("refused", {}), law, lambda key, why: _of_type(key, why, str, "a text"))
+    for name in unidentified:
         if params.get(name) is not None:
-            raise FitError(f"params.{name} is {params[name]:g}, but refused says that the table does not tell it")
+            raise FitError(f"params.{name} is {params[name]:g}, but refused says that the table does not identify it")
     columns = _texts("columns", raw.get("columns", list(law.columns)))
     if set(columns) != set(law.columns):
         raise FitError(f"columns are {', '.join(columns)}, but law {law.name} reads {', '.join(law.columns)}")
-    fields = {
+    found: dict[str, Any] = {
         "law": law.name,
         "params": params,
         "values": values or {name: value for name, value in params.items() if value is not None},
-        "refused": refused,
+        "unidentified": unidentified,
         "columns": columns,
         "ci": _mapping("ci", raw.get("ci", {}), law, _ends),
         "r2": _number("r2", raw.get("r2"), null=True),
@@ -66,13 +72,13 @@ def read(text: str, known: Iterable[str]) -> dict[str, Any]:
         "serve_bits": _number("serve_bits", raw.get("serve_bits"), null=True),
     }
     for name in ("metrics", "identifiability", "reporting"):
-        fields[name] = _of_type(name, raw.get(name, {}), dict, "an object")
-    _check_reporting(fields)
-    return fields
+        found[name] = _of_type(name, raw.get(name, {}), dict, "an object")
+    _check_reporting(found)
+    return found
 
 
 def _check_reporting(fields: Mapping[str, Any]) -> None:
-    """What a plan reads of how the fit was made, and the numbers that stand there once more."""
+    """What a plan reads of how the fit was made, and the numbers that are stored there a second time."""
     reporting, metrics = fields["reporting"], fields["metrics"]
     _mapping("reporting.ranges", reporting.get("ranges", {}), None, _range)
     for name in ("ptq_method", "delta_residual"):
@@ -87,18 +93,18 @@ def _check_reporting(fields: Mapping[str, Any]) -> None:
 
 
 def _check_intervals(ci: Mapping[str, Any], samples: Mapping[str, Any], level: float) -> None:
-    """Intervals are percentiles of the draws; an end that is null is no end."""
+    """Raises FitError where an interval is not the percentiles of the draws; an end that is null is open."""
     if not 0 < level < 1:
         raise FitError(f"reporting.level is {level:g}: it must be above 0 and below 1")
     for name, ends in ci.items():
-        drawn = np.quantile(samples[name], [(1 - level) / 2, (1 + level) / 2]) if samples.get(name) else ends
+        drawn = percentiles(samples[name], level) if samples.get(name) else ends
         for end, of_draws in zip(ends, drawn, strict=True):
             if end is not None and not _alike(end, float(of_draws)):
                 raise FitError(f"ci.{name} ends at {end:g}, but its samples say {of_draws:g}: leave ci or samples out")
 
 
 def _parse(text: str) -> Any:
-    def once(pairs):
+    def unique(pairs):
         names = [name for name, _ in pairs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -106,10 +112,10 @@ def _parse(text: str) -> Any:
         return dict(pairs)
 
     def no_number(word):
-        raise FitError(f"{word} is no number that a fit can hold")
+        raise FitError(f"{word} is not a number that a fit can hold")
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except FitError:
         raise
     except (ValueError, RecursionError) as error:
@@ -191,8 +197,7 @@ def _range(key: str, value: Any) -> tuple[float, float]:
 
 
 def _samples(law: Law, value: Any) -> dict[str, tuple[float, ...]]:
-    """Draws of the constants, as many of each."""
-
+    """Draws of the constants, equally many of each."""
     found = _mapping("samples", value, law, _numbers)
     for name, numbers in found.items():
         if law.parameter(name).log and min(numbers, default=0) < 0:

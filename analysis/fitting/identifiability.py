@@ -12,12 +12,11 @@ import numpy as np
 from scipy import stats
 
 from analysis.fitting.levenberg_marquardt import huber, jacobian, residuals, solve
-from analysis.fitting.problem import Setup, Stage, to_theta
+from analysis.fitting.parameters import to_theta
+from analysis.fitting.setup import Setup, Stage
 
 NOISE_FLOOR = 1e-8  # of a log loss: tables are printed to about this, so smaller residuals say nothing more
-WIDE = {"E": 1.5}  # ratio of the ends of an interval past which a positive parameter is called weakly identified
-WIDE_OTHERWISE = 10.0
-USELESS = 1e3  # factor between estimate and end of its interval past which a positive parameter is refused
+USELESS = 1e3  # factor between estimate and end of its interval past which a positive parameter is unidentified
 INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row informs a parameter
 
 
@@ -39,7 +38,7 @@ class Identifiability:
     profile: dict[str, Profile]
     at_bound: tuple[str, ...]
     weak: tuple[str, ...]
-    refused: dict[str, str]
+    unidentified: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -80,14 +79,14 @@ def mean_slope(residual_n: np.ndarray, delta: float, fitted: int) -> float:
 
 def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: float = 0.95) -> Identifiability:
     """Judges every free parameter at the optimum theta."""
-    condition, intervals, refused, notes = 1.0, {}, {}, []
+    condition, intervals, unidentified, notes = 1.0, {}, {}, []
     for stage in setup.stages:
         fits = np.flatnonzero(stage.fits_F)
         sensitivity_nxF = jacobian(setup.problem, theta_F)[stage.rows_n][:, fits] * setup.problem.scale_F[fits]
         size_F = np.sqrt(np.sum(sensitivity_nxF**2, axis=0))
         dead = size_F <= INFORMED * size_F.max()
         for j in fits[dead]:
-            refused[setup.free[j]] = "no row's prediction depends on it at the optimum"
+            unidentified[setup.free[j]] = "no row's prediction depends on it at the optimum"
         alive = fits[~dead]
         unit = sensitivity_nxF[:, ~dead] / size_F[~dead]
         _, singular, directions = np.linalg.svd(unit, full_matrices=False)
@@ -110,31 +109,31 @@ def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: flo
             for side in ("lower", "upper")
             if abs(theta_F[j] - to_theta(parameter, getattr(parameter, side))) < 1e-6
         ]
-        if ends and name not in refused:
+        if ends and name not in unidentified:
             at_bound.append(name)
             notes.append(f"{name} ended at its {ends[0]} bound, {getattr(parameter, ends[0]):g}")
         span = intervals.get(name)
-        if span is None or name in refused:
+        if span is None or name in unidentified:
             continue
         if span.low is None and span.high is None:
-            refused[name] = "the fit is as good with any value of it (profile flat from bound to bound)"
+            unidentified[name] = "the fit is as good with any value of it (profile flat from bound to bound)"
         elif parameter.log and (beyond := _far_ends(float(np.exp(theta_F[j])), span)):
-            refused[name] = f"the fit is as good with {beyond} ({level:.0%} profile)"
+            unidentified[name] = f"the fit is as good with {beyond} ({level:.0%} profile)"
         elif span.low is None or span.high is None:
             weak.append(name)
             known, end = ("below", span.high) if span.low is None else ("above", span.low)
             notes.append(
                 f"{name} is weakly identified: the rows only say that it is {known} {end:.4g} ({level:.0%} profile)"
             )
-        elif parameter.log and span.high / span.low > WIDE.get(name, WIDE_OTHERWISE):
+        elif parameter.log and span.high / span.low > parameter.wide:
             weak.append(name)
             notes.append(
                 f"{name} is weakly identified: {span.low:.4g} to {span.high:.4g} fit alike ({level:.0%} profile)"
             )
-    confounded = [name for name in refused if name in intervals]
+    confounded = [name for name in unidentified if name in intervals]
     if len(confounded) > 1:
         notes.append(f"{', '.join(confounded)} cannot be told apart by these rows: fix or tie some of them")
-    return Identifiability(condition, intervals, tuple(at_bound), tuple(weak), refused, tuple(notes))
+    return Identifiability(condition, intervals, tuple(at_bound), tuple(weak), unidentified, tuple(notes))
 
 
 def _far_ends(value: float, span: Profile) -> str:

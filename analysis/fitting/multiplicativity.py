@@ -1,4 +1,4 @@
-"""Do the effects of weight, activation and KV precision multiply in N_eff? Fits one part at a time predict joint runs.
+"""Do the effects of weight, activation and KV precision multiply in N_eff? Fits of single parts predict joint runs.
 
 The law of training precision is fitted to runs with at most one part below 16 bits. On the others, N_eff = N (f_w f_a
 f_kv)^kappa is fitted with everything but kappa held: kappa = 1 says that the effects multiply, above 1 that they
@@ -6,14 +6,14 @@ compound, below 1 that they overlap.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
-from analysis import laws
 from analysis.fitting.levenberg_marquardt import residuals
 from analysis.fitting.multistart import bootstrap, search
-from analysis.fitting.problem import FitError, Options, Setup, Stage, set_up
+from analysis.fitting.options import FitError, Options
+from analysis.fitting.setup import Setup, Stage, set_up
+from analysis.fitting.statistics import r_squared, rms
 from analysis.laws import paper
 from analysis.laws.law import Parameter, log_power_law, log_sum
 from analysis.table import Table
@@ -27,8 +27,8 @@ class Multiplicativity:
     kappa: float
     ci: tuple[float, float]
     mean_log_error: float
-    rms_log_error: float
-    rms_log_error_marginal: float
+    rms_log_error: float | None
+    rms_log_error_marginal: float | None
     r2_joint: float | None
     marginal_runs: int
     joint_runs: int
@@ -51,10 +51,10 @@ def _log_loss(p, c, xp):
 
 
 LAW = dataclasses.replace(
-    laws.get("precision"),
+    paper.PRECISION,
     name="precision with kappa",
     formula="L = A N_eff^-alpha + B D^-beta + E, N_eff = N (f_w f_a f_kv)^kappa if two or more parts are low",
-    params=(*laws.get("precision").params, Parameter("kappa", 0.0, 10.0, (0.5, 1.0, 2.0), held=1.0)),
+    params=(*paper.PRECISION.params, Parameter("kappa", 0.0, 10.0, (0.5, 1.0, 2.0), held=1.0)),
     log_loss=_log_loss,
 )
 
@@ -92,15 +92,13 @@ def multiplicativity(
     error_n = residuals(setup.problem, plain)
     joint_n = np.asarray(_joint(setup.rows.columns, np))
     observed = setup.observed_n[joint_n]
-    missed = observed - setup.predicted(plain)[joint_n]
-    total = float(np.sum((observed - observed.mean()) ** 2))
     return Multiplicativity(
         kappa,
         (low, high),
         float(error_n[joint_n].mean()),
-        _rms(error_n[joint_n]),
-        _rms(error_n[~joint_n]),
-        1 - float(np.sum(missed**2)) / total if total > 0 else None,
+        rms(error_n[joint_n]),
+        rms(error_n[~joint_n]),
+        r_squared(observed, setup.predicted(plain)[joint_n]),
         int(np.sum(~joint_n)),
         int(np.sum(joint_n)),
         _words(kappa, low, high),
@@ -111,17 +109,13 @@ def _staged(setup: Setup) -> Setup:
     """The setup that fits everything but kappa to the marginal runs, then kappa to the joint ones."""
     joint_n = np.asarray(_joint(setup.rows.columns, np))
     is_kappa = np.array([name == "kappa" for name in setup.free])
-    marginal = Stage(~joint_n, ~is_kappa, "marginal")
+    marginal = Stage(~joint_n, ~is_kappa)
     if marginal.rows_n.sum() <= marginal.fits_F.sum():
         raise FitError(
             f"{int(marginal.rows_n.sum())} runs with at most one part below 16 bits are too few for "
             f"{int(marginal.fits_F.sum())} parameters"
         )
-    return dataclasses.replace(setup, stages=(marginal, Stage(joint_n, is_kappa, "joint")))
-
-
-def _rms(values: np.ndarray) -> float:
-    return math.sqrt(float(np.mean(values**2))) if len(values) else math.nan
+    return dataclasses.replace(setup, stages=(marginal, Stage(joint_n, is_kappa)))
 
 
 def _words(kappa: float, low: float, high: float) -> str:

@@ -1,6 +1,6 @@
 """Finds the best constants of a law from many starts, and the constants of every bootstrap resample of the runs.
 
-Stands between problem.py, which says what is fitted, and fit.py, which reports it.
+Stands between setup.py, which says what is fitted, and fit.py, which reports it.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ from scipy.stats import qmc
 
 from analysis.fitting.identifiability import score_and_curvature
 from analysis.fitting.levenberg_marquardt import Problem, Solution, residuals, solve
-from analysis.fitting.problem import Setup, to_theta
-from analysis.laws.law import HIGH_PRECISION_BITS, MIN_FRACTION, fraction
+from analysis.fitting.parameters import to_theta
+from analysis.fitting.setup import Setup
+from analysis.laws.law import MIN_FRACTION, fraction
+from analysis.table.columns import HIGH_PRECISION_BITS
 
 DEFAULT_STARTS = 512
 LARGE_TABLE = 20_000  # rows; above it starts compete on a sample, and resamples take one step from the optimum
@@ -66,15 +68,14 @@ def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool
     distinct ends of that race then run on all rows.
     """
     starts_SxF = start_grid(setup, count, seed)
-    sampled = setup.problem.rows > 2 * SEARCH_ROWS
-    keep = _sample(setup, seed) if sampled else None
+    keep = _sample(setup, seed) if setup.problem.rows > 2 * SEARCH_ROWS else None
     theta_F, share = _neutral(setup, starts_SxF[0]), 1.0
     for stage in setup.stages:
         begin_SxF = np.where(stage.fits_F, starts_SxF, theta_F)
         frozen_F, weight_n = ~stage.fits_F, stage.rows_n.astype(float)
         label = f"{setup.law.name}: starts" if progress else None
         ends_SxF, members = begin_SxF, np.ones(len(begin_SxF))
-        if sampled:
+        if keep is not None:
             ends_SxF, members = _race(
                 setup.subset(keep), begin_SxF, frozen_F, weight_n[keep], setup.problem.rows, label
             )
@@ -84,7 +85,7 @@ def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool
         at_best = found.objective_S <= least * (1 + SAME_OPTIMUM) + 1e-13 * weight_n.sum()
         share = min(share, float(members[at_best].sum() / len(starts_SxF)))
         theta_F = plainest(setup, found, at_best)
-    return Best(theta_F, setup.objective(theta_F), len(starts_SxF), share, SEARCH_ROWS if sampled else None)
+    return Best(theta_F, setup.objective(theta_F), len(starts_SxF), share, None if keep is None else SEARCH_ROWS)
 
 
 def plainest(setup: Setup, found: Solution, at_best: np.ndarray) -> np.ndarray:

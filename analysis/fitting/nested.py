@@ -7,7 +7,8 @@ from scipy import stats
 
 from analysis.fitting.identifiability import mean_slope, score_and_curvature
 from analysis.fitting.levenberg_marquardt import residuals
-from analysis.fitting.problem import FitError, Setup, Stage
+from analysis.fitting.options import FitError
+from analysis.fitting.setup import Setup, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _scale(setup: Setup, theta_F: np.ndarray) -> float:
     residual_n, delta = residuals(setup.problem, theta_F), setup.problem.huber_delta
     square = float(np.mean(np.clip(residual_n, -delta, delta) ** 2))
     plain = square * len(residual_n) / (len(residual_n) - len(theta_F)) / mean_slope(residual_n, delta, len(theta_F))
-    everything = Stage(np.ones(len(residual_n), bool), np.ones(len(theta_F), bool), "all")
+    everything = Stage(np.ones(len(residual_n), bool), np.ones(len(theta_F), bool))
     score_rxF, curvature_FxF, variance_FxF = score_and_curvature(setup, theta_F, everything)
     inverse = np.linalg.pinv(curvature_FxF)
     by_model, by_row = np.trace(inverse @ score_rxF.T @ score_rxF), np.trace(inverse @ variance_FxF)

@@ -1,72 +1,66 @@
-"""Flags that say how a law is fitted, shared by the commands that fit."""
+"""How a law is fitted: the options of every fit, and the error of a fit that cannot be made."""
 
-import math
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
 
-from absl import flags
-
-from analysis.fitting.problem import LOSSES, FitError
 from analysis.fitting.residual import DELTA_RESIDUALS, RESIDUALS
-from precision_scaling.runtime.cli import finite
+from analysis.laws.law import Law
+from precision_scaling.errors import UserError
 
-MOST_REPEATS = 100_000  # starts or resamples that a command takes
-
-
-def define(values: flags.FlagValues) -> Callable[[], dict[str, Any]]:
-    """Defines the flags on `values`; returns the function that reads them as keywords of `problem.Options`."""
-    add = {"flag_values": values}
-    flags.DEFINE_list("free", [], "Parameters fitted that otherwise keep their default (g, nu, ...).", **add)
-    flags.DEFINE_float(
-        "serve_bits", None, "Fit the losses after PTQ to this many bits, by laws of the loss alone.", **add
-    )
-    flags.DEFINE_enum("loss", "huber", LOSSES, "What is minimized, of residuals.", **add)
-    flags.DEFINE_float("huber_delta", 1e-3, "Where Huber's function turns linear, in units of the residual.", **add)
-    flags.DEFINE_enum("residual", "log_loss", RESIDUALS, "What a row compares: log L, or L in nats.", **add)
-    flags.DEFINE_enum(
-        "delta_residual",
-        None,
-        DELTA_RESIDUALS,
-        "What rows after PTQ compare: log delta (laws of delta), the loss (laws of both), or log delta above a floor.",
-        **add,
-    )
-    flags.DEFINE_float("delta_floor", None, "Noise of delta in nats, of floored (told by repeats with seeds).", **add)
-    flags.DEFINE_string("sigma_column", None, "Column of standard deviations of the loss, which weigh the rows.", **add)
-
-    def read() -> dict[str, Any]:
-        names = ("serve_bits", "loss", "huber_delta", "residual", "delta_residual", "delta_floor", "sigma_column")
-        return {"freed": tuple(values["free"].value), **{name: values[name].value for name in names}}
-
-    return read
+LOSSES = ("huber", "least_squares")
+STAGES = ("joint", "staged")
 
 
-def pairs(flag: str, entries: list[str]) -> dict[str, str]:
-    """`name=value` entries as a dict. Raises FitError on anything else."""
-    out = {}
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        if not equals or not name.strip() or not value.strip() or name.strip() in out:
-            raise FitError(f"--{flag}={entry}: allowed is name=value, each name once")
-        out[name.strip()] = value.strip()
-    return out
+class FitError(UserError):
+    """A fit that cannot be made or read: too few rows, an unknown option, a file that is not a fit."""
 
 
-def numbers(flag: str, entries: list[str]) -> dict[str, float]:
-    """`name=number` entries as a dict. Raises FitError on anything else."""
-    out = {}
-    for name, value in pairs(flag, entries).items():
-        out[name] = finite(value)
-        if out[name] is None:
-            raise FitError(f"--{flag}={name}={value}: the value must be a finite number")
-    return out
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to fit. Raises FitError for values that are not allowed.
 
+    fixed: constants. tied: {follower: leader}. freed: parameters to fit that otherwise stay at their default (an outer
+        exponent, say). biased: False sets the law's biases to 0.
+    serve_bits: fits a law of the loss before PTQ to the losses after PTQ to that many bits instead.
+    loss: Huber's function (with `huber_delta`) or least squares. residual: what a row compares, log L or L.
+    delta_residual: what a row after PTQ compares. "log_delta"; "floored", log δ that turns linear below the noise of δ
+        (`delta_floor` in nats; None: estimated from runs repeated with other seeds); or "log_loss", the loss before PTQ
+        plus δ. None: log δ for laws of δ alone, the loss for laws of both. The last two keep zero and negative δ.
+    sigma_column: a column of standard deviations of the loss in nats; a residual is weighted by their median over its
+        own.
+    stages: all parameters at once ("joint"), or in the law's stages as in the paper ("staged").
+    fit_where: an expression that the rows to fit satisfy (analysis/table/expression.py); δ is paired before rows are
+        chosen.
+    """
 
-def _hubers(entries: list[str]) -> tuple[float, ...]:
-    """Values of Huber's delta, infinity among them. Raises FitError on anything else."""
-    out = []
-    for entry in entries:
-        value = math.inf if entry.strip() == "inf" else finite(entry)
-        if value is None or value <= 0:
-            raise FitError(f"--sweep_huber={entry}: allowed are positive numbers and inf")
-        out.append(value)
-    return tuple(out)
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    freed: tuple[str, ...] = ()
+    serve_bits: float | None = None
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    biased: bool = True
+    loss: str = "huber"
+    huber_delta: float = 1e-3
+    residual: str = "log_loss"
+    delta_residual: str | None = None
+    delta_floor: float | None = None
+    sigma_column: str | None = None
+    stages: str = "joint"
+    fit_where: str | None = None
+
+    def __post_init__(self):
+        for key, value, allowed in (
+            ("loss", self.loss, LOSSES),
+            ("stages", self.stages, STAGES),
+            ("residual", self.residual, RESIDUALS),
+            ("delta_residual", self.delta_residual, (None, *DELTA_RESIDUALS)),
+        ):
+            if value not in allowed:
+                raise FitError(f"{key} is {value!r}: choose one of {', '.join(str(a) for a in allowed if a)}")
+        if not self.huber_delta > 0:
+            raise FitError(f"huber_delta is {self.huber_delta}: it must be positive")
+        if self.delta_floor is not None and not self.delta_floor > 0:
+            raise FitError(f"delta_floor is {self.delta_floor}: it must be positive")
+
+    def delta_residual_of(self, law: Law) -> str:
+        """What rows after PTQ compare in a fit of the law, one of DELTA_RESIDUALS."""
+        return self.delta_residual or ("log_delta" if law.target == "delta" else "log_loss")

@@ -10,8 +10,9 @@ import numpy as np
 from analysis import laws
 from analysis import table as tables
 from analysis.fitting.fit import Fit
-from analysis.fitting.problem import FitError, with_derived
+from analysis.fitting.options import FitError
 from analysis.fitting.residual import measurement
+from analysis.fitting.rows import with_derived
 from analysis.table import BASE, MODEL, Table
 
 MEASURED, PREDICTED = "measured", "predicted"

@@ -7,16 +7,11 @@ from typing import Any
 import numpy as np
 
 from analysis.fitting.multistart import LARGE_TABLE, Best, few_runs
-from analysis.fitting.problem import Setup
+from analysis.fitting.setup import Setup
+from analysis.fitting.statistics import r_squared
 from analysis.table import Table
 from analysis.table.columns import FORMAT_COLUMNS, HIGH_PRECISION_BITS, PRECISIONS
 from precision_scaling.numerics import formats
-
-
-def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
-    """1 - residual over total sum of squares; None where nothing varies."""
-    total = float(np.sum((observed - observed.mean()) ** 2))
-    return 1 - float(np.sum((observed - predicted) ** 2)) / total if total > 0 else None
 
 
 def metrics(setup: Setup, theta_F: np.ndarray) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         "form": "biased" if options.biased else "unbiased (biases 0)",
         "stages": options.stages,
         "free": setup.free,
-        "fixed": {**{k: v for k, v in setup.constants.items() if k not in setup.refused}},
+        "fixed": {**{k: v for k, v in setup.constants.items() if k not in setup.unidentified}},
         "tied": dict(setup.tied),
         "loss": loss,
         "residuals": residual,

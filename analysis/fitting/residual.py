@@ -16,29 +16,35 @@ def transform(kind: str, log_value, floor, xp=np):
     if kind in ("log_loss", "log_delta"):
         return log_value
     value = xp.exp(log_value)
-    return value if kind == "loss" else xp.arcsinh(value / (2 * floor))
+    return value if kind == "loss" else xp.arcsinh(value / _unit(floor))
 
 
-def compared(kind: str, value: np.ndarray, floor: float) -> np.ndarray:
+def compared(kind: str, value: np.ndarray, floor: float | None) -> np.ndarray:
     """The compared value of a measurement in nats; of "floored", δ may be zero or negative."""
     if kind in ("log_loss", "log_delta"):
         return np.log(value)
-    return value if kind == "loss" else np.arcsinh(value / (2 * floor))
+    return value if kind == "loss" else np.arcsinh(value / _unit(floor))
 
 
-def slope(kind: str, value: np.ndarray, floor: float) -> np.ndarray:
+def slope(kind: str, value: np.ndarray, floor: float | None) -> np.ndarray:
     """Derivative of the compared value by the measurement: a standard deviation in nats times this is one of it."""
     if kind == "loss":
         return np.ones(np.shape(value))
     if kind == "floored":
-        return 1 / np.sqrt(value**2 + 4 * floor**2)
+        return 1 / np.sqrt(value**2 + _unit(floor) ** 2)
     return 1 / value
 
 
-def measurement(kind: str, predicted: np.ndarray, residual: np.ndarray, floor: float) -> np.ndarray:
+def measurement(kind: str, predicted: np.ndarray, residual: np.ndarray, floor: float | None) -> np.ndarray:
     """The measurement, in nats, that lies `residual` above a prediction in nats."""
     if kind in ("log_loss", "log_delta"):
         return predicted * np.exp(residual)
     if kind == "loss":
         return predicted + residual
-    return 2 * floor * np.sinh(np.arcsinh(predicted / (2 * floor)) + residual)
+    return _unit(floor) * np.sinh(np.arcsinh(predicted / _unit(floor)) + residual)
+
+
+def _unit(floor):
+    """What δ is divided by under "floored", the one kind that has a floor."""
+    assert floor is not None
+    return 2 * floor

@@ -8,7 +8,9 @@ import numpy as np
 
 from analysis.fitting.levenberg_marquardt import Problem, residuals, solve
 from analysis.fitting.multistart import start_grid
-from analysis.fitting.problem import FitError, Setup
+from analysis.fitting.options import FitError
+from analysis.fitting.setup import Setup
+from analysis.fitting.statistics import rms
 
 STARTS = 16  # of every refit, besides the optimum
 
@@ -40,7 +42,7 @@ def sweep(
                 "huber_delta": float(delta) if np.isfinite(delta) else None,
                 "dropped": [_named(setup, theta_F, at) for at in worst[:count]],
                 "params": setup.values(found_F),
-                "rms_log_error": float(np.sqrt(np.nanmean(error_n**2))),
+                "rms_log_error": rms(error_n),
             }
         )
     return out

@@ -92,7 +92,7 @@ class FittedLaw:
         """Whether the amplitude of a part is reported; where a law has none of its own, whether rows were low in it."""
         params = self.law.part_params(part)
         if params:
-            return params[0] in self.fit.values and params[0] not in self.fit.refused
+            return params[0] in self.fit.values and params[0] not in self.fit.unidentified
         span = self.data_range(f"P_{part}")
         return span is None or span[0] < HIGH_PRECISION_BITS
 
@@ -107,7 +107,7 @@ class FittedLaw:
     def stand_ins(self) -> tuple[str, ...]:
         """The constants that the table does not identify, apart from those of single parts."""
         of_parts = {name for x in PARTS for name in self.law.part_params(x)}
-        return tuple(name for name in self.fit.refused if name not in of_parts)
+        return tuple(name for name in self.fit.unidentified if name not in of_parts)
 
 
 def published() -> list[Fit]:

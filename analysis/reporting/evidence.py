@@ -121,4 +121,4 @@ def main_rows(table: Table) -> tuple[Table, str | None]:
 def informs(fit: Fit, part: str) -> bool:
     """Whether the fit's table told f of this part (P_w, P_a, P_kv): its γ is reported."""
     name = f"gamma_{part.removeprefix('P_')}"
-    return name in fit.values and name not in fit.refused
+    return name in fit.values and name not in fit.unidentified

@@ -8,8 +8,8 @@ from analysis.fitting import fit as fit_lib
 from analysis.fitting.comparison import Comparison, compare
 from analysis.fitting.fit import Fit
 from analysis.fitting.multiplicativity import is_joint
+from analysis.fitting.options import FitError
 from analysis.fitting.parallel import workers
-from analysis.fitting.problem import FitError
 from analysis.laws.law import LawError
 from analysis.reporting.verdicts import multiply
 from analysis.reporting.verdicts.optimum_by_law import near_best

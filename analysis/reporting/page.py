@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from analysis import laws
-from analysis.fitting.comparison import HELD_OUT, KINDS, Comparison
+from analysis.fitting.comparison import HELD_OUT, Comparison
 from analysis.fitting.fit import Fit
+from analysis.fitting.forms import KINDS
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.figures.gallery import Drawn
 from analysis.reporting.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED, Finding
@@ -219,7 +220,7 @@ def _fit(fit: Fit) -> str:
         parameter = law.parameter(name)
         published = "" if parameter.published is None else f"{parameter.published:.5g}"
         if value is None:
-            why = _escape(fit.refused.get(name, "not informed by this table"))
+            why = _escape(fit.unidentified.get(name, "not informed by this table"))
             rows.append(
                 f'<tr><td><code>{name}</code></td><td colspan="2">{why}</td><td class="number">{published}</td></tr>'
             )

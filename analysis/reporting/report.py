@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from analysis import table as tables
-from analysis.fitting.comparison import to_csv
+from analysis.fitting.comparison_text import to_csv
 from analysis.fitting.multistart import least_resamples
 from analysis.reporting.evidence import Evidence, main_rows
 from analysis.reporting.figures.gallery import draw_all
@@ -128,7 +128,7 @@ def describe(report: Report) -> str:
         lines.append(f"{name}: R² {fixed(fit.r2, 4)} on {fit.n} rows")
         for parameter, value in fit.params.items():
             if value is None:
-                lines.append(f"  {parameter:<10} not told by this table: {fit.refused.get(parameter, '')}")
+                lines.append(f"  {parameter:<10} not told by this table: {fit.unidentified.get(parameter, '')}")
             elif parameter not in (fit.reporting.get("fixed") or {}):
                 ends = interval_of(fit, parameter)
                 interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)

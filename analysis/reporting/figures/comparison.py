@@ -4,7 +4,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from analysis.fitting.comparison import HELD_OUT, KINDS, Row
+from analysis.fitting.comparison import HELD_OUT, Row
+from analysis.fitting.forms import KINDS
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.figures.style import CATEGORIES, INK, Skipped, marker, panels
 

@@ -150,7 +150,7 @@ def residuals(evidence: Evidence) -> Figure:
 def _corner(fit: Fit | None, name: str) -> Figure:
     if fit is None:
         raise Skipped(f"the law {name} was not fitted")
-    names = [p for p in fit.samples if p not in fit.refused and np.ptp(fit.samples[p]) > 0]
+    names = [p for p in fit.samples if p not in fit.unidentified and np.ptp(fit.samples[p]) > 0]
     draws = min((len(fit.samples[p]) for p in names), default=0)
     if draws < LEAST_DRAWS:
         raise Skipped(f"the fit of {name} carries {draws} bootstrap samples, want {LEAST_DRAWS}")

@@ -45,7 +45,7 @@ def _planning_surface(evidence: Evidence) -> Surface:
     if fit is None:
         raise Skipped("no fitted law of training precision")
     surface = _surface(fit)
-    if unknown := [name for name in ("alpha", "beta") if name in fit.refused]:
+    if unknown := [name for name in ("alpha", "beta") if name in fit.unidentified]:
         raise Skipped(f"the table does not tell {' and '.join(unknown)} of the law {fit.law}")
     return surface
 

@@ -16,7 +16,7 @@ from scipy import stats
 from analysis import laws
 from analysis.fitting import fit
 from analysis.fitting.multiplicativity import is_joint, require_marginals
-from analysis.fitting.problem import FitError
+from analysis.fitting.options import FitError
 from analysis.laws.law import HIGH_PRECISION_BITS, LawError
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided

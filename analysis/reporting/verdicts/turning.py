@@ -113,7 +113,12 @@ class ByFit:
 def _by_fit(evidence: Evidence, series: Sequence[Series]) -> ByFit:
     """D_crit of the fitted laws at the fewest bits and smallest N, and how far they miss the losses it rests on."""
     ptq, base = evidence.fit_of("ptq"), evidence.fit_of("chinchilla", "precision")
-    if ptq is None or base is None or {"gamma_D", "C_T", "gamma_post"} & set(ptq.refused) or "beta" in base.refused:
+    if (
+        ptq is None
+        or base is None
+        or {"gamma_D", "C_T", "gamma_post"} & set(ptq.unidentified)
+        or "beta" in base.unidentified
+    ):
         return ByFit()
     constants = {**base.values, **ptq.values}
     predict = lambda s: (
