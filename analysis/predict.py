@@ -16,7 +16,8 @@ from analysis.fitting import fit
 from analysis.fitting.flags import pairs
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
 from analysis.fitting.options import FitError
-from analysis.fitting.prediction import MEASURED, PREDICTED, predict, summary, to_csv
+from analysis.fitting.prediction import MEASURED, PREDICTED, predict
+from analysis.fitting.prediction_text import summary, to_csv
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.runtime.outputs import output, writing

@@ -89,11 +89,14 @@ def chosen(setup: Setup, fit_where: str | None, test_where: str | None) -> Split
     Raises FitError where they share rows or choose none.
     """
     rows = setup.every_row
-    fit_m, test_m = (None if where is None else rows_where(where, rows) for where in (fit_where, test_where))
-    if fit_m is None and test_m is None:
+    if fit_where is not None:
+        kept = rows_where(fit_where, rows)
+        held = ~kept if test_where is None else rows_where(test_where, rows)
+    elif test_where is not None:
+        held = rows_where(test_where, rows)
+        kept = ~held
+    else:
         raise FitError("give fit_where, test_where or both")
-    kept = ~test_m if fit_m is None else fit_m
-    held = ~fit_m if test_m is None else test_m
     both = int(np.sum(kept & held))
     if both:
         raise FitError(f"fit_where and test_where share {both} rows: a row that is fitted cannot test the fit")

@@ -134,9 +134,14 @@ def _shown(value: Any) -> str:
 
 
 def _number(key: str, value: Any, null: bool = False) -> float | None:
-    if value is None and null:
-        return None
-    words = "a finite number or null" if null else "a finite number"
+    return (
+        None
+        if value is None and null
+        else _finite(key, value, "a finite number or null" if null else "a finite number")
+    )
+
+
+def _finite(key: str, value: Any, words: str = "a finite number") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FitError(f"{key} is {_shown(value)}: it must be {words}")
     try:
@@ -156,7 +161,7 @@ def _count(key: str, value: Any) -> int:
 
 def _numbers(key: str, value: Any) -> tuple[float, ...]:
     listed = _of_type(key, value, list, "a list of numbers")
-    return tuple(_number(f"{key}[{i}]", number) for i, number in enumerate(listed))
+    return tuple(_finite(f"{key}[{i}]", number) for i, number in enumerate(listed))
 
 
 def _texts(key: str, value: Any) -> tuple[str, ...]:
@@ -191,9 +196,10 @@ def _ends(key: str, value: Any) -> tuple[float | None, float | None]:
 
 
 def _range(key: str, value: Any) -> tuple[float, float]:
-    if None in (ends := _ends(key, value)):
+    low, high = _ends(key, value)
+    if low is None or high is None:
         raise FitError(f"{key} is {_shown(value)}: it must be [least, most]")
-    return ends
+    return low, high
 
 
 def _samples(law: Law, value: Any) -> dict[str, tuple[float, ...]]:

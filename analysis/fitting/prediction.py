@@ -1,19 +1,18 @@
-"""Predicts rows that no fit has seen, with intervals that hold the constants' uncertainty and the noise of a row."""
+"""Predicts rows that no fit has seen; the intervals cover the uncertainty of the constants and the noise of a row."""
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from analysis import laws
-from analysis import table as tables
 from analysis.fitting.fit import Fit
 from analysis.fitting.options import FitError
 from analysis.fitting.residual import measurement
 from analysis.fitting.rows import with_derived
-from analysis.table import BASE, MODEL, Table
+from analysis.fitting.statistics import percentiles
+from analysis.laws.law import AFTER_PTQ
+from analysis.table import Table
 
 MEASURED, PREDICTED = "measured", "predicted"
 BLOCK = 1000  # rows whose draws are held in memory at once
@@ -22,8 +21,7 @@ MOST_DRAWS = 4000
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """One entry per row of `table`. Losses in nats per token, NaN where nothing is known; `note` says why a row has no
-    prediction.
+    """One entry per row of `table`; losses in nats per token, NaN where unknown; `note` says why one has no prediction.
 
     predicted, low, high: the loss (after PTQ the loss as served) and its interval. measured, error: the table's, and
     predicted - measured. delta: predicted δ of rows after PTQ by a law of δ, whose loss before PTQ is `before`, taken
@@ -44,6 +42,13 @@ class Predictions:
     notes: tuple[str, ...]
     level: float
 
+    @classmethod
+    def empty(cls, table: Table, notes: tuple[str, ...], level: float) -> "Predictions":
+        """Predictions of no row yet, to be filled in."""
+        numbers = {name: np.full(len(table), np.nan) for name in ("predicted", "low", "high", "delta", "before")}
+        texts = {name: np.full(len(table), "", object) for name in ("law", "before_from", "outside", "note")}
+        return cls(table=table, notes=notes, level=level, **numbers, **texts)
+
     @property
     def measured(self) -> np.ndarray:
         return self.table["loss"]
@@ -56,7 +61,7 @@ class Predictions:
 def predict(
     given: Sequence[Fit], table: Table, before: str = MEASURED, level: float = 0.95, seed: int = 0
 ) -> Predictions:
-    """Predict every row of `table` by the fit that speaks of it.
+    """Predicts every row of `table` by the fit that describes it.
 
     given: at most one fit of the loss before PTQ, at most one with a law of δ (a law of both is both), and fits of
         losses after PTQ to one number of bits (`--serve_bits`). before: where the loss that δ is added to comes from:
@@ -69,13 +74,7 @@ def predict(
     loss_fit, delta_fit, served = _roles(given)
     columns = {**table.columns, "_at": np.arange(len(table))}
     table = dataclasses.replace(table, columns=columns)
-    out = Predictions(
-        table,
-        *(np.full(len(table), "", object), *np.full((5, len(table)), np.nan)),
-        *(np.full(len(table), "", object) for _ in range(3)),
-        _notes(given, table),
-        level,
-    )
+    out = Predictions.empty(table, _notes(given, table), level)
     rng = np.random.default_rng(seed)
     post = table["P_post"]
     if loss_fit is not None:
@@ -85,9 +84,9 @@ def predict(
     rest = table.select(~np.isnan(post) & ~np.isin(post, list(served)))
     if delta_fit is not None:
         _served_losses(out, delta_fit, loss_fit, rest, before, rng)
-    unspoken = (out.law == "") & (out.note == "")
-    out.note[unspoken & np.isnan(post)] = "no fit given of the loss before PTQ"
-    out.note[unspoken & ~np.isnan(post)] = "no fit given of the loss after PTQ"
+    unknown = (out.law == "") & (out.note == "")
+    out.note[unknown & np.isnan(post)] = "no fit given of the loss before PTQ"
+    out.note[unknown & ~np.isnan(post)] = "no fit given of the loss after PTQ"
     return dataclasses.replace(out, table=dataclasses.replace(table, columns=_without(columns, "_at")))
 
 
@@ -107,12 +106,12 @@ def _roles(given: Sequence[Fit]) -> tuple[Fit | None, Fit | None, dict[float, Fi
     for found, what in ((losses, "the loss before PTQ"), (deltas, "delta of PTQ")):
         if len(found) > 1:
             raise FitError(f"{len(found)} fits of {what} ({', '.join(fit.law for fit in found)}): give one")
-    return (losses or [None])[0], (deltas or [None])[0], served
+    return losses[0] if losses else None, deltas[0] if deltas else None, served
 
 
 def _losses(out: Predictions, fit: Fit, rows: Table, rng: np.random.Generator) -> None:
     """Fills in the rows whose loss the fit predicts by itself."""
-    rows = _spoken_of(out, fit, rows)
+    rows = _described(out, fit, rows)
     for block in _blocks(rows):
         point, draws_Rxn = _evaluate(fit, block, "loss")
         _fill(out, fit, block, point, _measured(fit, "before", draws_Rxn, rng))
@@ -122,7 +121,7 @@ def _served_losses(
     out: Predictions, fit: Fit, loss_fit: Fit | None, rows: Table, before: str, rng: np.random.Generator
 ) -> None:
     """Fills in the rows after PTQ by a law of δ: the loss before PTQ, measured or predicted, plus δ."""
-    rows = _spoken_of(out, fit, rows)
+    rows = _described(out, fit, rows)
     known = np.full(len(out.law), np.nan)
     if before == MEASURED:
         paired = out.table.deltas()
@@ -135,11 +134,11 @@ def _served_losses(
             "the loss before PTQ is not measured, and no fit is given that predicts it"
         )
     else:
-        _with_before(out, fit, _spoken_of(out, loss_fit, unknown), None, loss_fit, rng)
+        _with_before(out, fit, _described(out, loss_fit, unknown), None, loss_fit, rng)
 
 
 def _with_before(out: Predictions, fit: Fit, rows: Table, known_n, loss_fit: Fit | None, rng) -> None:
-    """Loss before PTQ (`known_n`, or predicted by `loss_fit`) plus δ, for rows that the fits speak of."""
+    """Loss before PTQ (`known_n`, or predicted by `loss_fit`) plus δ, for rows that the fits describe."""
     of_delta = fit.reporting.get("delta_residual") in ("log_delta", "floored")
     for block, at in zip(_blocks(rows), _blocks_of(len(rows)), strict=True):
         delta_n, delta_Rxn = _evaluate(fit, block, "delta")
@@ -163,6 +162,7 @@ def _evaluate(fit: Fit, rows: Table, which: str) -> tuple[np.ndarray, np.ndarray
     law = laws.resolve(fit.law, fit.values)
     columns = laws.complete_columns(law, with_derived(law, rows).columns)
     function = law.log_loss if which == "loss" else law.log_delta
+    assert function is not None  # _roles chose the fit by it
 
     def at(values: Mapping[str, float]) -> np.ndarray:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -173,7 +173,7 @@ def _evaluate(fit: Fit, rows: Table, which: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _cycled(a_Rxn: np.ndarray, count: int) -> np.ndarray:
-    """At least `count` draws, those there are over again; none stay none."""
+    """At least `count` draws, repeated in their order; none stay none."""
     return a_Rxn if len(a_Rxn) >= count or not len(a_Rxn) else np.resize(a_Rxn, (count, a_Rxn.shape[1]))
 
 
@@ -198,14 +198,13 @@ def _fill(out: Predictions, fit: Fit, rows: Table, point_n: np.ndarray, draws_Rx
     for at in index[known]:
         out.outside[at] = " ".join(_outside(fit, out.table, at))
     if len(draws_Rxn):
-        tail = (1 - out.level) / 2
-        out.low[index], out.high[index] = np.quantile(draws_Rxn, [tail, 1 - tail], axis=0)
+        out.low[index], out.high[index] = percentiles(draws_Rxn, out.level)
 
 
-def _spoken_of(out: Predictions, fit: Fit, rows: Table) -> Table:
-    """The rows that the fit's law and method speak of; the others get their note."""
+def _described(out: Predictions, fit: Fit, rows: Table) -> Table:
+    """The rows that the law and the PTQ method of the fit describe; the others get a note."""
     law = laws.resolve(fit.law, fit.values)
-    names = [name for name in law.columns if name not in ("P_post", "s_post")]
+    names = [name for name in law.columns if name not in AFTER_PTQ]
     if len(rows):
         rows = with_derived(law, rows)
     method = fit.reporting.get("ptq_method")
@@ -247,73 +246,9 @@ def _notes(given: Sequence[Fit], table: Table) -> tuple[str, ...]:
     notes = []
     for fit in given:
         if table.sha256 and fit.reporting.get("table_sha256") == table.sha256:
-            notes.append(f"the fit of {fit.law} was made from rows of this very table: their errors are no predictions")
+            notes.append(f"the fit of {fit.law} was made from rows of this table: their errors are not of predictions")
         if not fit.samples:
             notes.append(f"the fit of {fit.law} has no bootstrap: its predictions have no intervals")
         elif not fit.residuals:
             notes.append(f"the fit of {fit.law} has no residuals: its intervals leave out the noise of a measurement")
     return tuple(notes)
-
-
-NEW_COLUMNS = (
-    *("predicted", "low", "high", "measured", "error"),
-    *("law", "predicted_delta", "loss_before", "loss_before_from", "outside", "note"),
-)
-
-
-def to_csv(found: Predictions) -> str:
-    """The table's rows with NEW_COLUMNS in place of its loss."""
-    kept = [name for name in found.table.columns if name not in ("loss", MODEL, BASE, *NEW_COLUMNS)]
-    new = (
-        *(found.predicted, found.low, found.high, found.measured, found.error),
-        *(found.law, found.delta, found.before, found.before_from, found.outside, found.note),
-    )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*kept, *NEW_COLUMNS])
-    for row in zip(*(found.table[name] for name in kept), *new, strict=True):
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue()
-
-
-def _cell(value) -> str:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.10g}"
-    return str(value)
-
-
-def summary(found: Predictions) -> str:
-    """How many rows each law predicted, and where they are measured how well: rms error, share within the interval."""
-    lines = []
-    for law in dict.fromkeys(found.law[found.law != ""]):
-        for after, what in ((False, "before PTQ"), (True, "after PTQ")):
-            rows = (found.law == law) & (found.table.quantized == after)
-            if rows.any():
-                lines.append(f"{law}, {what}: {_quality(found, rows)}")
-    reasons = {why: int(np.sum(found.note == why)) for why in dict.fromkeys(found.note) if why}
-    lines += [f"{count} rows without a prediction: {why}" for why, count in reasons.items()]
-    far = [names for names in found.outside if names]
-    if far:
-        seen = ", ".join(dict.fromkeys(name for names in far for name in names.split()))
-        lines.append(f"{len(far)} rows lie outside the rows of their fit in {seen} (column outside)")
-    lines += [tables.describe(found.table.left_out), *(f"note: {note}" for note in found.notes)]
-    return "\n".join(lines)
-
-
-def _quality(found: Predictions, rows: np.ndarray) -> str:
-    words = f"{int(rows.sum())} rows predicted"
-    origin = [name for name in dict.fromkeys(found.before_from[rows]) if name]
-    if origin:
-        counts = [f"{int(np.sum(found.before_from[rows] == name))} {name}" for name in origin]
-        words += f" (loss before PTQ: {', '.join(counts)})"
-    measured = rows & np.isfinite(found.measured)
-    if not measured.any():
-        return words + ", none measured"
-    error = np.log(found.predicted[measured] / found.measured[measured])
-    words += f", {int(measured.sum())} measured: rms error {100 * np.sqrt(np.mean(error**2)):.2f} % of the loss, mean "
-    words += f"{100 * np.mean(error):+.2f} %"
-    known = measured & np.isfinite(found.low)
-    if known.any():
-        inside = (found.low <= found.measured) & (found.measured <= found.high)
-        words += f", {np.mean(inside[known]):.1%} within the {found.level:.0%} interval"
-    return words

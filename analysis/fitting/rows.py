@@ -108,14 +108,16 @@ def _usable(law: Law, table: Table, sigma_column: str | None) -> Table:
 def _where(loss_rows: Table | None, delta_rows: Table | None, text: str):
     """The rows that satisfy the expression, before and after PTQ, and the count of the others."""
     kept = [None if rows is None else rows.select(rows_where(text, rows)) for rows in (loss_rows, delta_rows)]
-    dropped = sum(
-        len(rows) - len(few) for rows, few in zip((loss_rows, delta_rows), kept, strict=True) if rows is not None
-    )
+    dropped = sum(map(_count, (loss_rows, delta_rows))) - sum(map(_count, kept))
     return (*kept, {f"outside of {text}": dropped} if dropped else {})
 
 
+def _count(rows: Table | None) -> int:
+    return 0 if rows is None else len(rows)
+
+
 def concatenated(first: Table, second: Table) -> Table:
-    """The rows of both, with the columns that both have, and `loss_before` where one has it."""
+    """The rows of both tables, with the columns that both have, and with `loss_before`."""
     joined = {name: np.concatenate([first[name], second[name]]) for name in first.columns if name in second}
     sides = [rows["loss_before"] if "loss_before" in rows else rows["loss"] for rows in (first, second)]
     return dataclasses.replace(first, columns={**joined, "loss_before": np.concatenate(sides)})

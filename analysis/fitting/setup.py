@@ -16,7 +16,7 @@ from analysis.fitting.options import FitError, Options
 from analysis.fitting.parameters import given, to_theta, uninformed
 from analysis.fitting.regression import problem_of
 from analysis.fitting.rows import choose, concatenated, with_derived
-from analysis.laws.law import AFTER_PTQ, Law
+from analysis.laws.law import AFTER_PTQ, Law, LawError
 from analysis.table import Table, describe
 from analysis.table.seed_noise import noise_floor
 
@@ -170,7 +170,10 @@ def set_up(law: str | Law, table: Table, options: Options | None = None) -> Setu
     unidentified = {}
     for name, why in uninformed(law, tied, chosen.loss, chosen.delta).items():
         if name not in constants and name not in tied:
-            constants[name], unidentified[name] = law.parameter(name).held, why
+            held = law.parameter(name).held
+            if held is None:
+                raise LawError(f"parameter {name} of law {law.name} needs `held`: {why}")
+            constants[name], unidentified[name] = held, why
     free = tuple(name for name in law.names if name not in constants and name not in tied)
     for follower, leader in list(tied.items()):
         if leader in unidentified:

@@ -82,7 +82,7 @@ def models(rows: pd.DataFrame, settings: Sequence[str]) -> tuple[np.ndarray, np.
     several = np.flatnonzero(~before_n & (count[point_n] > 1))
     candidates: dict[int, list[int]] = {int(point): [] for point in np.unique(point_n[several])}
     for i in np.flatnonzero(known_n & np.isin(point_n, list(candidates))):
-        candidates[point_n[i]].append(i)
+        candidates[int(point_n[i])].append(int(i))
     columns = {"seed": seed_n, **{name: _codes(rows[name]) for name in settings if name not in ("seed", "D", *PLACE)}}
     for i in several:
         base_n[i] = _belonging(int(i), np.array(candidates[point_n[i]]), columns, loss)
