@@ -47,13 +47,13 @@ _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
-    """Compare as the flags say, write the files and print the tables. Raises UserError."""
+    """Compares by the flags, writes the files and prints the tables. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, FILES, reads=[FLAGS.runs])
     for name in FLAGS.laws:
         named(name)
     if repeated := [name for name in FLAGS.laws if FLAGS.laws.count(name) > 1]:
-        raise FitError(f"--laws={','.join(FLAGS.laws)}: {repeated[0]} stands there more than once")
+        raise FitError(f"--laws={','.join(FLAGS.laws)}: {repeated[0]} is given more than once")
     table = tables.load(FLAGS.runs).where(**pairs("where", FLAGS.where))
     options = Options(tied=pairs("tied", FLAGS.tied), **how_to_fit())
     names = tuple(FLAGS.laws) or None

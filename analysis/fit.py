@@ -58,7 +58,7 @@ _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
-    """Fit as the flags say, write fit.json and print the summary. Raises UserError."""
+    """Fits by the flags, writes fit.json and prints the summary. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, reads=[FLAGS.runs])
     laws.get(FLAGS.law)

@@ -1,8 +1,8 @@
 """Predicts rows that no fit has seen: `python -m analysis.predict --fit=fit.json[,fit2.json] --runs=other.csv
 --out=predicted.csv`.
 
-Rows may be planned (no loss) or measured. Every row comes back with the loss that the fits predict, an interval that
-holds the constants' uncertainty and the noise of a measurement, and the error where the table has a loss.
+Rows may be planned (no loss) or measured. Every row gets the loss that the fits predict, an interval that covers the
+uncertainty of the constants and the noise of a measurement, and the error where the table has a loss.
 """
 
 import functools
@@ -44,7 +44,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", lower_bou
 
 
 def main() -> None:
-    """Predict as the flags say, write the table and print how well it went. Raises UserError."""
+    """Predicts by the flags, writes the table and prints the errors. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, reads=[FLAGS.runs, *FLAGS.fit])
     given = [fit.load(path) for path in FLAGS.fit]

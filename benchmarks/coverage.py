@@ -1,10 +1,10 @@
-"""How often the 95 % bootstrap interval of each constant holds the truth: `python -m benchmarks.coverage
+"""How often the 95 % bootstrap interval of each constant covers the true value: `python -m benchmarks.coverage
 --laws=ptq,chinchilla`.
 
 Each repeat draws a table of the law's own grid (analysis/laws/synthetic.py) with fresh noise, fits it and resamples its
 runs. With 200 repeats a true 95 % comes out between 91.5 and 98 % nineteen times in twenty. Tables of a law share
 their shape, so that only its first repeat compiles; with --out every repeat is written at once, and a second call
-goes on where the first was stopped.
+continues where the first stopped.
 """
 
 import json
@@ -33,7 +33,7 @@ _OUT = flags.DEFINE_string("out", None, "File of the numbers as JSON.", flag_val
 
 
 def repeat(name: str, seed: int) -> dict:
-    """One table of the law: per parameter the ends of its interval, and whether they hold the truth."""
+    """One table of the law: per parameter the ends of its interval, and whether they cover the true value."""
     truth = synthetic.constants(name)
     setup = set_up(name, synthetic.table(name, _NOISE.value, seed=1000 + seed), Options())
     best = search(setup, _STARTS.value, seed=seed)
@@ -46,7 +46,7 @@ def repeat(name: str, seed: int) -> dict:
 
 
 def summary(name: str, repeats: list[dict]) -> dict:
-    """Share of repeats whose interval holds the truth, by parameter, with the median width of the interval."""
+    """Share of repeats whose interval covers the true value, by parameter, with the median width of the interval."""
     truth = synthetic.constants(name)
     held, width = {}, {}
     for parameter in repeats[0]:

@@ -260,7 +260,7 @@ def cases_of_arguments():
         for expression in ("N <", "colour == 3", "N", "import os", "__class__", "N < (", "", "1", "run"):
             yield "fit", (f"--{flag}={expression}",), f"expression {expression!r}"
     yield "compare", ("--laws=precisoin",), "unknown law 'precisoin'"
-    yield "compare", ("--laws=ptq,ptq",), "ptq stands there more than once"
+    yield "compare", ("--laws=ptq,ptq",), "ptq is given more than once"
     yield "compare", ("--laws=ptq_unbiased",), "has no biases"
     yield "report", ("--laws=nope",), "'nope' is not one of"
     yield "plan", ("--fit=delta.json",), "no law of the loss"
@@ -282,7 +282,7 @@ def cases_of_fits():
     yield text("[" * 100_000), "not JSON"
     yield text('{"law": "chinchilla"}'), 'a fit needs "law"'
     yield text('{"law": "nonsense", "params": {}}'), "unknown law 'nonsense'"
-    yield text('{"law": "chinchilla", "params": {"A": 1, "A": 2}}'), "'A' stands twice"
+    yield text('{"law": "chinchilla", "params": {"A": 1, "A": 2}}'), "'A' appears twice"
     yield text('{"law": "chinchilla", "params": {"A": NaN}}'), "NaN is not a number"
     yield text('{"law": "chinchilla", "params": {"A": -Infinity}}'), "-Infinity is not a number"
     yield text(b"\xff\xfe{}"), "cannot read fit"

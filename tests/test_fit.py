@@ -1,4 +1,4 @@
-"""Fits recover known constants, match an independent optimizer, and say what a table cannot tell."""
+"""Fits recover known constants, match an independent optimizer, and name what a table does not identify."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def test_the_unbiased_form_holds_the_biases_at_zero():
 
 
 @pytest.mark.slow
-def test_one_percent_noise_leaves_the_truth_within_the_bootstrap_intervals_most_times():
+def test_bootstrap_intervals_cover_the_truth_under_one_percent_noise():
     inside, total = 0, 0
     truth = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
     for seed in range(6):
@@ -163,20 +163,20 @@ def test_the_same_arguments_give_the_same_fit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "refused"),
+    ("bits", "unidentified"),
     [((16,), {"gamma_w", "n_w"}), ((16, 4), {"n_w"}), ((16, 8, 4, 3), set())],
 )
-def test_precisions_that_the_table_lacks_are_refused_with_the_reason(bits, refused):
+def test_constants_of_precisions_that_the_table_lacks_are_unidentified(bits, unidentified):
     full = synthetic.table("precision", noise=0.002)
     mask = np.isin(full["P_w"], bits) & (full["P_a"] == 16) & (full["P_kv"] == 16)
     result = fit("precision", full.select(mask), starts=24, profile=False)
-    assert set(result.unidentified) == refused | {"gamma_a", "n_a", "gamma_kv", "n_kv"}
+    assert set(result.unidentified) == unidentified | {"gamma_a", "n_a", "gamma_kv", "n_kv"}
     assert all(result.params[name] is None for name in result.unidentified)
     assert "only P_a = 16; 2 different values" in result.unidentified["gamma_a"]
     assert np.isfinite(result.predict(N=1e8, D=1e10, P_w=bits[-1]))
 
 
-def test_of_equal_optima_the_one_without_a_part_at_its_floor_is_told():
+def test_of_equal_optima_the_one_without_a_part_at_its_floor_is_reported():
     plain = {**synthetic.constants("precision"), "gamma_kv": 0.05, "n_kv": 0.0}
     floor = {**plain, "gamma_kv": 50.0, "n_kv": 10.0, "A": plain["A"] * MIN_FRACTION ** plain["alpha"]}
     setup = set_up("precision", synthetic.table("precision", 0.005, params=plain))

@@ -131,12 +131,12 @@ def test_a_parameter_that_stays_at_its_default_is_fitted_when_freed():
     assert fit("ptq_noise", rows, Options(freed=("p",)), starts=8, profile=False).params["p"] == pytest.approx(1.6)
 
 
-def test_constants_of_noise_that_the_rows_do_not_tell_are_refused():
+def test_constants_of_noise_that_the_rows_do_not_identify_are_named():
     rows = table("noise")
     weights_only = rows.select((rows["P_a"] == 16) & (rows["P_kv"] == 16) & np.isin(rows["P_w"], (16, 4)))
-    refused = set_up("noise", weights_only).unidentified
-    assert set(refused) == {"c_a", "c_kv", "q"}
-    assert "only s_kv = 0" in refused["c_kv"] and "3 different values" in refused["q"]
+    unidentified = set_up("noise", weights_only).unidentified
+    assert set(unidentified) == {"c_a", "c_kv", "q"}
+    assert "only s_kv = 0" in unidentified["c_kv"] and "3 different values" in unidentified["q"]
     one_budget = rows.select((rows["D"] == rows["D"].min()) | rows.high_precision)
     assert "only D =" in set_up("chinchilla_outer", rows.select(rows["D"] == rows["D"].min())).unidentified["g"]
     channel = table("shannon")
@@ -186,7 +186,7 @@ def test_the_share_of_n_that_noise_leaves_needs_n_and_goes_into_the_plan():
     assert at.best.delta == pytest.approx(1e-4 * 1e8**0.4 / 1e4**0.3 / 9)
 
 
-def test_only_informed_parts_are_planned_and_unknown_bits_are_refused():
+def test_only_informed_parts_are_planned_and_unknown_bits_are_errors():
     half = dataclasses.replace(of("noise", CPU), unidentified={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
     assert surface.build([half]).parts == ("w",)
     result = plan([half], Budget(flops=1e12))

@@ -1,4 +1,4 @@
-"""Predictions of rows that no fit has seen: measured or planned, with intervals, and what fits say nothing of."""
+"""Predictions of rows that no fit has seen: measured or planned, with intervals; and rows that no fit describes."""
 
 import csv
 import dataclasses
@@ -33,7 +33,7 @@ def planned(**columns):
     )
 
 
-def test_planned_rows_are_predicted_by_the_fit_that_speaks_of_them():
+def test_planned_rows_are_predicted_by_the_fit_that_describes_them():
     rows = planned(P_post=[np.nan, 3.0, 2.0], P_w=[16.0, 16.0, 4.0])
     found = prediction.predict((known("chinchilla", LOSS), known("ptq_noise", DELTA)), rows)
     np.testing.assert_allclose(found.predicted, [8.5, 8.5 + 0.5 / 9, np.nan])
@@ -56,7 +56,7 @@ def test_delta_is_added_to_the_measured_loss_where_the_run_has_one():
     assert prediction.predict(both, rows, before="predicted").predicted[1] == pytest.approx(8.5 + 0.5 / 9)
 
 
-def test_fits_of_served_losses_speak_of_their_bits_alone():
+def test_fits_of_served_losses_predict_only_their_bits():
     served = dataclasses.replace(known("chinchilla", LOSS), serve_bits=4.0)
     found = prediction.predict((served,), planned(P_post=[np.nan, 4.0, 3.0]))
     np.testing.assert_allclose(found.predicted, [np.nan, 8.5, np.nan])
@@ -81,7 +81,7 @@ def test_a_served_loss_is_fitted_as_a_loss():
 
 
 @pytest.mark.slow
-def test_intervals_hold_new_measurements_as_often_as_they_say():
+def test_intervals_cover_new_measurements_at_their_level():
     """On average over tables: the first makes the fit, rows of the second (the same settings, fresh noise) are new."""
     held = []
     for seed in range(12):

@@ -1,5 +1,5 @@
-"""A table says the same whatever the order of its rows, however often it repeats them and whatever its runs are called:
-the same δ, fits and intervals; or it is refused.
+"""A table gives the same δ, fits and intervals for any order of its rows, any duplicates and any names of its runs;
+or it is an error.
 """
 
 import dataclasses
@@ -296,7 +296,7 @@ def test_the_advice_on_a_mixture_keeps_the_rows_in_16_bits():
 
 def test_labels_measurements_and_seeds_are_no_mixture():
     count = lambda n, d, p, seed: np.arange(len(n))
-    assert mixed(
+    notes = mixed(
         size=lambda n, d, p, seed: words(n, *(f"{v:g}" for v in n)),
         budget=lambda n, d, p, seed: np.array([f"{v:g} tokens" for v in d]),
         note=lambda n, d, p, seed: np.array([f"row {i}" for i in count(n, d, p, seed)]),
@@ -305,7 +305,8 @@ def test_labels_measurements_and_seeds_are_no_mixture():
         seconds=lambda n, d, p, seed: 1.5 + count(n, d, p, seed) % 5,
         device=lambda n, d, p, seed: words(seed, "cpu", "gpu"),
         jax_version=lambda n, d, p, seed: words(seed, "0.9", "0.10"),
-    ) == ()  # fmt: skip
+    )
+    assert notes == ()
 
 
 def test_a_column_that_goes_along_with_a_mixture_is_not_named_again():

@@ -6,14 +6,14 @@ from analysis.fitting.setup import Setup
 from analysis.table.columns import ALL_FORMAT_COLUMNS, BASE, MODEL, NUMERIC, PRECISIONS
 from analysis.table.runs import PLACE
 
-# In a column with one of these words in its name even a mixture that goes along with N or D is one.
+# In columns with one of these words in their name, values that follow N or D are a mixture, too.
 RECIPE = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
-# Columns that say how a measurement went or on what machine: not how the model was trained or quantized.
+# Columns about the measurement or the machine, not about how the model was trained or quantized.
 MEASURED = (
     *("status", "seed", "device", "imported", "diverged_step", "batches_left_out", "fallback_layers", "epochs"),
     *("training_flops", "stored_bits", "validation_tokens", "loss_before", "delta"),
 )
-MOST_WORDS = 12  # of a mixture are named
+MOST_WORDS = 12  # values of a mixture that a note names
 
 
 def about_the_rows(setup: Setup) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def mixed_rows(setup: Setup) -> tuple[str, ...]:
     for name in setup.rows.columns:
         if name not in silent and not name.endswith("version") and (note := _mixture(setup, name, known)):
             notes.append(note)
-            known.append(name)  # a column that goes along with this one is no mixture of its own
+            known.append(name)  # a column that follows this one is not a second mixture
     return tuple(notes)
 
 
@@ -65,8 +65,8 @@ def dropped_deltas(setup: Setup) -> tuple[str, ...]:
 def _mixture(setup: Setup, name: str, known: list[str]) -> str | None:
     """The note on one column, None where its values are no mixture.
 
-    They are none where they go along with the known columns (the name of a format with the bits, say), where they name
-    the models, and, of numbers, where they are not whole: a coded recipe is, a measurement seldom.
+    They are none where they follow the known columns (the name of a format follows the bits, say), where they label
+    models, and where they are numbers that are not whole: codes of a recipe are whole, measurements seldom.
     """
     column, is_number = setup.rows[name], setup.rows[name].dtype != object
     here = np.isfinite(column) if is_number else np.ones(len(column), bool)
@@ -80,7 +80,7 @@ def _mixture(setup: Setup, name: str, known: list[str]) -> str | None:
         return None
     show = [f"{word:g}" if is_number else (word or "(empty)") for word in words]
     several = [word for word, is_mixed in zip(show, mixed, strict=True) if is_mixed]
-    # Words that stand alone at their precision, such as that of the rows in 16 bits, are kept with any of the others.
+    # A word that is alone at its precision, such as that of the rows in 16 bits, is kept beside any other.
     alone = "".join(f"|{word}" for word, is_mixed in zip(words, mixed, strict=True) if not is_mixed and word != "")
     more = f" and {len(several) - MOST_WORDS} more" if len(several) > MOST_WORDS else ""
     where = f"--where={name}=VALUE" if not alone else f"--where='{name}=VALUE{alone}'"

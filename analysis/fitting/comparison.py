@@ -234,7 +234,7 @@ def _by_scheme(errors: dict[str, np.ndarray], size_n: np.ndarray) -> dict[str, f
 
 
 def _nested(fitted: list[Judged]) -> tuple[NestedTest, ...]:
-    """Likelihood-ratio tests of every pair of one kind of which one holds the other on the same rows."""
+    """Likelihood-ratio tests of every pair of nested laws of one kind on the same rows."""
     out = []
     for large in fitted:
         for small in fitted:

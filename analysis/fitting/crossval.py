@@ -1,7 +1,7 @@
-"""Held-out error of a law: refits without a size, a token budget, a precision, the largest runs, the joint runs or rows
-of one's own choice, and predicts those.
+"""Held-out error of a law: refits without a size, a token budget, a precision, the largest runs, the joint runs or
+chosen rows, and predicts those.
 
-All refits of a law are row weights of one problem, so they run through the same compiled program as its fit.
+Refits differ only in the row weights of one problem, so they run through the same compiled program as the fit.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ SCHEMES = ("N", "D", "P", "compute", "joint")
 ONE_FOLD = ("compute", "joint")  # schemes that hold out one set of rows
 CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
-MOST_SETTINGS = 32  # of more settings of precision than this some share a fold
-LARGEST_SHARE = 0.2  # of the runs are the largest ones held out by the compute scheme
-STARTS_PER_FOLD = 8  # with 4 a law of many optima may be caught in a worse one
+MOST_SETTINGS = 32  # folds by precision; with more settings some share a fold
+LARGEST_SHARE = 0.2  # share of the runs, the largest, that the compute scheme holds out
+STARTS_PER_FOLD = 8  # with 4, a law of many optima may stop at a worse one
 UNSEEN = 1e-7  # of the largest singular value: directions below it leave the kept rows as they are
 
 
@@ -30,7 +30,7 @@ class HeldOut:
     """Log prediction minus log measurement of every row, predicted by a fit that never saw its fold; NaN where none is
     possible (a fold whose precision has a constant of its own, or too few rows left).
 
-    error_n: of the rows of the fit, δ for a law of δ. served_m: of every row after PTQ that the law speaks of, those
+    error_n: of the rows of the fit, δ for a law of δ. served_m: of every row after PTQ that the law describes, those
     included that its residual cannot hold, the loss as served (measured before PTQ plus δ); NaN before PTQ.
     """
 
@@ -43,7 +43,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows that a refit sees and rows that it predicts, of every row that the law speaks of."""
+    """Masks of the rows that a refit sees and that it predicts, over `Setup.every_row`."""
 
     scheme: str
     kept_m: np.ndarray
@@ -84,7 +84,7 @@ def splits(setup: Setup, schemes=SCHEMES) -> list[Split]:
 
 
 def chosen(setup: Setup, fit_where: str | None, test_where: str | None) -> Split:
-    """The split that two expressions make; without one of them the rows that the other leaves.
+    """The split by two expressions; where one is None, it stands for the rows that the other leaves.
 
     Raises FitError where they share rows or choose none.
     """
@@ -125,7 +125,7 @@ def held_out(
         return {}
     rows_n = np.arange(setup.problem.rows)
     weight_Mxn = np.array([split.kept_m[rows_n] for split in every], float)
-    # a fold starts from the optimum on all rows, which knows the answer only where the refit finds nothing better
+    # a fold starts from the optimum on all rows, too; it is kept only where no other start ends lower
     starts_KxF = np.vstack([theta_F, start_grid(setup, STARTS_PER_FOLD, seed)])
     start_SxF = np.tile(starts_KxF, (len(every), 1))
     which_S = np.repeat(np.arange(len(every)), len(starts_KxF))
@@ -160,8 +160,9 @@ def _errors(setup: Setup, scheme: str, refits: list[tuple[Split, np.ndarray]]) -
 
 
 def _unseen(setup: Setup, theta_F: np.ndarray, kept: np.ndarray, held: np.ndarray) -> bool:
-    """Whether held-out rows move along directions of theta that leave every kept row as it is: then they follow the
-    start.
+    """Whether held-out rows move along directions of theta that leave every kept row unchanged.
+
+    Their predictions would then depend on the start.
     """
     sensitivity = jacobian(setup.problem, theta_F) * setup.problem.scale_F
     size = np.maximum(np.abs(sensitivity).max(axis=0), 1e-300)

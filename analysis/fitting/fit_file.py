@@ -108,7 +108,7 @@ def _parse(text: str) -> Any:
         names = [name for name, _ in pairs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise FitError(f"{twice!r} stands twice in the same object")
+            raise FitError(f"{twice!r} appears twice in the same object")
         return dict(pairs)
 
     def no_number(word):

@@ -61,7 +61,7 @@ def kinds_of(law: Law, low: bool, high: bool) -> list[tuple[Law, str]]:
     """The kinds that a law is judged in.
 
     low: the table has rows of low precision. Laws of 16 bits alone are then judged on rows of 16 bits, if `high`: there
-    are several; a baseline stands among the other laws, too, on all rows.
+    are several; a baseline is also judged among the other laws, on all rows.
     """
     if law.log_delta is not None:
         return [(law, "delta" if law.log_loss is None else "both")]

@@ -1,7 +1,7 @@
-"""What a table can and cannot tell about a law's parameters: from the curvature at the optimum and from profiles.
+"""Which parameters of a law a table identifies, from the curvature at the optimum and from profile likelihoods.
 
-A parameter that no row informs would keep its start value, so fit.py refuses it; a weakly informed one is named in
-words.
+A parameter that no row informs would keep its start value, so that no fit reports it; a weakly identified one is named
+in a note.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from analysis.fitting.levenberg_marquardt import huber, jacobian, residuals, sol
 from analysis.fitting.parameters import to_theta
 from analysis.fitting.setup import Setup, Stage
 
-NOISE_FLOOR = 1e-8  # of a log loss: tables are printed to about this, so smaller residuals say nothing more
+NOISE_FLOOR = 1e-8  # of a log loss: the precision to which tables are printed
 USELESS = 1e3  # factor between estimate and end of its interval past which a positive parameter is unidentified
 INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row informs a parameter
 
@@ -68,9 +68,9 @@ def score_and_curvature(setup: Setup, theta_F: np.ndarray, stage: Stage) -> tupl
 def mean_slope(residual_n: np.ndarray, delta: float, fitted: int) -> float:
     """Mean of the second derivative of Huber's function: the share of errors within delta.
 
-    A robust fit passes close to as many rows as it has parameters, so the `fitted` smallest residuals say nothing of
-    the errors and are set aside. Where delta is below the median few rows lie within, so the share is taken from the
-    density up to the median.
+    A robust fit passes close to as many rows as it has parameters, so the `fitted` smallest residuals carry no
+    information on the errors and are set aside. Where delta is below the median few rows lie within, so the share is
+    taken from the density up to the median.
     """
     size = np.sort(np.abs(residual_n))[min(fitted, len(residual_n) - 1) :]
     middle = float(np.median(size))

@@ -26,14 +26,15 @@ LEAST_DAMPING, FINE_DAMPING, MOST_DAMPING = 1e-13, 1e-6, 1e9
 
 
 def stay_off_accelerators() -> None:
-    """For commands, before anything runs: JAX would otherwise claim a GPU's memory that a training may need."""
+    """For commands, before anything runs: JAX would otherwise reserve the memory of a GPU that a training may need."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def on_cpu_in_float64(function: Callable) -> Callable:
     """Runs `function` in float64 on the CPU, whatever the process uses elsewhere.
 
-    The fits are small and need double precision, which TPUs lack; a scoped setting leaves float32 training code alone.
+    The fits are small and need double precision, which TPUs lack; the setting is scoped and leaves float32
+    training code alone.
     """
 
     @functools.wraps(function)
@@ -129,7 +130,9 @@ def solve(
                 active.append(waiting.popleft())
             if not active:
                 return
-            filled = np.resize(active, size)  # a chunk always has one shape: spare places repeat its problems, done
+            filled = np.resize(
+                active, size
+            )  # every chunk has one shape: spare places repeat its problems and count as done
             spare = np.arange(size) >= len(active)
             out = _advance(
                 problem.log_prediction,

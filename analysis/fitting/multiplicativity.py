@@ -1,8 +1,8 @@
 """Do the effects of weight, activation and KV precision multiply in N_eff? Fits of single parts predict joint runs.
 
 The law of training precision is fitted to runs with at most one part below 16 bits. On the others, N_eff = N (f_w f_a
-f_kv)^kappa is fitted with everything but kappa held: kappa = 1 says that the effects multiply, above 1 that they
-compound, below 1 that they overlap.
+f_kv)^kappa is fitted with everything but kappa held: kappa = 1 where the effects multiply, above 1 where they
+compound, below 1 where they overlap.
 """
 
 import dataclasses

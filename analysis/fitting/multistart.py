@@ -1,6 +1,6 @@
 """Finds the best constants of a law from many starts, and the constants of every bootstrap resample of the runs.
 
-Stands between setup.py, which says what is fitted, and fit.py, which reports it.
+Stands between setup.py, which defines the problem, and fit.py, which reports the result.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ DEFAULT_STARTS = 512
 LARGE_TABLE = 20_000  # rows; above it starts compete on a sample, and resamples take one step from the optimum
 SEARCH_ROWS = 512
 FINALISTS, FINALISTS_OF_LARGE = 64, 4
-NO_INTERVALS = "no intervals"  # begins the note of a fit that was asked for them in vain
+NO_INTERVALS = "no intervals"  # begins the note of a fit with a bootstrap that could not give any
 LEAST_RUNS = 5  # trained models that a bootstrap can resample
 SAME_OPTIMUM = 1e-6  # relative difference in objective below which two starts ended at the same optimum
 
@@ -89,10 +89,10 @@ def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool
 
 
 def plainest(setup: Setup, found: Solution, at_best: np.ndarray) -> np.ndarray:
-    """theta_F of the best optimum: of the ends there the lowest with the fewest parts of which 16 bits leave nothing.
+    """theta_F of the best optimum: of the ends there, those with the fewest f_x at their floor, then the lowest.
 
-    A part without effect has f_x = 1 at every precision, or f_x at its floor and A or B a power of that away: the
-    predictions are the same, and the first is what the constants mean.
+    A part without effect has either f_x = 1 at every precision, or f_x at its floor at every precision and A or B
+    scaled to match. The predictions are the same; only the first gives the constants their meaning.
     """
 
     def at_floor(theta_F: np.ndarray) -> int:
@@ -147,7 +147,7 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
     """(resamples, F) constants of tables made of the same number of runs drawn with replacement (all rows of a run
     together).
 
-    Draws are spread around theta by `spread`. Where runs are fewer than ten per parameter, runs get exponential
+    Deviations from theta are multiplied by `spread`. Where runs are fewer than ten per parameter, runs get exponential
     weights instead (Rubin's Bayesian bootstrap), since drawing few runs with replacement leaves out whole sizes. Tables
     of more than LARGE_TABLE rows take one Newton step per draw.
     """
@@ -179,14 +179,14 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
 
 
 def least_resamples(level: float) -> int:
-    """Draws without which no draw is expected beyond either end of an interval of this level."""
+    """The draws that an interval of this level takes, so that one is expected beyond each of its ends."""
     return math.ceil(round(2 / (1 - level), 6))
 
 
 def too_few_runs(setup: Setup) -> str | None:
     """Why the table's trained models are too few to be resampled, or None.
 
-    As many of them as free parameters fit anything that is drawn, and one gives the same constants in every draw.
+    With no more models than free parameters every draw is fitted exactly, and one model gives equal draws.
     """
     runs, least = int(setup.run_n.max()) + 1, max(len(setup.free) + 1, LEAST_RUNS)
     if runs >= least:

@@ -1,6 +1,6 @@
-"""Independent pieces of work side by side in processes of their own, or one after the other in this one.
+"""Independent pieces of work in parallel processes, or one after the other in this one.
 
-Threads will not do: compiled programs that run side by side in one process can wait for each other's threads forever.
+No threads: compiled programs that run side by side in one process can wait for each other's threads forever.
 """
 
 import concurrent.futures
@@ -12,7 +12,7 @@ from analysis.fitting.levenberg_marquardt import stay_off_accelerators
 
 
 class Serial(concurrent.futures.Executor):
-    """Does what is submitted at once, in this process."""
+    """Runs what is submitted at once, in this process."""
 
     def submit(self, function: Callable, /, *arguments, **named) -> concurrent.futures.Future:
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -25,7 +25,7 @@ class Serial(concurrent.futures.Executor):
 
 @contextlib.contextmanager
 def workers(processes: int) -> Iterator[concurrent.futures.Executor]:
-    """An executor of that many processes; with one, of none but this. What they are given and give back is pickled."""
+    """An executor of that many processes; with one, this process itself. Arguments and results are pickled."""
     if processes < 2:
         yield Serial()
         return

@@ -1,4 +1,4 @@
-"""What a reader needs to judge or repeat a fit: its quality, and how it was made."""
+"""The record of a fit: its quality, and all that is needed to judge or repeat it."""
 
 import importlib.metadata
 import platform
@@ -80,7 +80,7 @@ def _canonical(text: str) -> str:
 
 
 def record(setup: Setup, best: Best, table: Table, resamples: int, level: float, seed: int) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the fit."""
+    """How the fit was made, as `reporting` in fit.json holds it."""
     options, law = setup.options, setup.law
     if options.loss == "huber":
         loss = f"sum over rows of Huber's function with delta = {options.huber_delta:g}"
@@ -102,7 +102,7 @@ def record(setup: Setup, best: Best, table: Table, resamples: int, level: float,
         "form": "biased" if options.biased else "unbiased (biases 0)",
         "stages": options.stages,
         "free": setup.free,
-        "fixed": {**{k: v for k, v in setup.constants.items() if k not in setup.unidentified}},
+        "fixed": {k: v for k, v in setup.constants.items() if k not in setup.unidentified},
         "tied": dict(setup.tied),
         "loss": loss,
         "residuals": residual,

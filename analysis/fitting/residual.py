@@ -2,7 +2,7 @@
 noise floor.
 
 A residual is a difference of compared values. Each kind has its transform, its slope (how noise in nats shows in it)
-and its inverse (which measurement a residual stands for).
+and its inverse (which measurement a residual corresponds to).
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""How far a fit hangs on what its user chose: Huber's delta, and the few rows that it misses most."""
+"""How sensitive a fit is to the choice of Huber's delta and to the few rows of largest residual."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """From a law and a table to a regression that is ready to be solved.
 
-Sits between the table and the solver. What a table cannot identify by its design (one precision of the KV cache, say)
-is settled here, before anything is fitted: such parameters are held where they have no effect, and are reported as
-unidentified.
+Sits between the table and the solver. What a table cannot identify by its design (with one precision of the KV cache,
+say) is settled here, before anything is fitted: such parameters are held where they have no effect, and are reported
+as unidentified.
 """
 
 import dataclasses

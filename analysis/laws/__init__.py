@@ -97,7 +97,7 @@ def predict(law: str | Law, params: Values, **columns) -> np.ndarray:
     """Loss in nats per token (δ for laws of δ alone, such as "ptq") at the given columns; numpy in, numpy out.
 
     N and D are counts, P_* bits (16 where left out). Constants left out of `params` take the law's defaults (biases 0).
-    Columns that the law does not read are ignored. Raises LawError for an unknown law, a missing or null constant, or a
+    Other columns are ignored. Raises LawError for an unknown law, a missing or null constant, or a
     missing column.
     """
     law = resolve(law, params)

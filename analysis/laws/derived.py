@@ -73,14 +73,14 @@ def _format_error(name: str) -> float:
         raise LawError(str(error)) from None
 
 
-# The column that says what shares a scale in a part, and what does where it says nothing (the paper's setting).
+# The column that names what shares a scale in a part, and what does where it is empty (the paper's setting).
 GRANULARITY_COLUMNS = {"w": "w_granularity", "a": "a_granularity", "kv": "attention_granularity"}
 USUAL_GRANULARITY = {"w": "channel", "a": "tensor", "kv": "tensor"}
 
 
 def _steps(part: str, columns: Values, strict: bool) -> np.ndarray:
-    """Relative step of the grid of a part (see `laws.steps`): of the formats that the table names, keys and values by
-    their root mean square, else of the symmetric integers of P bits.
+    """Relative step of the grid of a part (see `laws.steps`): of the formats that the table names (keys and values by
+    their root mean square), else of the symmetric integers of P bits.
     """
     bits = np.asarray(columns.get(f"P_{part}", HIGH_PRECISION_BITS), np.float64)
     by_bits = integer_step(bits)
@@ -127,7 +127,7 @@ def _known(step: np.ndarray, bits: np.ndarray, part: str, strict: bool) -> np.nd
 
 def _step_after_ptq(columns: Values, strict: bool) -> np.ndarray | None:
     """Relative step of the grid of P_post bits: ±(2^(b-1) - 1) levels, or 2^b between the extremes where the method or
-    its options say asymmetric; NaN before PTQ. None without P_post.
+    its options contain asymmetric; NaN before PTQ. None without P_post.
     """
     if "P_post" not in columns:
         return None

@@ -108,7 +108,7 @@ class Law:
     needs: tuple[Need, ...] = ()
     stages: tuple[LawStage, ...] = ()
     biases: tuple[str, ...] = ()  # zero in the unbiased form
-    high_precision_only: bool = False  # the law says nothing about runs trained below 16 bits
+    high_precision_only: bool = False  # the law describes only runs trained in 16 bits
     check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None
     family: Family | None = None
     baseline: bool = False  # compared on rows of every precision, too, as the law without an effect of precision
@@ -118,7 +118,7 @@ class Law:
     bits: tuple[float, ...] = ()  # the only training precisions that the law knows; () for any number of bits
     bits_given: bool = False  # the law does not say how loss depends on the number of bits
     holds: tuple[str, ...] = ()  # laws that this one becomes where some of its parameters are held
-    by_form: str = ""  # what the formula says of the best precision whatever the constants: no table can show it
+    by_form: str = ""  # what the formula implies for the best precision, whatever the constants
     # What a synthetic table needs (synthetic.py): constants that no source gives, and where to measure.
     example: Values = dataclasses.field(default_factory=dict, hash=False)
     sizes: tuple[float, ...] = PAPER_SIZES
@@ -239,7 +239,7 @@ def log_chinchilla(p: Values, n, d, xp=np):
     return log_sum(xp, p[OUTER_EXPONENT] * log_sum(xp, size, data), xp.log(p["E"]))
 
 
-# Of laws in which precision multiplies N or D by a factor f of its own.
+# `by_form` of laws in which precision multiplies N or D by a factor f.
 FIXED_OPTIMUM = "the best P is the largest f(P) per cost, f the product of the factors on N and D: one for all budgets"
 
 

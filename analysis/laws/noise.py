@@ -1,8 +1,8 @@
 """Laws in which a precision acts as rounding noise: the variances of independent operands add.
 
 Each reads s_x, the relative step of the grid of part x (derived.py): 1/(2^(P-1) - 1) for integers of P bits,
-0 where nothing is rounded. Registered by laws/__init__.py. About thirty forms were tried before these; where they came
-from and what they were tested on stands in docs/analysis.md.
+0 where nothing is rounded. docs/analysis.md says how they were found and on
+what they were tested.
 """
 
 import numpy as np

@@ -2,9 +2,9 @@
 
 The symmetric integers of b bits divide their largest value into 2^(b-1) - 1 equal steps, so that their relative step is
 1/(2^(b-1) - 1). Any other format has the step of the integers, thought continuous in b, that make the same root mean
-square error on Gaussian data, each under the scales that it is used with, the integers under those that are usual for
-the part. A law of rounding noise then needs one constant for a part of the model, whatever the format, and what a block
-gains by a scale of its own counts.
+square error on Gaussian data; each has the scales that it is used with, the integers those that are usual for the part.
+A law of rounding noise then needs one constant for a part of the model, whatever the format, and the scales of blocks
+count.
 """
 
 import functools
@@ -36,7 +36,7 @@ def relative_step(name: str, granularity: str = "", length: float = 0, usual: st
 
     granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values; "": as usual.
     length: values along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
-    usual: what shares the scale of the integers that it is held against.
+    usual: what shares a scale of the integers that it is compared with.
     Raises LawError for formats and granularities that do not exist.
     """
     try:

@@ -1,4 +1,4 @@
-"""The columns of runs.csv: their names, the parts of a model that they speak of, and the values that they may hold."""
+"""The columns of runs.csv: their names, the parts of a model that they describe, and the values that they may hold."""
 
 HIGH_PRECISION_BITS = 16.0  # P of bf16; from here up a part counts as not quantized
 PARTS = ("w", "a", "kv")  # weights, activations, KV cache

@@ -1,7 +1,7 @@
 """Which rows of a table are duplicates, which are of one trained model, and to which loss before PTQ a row after PTQ
 belongs.
 
-A model is what was trained once: one run, one N, one training precision, one seed. A row after PTQ belongs to the loss
+A model was trained once: one run, one N, one training precision, one seed. A row after PTQ belongs to the loss
 before PTQ of its model at the same D. Where a run has several such losses, it is the one that agrees with the row in
 every column in which they differ. Nothing here depends on the order of the rows.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.table.columns import PRECISIONS
 
 PLACE = ("run", "N", *PRECISIONS)
-NONE, SEVERAL = -1, -2  # no row before PTQ; several that cannot be told apart
+NONE, SEVERAL = -1, -2  # no row before PTQ; several, and no column decides
 
 
 def of_ptq(name: str) -> bool:
@@ -31,8 +31,8 @@ def without_repeats(
     can only repeat rows as a whole.
     """
     apart = [name for name in rows if name != "run"]
-    told = ["run", *settings]
-    whole = [*told, "loss"] if named else apart
+    measurement = ["run", *settings]
+    whole = [*measurement, "loss"] if named else apart
     dropped = []
 
     def drop(reason: str, which: pd.Series) -> None:
@@ -46,7 +46,7 @@ def without_repeats(
     drop("the same row once more", before.duplicated([name for name in whole if not of_ptq(name)]))
     if named:
         measured = rows[rows["loss"].notna()]
-        drop("several losses for the same run and settings", measured.duplicated(told, keep=False))
+        drop("several losses for the same run and settings", measured.duplicated(measurement, keep=False))
         drop("the same rows under another run name", _copies(rows, apart))
     return rows, dropped
 
@@ -61,7 +61,7 @@ def _copies(rows: pd.DataFrame, apart: Sequence[str]) -> pd.Series:
 def models(rows: pd.DataFrame, settings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The trained model of every row, and the position of the row before PTQ it belongs to (its own before PTQ).
 
-    The latter is NONE or SEVERAL where there is no such row or where several cannot be told apart.
+    The latter is NONE or SEVERAL where there is no such row or where no column decides between several.
     """
     point_n = rows.groupby([*PLACE, "D"], sort=False).ngroup().to_numpy()
     seed_n = _codes(rows["seed"]) if "seed" in rows else np.zeros(len(rows), int)

@@ -29,7 +29,7 @@ class Noise:
     """Standard deviation between seeds, in nats per token.
 
     sd: root of the pooled variance. freedom: its degrees of freedom. slopes: of log variance on log N, log D and on
-    being trained below 16 bits, about `center`; empty where the seeds do not say that it varies (p > 0.05).
+    being trained below 16 bits, about `center`; empty where its variation is not significant (p > 0.05).
     """
 
     sd: float
@@ -137,7 +137,7 @@ def _log_likelihood(log_variance, variance: np.ndarray, free: np.ndarray) -> flo
 
 
 def _log_variance(terms: np.ndarray, variance: np.ndarray, free: np.ndarray, pooled: float) -> np.ndarray:
-    """Coefficients of log variance on the terms: maximum likelihood by scoring; a step that overshoots is halved."""
+    """Maximum-likelihood coefficients of log variance on the terms, by Fisher scoring with step halving."""
     found = np.zeros(terms.shape[1])
     found[0] = np.log(pooled)
     best = _log_likelihood(terms @ found, variance, free)
