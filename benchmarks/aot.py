@@ -1,4 +1,4 @@
-"""Compiles one training step of configs/paper.py for many devices from shapes alone, and prints what each would hold.
+"""Compiles the training program of configs/paper.py for many devices from shapes alone: what each would hold.
 
     python -m benchmarks.aot --config.mesh.data=1 --config.mesh.fsdp=64 --config.train.microbatches=4
 
@@ -6,15 +6,14 @@ Nothing is allocated: the devices are forced host devices of the CPU backend, an
 device is what the compiler's analysis says of the CPU's program; another backend's buffers differ, arguments do not.
 """
 
-import functools
 import math
 import os
 import sys
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
+from precision_scaling.config import command_line
 from precision_scaling.runtime import cli
 
 FLAGS = flags.FlagValues()
@@ -23,7 +22,7 @@ _SIZES = flags.DEFINE_list("sizes", ["220M", "1.7B"], "Named sizes to compile.",
 _BITS = flags.DEFINE_string(
     "precision", "w4_a8_kv8", "Precision of the run, as in a study's grid; bf16 for none.", flag_values=FLAGS
 )
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/paper.py", "Config file.", flag_values=FLAGS)
+_CONFIG = command_line.define_config(FLAGS)
 
 
 def _main() -> None:
@@ -50,28 +49,24 @@ def _report(size: str, jax, layout, resolved, group) -> None:
     import numpy as np
 
     from precision_scaling.model import decoder
-    from precision_scaling.runtime import compilation, sharding
+    from precision_scaling.runtime import sharding
     from precision_scaling.training import cohort
-    from precision_scaling.training import step as step_lib
+    from precision_scaling.training.compiled import compiled_cohort, stacked
     from precision_scaling.training.step import RunInputs, Static
 
     shape, (run,) = group.shape, group.runs
     static = Static(shape.model, group.program, resolved.optimizer, shape.microbatches)
-    one = jax.eval_shape(functools.partial(step_lib.init_state, static), 0)
-    state = layout.abstract(one)
-    tokens_shape = (shape.microbatches, shape.batch_size // shape.microbatches, shape.model.sequence_length + 1)
-    place = layout.of_shape(tokens_shape, None, sharding.BATCH)
-    tokens = jax.ShapeDtypeStruct(tokens_shape, np.int32, sharding=place)
-    inputs = RunInputs(cohort.table_of(run, group.program), run.schedule, np.int32(run.seed))
-    out = (layout.of_tree(one), layout.place())
-
-    def train_step(state, inputs, tokens):
-        with sharding.splitting(layout):
-            return step_lib.train_step(static, state, inputs, tokens)
-
-    step = compilation.jit(train_step, donate_argnums=0, out_shardings=out)
+    programs = compiled_cohort(static, layout, 1)
+    state = layout.abstract(stacked(programs.one, 1), lanes=True)
+    # Steps, lanes, microbatches, sequences and tokens of one, as `feed.Prefetcher` has them.
+    windows = (shape.batch_size // shape.microbatches, shape.model.sequence_length + 1)
+    tokens_shape = (1, 1, shape.microbatches, *windows)
+    place = layout.of_shape(tokens_shape, None, "run", None, sharding.BATCH)
+    tokens = jax.ShapeDtypeStruct(tokens_shape, np.uint16, sharding=place)
+    run_inputs = RunInputs(cohort.table_of(run, group.program), run.schedule, np.int32(run.seed))
+    inputs = jax.tree.map(lambda x: np.asarray(x)[None], run_inputs)
     started = time.perf_counter()
-    lowered = step.lower(state, inputs, tokens)
+    lowered = programs.train.lower(state, inputs, tokens, 1)
     traced = time.perf_counter() - started
     compiled = lowered.compile()
     seconds = time.perf_counter() - started - traced
@@ -94,4 +89,4 @@ def _report(size: str, jax, layout, resolved, group) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(_main, FLAGS))
+    sys.exit(cli.run(_main, FLAGS, defaults=("--config=configs/paper.py",)))

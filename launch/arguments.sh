@@ -86,6 +86,16 @@ read_arguments() {
   [ ${#arguments[@]} -eq 0 ] || [ "$action" = run ] || die "${arguments[0]}: $action takes no command"
 }
 
+# wait_for PID: waits for a child and returns its status. A signal ends `wait` before the child ends.
+wait_for() {
+  local status=0
+  while true; do
+    status=0
+    wait "$1" || status=$?
+    kill -0 "$1" 2>/dev/null || return "$status"
+  done
+}
+
 need_gcloud() {
   command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 }

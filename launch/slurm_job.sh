@@ -19,11 +19,8 @@ requeue_when_stopped() {
   "$@" &
   running=$!
   ! $asked_to_stop || pass_on_stop # before there was anything to stop
-  while true; do                   # a signal ends `wait` before the command ends
-    status=0
-    wait "$running" || status=$?
-    kill -0 "$running" 2>/dev/null || break
-  done
+  status=0
+  wait_for "$running" || status=$?
   if $asked_to_stop && [ "$status" -ne 0 ]; then
     echo "stopped before it was done: back into the queue" >&2
     scontrol requeue "$job"

@@ -61,10 +61,7 @@ job() { # job RESULTS WORKDIR PYTHON ARGUMENTS
   fi
   "$python" "$@" &
   command=$!
-  while kill -0 "$command" 2>/dev/null; do # a signal ends `wait` before the command ends
-    status=0
-    wait "$command" || status=$?
-  done
+  wait_for "$command" || status=$?
   [ -z "$copier" ] || kill "$copier" 2>/dev/null || true
   copy_out "$results" "$workdir"
   return "$status"

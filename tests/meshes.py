@@ -63,7 +63,10 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     static = Static(group.shape.model, group.program, resolved.optimizer, c.train.microbatches)
     programs = compiled_cohort(static, layout, c.study.lanes)
     state = programs.spread(programs.initialize(0))
-    held = sharding.bytes_per_device((state.params, state.optimizer))
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves((state.params, state.optimizer)):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
     finished = {}
     options = cohort.Options(lanes=4, log_every=1, checkpoint_seconds=1e9, steps_per_dispatch=5)

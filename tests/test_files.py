@@ -64,7 +64,7 @@ def _umask() -> int:
 WRITER = """
 import sys, time
 from pathlib import Path
-from precision_scaling import files
+from precision_scaling.runtime import files
 with files.replacing(Path(sys.argv[1])) as file:
     file.write(b"much")
     file.flush()

@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 from absl import flags
@@ -24,9 +24,9 @@ from precision_scaling.errors import UserError
 from precision_scaling.runtime import files
 
 
-def define_workdir(values: flags.FlagValues, text: str) -> flags.FlagHolder[Path | None]:
-    """Defines --workdir among `values`; the holder's value is a path that may not exist yet."""
-    return flags.DEFINE(_Directory(), "workdir", None, text, flag_values=values)
+def define_workdir(values: flags.FlagValues, text: str) -> flags.FlagHolder[Path]:
+    """Defines --workdir among `values`, which the command requires; the path may not exist yet."""
+    return cast("flags.FlagHolder[Path]", flags.DEFINE(_Directory(), "workdir", None, text, flag_values=values))
 
 
 def define_config(
@@ -99,7 +99,9 @@ def _load(path: str, arguments: list[str]) -> Any:
     if not os.path.isfile(path):  # a pipe or a device would be waited for
         raise UserError(f"{'it is no regular' if os.path.exists(path) else 'there is no such'} file; {allowed}")
     loader = importlib.machinery.SourceFileLoader("config_file", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # a loader is given
+    module = importlib.util.module_from_spec(spec)
     sys.modules[loader.name] = module
     try:
         loader.exec_module(module)
@@ -138,7 +140,7 @@ def _check_override(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 class _Bool(flags.BooleanParser):
-    def parse(self, argument: str | bool) -> bool:
+    def parse(self, argument: str | int) -> bool:
         try:
             return super().parse(argument)
         except ValueError:

@@ -12,7 +12,8 @@ def tied(formats: tuple[str, ...]) -> tuple[str, ...]:
 
 def combinations(bits: tuple[int, ...], count: int, seed: int) -> tuple[str, ...]:
     """`count` different precisions, the bits of each part drawn at random: a validation set for laws."""
-    draw, found = random.Random(seed), {}
+    draw = random.Random(seed)
+    found: dict[str, None] = {}  # a set that keeps its order
     while len(found) < count:
         found["_".join(f"{part}{draw.choice(bits)}" for part in PARTS)] = None
     return tuple(found)

@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from absl import logging
 
@@ -259,7 +259,7 @@ def _open(path: Path | str, flags: int) -> BinaryIO:
     try:
         _refuse(path, os.fstat(descriptor).st_mode)
         mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "w+b"}[flags & os.O_ACCMODE]
-        return os.fdopen(descriptor, "ab" if flags & os.O_APPEND else mode)
+        return cast(BinaryIO, os.fdopen(descriptor, "ab" if flags & os.O_APPEND else mode))
     except BaseException:
         os.close(descriptor)
         raise

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def start(values: flags.FlagValues) -> None:
         if count > 0 or index >= 0:
             raise UserError("--num_processes and --process_id: allowed with --coordinator_address=HOST:PORT only")
         return
-    options: dict[str, object] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if address:
         if values.distributed:
             raise UserError("--distributed with --coordinator_address: allowed is one of them")

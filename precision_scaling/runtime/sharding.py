@@ -1,7 +1,7 @@
-"""Where arrays live: a mesh of devices and, by rules on the parameters' paths, the axes that each array is split over.
+"""Where arrays live: a mesh of devices and, by rules on parameters' paths, the axes that each array is sharded over.
 
-`bench` makes the layout of a study; `cohort` trains, evaluates and restores on it. Parameters and optimizer state are
-made in their place, so that no device ever holds all of them.
+`study.workspace` makes the layout of a study; `training.cohort` trains, evaluates and restores on it. Parameters and
+optimizer state are made in their place, so that no device ever holds all of them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from precision_scaling.errors import ConfigError
 
 # run: the lanes of a cohort. data: the batch. fsdp: the batch, and the parameters of each layer, gathered when they are
-# used. tensor: the heads and the hidden units of a layer.
+# used. tensor: the heads and the MLP's units of a layer.
 AXES = ("run", "data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 HESSIAN = P(("fsdp", "tensor"))  # (inputs, inputs) of a projection: rows, over the devices that share its kernel
@@ -31,18 +31,18 @@ RULES = (
     (r"embedding/embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
     (r"attention/qkv/kernel$", P("fsdp", "tensor", None)),  # (width, heads of q, k and v, head dimension)
     (r"attention/qkv_bias$", P("tensor", "fsdp")),  # (heads of q, k and v, head dimension)
-    (r"mlp/gate_up/kernel$", P("fsdp", None, "tensor")),  # (width, 2, hidden)
-    (r"(attention/out|mlp/down)/kernel$", P("tensor", "fsdp")),  # (heads x head dimension or hidden, width)
+    (r"mlp/gate_up/kernel$", P("fsdp", None, "tensor")),  # (width, 2, MLP width)
+    (r"(attention/out|mlp/down)/kernel$", P("tensor", "fsdp")),  # (heads x head dimension or MLP width, width)
     (r"head/kernel$", P("fsdp", "tensor")),  # (width, vocabulary)
     (r"/scale$", P(("fsdp", "tensor"))),  # gains of norms
 )
 
 
-def fit(spec: Sequence[Any], shape: tuple[int, ...], sizes: dict[str, int], movable: Sequence[int] = ()) -> P:
+def fit(spec: P | Sequence[Any], shape: tuple[int, ...], sizes: dict[str, int], movable: Sequence[int] = ()) -> P:
     """`spec` for an array of that shape: jit splits into equal parts only.
 
     An axis that does not divide its dimension goes to the first of the dimensions `movable` that it divides, and where
-    there is none the array is repeated along it.
+    there is none the array is replicated along it.
     """
     placed: list[list[str]] = [[] for _ in shape]
     for dimension, axes in enumerate(spec):
@@ -72,7 +72,7 @@ class Layout:
         return any(device.process_index != jax.process_index() for device in self.mesh.devices.flat)
 
     def place(self, *spec: Any) -> NamedSharding:
-        """Sharding of an array whose dimensions are split over these axes; none of them: a copy on every device."""
+        """Sharding of an array by the axes of its dimensions; none: replicated."""
         return NamedSharding(self.mesh, P(*spec))
 
     def of_shape(self, shape: tuple[int, ...], *spec: Any) -> NamedSharding:
@@ -110,7 +110,7 @@ _batches: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextv
 
 @contextlib.contextmanager
 def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
-    """While a program is traced in here, `split_batch` keeps its activations split over these axes."""
+    """While a program is traced in here, `split_batch` keeps its activations sharded over these axes."""
     token = _batches.set((layout.mesh, axes) if layout.mesh.size > 1 else None)
     try:
         yield
@@ -119,9 +119,9 @@ def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """x, split over the devices along its first axis, sequences; as it is outside of `splitting`.
+    """x with its first axis, sequences, sharded over the devices; outside of `splitting`, as it is.
 
-    Left to itself the partitioner follows the parameters, which fsdp splits over the same devices, and gives every
+    Left to itself the partitioner follows the parameters, which fsdp shards over the same devices, and gives every
     device the activations of the whole batch.
     """
     if (split := _batches.get()) is None:
@@ -133,7 +133,7 @@ def split_batch(x: jax.Array) -> jax.Array:
 
 
 def split_hessian(h_IxI: jax.Array) -> jax.Array:
-    """h, split over the devices by the rule `HESSIAN`; as it is outside of `splitting`."""
+    """h sharded by the rule `HESSIAN`; outside of `splitting`, as it is."""
     if (split := _batches.get()) is None:
         return h_IxI
     mesh, _ = split
@@ -165,7 +165,7 @@ def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> La
 
 
 def local_layout() -> Layout:
-    """All devices of this process, with parameters split over them: what a process needs to work on its own."""
+    """All devices of this process, parameters sharded over them: for what a process does on its own."""
     return make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
 
 
@@ -186,12 +186,3 @@ def check(layout: Layout, config: Any, models: Sequence[Any]) -> None:
             raise ConfigError(
                 "mesh.tensor", sizes["tensor"], f"a divisor of the heads, {model.heads} at width {model.width}"
             )
-
-
-def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
-    """Bytes of the arrays of a tree that each device of this process holds."""
-    held: dict[jax.Device, int] = {}
-    for leaf in jax.tree.leaves(tree):
-        for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return held
