@@ -104,7 +104,8 @@ def odd(tmp_path):
 
     def socket_at(path):
         os.chdir(tmp_path)  # the path of a socket is short
-        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path, tmp_path))
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(os.path.relpath(path, tmp_path))
 
     before = os.getcwd()
     yield made | {"socket": socket_at}
