@@ -82,7 +82,7 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     temporaries = {int(p.stat().st_ino) for p in tmp_path.iterdir()}
     assert len(temporaries) == 2
     killed.kill()
-    killed.wait()
+    killed.communicate()
     files.atomic_write(path, "a")
     assert len(list(tmp_path.iterdir())) == 3  # a fresh one may be written to on another machine
     old = time.time() - 2 * 3600
@@ -92,7 +92,7 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     (left,) = tmp_path.glob(".*.tmp")
     assert path.read_text() == "b" and left.stat().st_ino in temporaries
     living.kill()
-    living.wait()
+    living.communicate()
     files.atomic_write(path, "c")
     assert list(tmp_path.iterdir()) == [path]
 

@@ -19,7 +19,7 @@ TOLERANCE = 2e-3
 
 
 def test_losses_are_those_of_the_golden_run(finished_study):
-    workspace, workdir = finished_study
+    workspace, _ = finished_study
     found = {}
     for run in workspace.experiment.runs:
         lines = (workspace.directory(run) / "metrics.jsonl").read_text().splitlines()
