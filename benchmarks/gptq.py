@@ -27,7 +27,7 @@ from precision_scaling.model import decoder, sizes
 from precision_scaling.model.decoder import Block, ModelConfig
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.sharding import local_layout
@@ -105,7 +105,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     batch = next(b for b in (4, 2, 1) if sequences % b == 0)
 
     def whole():
-        options = {"setting": Setting("gptq"), "batch_size": batch, "layout": local_layout()}
+        options = {"scheme": Scheme("gptq"), "batch_size": batch, "layout": local_layout()}
         models, _ = apply.quantize_model(static, params, {}, tokens_NxS, (4,), 0.01, **options)
         return models
 

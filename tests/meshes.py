@@ -22,7 +22,7 @@ from precision_scaling.config import base, experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.ptq import apply
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import compilation, sharding
 from precision_scaling.runtime.stopping import Stop
@@ -92,12 +92,12 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
 
 def quantize(static: Static, layout: sharding.Layout, loader: Loader) -> dict:
     """GPTQ's relative output errors on this mesh, and the parts of a Hessian's rows that a device holds."""
-    setting = Setting("gptq")
-    static = dataclasses.replace(static, program=setting.program(UNQUANTIZED))
+    scheme = Scheme("gptq")
+    static = dataclasses.replace(static, program=scheme.program(UNQUANTIZED))
     initialize = lambda: step.init_state(static, 0).params
     params = jax.jit(initialize, out_shardings=layout.of_tree(jax.eval_shape(initialize)))()
     tokens_NxS = loader.calibration_windows(32, seed=0)[:, :-1]
-    options = {"setting": setting, "batch_size": 16, "layout": layout}
+    options = {"scheme": scheme, "batch_size": 16, "layout": layout}
     _, report = apply.quantize_model(static, params, {}, tokens_NxS, (3,), 0.01, **options)
 
     @jax.jit

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling.ptq import awq, grid, rtn
+from precision_scaling.ptq import awq, kernel_grid, rtn
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -155,6 +155,6 @@ def test_a_kernel_of_one_row_is_rounded_to_nearest():
 @pytest.mark.slow
 def test_floating_formats_and_formats_that_pass_through():
     x, kernels = problem()
-    solution = awq.solve(kernels, x.T @ x, np.abs(x).mean(0), *grid.stack(["e2m1", "int4", 16]))
+    solution = awq.solve(kernels, x.T @ x, np.abs(x).mean(0), *kernel_grid.stack(["e2m1", "int4", 16]))
     assert np.all(solution.error[:2] < 0.9 * solution.rtn_error[:2])
     np.testing.assert_array_equal(solution.dequantized[0][2], kernels[0])

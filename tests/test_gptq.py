@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.numerics import rounding
-from precision_scaling.ptq import gptq, grid, rtn
+from precision_scaling.ptq import gptq, kernel_grid, rtn
 from precision_scaling.ptq.error import relative_output_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -254,7 +254,7 @@ def test_widest_asymmetric_codes_do_not_overflow():
 def test_formats_of_a_kind_are_solved_together():
     kernel, hessian = problem()
     names = ["e2m1", "int4", "e4m3", 16]
-    solution = gptq.solve(kernel, hessian, *grid.stack(names))
+    solution = gptq.solve(kernel, hessian, *kernel_grid.stack(names))
     for name, dequantized in zip(names, solution.dequantized, strict=True):
         np.testing.assert_allclose(dequantized, gptq.quantize_kernel(kernel, hessian, name), atol=1e-6)
     np.testing.assert_array_equal(solution.dequantized[-1], kernel)

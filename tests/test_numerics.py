@@ -12,7 +12,7 @@ from scipy import stats
 from precision_scaling.numerics import formats
 from precision_scaling.numerics import rounding as rounding_lib
 from precision_scaling.numerics.formats import Kind, parse
-from precision_scaling.ptq import grid as ptq_grid
+from precision_scaling.ptq import kernel_grid
 
 CASTS = {
     "e3m4": ml_dtypes.float8_e3m4,
@@ -267,7 +267,7 @@ def test_finite_inputs_have_finite_results_with_and_without_noise(name):
 
 def test_scales_whose_inverse_is_flushed_are_nan_where_others_divide_by_them():
     x = np.float32([[3e38, 1e38]])
-    codes = ptq_grid.quantize(x.T, ptq_grid.find(x.T, parse("int2").grid()))[0]
+    codes = kernel_grid.quantize(x.T, kernel_grid.find(x.T, parse("int2").grid()))[0]
     assert np.all(np.isnan(codes))
 
 

@@ -10,7 +10,7 @@ import pytest
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.quantize import products
 from precision_scaling.quantize.static import UNQUANTIZED
@@ -29,13 +29,13 @@ BITS = (4, 8)
 LOUD = 5  # the input channel that is much larger than the others, as in trained language models
 
 
-def static_of(setting):
-    return Static(MODEL, setting.program(UNQUANTIZED), OPTIMIZER)
+def static_of(scheme):
+    return Static(MODEL, scheme.program(UNQUANTIZED), OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax.jit(lambda: step.init_state(static_of(Setting("rtn")), 0).params)()
+    params = jax.jit(lambda: step.init_state(static_of(Scheme("rtn")), 0).params)()
     block = params["layers"]["block"]
     for norm in ("attention_norm", "mlp_norm"):
         block[norm]["scale"] = block[norm]["scale"].at[:, LOUD].set(50.0)
@@ -52,23 +52,23 @@ def tokens():
 @pytest.fixture(scope="module")
 def loss_of(tokens):
     @functools.cache
-    def program(setting):
-        return jax.jit(functools.partial(step.validation_loss, static_of(setting)))
+    def program(scheme):
+        return jax.jit(functools.partial(step.validation_loss, static_of(scheme)))
 
-    def loss(params, setting, bits):
-        return float(program(setting)(params, {name: parse(bits).grid() for name in setting.operands}, tokens[None]))
+    def loss(params, scheme, bits):
+        return float(program(scheme)(params, {name: parse(bits).grid() for name in scheme.operands}, tokens[None]))
 
     return loss
 
 
-def quantized(params, tokens, setting):
-    arguments = static_of(setting), params, {}, tokens[:, :-1], BITS, 0.01
-    return apply.quantize_model(*arguments, setting=setting, batch_size=6, layout=local_layout())
+def quantized(params, tokens, scheme):
+    arguments = static_of(scheme), params, {}, tokens[:, :-1], BITS, 0.01
+    return apply.quantize_model(*arguments, scheme=scheme, batch_size=6, layout=local_layout())
 
 
 @pytest.fixture(scope="module")
 def smoothed(params, tokens):
-    return quantized(params, tokens, Setting("smoothquant"))
+    return quantized(params, tokens, Scheme("smoothquant"))
 
 
 def test_smoothing_scales_by_hand():
@@ -103,25 +103,25 @@ def test_norms_take_what_kernels_give_and_the_function_stays(params, smoothed, l
         np.testing.assert_allclose(
             after[module][name]["kernel"], before[module][name]["kernel"] * factor_LxI.reshape(shape), atol=0.02
         )
-    whole = loss_of(params, Setting("rtn"), 16)
-    assert abs(loss_of(found, Setting("rtn"), 16) - whole) < 0.01
+    whole = loss_of(params, Scheme("rtn"), 16)
+    assert abs(loss_of(found, Scheme("rtn"), 16) - whole) < 0.01
     assert not report.fell_back.any()
 
 
 def test_smoothing_lowers_the_damage_where_an_input_is_loud(params, tokens, smoothed, loss_of):
-    whole = loss_of(params, Setting("rtn"), 16)
-    rough, _ = quantized(params, tokens, Setting("rtn"))
+    whole = loss_of(params, Scheme("rtn"), 16)
+    rough, _ = quantized(params, tokens, Scheme("rtn"))
 
     def damage(model, bits):
-        return abs(loss_of(codes.parameters(model), Setting("smoothquant"), bits) - whole)
+        return abs(loss_of(codes.parameters(model), Scheme("smoothquant"), bits) - whole)
 
     for smooth, rounded, bits in zip(smoothed[0], rough, BITS, strict=True):
         assert damage(smooth, bits) < 0.5 * damage(rounded, bits)
 
 
 def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, loss_of):
-    setting = Setting("kv_cache")
-    program = setting.program(UNQUANTIZED)
+    scheme = Scheme("kv_cache")
+    program = scheme.program(UNQUANTIZED)
     assert {name for name, _ in program.operands} == {"k", "v"}
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 8, 2, 8)), jnp.float32) for _ in range(3))
@@ -136,12 +136,12 @@ def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, 
     p = jax.nn.softmax(jnp.asarray(scores, jnp.float32), axis=-1)
     values = np.einsum("bhlm,bmhk->blhk", p, on_grid(np.asarray(v)))
     np.testing.assert_allclose(products.attention_values(p, v, program, table), values, atol=1e-4)
-    whole = loss_of(params, Setting("rtn"), 16)
-    assert loss_of(params, setting, 16) == whole
-    assert 0 < abs(loss_of(params, setting, 8) - whole) < abs(loss_of(params, setting, 2) - whole)
+    whole = loss_of(params, Scheme("rtn"), 16)
+    assert loss_of(params, scheme, 16) == whole
+    assert 0 < abs(loss_of(params, scheme, 8) - whole) < abs(loss_of(params, scheme, 2) - whole)
 
 
 def test_a_token_of_its_own_scale_loses_less(params, loss_of):
-    whole = loss_of(params, Setting("rtn"), 16)
-    token, tensor = (loss_of(params, Setting("kv_cache", granularity=name), 4) for name in ("token", "tensor"))
+    whole = loss_of(params, Scheme("rtn"), 16)
+    token, tensor = (loss_of(params, Scheme("kv_cache", granularity=name), 4) for name in ("token", "tensor"))
     assert abs(token - whole) < abs(tensor - whole)

@@ -13,7 +13,7 @@ from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.model.decoder import init as init_model
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, packed
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import files
 from precision_scaling.runtime.sharding import local_layout
@@ -27,11 +27,11 @@ MODEL = ModelConfig(
 )
 PROGRAM = StaticPrecision((("a", StaticQuantizer(parse("int4").kind, "tensor")),))
 STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
-SETTINGS = {
-    "gptq": Setting("gptq"),
-    "awq": Setting("awq", group_size=8),
-    "rtn": Setting("rtn", group_size=4, symmetric=False),
-    "act_order": Setting("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
+SCHEMES = {
+    "gptq": Scheme("gptq"),
+    "awq": Scheme("awq", group_size=8),
+    "rtn": Scheme("rtn", group_size=4, symmetric=False),
+    "act_order": Scheme("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
 }
 SLOW = pytest.mark.slow
 EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "act_order"))]
@@ -44,7 +44,7 @@ def quantized():
         params = jax.jit(lambda: init_model(MODEL, jax.random.key(0)))()
         tokens = np.random.default_rng(0).integers(0, 31, (6, 8)).astype(np.int32)
         table = {"a": parse(16).grid()}
-        options = {"setting": SETTINGS[name], "batch_size": 6, "layout": local_layout()}
+        options = {"scheme": SCHEMES[name], "batch_size": 6, "layout": local_layout()}
         models, _ = apply.quantize_model(STATIC, params, table, tokens, (3, 4), 0.01, **options)
         return dict(zip((3, 4), models, strict=True))
 
@@ -84,7 +84,7 @@ def test_kernels_are_the_same_bit_for_bit_after_reading(name, quantized, tmp_pat
 
 @pytest.mark.parametrize("name", EACH)
 def test_stored_integers_need_no_more_than_their_bits(name, quantized):
-    symmetric = SETTINGS[name].symmetric
+    symmetric = SCHEMES[name].symmetric
     for bits, model in quantized(name).items():
         for found in jax.tree.leaves(model.kernels, is_leaf=lambda x: isinstance(x, codes.Codes)):
             values = np.asarray(found.codes)

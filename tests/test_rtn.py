@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.numerics import rounding
-from precision_scaling.ptq import grid, rtn
+from precision_scaling.ptq import kernel_grid, rtn
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -50,8 +50,10 @@ def test_rounding_twice_changes_nothing_and_errors_are_half_a_step_at_most(symme
     kernel = kernel_of()
     for bits in BITS:
         once = rtn.quantize_kernel(kernel, bits, group_size=16, symmetric=symmetric)
-        found = grid.find(jnp.asarray(kernel), grid.integer_levels(bits), group_size=16, symmetric=symmetric)
-        twice, _ = grid.quantize(once, found, symmetric=symmetric)
+        found = kernel_grid.find(
+            jnp.asarray(kernel), kernel_grid.integer_levels(bits), group_size=16, symmetric=symmetric
+        )
+        twice, _ = kernel_grid.quantize(once, found, symmetric=symmetric)
         np.testing.assert_allclose(twice, once, rtol=1e-6)
         step = np.repeat(found.scale_GxO, 16, 0)
         # An asymmetric range is shifted by up to half a step to put a level on zero.
@@ -66,7 +68,7 @@ def test_clip_finds_the_best_of_its_ratios():
         high = 2 ** (bits - 1) - 1
         clipped = np.asarray(rtn.quantize_kernel(kernel, bits, clip=True))
         for w, q in zip(kernel.T.astype(np.float64), clipped.T, strict=True):
-            scales = np.array(grid.CLIP_RATIOS) * np.abs(w).max() / high
+            scales = np.array(kernel_grid.CLIP_RATIOS) * np.abs(w).max() / high
             tried = scales[:, None] * np.clip(np.rint(w / scales[:, None]), -high, high)
             np.testing.assert_allclose(np.sum((w - q) ** 2), np.sum((w - tried) ** 2, axis=1).min(), rtol=1e-4)
 

@@ -11,8 +11,8 @@ from absl import flags
 from precision_scaling.config import command_line, options
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import GRANULARITIES, METHODS, layers, packed
-from precision_scaling.ptq import setting as setting_lib
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq import scheme as scheme_lib
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.runtime import cli
 from precision_scaling.study import locks, results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
@@ -58,21 +58,21 @@ def _given() -> dict[str, object]:
     return given
 
 
-def _setting(method: str, config, given: dict[str, object]) -> Setting:
-    """The setting of a method with the config's options and, in their place, those given."""
-    setting = setting_lib.of_method(method, {**config, **given})
+def _scheme(method: str, config, given: dict[str, object]) -> Scheme:
+    """The scheme of a method with the config's options and, in their place, those given."""
+    scheme = scheme_lib.of_method(method, {**config, **given})
     for name, value in given.items():
-        if getattr(setting, name) != value:  # the setting keeps what its method has
+        if getattr(scheme, name) != value:  # the scheme keeps what its method has
             raise UserError(f"ptq.{name} = {value!r} with --method={method}: it has no such option")
-    return setting
+    return scheme
 
 
-def _sizes(workspace: Workspace, setting: Setting, bits: list[int]) -> list[str]:
+def _sizes(workspace: Workspace, scheme: Scheme, bits: list[int]) -> list[str]:
     """A line for each packed model: where it is and what it takes."""
     lines = []
     for run in workspace.experiment.runs:
         for b in bits:
-            path = packed_directory(workspace.directory(run), setting, b)
+            path = packed_directory(workspace.directory(run), scheme, b)
             if (path / packed.DESCRIPTION).exists():
                 arrays = packed.packed_bytes(packed.load(path).model, b)
                 lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
@@ -83,7 +83,7 @@ def main() -> None:
     """Quantize and evaluate as the flags say, and print where the rows are. Raises UserError."""
     workdir, bits, given = _WORKDIR.value, _bits(_BITS.value), _given()
     workspace = reopen_workspace(workdir)
-    setting = _setting(_METHOD.value, workspace.experiment.config.ptq, given)
+    scheme = _scheme(_METHOD.value, workspace.experiment.config.ptq, given)
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
             warnings = quantize_missing(
@@ -91,9 +91,9 @@ def main() -> None:
             )
     finally:
         rows = results.gather(workdir)
-    figures = [layers.draw(workspace.directory(run), setting.name) for run in workspace.experiment.runs]
+    figures = [layers.draw(workspace.directory(run), scheme.name) for run in workspace.experiment.runs]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
-    sizes = _sizes(workspace, setting, bits) if _SAVE.value else []
+    sizes = _sizes(workspace, scheme, bits) if _SAVE.value else []
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.model.decoder import Block, Decoder
-from precision_scaling.ptq import awq, gptq, grid, rtn
+from precision_scaling.ptq import awq, gptq, kernel_grid, rtn
 from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
-from precision_scaling.ptq.setting import Setting
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.quantize import products
 from precision_scaling.quantize import static as static_lib
@@ -51,19 +51,19 @@ def quantize_model(
     bits: Sequence[int],
     damping,
     *,
-    setting: Setting,
+    scheme: Scheme,
     batch_size: int,
     layout: Layout,
 ) -> tuple[tuple[QuantizedModel, ...], Report]:
     """The decoder with the kernels of all blocks on the grids of each of the bit-widths (2 to 8).
 
-    static: its program is `setting.program`'s. table: grids of the run's activations and attention, weights passing
-    through; operands that the setting quantizes need none. tokens_NxS: calibration text, N a multiple of batch_size.
+    static: its program is `scheme.program`'s. table: grids of the run's activations and attention, weights passing
+    through; operands that the scheme quantizes need none. tokens_NxS: calibration text, N a multiple of batch_size.
     layout: calibration batches and Hessians are split over its devices; a factorization gathers one Hessian.
     Every bit-width has its own stream of activations, made by what is quantized already.
     """
     bits_K = jnp.asarray(bits, jnp.float32)
-    blocks, report = _compiled(static, setting, batch_size, layout)(params, table, tokens_NxS, bits_K, damping)
+    blocks, report = _compiled(static, scheme, batch_size, layout)(params, table, tokens_NxS, bits_K, damping)
     models = []
     for k in range(len(bits)):
         kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
@@ -72,17 +72,17 @@ def quantize_model(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(static: Static, setting: Setting, batch_size: int, layout: Layout):
+def _compiled(static: Static, scheme: Scheme, batch_size: int, layout: Layout):
     def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
         layers = _as_multiplied(params["layers"]["block"], static.model.dtype)
         params = {**params, "layers": {"block": layers}}
 
         def at(bits):
-            if setting.method == "rtn":
-                return _round_layers(setting, layers, bits)
-            on_the_fly = {name: grid.integer_levels(bits) for name in setting.operands}
+            if scheme.method == "rtn":
+                return _round_layers(scheme, layers, bits)
+            on_the_fly = {name: kernel_grid.integer_levels(bits) for name in scheme.operands}
             stream = params, {**table, **on_the_fly}, tokens_NxS
-            return _calibrated_layers(static, setting, *stream, bits, damping, batch_size)
+            return _calibrated_layers(static, scheme, *stream, bits, damping, batch_size)
 
         # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
         with splitting(layout):
@@ -128,19 +128,19 @@ def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, d
     return kernels, {module: parameters for module, parameters in left.items() if parameters}
 
 
-def _round(setting: Setting, kernel_IxO, bits, shape) -> Codes:
+def _round(scheme: Scheme, kernel_IxO, bits, shape) -> Codes:
     """Rounding to nearest."""
-    levels, options = grid.integer_levels(bits), {"symmetric": setting.symmetric}
-    found = grid.find(kernel_IxO, levels, group_size=setting.group_size or None, clip=setting.clip, **options)
-    _, level_IxO = grid.quantize(kernel_IxO, found, **options)
+    levels, options = kernel_grid.integer_levels(bits), {"symmetric": scheme.symmetric}
+    found = kernel_grid.find(kernel_IxO, levels, group_size=scheme.group_size or None, clip=scheme.clip, **options)
+    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, **options)
     zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
-    return encode(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO, setting.symmetric, shape)
+    return encode(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO, scheme.symmetric, shape)
 
 
-def _round_layers(setting: Setting, layers: Any, bits):
+def _round_layers(scheme: Scheme, layers: Any, bits):
     def block(params):
         kernels = {linear: _kernel(params, linear) for linear in LINEARS}
-        codes = {linear: _round(setting, _flat(kernel), bits, kernel.shape) for linear, kernel in kernels.items()}
+        codes = {linear: _round(scheme, _flat(kernel), bits, kernel.shape) for linear, kernel in kernels.items()}
         return _split(params, codes)
 
     shape = (jax.tree.leaves(layers)[0].shape[0], len(LINEARS))
@@ -162,34 +162,34 @@ def statistics(program: static_lib.StaticPrecision, table, x_CxBxSxI):
     return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
 
 
-def _solve(setting: Setting, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape, objective):
+def _solve(scheme: Scheme, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape, objective):
     """(codes of a kernel of that shape, whether it fell back, damping used). objective: see `awq.solve`."""
-    group_size = setting.group_size or None
-    if setting.method == "gptq":
-        options = {"symmetric": setting.symmetric, "act_order": setting.act_order, "clip": setting.clip}
+    group_size = scheme.group_size or None
+    if scheme.method == "gptq":
+        options = {"symmetric": scheme.symmetric, "act_order": scheme.act_order, "clip": scheme.clip}
         found = gptq.solve(kernel_IxO, hessian_IxI, bits[None], group_size=group_size, damping=damping, **options)
-        codes = encode(found.codes[0], found.scales[0], found.zeros[0], setting.symmetric, shape)
+        codes = encode(found.codes[0], found.scales[0], found.zeros[0], scheme.symmetric, shape)
         return codes, found.fell_back, found.damping_used
-    if setting.method == "awq":
-        options = {"group_size": group_size, "symmetric": setting.symmetric, "objective": objective}
+    if scheme.method == "awq":
+        options = {"group_size": group_size, "symmetric": scheme.symmetric, "objective": objective}
         found = awq.solve((kernel_IxO,), hessian_IxI, magnitude_I, bits[None], **options)
         arrays = (field[0][0] for field in (found.codes, found.scales, found.zeros))
-        return encode(*arrays, setting.symmetric, shape, 1 / found.channel_scales[0]), found.fell_back, jnp.nan
-    return _round(setting, kernel_IxO, bits, shape), jnp.asarray(False), jnp.nan
+        return encode(*arrays, scheme.symmetric, shape, 1 / found.channel_scales[0]), found.fell_back, jnp.nan
+    return _round(scheme, kernel_IxO, bits, shape), jnp.asarray(False), jnp.nan
 
 
-def _smooth(setting: Setting, block: Any, linear, inputs_CxBxSxI):
+def _smooth(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
     """SmoothQuant's factors moved from the norm before a projection into its kernel; and its inputs after that."""
     kernel = _kernel(block, linear)
     largest_I = jnp.max(jnp.abs(inputs_CxBxSxI.astype(jnp.float32)), axis=(0, 1, 2))
-    s_I, unusable = smoothing_scales(largest_I, _flat(kernel), setting.smoothing)
+    s_I, unusable = smoothing_scales(largest_I, _flat(kernel), scheme.smoothing)
     block = _with_kernel(block, linear, (_flat(kernel) * s_I[:, None]).reshape(kernel.shape))
     gain = block[NORMS[linear]]["scale"] / s_I
     inputs = (inputs_CxBxSxI / s_I).astype(inputs_CxBxSxI.dtype)
     return {**block, NORMS[linear]: {"scale": gain}}, inputs, unusable
 
 
-def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_NxS, bits, damping, batch_size: int):
+def _calibrated_layers(static: Static, scheme: Scheme, params, table, tokens_NxS, bits, damping, batch_size: int):
     module = Block(static.model, static.program)
     embedded = Decoder(static.model, static.program).apply({"params": params}, tokens_NxS, table, method=Decoder.embed)
 
@@ -225,17 +225,17 @@ def _calibrated_layers(static: Static, setting: Setting, params, table, tokens_N
         def quantized(block, linear, inputs_CxBxSxI):
             """The block with this projection quantized, and its inputs."""
             unusable = jnp.asarray(False)
-            if setting.method == "smoothquant" and linear in NORMS:
-                block, inputs_CxBxSxI, unusable = _smooth(setting, block, linear, inputs_CxBxSxI)
+            if scheme.method == "smoothquant" and linear in NORMS:
+                block, inputs_CxBxSxI, unusable = _smooth(scheme, block, linear, inputs_CxBxSxI)
             kernel = _kernel(block, linear)
             hessian_IxI, magnitude_I = statistics(static.program, table, inputs_CxBxSxI)
             arguments = _flat(kernel), hessian_IxI, magnitude_I, bits, damping, kernel.shape
             objective = (
-                branch_error(block, linear, inputs_CxBxSxI) if setting.method == "awq" and linear in NORMS else None
+                branch_error(block, linear, inputs_CxBxSxI) if scheme.method == "awq" and linear in NORMS else None
             )
-            codes[linear], fell_back, used = _solve(setting, *arguments, objective)
+            codes[linear], fell_back, used = _solve(scheme, *arguments, objective)
             new = dequantize(codes[linear])
-            plain = rtn.quantize_kernel(_flat(kernel), bits, setting.group_size or None, setting.symmetric)
+            plain = rtn.quantize_kernel(_flat(kernel), bits, scheme.group_size or None, scheme.symmetric)
             errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
             notes.append(Report(fell_back | unusable, used, *errors))
             return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI

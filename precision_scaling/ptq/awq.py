@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import grid
+from precision_scaling.ptq import kernel_grid
 from precision_scaling.ptq.error import output_error
 
 EXPONENTS = tuple(i / 20 for i in range(20))  # 0 is rounding to nearest
@@ -44,7 +44,7 @@ def solve(
     hessian,
     mean_magnitude,
     bits,
-    kind: formats.Kind = grid.INTEGER,
+    kind: formats.Kind = kernel_grid.INTEGER,
     *,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -64,7 +64,7 @@ def solve(
     give rounding to nearest with `fell_back` set: report it. Raises FormatError and UserError for formats, groups and
     clips that don't exist.
     """
-    levels = bits if isinstance(bits, formats.Grid) else grid.integer_levels(bits)
+    levels = bits if isinstance(bits, formats.Grid) else kernel_grid.integer_levels(bits)
     return _solve(tuple(kernels), hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective)
 
 
@@ -72,8 +72,8 @@ def solve(
 def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective) -> Solution:
     kernels = tuple(jnp.asarray(kernel).astype(jnp.float32) for kernel in kernels)
     hessian_IxI, mean_I = jnp.asarray(hessian).astype(jnp.float32), jnp.asarray(mean_magnitude).astype(jnp.float32)
-    size = grid.group_rows(kernels[0].shape[0], group_size, kind)
-    find = functools.partial(grid.find, kind=kind, group_size=group_size, symmetric=symmetric)
+    size = kernel_grid.group_rows(kernels[0].shape[0], group_size, kind)
+    find = functools.partial(kernel_grid.find, kind=kind, group_size=group_size, symmetric=symmetric)
     usable = jnp.all(jnp.isfinite(mean_I)) & (jnp.max(mean_I) > 0) & jnp.all(jnp.isfinite(hessian_IxI))
     mean_I = jnp.where(usable, mean_I, 1)
     hessian_IxI = jnp.where(usable, hessian_IxI, 0)
@@ -89,7 +89,9 @@ def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric
         s_Ix1, inverse_Ix1 = s_I[:, None], (1 / s_I)[:, None]
         scaled = [s_Ix1 * kernel for kernel in kernels]
         grids = [find(w_IxO, one, clip=clip) for w_IxO in scaled]
-        rounded = [grid.quantize(w_IxO, found, kind, symmetric) for w_IxO, found in zip(scaled, grids, strict=True)]
+        rounded = [
+            kernel_grid.quantize(w_IxO, found, kind, symmetric) for w_IxO, found in zip(scaled, grids, strict=True)
+        ]
         return tuple(value * inverse_Ix1 for value, _ in rounded), tuple(level for _, level in rounded), tuple(grids)
 
     def search(one):
@@ -112,7 +114,7 @@ def _solve(kernels, hessian, mean_magnitude, levels, kind, group_size, symmetric
         return chosen, s_I, exponent, error, errors[0]
 
     (dequantized, level, grids), s_BxI, exponent_B, error_B, rtn_B = jax.lax.map(search, levels)
-    dtype = grid.code_dtype(kind, symmetric)
+    dtype = kernel_grid.code_dtype(kind, symmetric)
     return Solution(
         dequantized=dequantized,
         codes=tuple(

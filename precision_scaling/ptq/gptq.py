@@ -21,7 +21,7 @@ import numpy as np
 
 from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import grid
+from precision_scaling.ptq import kernel_grid
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -33,7 +33,7 @@ class Solution(NamedTuple):
     """What GPTQ did to one kernel (in I, out O) at B bit-widths, G groups of inputs."""
 
     dequantized: jax.Array  # (B, I, O)
-    codes: jax.Array  # (B, I, O) level + zero, of type `grid.code_dtype`
+    codes: jax.Array  # (B, I, O) level + zero, of type `kernel_grid.code_dtype`
     scales: jax.Array  # (B, G, O)
     zeros: jax.Array  # (B, G, O); 0 for symmetric grids
     damping_used: jax.Array  # scalar, fraction of the mean diagonal; above the one asked for if that did not factorize
@@ -105,13 +105,13 @@ def _round_block(feedback_SxS, w_SxC, x_SxC, row_grid, kind, symmetric):
         e_SxC, level_SxC = state
         scale_C, inverse_C, zero_C, levels = row_grid(i)
         x_C = x_SxC[i] + jnp.matmul(feedback_SxS[:, i], e_SxC, precision=HIGHEST)
-        level_C = grid.nearest_level(x_C, inverse_C, zero_C, levels, kind, symmetric)
+        level_C = kernel_grid.nearest_level(x_C, inverse_C, zero_C, levels, kind, symmetric)
         return e_SxC.at[i].set(w_SxC[i] - level_C * scale_C), level_SxC.at[i].set(level_C)
 
     return jax.lax.fori_loop(0, w_SxC.shape[0], row, (jnp.zeros_like(w_SxC), jnp.zeros_like(w_SxC)))
 
 
-def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetric: bool, block: int):
+def _round_rows(feedback_IxI, w_IxO, group_I, columns: kernel_grid.KernelGrid, kind, symmetric: bool, block: int):
     """Levels (I, C) of all rows, C = O for each of several formats; the rows of one group share a row of the grid."""
     rows, outputs = w_IxO.shape
     cols = columns.scale_GxO.shape[1]
@@ -119,8 +119,8 @@ def _round_rows(feedback_IxI, w_IxO, group_I, columns: grid.Grid, kind, symmetri
     w_IxO = jnp.pad(w_IxO, ((0, pad), (0, 0)))
     feedback_IxI = jnp.pad(feedback_IxI, ((0, pad), (0, pad)))
     group_I = jnp.pad(group_I, (0, pad))
-    inverse_GxC = grid.inverse(columns.scale_GxO)
-    level_dtype = grid.code_dtype(kind, symmetric)
+    inverse_GxC = kernel_grid.inverse(columns.scale_GxO)
+    level_dtype = kernel_grid.code_dtype(kind, symmetric)
 
     def feedback(i, j):
         return jax.lax.dynamic_slice(feedback_IxI, (i * block, j * block), (block, block))
@@ -149,7 +149,7 @@ def solve(
     kernel,
     hessian,
     bits,
-    kind: formats.Kind = grid.INTEGER,
+    kind: formats.Kind = kernel_grid.INTEGER,
     *,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -160,7 +160,7 @@ def solve(
 ) -> Solution:
     """GPTQ of a kernel (in, out) in several formats at once, with the Hessian Σ x xᵀ (in, in) of its inputs.
 
-    bits: (B,) bit-widths, traced or not, or other formats as `grid.stack` gives them, with their `kind`.
+    bits: (B,) bit-widths, traced or not, or other formats as `kernel_grid.stack` gives them, with their `kind`.
 
     Pure and compiled: `vmap` it over a leading axis of layers. Kernels that share an input can be joined along `out`.
     Nothing can be raised while tracing, so a Hessian that can't be used (NaN, zero, not positive semidefinite) gives
@@ -168,7 +168,7 @@ def solve(
     kernel alone, and groups are of inputs adjacent in it, in whatever order they are taken. `block` changes speed only.
     Raises FormatError and UserError for formats and groups that don't exist.
     """
-    levels = bits if isinstance(bits, formats.Grid) else grid.integer_levels(bits)
+    levels = bits if isinstance(bits, formats.Grid) else kernel_grid.integer_levels(bits)
     return _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, block)
 
 
@@ -179,15 +179,15 @@ def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damp
     hessian_IxI = hessian_IxI.astype(jnp.promote_types(hessian_IxI.dtype, jnp.float32))
     rows, outputs = kernel_IxO.shape
     count = levels.max_value.shape[0]
-    size = grid.group_rows(rows, group_size, kind)
-    find = functools.partial(grid.find, kind=kind, group_size=group_size, symmetric=symmetric, clip=clip)
+    size = kernel_grid.group_rows(rows, group_size, kind)
+    find = functools.partial(kernel_grid.find, kind=kind, group_size=group_size, symmetric=symmetric, clip=clip)
     grids = jax.vmap(lambda one: find(kernel_IxO, one))(levels)  # fields (B, G, O) and (B,)
     factor = factorize(hessian_IxI, act_order=act_order, damping=damping)
 
     def side_by_side(field_BxGxO):
         return jnp.moveaxis(field_BxGxO, 0, 1).reshape(rows // size, count * outputs)
 
-    columns = grid.Grid(
+    columns = kernel_grid.KernelGrid(
         side_by_side(grids.scale_GxO),
         side_by_side(grids.zero_GxO),
         jax.tree.map(lambda field: jnp.repeat(field, outputs), levels),
@@ -230,7 +230,7 @@ def quantize_kernel(
     Raises UserError where the answer would not be GPTQ's: shapes that don't match, NaN or infinite entries, a Hessian
     that is zero, not symmetric or not positive semidefinite. Warns where it needed more damping than it was given.
     """
-    levels, kind = grid.stack([bits])
+    levels, kind = kernel_grid.stack([bits])
     kernel, hessian = np.asarray(kernel), np.asarray(hessian)
     check(kernel, hessian, damping)
     solution = solve(

@@ -18,7 +18,7 @@ PROJECTIONS = tuple("/".join(linear) for linear in LINEARS)
 
 
 def path_of(run_directory: Path, name: str) -> Path:
-    """Where the report of a setting of that name is kept."""
+    """Where the report of a scheme of that name is kept."""
     return run_directory / f"layers-{name}.json"
 
 

@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
     """A model read from disk; `codes.parameters(model)` are its parameters."""
 
     model: QuantizedModel
-    method: str  # the name of its `Setting`
+    method: str  # the name of its `Scheme`
     bits: int
     operands: tuple[str, ...]  # of the forward pass, to be quantized at `bits` when the model is evaluated
 
@@ -77,7 +77,7 @@ def bytes_on_disk(path: Path) -> int:
 def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tuple[str, ...] = ()) -> None:
     """Writes a model to the directory `path`, replacing what was there; returns when it is on disk.
 
-    method: the name of its setting. bits: 2 to 8. operands: see `Loaded`.
+    method: the name of its scheme. bits: 2 to 8. operands: see `Loaded`.
     """
     shutil.rmtree(path, ignore_errors=True)
     arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=is_codes)}

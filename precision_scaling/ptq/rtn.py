@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import grid
+from precision_scaling.ptq import kernel_grid
 
 
 def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool = True, clip: bool = False):
@@ -16,15 +16,15 @@ def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool
     Raises FormatError for an unknown format and UserError for a group size, asymmetry or clip that it can't have.
     """
     if isinstance(bits, str | formats.Format):
-        levels, kind = grid.stack([bits])
+        levels, kind = kernel_grid.stack([bits])
         levels = jax.tree.map(lambda field: field[0], levels)
     else:
-        levels, kind = grid.integer_levels(bits), grid.INTEGER
+        levels, kind = kernel_grid.integer_levels(bits), kernel_grid.INTEGER
     return _quantize(kernel, levels, kind, group_size, symmetric, clip)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip"))
 def _quantize(kernel, levels, kind, group_size, symmetric, clip):
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
-    found = grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
-    return grid.quantize(kernel_IxO, found, kind, symmetric)[0]
+    found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
+    return kernel_grid.quantize(kernel_IxO, found, kind, symmetric)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.setting import of_config
+from precision_scaling.ptq.scheme import of_config
 from precision_scaling.runtime import files
 from precision_scaling.study import results
 from precision_scaling.study.workspace import Workspace
@@ -86,7 +86,7 @@ def _is_complete(rows: Mapping[str, list[dict[str, Any]]], run: Run, workspace: 
     ptq = workspace.experiment.config.ptq
     if rows[TRAINED][0]["status"] != "ok" or not run.ptq:
         return True
-    return all(set(ptq.bits) <= {row["P_post"] for row in rows.get(setting.name, ())} for setting in of_config(ptq))
+    return all(set(ptq.bits) <= {row["P_post"] for row in rows.get(scheme.name, ())} for scheme in of_config(ptq))
 
 
 def _check(table: Path, row: Mapping[str, Any], run: Run, workspace: Workspace) -> None:

@@ -1,4 +1,4 @@
-"""Quantizes the trained runs of a workdir and writes a row per setting and bit-width.
+"""Quantizes the trained runs of a workdir and writes a row per scheme and bit-width.
 
 The stage after `study`'s training: reads each run's checkpoint, has `apply` quantize it and evaluates the result.
 """
@@ -15,7 +15,7 @@ from precision_scaling.config import options as options_lib
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
-from precision_scaling.ptq.setting import Setting, of_method
+from precision_scaling.ptq.scheme import Scheme, of_method
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import evaluate as evaluate_lib
@@ -28,17 +28,17 @@ from precision_scaling.training.step import Static
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One run to be quantized by one setting at bit-widths that it has no row of yet, or nothing stored."""
+    """One run to be quantized by one scheme at bit-widths that it has no row of yet, or nothing stored."""
 
     group: Cohort
     run: Run
-    setting: Setting
+    scheme: Scheme
     bits: tuple[int, ...]
 
 
-def packed_directory(run_directory: Path, setting: Setting, bits: int) -> Path:
+def packed_directory(run_directory: Path, scheme: Scheme, bits: int) -> Path:
     """Where a run's packed model is kept."""
-    return run_directory / "quantized" / f"{setting.name}-{bits}"
+    return run_directory / "quantized" / f"{scheme.name}-{bits}"
 
 
 def quantize_missing(
@@ -54,29 +54,29 @@ def quantize_missing(
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
-    options: in place of those of `config.ptq`; rows of other options are other rows, see `Setting.name`.
+    options: in place of those of `config.ptq`; rows of other options are other rows, see `Scheme.name`.
     save: keeps every quantized model as a packed checkpoint, too. stop: is asked between two runs; then Stopped.
     progress: shows a bar.
 
-    Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a setting that does not fit
+    Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a scheme that does not fit
     a model before anything is quantized, and UserError for checkpoints that cannot be read after the runs that can.
     """
     chosen = {**workspace.experiment.config.ptq, **(options or {})}
     options_lib.check_ptq({**chosen, "methods": tuple(methods)})
-    settings, bits, todo = [of_method(method, chosen) for method in methods], tuple(dict.fromkeys(bits)), []
-    for setting in settings if save else ():
-        if not setting.kernels:
-            raise UserError(f"--save with {setting.method}: allowed are methods that quantize weights")
+    schemes, bits, todo = [of_method(method, chosen) for method in methods], tuple(dict.fromkeys(bits)), []
+    for scheme in schemes if save else ():
+        if not scheme.kernels:
+            raise UserError(f"--save with {scheme.method}: allowed are methods that quantize weights")
     for group in workspace.experiment.cohorts:
         for run in shard.of(group.runs):
             trained = results.read_rows(workspace.directory(run), "trained")
             if not trained or trained[0]["status"] != "ok" or not (run.ptq or everything):
                 continue
-            for setting in settings:
-                setting.check_model(group.shape.model)
-                missing = tuple(b for b in bits if _is_missing(workspace.directory(run), setting, b, save))
+            for scheme in schemes:
+                scheme.check_model(group.shape.model)
+                missing = tuple(b for b in bits if _is_missing(workspace.directory(run), scheme, b, save))
                 if missing:
-                    todo.append(_Job(group, run, setting, missing))
+                    todo.append(_Job(group, run, scheme, missing))
     warnings, unreadable = [], []
     for job in progress_bar(todo, desc="quantizing", unit="run", disable=not progress) if todo else ():
         if stop is not None and stop.asked():
@@ -94,36 +94,36 @@ def quantize_missing(
     return warnings
 
 
-def _is_missing(directory: Path, setting: Setting, bits: int, save: bool) -> bool:
-    if save and not (packed_directory(directory, setting, bits) / packed.DESCRIPTION).exists():
+def _is_missing(directory: Path, scheme: Scheme, bits: int, save: bool) -> bool:
+    if save and not (packed_directory(directory, scheme, bits) / packed.DESCRIPTION).exists():
         return True
-    return bits not in {row["P_post"] for row in results.read_rows(directory, setting.name)}
+    return bits not in {row["P_post"] for row in results.read_rows(directory, scheme.name)}
 
 
 def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
-    config, setting, run = workspace.experiment.config, job.setting, job.run
+    config, scheme, run = workspace.experiment.config, job.scheme, job.run
     directory = workspace.directory(run)
-    program = setting.program(job.group.program)
+    program = scheme.program(job.group.program)
     static = Static(job.group.shape.model, program, workspace.experiment.optimizer)
     params = workspace.parameters(run)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     table = table_of(run, program, w=parse("bf16"))
     warnings, report, models = [], None, ()
-    if setting.kernels:
+    if scheme.kernels:
         batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
         calibration = workspace.loader(job.group.shape).calibration_windows(
             config.ptq.calibration_sequences, seed=run.seed
         )
-        options = {"setting": setting, "batch_size": batch, "layout": workspace.layout}
+        options = {"scheme": scheme, "batch_size": batch, "layout": workspace.layout}
         models, report = apply.quantize_model(
             static, params, table, calibration[:, :-1], job.bits, config.ptq.damping, **options
         )
         if np.isfinite(report.error).any():
-            layers.write(directory, setting.name, job.bits, report)
+            layers.write(directory, scheme.name, job.bits, report)
     evaluate = evaluate_lib.evaluator(workspace, job.group.shape, program)
     rows = []
     for k, b in enumerate(job.bits):
-        post = {**table, **{name: parse(b).grid() for name in setting.operands}}
+        post = {**table, **{name: parse(b).grid() for name in scheme.operands}}
         loss = evaluate(codes.parameters(models[k]) if models else params, post)
         fallen = np.argwhere(report.fell_back[k]).tolist() if report else []
         names = [f"{layers.PROJECTIONS[j]} of layer {layer}" for layer, j in fallen]
@@ -131,14 +131,14 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
             f"{run.id} at {b} bits: {name} was rounded to nearest, its calibration is unusable" for name in names
         ]
         post_training = {
-            **setting.columns,
+            **scheme.columns,
             "P_post": b,
             "fallback_layers": len(fallen),
             "stored_bits": round(codes.stored_bits(models[k], b), 4) if models else None,
         }
         rows.append(results.row(workspace, run, loss, **post_training))
         if save:
-            packed.save(packed_directory(directory, setting, b), models[k], setting.name, b, setting.operands)
-    kept = [row for row in results.read_rows(directory, setting.name) if row["P_post"] not in job.bits]
-    results.write_rows(directory, setting.name, [*kept, *rows])
+            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, b, scheme.operands)
+    kept = [row for row in results.read_rows(directory, scheme.name) if row["P_post"] not in job.bits]
+    results.write_rows(directory, scheme.name, [*kept, *rows])
     return warnings

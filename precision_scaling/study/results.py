@@ -14,7 +14,7 @@ import jax
 
 from precision_scaling.errors import UserError
 from precision_scaling.model import decoder
-from precision_scaling.ptq.setting import of_config
+from precision_scaling.ptq.scheme import of_config
 from precision_scaling.runtime import files
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.study.workspace import Workspace
@@ -172,6 +172,6 @@ def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
     """The rows that a run will have, without what only a measurement can tell."""
     columns = setting_columns(config, run) | {"status": ""}
     yield columns
-    for setting in of_config(config.ptq) if run.ptq else ():
+    for scheme in of_config(config.ptq) if run.ptq else ():
         for bits in config.ptq.bits:
-            yield {**columns, **setting.columns, "P_post": bits}
+            yield {**columns, **scheme.columns, "P_post": bits}

@@ -1,4 +1,4 @@
-"""Settings: names that tell one way of quantizing from another, and options that are checked before anything runs."""
+"""Schemes: names that tell one way of quantizing from another, and options that are checked before anything runs."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import METHODS
-from precision_scaling.ptq.setting import Setting, of_method
+from precision_scaling.ptq.scheme import Scheme, of_method
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 MODEL = ModelConfig(
@@ -49,13 +49,13 @@ def test_operands_take_the_place_of_those_of_training():
     trained = StaticPrecision(
         (("w", StaticQuantizer(parse("int4").kind, "channel")), ("a", StaticQuantizer(parse("e4m3").kind, "token")))
     )
-    program = Setting("smoothquant").program(trained)
+    program = Scheme("smoothquant").program(trained)
     assert program.get("w") == trained.get("w")
     assert program.get("a") == StaticQuantizer(parse("int4").kind, "tensor")
-    program = Setting("kv_cache", granularity="token").program(trained)
+    program = Scheme("kv_cache", granularity="token").program(trained)
     assert program.get("a") == trained.get("a")
     assert program.get("k") == program.get("v") == StaticQuantizer(parse("int4").kind, "token")
-    assert Setting("gptq").program(trained) == trained
+    assert Scheme("gptq").program(trained) == trained
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_values_that_are_not_allowed_are_one_line(changed, key):
 
 
 def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_change():
-    Setting("gptq", group_size=8).check_model(MODEL)
+    Scheme("gptq", group_size=8).check_model(MODEL)
     with pytest.raises(ConfigError, match=r"model\.mlp_width, 24"):
-        Setting("gptq", group_size=16).check_model(MODEL)
-    Setting("smoothquant").check_model(MODEL)
+        Scheme("gptq", group_size=16).check_model(MODEL)
+    Scheme("smoothquant").check_model(MODEL)
     for changed in ({"norm_placement": "post"}, {"norm_type": "layer"}):
         with pytest.raises(ConfigError, match="smoothquant with"):
-            Setting("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
-        Setting("gptq").check_model(dataclasses.replace(MODEL, **changed))
+            Scheme("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
+        Scheme("gptq").check_model(dataclasses.replace(MODEL, **changed))

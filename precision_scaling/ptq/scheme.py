@@ -28,7 +28,7 @@ _OPERANDS = {"smoothquant": ("a",), "kv_cache": ("k", "v")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Scheme:
     """A method and its options; those that it does not have are at their defaults. Hashable: keys compiled programs.
 
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
@@ -119,11 +119,11 @@ class Setting:
             raise ConfigError("ptq.methods", found, "smoothquant with pre norms of type rms, whose gains it changes")
 
 
-def of_method(method: str, options: Mapping[str, Any]) -> Setting:
-    """The setting of one method under the config's `ptq` section, values that `config.options.check_ptq` passed."""
-    return Setting(method, **{name: options[name] for name in _OPTIONS[method]})
+def of_method(method: str, options: Mapping[str, Any]) -> Scheme:
+    """The scheme of one method under the config's `ptq` section, values that `config.options.check_ptq` passed."""
+    return Scheme(method, **{name: options[name] for name in _OPTIONS[method]})
 
 
-def of_config(options: Mapping[str, Any]) -> tuple[Setting, ...]:
-    """A setting for each of the config's methods."""
+def of_config(options: Mapping[str, Any]) -> tuple[Scheme, ...]:
+    """A scheme for each of the config's methods."""
     return tuple(of_method(method, options) for method in options["methods"])

@@ -21,7 +21,7 @@ INTEGER = formats.Kind("int")
 CLIP_RATIOS = tuple((50 - i) / 50 for i in range(46))
 
 
-class Grid(NamedTuple):
+class KernelGrid(NamedTuple):
     """Values scale * level. G groups of inputs have a scale each, for each of O outputs.
 
     A symmetric grid has the levels of its format; an asymmetric one has the integers -zero to 2^b - 1 - zero.
@@ -81,7 +81,7 @@ def find(
     group_size: int | None = None,
     symmetric: bool = True,
     clip: bool | Callable[[jax.Array], jax.Array] = False,
-) -> Grid:
+) -> KernelGrid:
     """The grid of a float32 kernel for (possibly traced) scalar `levels`.
 
     Symmetric: the scale that training gives the format, for integers abs-max / (2^(b-1) - 1), so the largest weight is
@@ -106,7 +106,7 @@ def find(
 
     def at(ratio):
         # The zero point does not depend on the ratio: both ends of the range move.
-        return Grid(ratio * full_GxO, jnp.round(-bottom_GxO / full_GxO), levels)
+        return KernelGrid(ratio * full_GxO, jnp.round(-bottom_GxO / full_GxO), levels)
 
     if not clip:
         return at(1)
@@ -143,7 +143,7 @@ def code_dtype(kind: formats.Kind, symmetric: bool):
     return jnp.float32 if kind.family != "int" else jnp.int16 if symmetric else jnp.int32
 
 
-def quantize(kernel_IxO, grid: Grid, kind: formats.Kind = INTEGER, symmetric: bool = True):
+def quantize(kernel_IxO, grid: KernelGrid, kind: formats.Kind = INTEGER, symmetric: bool = True):
     """Round to nearest: (dequantized kernel, levels), both (in, out)."""
     groups = grid.scale_GxO.shape[0]
     value, level = _round_groups(_grouped(kernel_IxO, kernel_IxO.shape[0] // groups), grid, kind, symmetric)
