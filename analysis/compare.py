@@ -11,10 +11,9 @@ import sys
 from absl import flags
 
 from analysis import table as tables
-from analysis.fitting import flags as fit_flags
 from analysis.fitting.comparison import compare
 from analysis.fitting.comparison_text import FILES, summary, to_csv, to_json
-from analysis.fitting.flags import MOST_REPEATS, pairs
+from analysis.fitting.flags import MOST_REPEATS, define, pairs
 from analysis.fitting.forms import OUTER, UNBIASED, named
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
 from analysis.fitting.options import FitError, Options
@@ -40,7 +39,7 @@ flags.DEFINE_list(
 )
 _text("fit_where", None, "One more hold-out: rows to fit, an expression on columns such as 'N < 3e5'.")
 _text("test_where", None, "One more hold-out: rows to predict (those that --fit_where leaves).")
-how_to_fit = fit_flags.define(FLAGS)
+how_to_fit = define(FLAGS)
 _count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
 _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)

@@ -10,11 +10,10 @@ from absl import flags
 
 from analysis import laws
 from analysis import table as tables
-from analysis.fitting import flags as fit_flags
 from analysis.fitting.checks import Checks
 from analysis.fitting.fit import fit
 from analysis.fitting.fit_text import summary
-from analysis.fitting.flags import MOST_REPEATS, hubers, numbers, pairs
+from analysis.fitting.flags import MOST_REPEATS, define, hubers, numbers, pairs
 from analysis.fitting.levenberg_marquardt import stay_off_accelerators
 from analysis.fitting.options import STAGES, Options
 from precision_scaling.runtime import cli
@@ -39,7 +38,7 @@ flags.DEFINE_multi_string(
 _many("fixed", [], "Parameters held at a value: name=value,...")
 _many("tied", [], "Parameters that follow another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
-how_to_fit = fit_flags.define(FLAGS)
+how_to_fit = define(FLAGS)
 _text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
 _text("test_where", None, "Rows to judge the fit by, which it does not see (those that --fit_where leaves).")
 _many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from analysis import table as tables
-from analysis.fitting import flags as fit_flags
+from analysis.fitting.flags import MOST_REPEATS, pairs
 from analysis.reporting.laws import LAWS
 from analysis.reporting.report import LAW_FILES, LEAST_RESAMPLES, ReportError, write
 from precision_scaling.runtime import cli
@@ -26,7 +26,7 @@ _OUT = _text("out", None, "folder for the report")
 _BOOTSTRAP = _whole(
     *("bootstrap", 200, "bootstrap resamples of the runs for the intervals; 0 for none"),
     lower_bound=0,
-    upper_bound=fit_flags.MOST_REPEATS,
+    upper_bound=MOST_REPEATS,
 )
 _SEED = _whole("seed", 0, "seed of starts and bootstrap", lower_bound=0)
 _PROCESSES = _whole("processes", 2, "processes that fit side by side; no more than there are CPUs", lower_bound=1)
@@ -45,7 +45,7 @@ def main() -> None:
         )
     files = (*LAW_FILES, "compare.csv", "findings.json", "index.html")
     out = output("out", _OUT.value, files, reads=[_RUNS.value])
-    table = tables.load(_RUNS.value).where(**fit_flags.pairs("where", _WHERE.value))
+    table = tables.load(_RUNS.value).where(**pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
     processes = min(_PROCESSES.value, os.cpu_count() or 1)
     options = {"bootstrap": _BOOTSTRAP.value, "seed": _SEED.value, "names": _LAWS.value, "processes": processes}

@@ -5,7 +5,7 @@ import pytest
 
 from analysis import laws
 from analysis.laws import derived, paper
-from analysis.laws import law as law_lib
+from analysis.laws.law import MIN_FRACTION, LawError, fraction
 
 PAPER = laws.published("unified")
 PARTS = ("w", "a", "kv")
@@ -24,8 +24,8 @@ def test_published_constants_give_the_effective_share_of_parameters(bits, share)
 @pytest.mark.parametrize(("part", "zero"), [("a", 3.11), ("kv", 2.32), ("w", 0.81)])
 def test_a_part_has_no_capacity_left_at_its_zero_and_is_clipped_below_it(part, zero):
     gamma, n = PAPER[f"gamma_{part}"], PAPER[f"n_{part}"]
-    assert law_lib.fraction(zero + 0.05, gamma, n) > law_lib.MIN_FRACTION
-    assert law_lib.fraction(zero - 0.05, gamma, n) == law_lib.MIN_FRACTION
+    assert fraction(zero + 0.05, gamma, n) > MIN_FRACTION
+    assert fraction(zero - 0.05, gamma, n) == MIN_FRACTION
     assert np.isfinite(
         laws.predict("precision", laws.published("precision"), N=1e8, D=1e10, **{f"P_{part}": zero - 0.5})
     )
@@ -98,7 +98,7 @@ def test_capacity_from_gaussian_error_is_its_formula_and_needs_no_error_column()
     np.testing.assert_allclose(got, [8.5, 4 / np.sqrt(share) + 4.5, 4 / share + 4.5])
     by_bits = laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=[16, 8, 4, 3], P_a=16, P_kv=16)
     assert by_bits[0] == pytest.approx(8.5) and np.all(np.diff(by_bits) > 0)
-    with pytest.raises(law_lib.LawError, match=r"no integer format has 4\.5 bits"):
+    with pytest.raises(LawError, match=r"no integer format has 4\.5 bits"):
         laws.predict("capacity_gmse", params, N=1e4, D=1e8, P_w=4.5)
 
 

@@ -4,16 +4,15 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from analysis import laws
 from analysis import table as tables
 from analysis.fitting import crossval
 from analysis.fitting.caveats import mixed_rows, shared_names
 from analysis.fitting.differences import Difference, Errors, order_and_differences
-from analysis.fitting.forms import KINDS, UNBIASED, all_names, held_by, kinds_of, named, of_high_precision
+from analysis.fitting.forms import KINDS, Form, all_names, held_by, kinds_of, named, of_high_precision
 from analysis.fitting.identifiability import identify
 from analysis.fitting.levenberg_marquardt import residuals
 from analysis.fitting.multiplicativity import Multiplicativity, multiplicativity
@@ -22,7 +21,7 @@ from analysis.fitting.nested import NestedTest, ratio_test
 from analysis.fitting.options import FitError, Options
 from analysis.fitting.setup import Setup, set_up
 from analysis.fitting.statistics import r_squared, rms
-from analysis.laws.law import Law, LawError
+from analysis.laws.law import LawError
 from analysis.table.expression import rows_where
 
 ROW = "row of the table"  # a column that identifies a row of the table among the rows of every law
@@ -112,25 +111,20 @@ def compare(
     for text in (fit_where, test_where):
         if text is not None:
             rows_where(text, table.deltas())
-    names = names or all_names()
-    high = low and sum(of_high_precision(named(name).law) for name in names) > 1
+    forms = [named(name) for name in names or all_names()]
+    high = low and sum(of_high_precision(form.law) for form in forms) > 1
     fitted: list[Judged] = []
     skipped = {}
-    for name in names:
-        form = named(name)
-        of_law = dataclasses.replace(
-            _options_for(form.law, options),
-            biased=form.biased and options.biased,
-            freed=tuple(dict.fromkeys((*form.freed, *_options_for(form.law, options).freed))),
-        )
+    for form in forms:
         for law, kind in kinds_of(form.law, low, high):
+            judged = dataclasses.replace(form, law=law)
             try:
-                fitted.append(_judge(law, kind, table, of_law, starts, seed, name, (fit_where, test_where)))
+                fitted.append(_judge(judged, kind, table, options, starts, seed, (fit_where, test_where)))
             except (FitError, LawError) as error:
-                skipped[name] = str(error)
+                skipped[form.name] = str(error)
     if not fitted:
         raise FitError(f"no law can be fitted to {table.source}: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
-    rows = []
+    rows: list[Row] = []
     for kind in KINDS:
         group = [entry for entry in fitted if entry.row.kind == kind]
         errors = [_by_row(entry.setup, entry.held) for entry in group]
@@ -144,75 +138,62 @@ def compare(
             why = "no law of training precision was compared"
     except FitError as error:
         why = str(error)
+    notes = _notes(fitted, options, low)
+    return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), notes, _nested(fitted))
+
+
+def _notes(fitted: Sequence[Judged], options: Options, low: bool) -> tuple[str, ...]:
+    """What a reader must know of the comparison; `low`: the table has rows of low precision."""
     notes = []
-    for law in {row.law: laws.LAWS[row.law] for row in rows if row.law in laws.LAWS}.values():
-        if low and law.baseline:
-            notes.append(
-                f"{law.name} is fitted to rows of every precision here, as the law in which precision has no effect"
-            )
+    setups = [entry.setup for entry in fitted]
+    for name in dict.fromkeys(setup.law.name for setup in setups if setup.law.baseline and low):
+        notes.append(f"{name} is fitted to rows of every precision here, as the law in which precision has no effect")
     if any(entry.row.kind == "high" for entry in fitted):
         notes.append("laws that describe 16 bits alone are judged on those rows")
     if options.loss == "huber":
         notes.append("AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits")
     notes.append("AIC and BIC count rows as independent; rows after PTQ of one run are not")
-    setups = [entry.setup for entry in fitted]
     notes += dict.fromkeys(note for setup in setups for note in (*mixed_rows(setup), *shared_names(setup)))
     notes.append("mean |error| is over the held-out rows that every law of the kind can predict")
-    return Comparison(tuple(rows), skipped, test, why, dict(table.left_out), tuple(notes), _nested(fitted))
-
-
-def _options_for(law: Law, options: Options) -> Options:
-    """The options of this law: without constants and ties of parameters that it does not have."""
-    known = set(law.names)
-    return dataclasses.replace(
-        options,
-        fixed={k: v for k, v in options.fixed.items() if k in known},
-        tied={k: v for k, v in options.tied.items() if {k, v} <= known},
-        freed=tuple(name for name in options.freed if name in known),
-        stages="joint",
-    )
+    return tuple(notes)
 
 
 def _judge(
-    law: Law,
+    form: Form,
     kind: str,
     table: tables.Table,
     options: Options,
     starts: int | None,
     seed: int,
-    name: str,
     wheres: tuple[str | None, str | None],
 ) -> Judged:
+    """Fits the form and predicts held-out rows. Raises FitError where the table makes it another, smaller form."""
     began = time.monotonic()
-    setup = set_up(law, table, options)
+    law, of_form = form.law, form.options(options)
+    setup = set_up(law, table, of_form)
     more = (crossval.chosen(setup, *wheres),) if any(wheres) else ()
     if law.effects and law.family is None and all(name in setup.constants for name in law.effects):
         raise FitError("no parameter beyond those of chinchilla is informed: on this table it is chinchilla")
-    if name.endswith(UNBIASED):
-        with_biases = set_up(law, table, dataclasses.replace(options, biased=True))
+    if not form.biased:
+        with_biases = set_up(law, table, dataclasses.replace(of_form, biased=True))
         if set(law.biases) <= set(with_biases.unidentified):
             raise FitError("no bias is informed: on this table the form with biases has none either")
     best = search(setup, starts, seed)
     verdict = identify(setup, best.theta_F, profile=False)
     held = crossval.held_out(setup, best.theta_F, seed=seed, more=more)
-    error_n = residuals(setup.problem, best.theta_F)
-    n, k = len(error_n), len(setup.free)
-    if options.loss == "huber":
-        minus_two_log_likelihood = 2 * n * (1 + math.log(2 * max(float(np.mean(np.abs(error_n))), 1e-300)))
-    else:
-        minus_two_log_likelihood = n * (1 + math.log(2 * math.pi * max(float(np.mean(error_n**2)), 1e-300)))
     predicted = setup.predicted(best.theta_F)
+    aic, bic = _information(residuals(setup.problem, best.theta_F), options.loss, len(setup.free))
     row = Row(
-        law=name,
+        law=form.name,
         kind=kind,
-        n=n,
-        k=k,
+        n=setup.problem.rows,
+        k=len(setup.free),
         unidentified=tuple({**setup.unidentified, **verdict.unidentified}),
         r2=r_squared(setup.observed_n, predicted),
         mse=float(np.mean((setup.observed_n - predicted) ** 2)),
         objective=best.objective,
-        aic=minus_two_log_likelihood + 2 * (k + 1),
-        bic=minus_two_log_likelihood + math.log(n) * (k + 1),
+        aic=aic,
+        bic=bic,
         held_out=_by_scheme({scheme: found.error_n for scheme, found in held.items()}, setup.rows["N"]),
         served=_by_scheme({scheme: found.served_m for scheme, found in held.items()}, setup.every_row["N"]),
         r2_held_out=_r2_held_out(setup, held),
@@ -223,6 +204,19 @@ def _judge(
         left_out=dict(setup.left_out),
     )
     return Judged(row, setup, best.theta_F, held)
+
+
+def _information(error_n: np.ndarray, loss: str, free: int) -> tuple[float, float]:
+    """AIC and BIC of a fit with these residuals, Laplace distributed under Huber's loss, normal under least squares.
+
+    The scale of the errors is one more parameter.
+    """
+    n, k = len(error_n), free + 1
+    if loss == "huber":
+        minus_two_log_likelihood = 2 * n * (1 + math.log(2 * max(float(np.mean(np.abs(error_n))), 1e-300)))
+    else:
+        minus_two_log_likelihood = n * (1 + math.log(2 * math.pi * max(float(np.mean(error_n**2)), 1e-300)))
+    return minus_two_log_likelihood + 2 * k, minus_two_log_likelihood + math.log(n) * k
 
 
 def _by_scheme(errors: dict[str, np.ndarray], size_n: np.ndarray) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from analysis import laws
+from analysis.fitting.options import Options
 from analysis.laws.law import OUTER_EXPONENT, Law, LawError
 
 UNBIASED = "_unbiased"  # ends the name of a law whose biases n are 0
@@ -19,22 +20,35 @@ KINDS = {
 class Form:
     """A law as it is compared: with or without its biases, and with parameters freed."""
 
+    name: str
     law: Law
     biased: bool = True
     freed: tuple[str, ...] = ()
+
+    def options(self, options: Options) -> Options:
+        """The options of a comparison for this form: fitted jointly, without parameters that its law does not have."""
+        known = set(self.law.names)
+        return dataclasses.replace(
+            options,
+            fixed={k: v for k, v in options.fixed.items() if k in known},
+            tied={k: v for k, v in options.tied.items() if {k, v} <= known},
+            freed=tuple(dict.fromkeys((*self.freed, *(name for name in options.freed if name in known)))),
+            biased=self.biased and options.biased,
+            stages="joint",
+        )
 
 
 def named(name: str) -> Form:
     """The form of that name. Raises LawError for an unknown name, and for a form that the law does not have."""
     if name in laws.LAWS:
-        return Form(laws.get(name))
+        return Form(name, laws.get(name))
     inner = name.removesuffix(OUTER)
     law = laws.get(inner.removesuffix(UNBIASED))
     if inner.endswith(UNBIASED) and not law.biases:
         raise LawError(f"{name}: {law.name} has no biases to leave out")
     if name.endswith(OUTER) and not law.frees_outer_exponent:
         raise LawError(f"{name}: {law.name} has no outer exponent {OUTER_EXPONENT} to free")
-    return Form(law, not inner.endswith(UNBIASED), (OUTER_EXPONENT,) if name.endswith(OUTER) else ())
+    return Form(name, law, not inner.endswith(UNBIASED), (OUTER_EXPONENT,) if name.endswith(OUTER) else ())
 
 
 def all_names() -> tuple[str, ...]:

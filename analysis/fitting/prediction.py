@@ -8,7 +8,7 @@ import numpy as np
 from analysis import laws
 from analysis.fitting.fit import Fit
 from analysis.fitting.options import FitError
-from analysis.fitting.residual import measurement
+from analysis.fitting.residual import OF_DELTA, measurement
 from analysis.fitting.rows import with_derived
 from analysis.fitting.statistics import percentiles
 from analysis.laws.law import AFTER_PTQ
@@ -139,7 +139,7 @@ def _served_losses(
 
 def _with_before(out: Predictions, fit: Fit, rows: Table, known_n, loss_fit: Fit | None, rng) -> None:
     """Loss before PTQ (`known_n`, or predicted by `loss_fit`) plus δ, for rows that the fits describe."""
-    of_delta = fit.reporting.get("delta_residual") in ("log_delta", "floored")
+    of_delta = fit.reporting.get("delta_residual") in OF_DELTA
     for block, at in zip(_blocks(rows), _blocks_of(len(rows)), strict=True):
         delta_n, delta_Rxn = _evaluate(fit, block, "delta")
         if loss_fit is None:
@@ -183,7 +183,7 @@ def _measured(fit: Fit, rows: str, predicted_Rxn: np.ndarray, rng: np.random.Gen
     if not residuals:
         return predicted_Rxn
     kind = how.get("residual") or "log_loss"
-    if rows == "after" and how.get("delta_residual") in ("log_delta", "floored"):
+    if rows == "after" and how.get("delta_residual") in OF_DELTA:
         kind = how["delta_residual"]
     drawn = rng.choice(np.asarray(residuals), predicted_Rxn.shape)
     return measurement(kind, predicted_Rxn, drawn, how.get("delta_floor"))

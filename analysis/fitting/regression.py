@@ -11,7 +11,7 @@ from analysis import laws
 from analysis.fitting.levenberg_marquardt import Problem
 from analysis.fitting.options import Options
 from analysis.fitting.parameters import to_theta
-from analysis.fitting.residual import compared, slope, transform
+from analysis.fitting.residual import OF_DELTA, compared, slope, transform
 from analysis.fitting.rows import Chosen
 from analysis.laws.law import Law
 
@@ -66,7 +66,7 @@ def problem_of(
         if rows is None:
             continue
         data[name] = laws.complete_columns(law, rows.columns)
-        of_delta = kind in ("log_delta", "floored")
+        of_delta = kind in OF_DELTA
         value = rows["delta"] if of_delta else rows["loss"]
         target.append(compared(kind, value, floor))
         if options.sigma_column:

@@ -9,6 +9,7 @@ import numpy as np
 
 RESIDUALS = ("log_loss", "loss")
 DELTA_RESIDUALS = ("log_delta", "log_loss", "floored")
+OF_DELTA = ("log_delta", "floored")  # those that compare δ itself, not the loss as served
 
 
 def transform(kind: str, log_value, floor, xp=np):

@@ -15,12 +15,11 @@ from analysis.fitting.fit import Fit
 from analysis.laws import derived
 from analysis.laws.law import HIGH_PRECISION_BITS, PARTS, Law
 from analysis.planning.fitted import FittedLaw
-from analysis.table import FORMAT_COLUMNS
+from analysis.table.columns import FORMAT_COLUMNS, is_of_format
 from analysis.wording import parts_text
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import Format
 
-READ_OF_FORMAT = ("s_", "gmse_")  # how columns begin that a format determines beyond its bits
 PLANNED = ("N", "D", "P_w", "P_a", "P_kv", "P_post")  # columns that a plan chooses
 
 
@@ -133,7 +132,7 @@ class Surface:
 
     @property
     def _of_formats(self) -> list[str]:
-        return [name for name in self.law.columns if name.startswith(READ_OF_FORMAT) and name != "s_post"]
+        return [name for name in self.law.columns if is_of_format(name) and name != "s_post"]
 
     @property
     def reads_formats(self) -> bool:
