@@ -5,8 +5,8 @@ Train one model:
     python -m precision_scaling.train --config=configs/base.py --workdir=runs/first
 
 Any option can be set on the command line, e.g. --config.model.size=100k --config.precision.weights=int4
---config.train.tokens=1e6 --config.ptq.methods=gptq,rtn; options.py says what each may be. Expected with the defaults on
-two CPU cores: one minute, validation loss 2.0.
+--config.train.tokens=1e6 --config.ptq.methods=gptq,rtn; options.py has the values that each may have. Expected with the
+defaults on two CPU cores: one minute, validation loss 2.0.
 """
 
 import ml_collections
@@ -17,8 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
     c.data = ml_collections.ConfigDict()
-    # Corpus: the standard library found here, that and all installed packages ("python_stdlib/packages"), "dolma", or
-    # any TFDS name, e.g. "lm1b".
+    # Corpus: the sources of Python's standard library on this machine, with those of all installed packages
+    # ("python_stdlib/packages"), "dolma", or any TFDS name, e.g. "lm1b".
     c.data.name = "python_stdlib"
     # python_stdlib: a directory of Python sources instead of the standard library. dolma: a directory or pattern of its
     # json.gz shards, or a .txt file with a path or URL in each line.
@@ -29,39 +29,39 @@ def get_config() -> ml_collections.ConfigDict:
     # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=ID" where
     # its end-of-text has none of the usual names.
     c.data.tokenizer = "bytes"
-    c.data.validation_fraction = 0.05  # share of documents held out, chosen by a hash of their content
+    c.data.validation_fraction = 0.05  # share of documents held out, by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents
-    c.data.hash = ""  # hash that the corpus must have (the column `corpus` of the table); empty: any
+    c.data.hash = ""  # required hash of the corpus (the table's column `corpus`); empty: any
     c.data.cache_dir = ""  # token files and datasets; empty: precision_scaling below $XDG_CACHE_HOME or ~/.cache
     c.data.tfds_dir = ""  # TFDS data_dir of datasets other than python_stdlib; empty: below cache_dir
     c.data.beam_options = ""  # flags of Apache Beam, which prepares dolma, e.g. "--runner=DataflowRunner --project=..."
-    c.data.workers = 0  # processes that tokenize a corpus; 0: one per core. The tokens do not depend on it
+    c.data.workers = 0  # processes that tokenize; 0: one per core. The tokens do not depend on it
 
     c.model = ml_collections.ConfigDict()
-    # Fixes width, depth, heads and hidden; the names are in model/sizes.py. Empty: those four say it. A
-    # model with another number of parameters than its size has is called by that.
+    # Sets width, depth, heads and mlp_width; the names are in model/sizes.py. Empty: they must be set. A model whose
+    # number of parameters is not that of its size is named by the number.
     c.model.size = "25k"
     c.model.width = 0  # 0: by size. Width of the residual stream
     c.model.depth = 0  # 0: by size. Number of layers
     c.model.heads = 0  # 0: by size. Attention heads; must divide the width into even parts
     c.model.kv_heads = 0  # 0: as many as heads. Heads of keys and values (grouped queries); a divisor of heads
     c.model.head_width = 0  # 0: width / heads. Width of a head, even
-    c.model.mlp_width = 0  # 0: by size, or 8/3 of a width that is set. Width inside the SwiGLU MLP
+    c.model.mlp_width = 0  # 0: by size, or 8/3 of a width that is set. Width of the SwiGLU MLP
     c.model.vocab_size = 0  # 0: the tokenizer's. Rows of the embedding, at least as many as the tokenizer has ids
     c.model.sequence_length = 64  # tokens per sequence
-    c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are float32 always
+    c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
-    # Stretched wavelengths: "linear:FACTOR", or Llama 3.1's "llama3:FACTOR,LOW,HIGH,ORIGINAL_LENGTH". Empty: they stay.
+    # Stretched wavelengths: "linear:FACTOR", or Llama 3.1's "llama3:FACTOR,LOW,HIGH,ORIGINAL_LENGTH". Empty: none.
     c.model.rope_scaling = ""
-    c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as OLMo 2 has it
-    c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as OLMo has it
+    c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as in OLMo 2
+    c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as in OLMo
     # Norm of queries and keys before they are rotated: "none", "projection" (all heads, OLMo 2) or "head" (Qwen 3).
     c.model.qk_norm = "none"
     c.model.norm_epsilon = 1e-5  # added to the mean square in every norm
-    c.model.qkv_bias = False  # biases of queries, keys and values, as Qwen 2 has them
-    c.model.tie_embeddings = False  # the head multiplies by the embedding's table; N counts neither
-    # What the backward pass recomputes, for less memory: "none", "dots" (all but the projections' products), or "full"
-    # (each block from its input, a third more time).
+    c.model.qkv_bias = False  # biases of queries, keys and values, as in Qwen 2
+    c.model.tie_embeddings = False  # the head shares the embedding's weights; N counts neither
+    # What the backward pass recomputes to save memory: "none", "dots" (all but the products of projections), or "full"
+    # (each block from its input; a third more time).
     c.model.remat = "none"
     # depth-µP equals the standard parametrization at this size's width and depth. Empty: at the model's own.
     c.model.base_size = "25k"
@@ -79,16 +79,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.k = ""  # keys; k and v are the KV cache (P_kv)
     c.precision.v = ""  # values
     c.precision.p = ""  # attention probabilities
-    c.precision.embedding = ""  # the embedding's table; no preset quantizes it, nor the head
+    c.precision.embedding = ""  # the embedding; no preset quantizes it, nor the head
     c.precision.head_weights = ""  # kernel of the head
     c.precision.head_activations = ""  # inputs of the head
-    # What shares one scale: "tensor", "token", "channel" (weights: one per output channel), or "group:32", any number
-    # of elements along the contraction. Block formats have groups of their own.
+    # Elements that share a scale: "tensor", "token", "channel" (weights: an output channel), or "group:32" (any
+    # number of elements along the contraction). Block formats have groups of their own.
     c.precision.weights_granularity = ""  # paper: "channel"
     c.precision.activations_granularity = ""  # paper: "tensor"
     c.precision.attention_granularity = ""  # of q, k, v and p; paper: "tensor"
-    c.precision.embedding_granularity = ""  # paper: "token", one per row of the table
-    # "nearest" or "stochastic" (unbiased, a new draw at each step; evaluation rounds to nearest).
+    c.precision.embedding_granularity = ""  # paper: "token", one per row
+    # "nearest" or "stochastic" (unbiased, redrawn at each step; evaluation rounds to nearest).
     c.precision.weights_rounding = ""
     c.precision.activations_rounding = ""
     c.precision.attention_rounding = ""
@@ -120,34 +120,32 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.peak_lr = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
-    # After warm-up: "cosine", "linear", "constant", or "wsd" (stable, then a line down over the last decay_fraction).
+    # After warm-up: "cosine", "linear", "constant", or "wsd" (constant, then linear over the last decay_fraction).
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
     c.optimizer.warmup_steps = 0  # 0: by warmup_fraction. With it, wsd and constant runs share their first steps
-    c.optimizer.decay_fraction = 0.2  # share of the steps that a wsd schedule spends on its way down
-    c.optimizer.final_fraction = 0.1  # schedules that fall end at this fraction of the peak
+    c.optimizer.decay_fraction = 0.2  # share of the steps in which a wsd schedule decays
+    c.optimizer.final_fraction = 0.1  # decaying schedules end at this fraction of the peak
     c.optimizer.beta1 = 0.9
     c.optimizer.beta2 = 0.95
     c.optimizer.epsilon = 1e-15
     c.optimizer.weight_decay = 0.1  # decoupled
-    c.optimizer.decay_pattern = (
-        "kernel|embedding"  # weight decay acts on parameters whose path this regex finds: no norms
-    )
+    c.optimizer.decay_pattern = "kernel|embedding"  # regex on the paths of parameters that decay: all but norms
     c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
 
     c.train = ml_collections.ConfigDict()
     c.train.tokens = 1_000_000  # D, rounded down to whole batches
     c.train.batch_size = 16  # sequences per step
-    c.train.microbatches = 1  # parts a batch is computed in, one after the other; scales are per part
+    c.train.microbatches = 1  # parts that a batch is computed in, one after another; scales are per part
     c.train.seed = 0  # initialization and data order
     c.train.log_every = 50  # steps between lines of metrics.jsonl
-    c.train.trackers = ()  # where these lines go, too: "tensorboard", "wandb"
-    c.train.checkpoint_seconds = 60.0  # at most this much work is lost when a process is killed
-    # Times that a run whose loss or gradient is not finite goes back to its last checkpoint and on without that batch;
-    # 0: it ends there.
+    c.train.trackers = ()  # also log to "tensorboard", "wandb"
+    c.train.checkpoint_seconds = 60.0  # between checkpoints: work lost when a process is killed
+    # How often a run whose loss or gradient is not finite returns to its last checkpoint and skips that batch; 0: it
+    # ends there.
     c.train.rewinds = 0
-    c.train.steps_per_dispatch = 100  # steps on the device between two looks from the host, at most (or ten seconds)
+    c.train.steps_per_dispatch = 100  # steps per dispatch to the device, at most (or ten seconds)
 
     c.evaluate = ml_collections.ConfigDict()
     c.evaluate.sequences = 512  # fixed validation sequences, spread over the held-out documents
@@ -158,28 +156,28 @@ def get_config() -> ml_collections.ConfigDict:
     # kv_cache (keys and values alone). Empty: none.
     c.ptq.methods = ("gptq", "rtn")
     c.ptq.bits = (3, 4, 5, 6)  # bit-widths of integer grids, 2 to 8
-    c.ptq.calibration_sequences = 128  # training sequences that Hessians and magnitudes are made from
-    c.ptq.damping = 0.01  # added to the Hessian's diagonal, a fraction of its mean
-    # Rows made with other values of these stand beside each other; an option that a method lacks does not touch it.
+    c.ptq.calibration_sequences = 128  # training sequences for Hessians and magnitudes
+    c.ptq.damping = 0.01  # fraction of the mean of the Hessian's diagonal added to it
+    # Rows of different values of these stand beside each other; a method ignores options that it does not have.
     c.ptq.group_size = 0  # inputs that share a scale in an output channel; 0: all of them
     c.ptq.symmetric = True  # levels ±(2^(b-1) - 1); False: 2^b levels from a zero point
-    c.ptq.act_order = False  # GPTQ takes the inputs by falling size
-    c.ptq.clip = False  # shrink ranges to the least squared rounding error; AWQ always has its own search
-    c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range that moves into the kernels
-    c.ptq.granularity = "tensor"  # what shares a scale in activations, keys and values: "tensor" or "token"
+    c.ptq.act_order = False  # GPTQ: inputs by decreasing Hessian diagonal
+    c.ptq.clip = False  # clip ranges to the least squared rounding error; AWQ has a search of its own
+    c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range moved into the kernels
+    c.ptq.granularity = "tensor"  # scales of activations, keys and values: per "tensor" or "token"
 
     c.study = ml_collections.ConfigDict()
-    # Runs of one shape that train at once (vmap), fewer where the devices' memory holds fewer; results do not change.
+    # Runs of one shape that train at once (vmap), fewer where memory holds fewer; the results are the same.
     c.study.lanes = 4
-    # Named parts of the grid; each is the product of its lists. Empty: the one run that the options above describe.
+    # Named parts of the grid, each the product of its lists. Empty: one run, with the options above.
     c.study.grid = ml_collections.ConfigDict()
 
-    # Devices along each axis of the mesh; one may be -1, the devices that are left. Results differ by rounding alone.
+    # Devices along each axis of the mesh; one may be -1: all that are left. Results differ by rounding only.
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.run = 1  # the runs that train at once are spread over it; divides study.lanes
-    c.mesh.data = -1  # each has a part of the batch
-    c.mesh.fsdp = 1  # the same, and a part of the parameters and of the optimizer's state
-    c.mesh.tensor = 1  # each has a part of every layer's heads and hidden units; divides the heads
+    c.mesh.run = 1  # runs that train at once; divides study.lanes
+    c.mesh.data = -1  # parts of the batch
+    c.mesh.fsdp = 1  # parts of the batch, of the parameters and of the optimizer state
+    c.mesh.tensor = 1  # parts of each layer's heads and MLP; divides the heads
 
     c.compilation_cache = ""  # compiled programs; empty: xla beside the token files, "none": no cache
     c.lock()  # a misspelt option in a config that starts from this one is an error
@@ -198,9 +196,9 @@ def grid(
     """One part of a study's grid: every size × token budget × precision × seed.
 
     precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
-    kv (keys and values), g (incoming gradients of the projections), or q, k, v, p one by one; e.g. "w4", "a6",
-    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training, too. schedules: of the
-    learning rate, each for every run; empty: config.optimizer.schedule.
+    kv (keys and values), g (incoming gradients of the projections), or q, k, v, p individually; e.g. "w4", "a6",
+    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training. schedules: of the learning
+    rate, one run for each; empty: config.optimizer.schedule.
     """
     return ml_collections.ConfigDict(
         {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq, "schedules": schedules}

@@ -1,7 +1,7 @@
 """The flags that commands share: --workdir, and --config=FILE with its overrides --config.section.option=VALUE.
 
-The overrides are those of ml_collections, with one line for every mistake in the file or in a name, and with lists and
-whole numbers written as people write them.
+The overrides are those of ml_collections. A mistake in the file or in a name is one line; lists may be written
+gptq,rtn and whole numbers 1e6.
 """
 
 import ast

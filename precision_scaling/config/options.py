@@ -1,7 +1,7 @@
-"""What every option of a config may be: its name and type as in configs/base.py, its values by `RULES`.
+"""What every option of a config may be: its name and type as in base.py, its values by `RULES`.
 
-`experiment.resolve` checks a config with it before anything else; what options mean to each other is checked there. An
-option of base.py without a rule still has its name, its type and, as a number, its finiteness checked.
+`experiment.resolve` checks a config with it before anything else, and then what options mean to each other. Of options
+without a rule, the name, the type and, for a number, finiteness are checked.
 """
 
 import difflib
@@ -38,7 +38,7 @@ MOST_TOKENS = 2**53  # whole numbers up to here are exact as floats, too
 
 
 class Rule(NamedTuple):
-    """The values of an option, of the right type, in words and as a predicate."""
+    """The values that an option may have, in words and as a predicate on values of its type."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -81,7 +81,7 @@ _FRACTION = _number(0, 1)
 _BELOW_1 = Rule("a number from 0 up to, but not, 1", lambda x: 0 <= x < 1)
 _COUNT = _whole(1)
 
-# Of every option but those of `precision`, which `precision.check` knows, and those that are true or false.
+# Of every option but those of `precision`, which `parsing.check` has, and those that are true or false.
 RULES = {
     "data.name": _NOT_EMPTY,
     "data.root": _ANY,
@@ -107,7 +107,7 @@ RULES = {
     "model.sequence_length": _whole(1, 2**24),
     "model.dtype": _one_of(DTYPES),
     "model.rope_theta": _ABOVE_0,
-    "model.rope_scaling": _ANY,  # `rope.parse` knows
+    "model.rope_scaling": _ANY,  # `rope.parse` has its rule
     "model.norm_placement": _one_of(decoder.NORM_PLACEMENTS),
     "model.norm_type": _one_of(decoder.NORM_TYPES),
     "model.qk_norm": _one_of(decoder.QK_NORMS),
@@ -169,8 +169,8 @@ def _defaults() -> ml_collections.ConfigDict:
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for the first option that configs/base.py does not have, that is missing, or whose value has
-    another type than there or is not one that its rule allows."""
+    """Raises ConfigError for the first option that is unknown, missing, of another type than in base.py, or that has a
+    value which its rule does not allow."""
     check_names(config)
     for name, default in _leaves(_defaults()):
         check_option(name, _get(config, name), type(default))
@@ -180,15 +180,14 @@ def check(config: Any) -> None:
 
 
 def check_names(config: Any) -> None:
-    """Raises ConfigError where a config's sections and options are not those of configs/base.py."""
+    """Raises ConfigError where a config's sections and options are not those of base.py."""
     _check_names(config, _defaults(), "")
 
 
 def check_option(name: str, value: Any, kind: type | None = None, shown: str = "") -> None:
     """Raises ConfigError for a value that the option cannot have.
 
-    kind: the type of its default; None takes it from configs/base.py. shown: the name in the message, for a flag that
-    stands for the option.
+    kind: the type of its default; None: looked up in base.py. shown: the name in the message, such as that of a flag.
     """
     kind = kind or type(_get(_defaults(), name))
     rule = RULES.get(name, Rule(_TYPES[kind], lambda value: True))
@@ -203,7 +202,7 @@ def check_ptq(options: Mapping[str, Any]) -> None:
 
 
 def unknown(section: Any, prefix: str, name: object) -> str:
-    """What to say of an option that a section does not have: the nearest that there is, and all of the section."""
+    """The message for an unknown option: the nearest known one, and all that the section has."""
     everywhere = {key.rpartition(".")[2]: key for key, _ in _leaves(_defaults())}
     closest = lambda names, cutoff: difflib.get_close_matches(str(name), list(names), 1, cutoff)
     near = [f"{prefix}{key}" for key in closest(section, 0.8)]
@@ -214,7 +213,7 @@ def unknown(section: Any, prefix: str, name: object) -> str:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of an option's type. A number is finite, and may be whole; of a tuple each element counts."""
+    """Whether a value has an option's type. Numbers are finite, floats may be whole; of tuples, each element counts."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is tuple:
@@ -225,7 +224,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(name, default) of every option that has a value; the grid has none."""
+    """(name, default) of every option; the grid is empty."""
     for key, value in tree.items():
         if isinstance(value, ml_collections.ConfigDict):
             yield from _leaves(value, f"{prefix}{key}.")

@@ -3,9 +3,9 @@
     python -m precision_scaling.huggingface import --model=OLMo-2-0425-1B --tokens=4e12 --workdir=runs/olmo2
     python -m precision_scaling.ptq --workdir=runs/olmo2 --method=gptq --bits=3,4,5,6
 
-The first command takes this config by default. Its model section is replaced by the model's own, but dtype and remat.
-Expected: δ falls with the bits by about e^(-P/0.6). Name a corpus like the model's own training text: the embedded one
-is Python sources, --config.data.name=c4 --config.data.validation_split=validation is what most papers measure on.
+The first command takes this config by default. Of its model section only dtype and remat count.
+Expected: δ falls with the bits by about e^(-P/0.6). Name a corpus like the model's training text: the embedded one is
+Python sources; most papers measure on --config.data.name=c4 --config.data.validation_split=validation.
 """
 
 import ml_collections

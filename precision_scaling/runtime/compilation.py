@@ -1,4 +1,4 @@
-"""How programs are compiled: a persistent cache of them, and the optimization level that pays on each backend."""
+"""How programs are compiled: a persistent cache, and an optimization level for each backend."""
 
 import jax
 
@@ -18,9 +18,9 @@ def jit(function, level: int = 2, **options):
 
 
 def use_cache(path: str) -> None:
-    """Keeps compiled programs in a directory for later processes; "": the user's cache, "none": nowhere.
+    """Keeps compiled programs in a directory for later processes; "": in the user's cache, "none": not at all.
 
-    UserError where there is no such directory and none can be made.
+    ConfigError where the directory cannot be made.
     """
     if path == "none":
         return

@@ -1,8 +1,7 @@
 """Files that outlive a process: written whole or not at all, sealed with a fingerprint, and read if they are files.
 
-Everything that a run, a study or a token cache leaves behind is written and read through here. The directory may be
-shared with other users: nothing is written through a link that somebody else has put there, and nothing that never
-ends, such as a pipe, is read.
+All files of runs, studies and token caches are written and read here. A directory may be shared with other users:
+nothing is written through a link, and nothing that may never end, such as a pipe, is read.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ class NotAFile(UserError):
 
 
 def read(path: Path | str) -> bytes:
-    """All of a regular file. NotAFile at once for anything else; OSError, which names the file, as ever."""
+    """All of a regular file. NotAFile at once for anything else; OSErrors name the file."""
     with naming(path), open_regular(path) as file:
         return file.read()
 
@@ -68,14 +67,14 @@ def check_regular(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Opens a regular file to be read. NotAFile for anything else, a link to it included."""
-    check_regular(path)  # before it is opened, which some devices take for an order
+    """Opens a regular file, or a link to one, for reading. NotAFile for anything else."""
+    check_regular(path)  # first: opening a device may have effects
     return _open(path, os.O_RDONLY)
 
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """A file to add to, made where there is none. NotAFile for anything else, links included."""
+    """A file to append to, made if missing. NotAFile for anything else, links included."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_than_file(path)
@@ -85,12 +84,11 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well: a reader, now or after a crash, sees all of
+    """A new file that replaces `path` when the block ends without an error: a reader, now or after a crash, sees all of
     it or what was there before.
 
-    Until then it has a name that nobody can foresee, beside `path`. What processes that were killed have left of such
-    files is removed: their age and a lock tell them from those of the living. NotAFile where `path` is no file.
-    OSErrors name it.
+    Until then it has an unpredictable name beside `path`. Such files of killed processes are removed; their age and a
+    lock distinguish them from those in use. NotAFile where `path` is no file. OSErrors name it.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,18 +122,18 @@ def copy(source: Path, target: Path) -> None:
 
 def write_sealed(path: Path, record: Mapping[str, Any], indent: int | None = 1) -> None:
     """Writes a record as a JSON object with the fingerprint of its content."""
-    plain = json.loads(json.dumps(record))  # tuples and keys as they will be read
+    plain = json.loads(json.dumps(record))  # with tuples and keys as they will be read
     atomic_write(path, json.dumps({**plain, FINGERPRINT: fingerprint(plain)}, indent=indent) + "\n")
 
 
 def read_sealed(path: Path, older: Callable[[Any], bool] = lambda found: False) -> Any:
     """The record that `write_sealed` wrote.
 
-    older: whether what was found is a whole file of the time before there were fingerprints; such a file is taken as
-    it is, with a warning.
+    older: recognizes files from before there were fingerprints, which are accepted with a warning.
 
     Raises:
-      ValueError: content that is not what was written; one line, without the path. NotAFile; OSError, which name it.
+      ValueError: the content is not what was written; one line, without the path.
+      NotAFile, OSError: these name the path.
     """
     try:
         found = json.loads(read(path).decode("utf-8"))
@@ -169,18 +167,18 @@ def fingerprint(plain: Any) -> str:
 
 
 def open_lock(path: Path) -> BinaryIO:
-    """A file to hold locks on, made where there is none. NotAFile for anything else, links included."""
+    """A file to lock, made if missing. NotAFile for anything else, links included."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_than_file(path)
         try:
             return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        except PermissionError:  # of another user: a lock on it can be had all the same
+        except PermissionError:  # another user's can be locked, too
             return _open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether a lock could be had at once. OSError where the file system has none."""
+    """Takes a lock if it is free; whether it was. OSError where the file system has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
@@ -190,7 +188,7 @@ def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """OSErrors raised in it name the file: those of a write to a full disk do not by themselves."""
+    """Makes OSErrors name the file, which those of a full disk do not."""
     try:
         yield
     except OSError as error:
@@ -200,7 +198,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def expanded(path: str, option: str) -> Path:
-    """A path that a user gave, with the home directory for "~". UserError for one that cannot be a path of one line."""
+    """A user's path with "~" expanded. UserError for line breaks, control characters or an unknown home directory."""
     if any(ord(character) < 32 for character in path):
         raise UserError(f"{option}={path!r}: allowed is a path without line breaks and control characters")
     try:
@@ -223,12 +221,12 @@ def user_cache(option: str) -> Path:
     return Path(base) / "precision_scaling"
 
 
-_LEFT_SECONDS = 3600  # that nothing was written to a leftover: of another machine's locks not all file systems know
+_LEFT_SECONDS = 3600  # since the last write to a leftover: not all file systems know the locks of other machines
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
 def _new_beside(path: Path) -> tuple[BinaryIO, Path]:
-    """A new file with a name of its own, locked where the file system has locks."""
+    """A new file with a unique name, locked where the file system has locks."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         file = _open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)

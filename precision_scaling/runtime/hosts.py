@@ -1,7 +1,7 @@
 """Several processes as one: how they find each other, who writes files, and what they decide together.
 
-A run on many hosts is the same program in every process; they must take the same branches. Whatever one process alone
-can know (a clock, a signal, a file system's state) therefore goes through `largest`.
+A run on many hosts is the same program in every process, and all must take the same branches. What only one process
+knows (a clock, a signal, the state of a file system) is therefore shared by `largest`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from precision_scaling.errors import UserError
 from precision_scaling.runtime.stopping import EXIT_AGAIN, Stopped
 
-# A process that stops answering is given up after so many seconds, and all others end.
+# After which a process that does not answer counts as lost, and all others end.
 HEARTBEAT_SECONDS = 30
 
 
@@ -65,9 +65,9 @@ def start(values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends this process at once where something fails in it: the others then see that it is gone and end, too.
+    """Ends this process at once when an exception is raised in the block, so that the others notice and end, too.
 
-    Without, it would first wait for them at JAX's own end, and they for it in the middle of a step.
+    JAX's own shutdown would wait for the others, while they wait for this process in the middle of a step.
     """
     try:
         yield
@@ -85,7 +85,7 @@ def together() -> Iterator[None]:
 
 
 def _another_is_gone(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that of a connection to another process."""
+    """Whether an error, or one of its causes, is that of a connection to another process."""
     words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection closed", "Connection reset", "heartbeat")
     while error is not None:
         if not isinstance(error, OSError) and any(word in str(error) for word in words):
@@ -100,13 +100,13 @@ def primary() -> bool:
 
 
 def largest(value: int) -> int:
-    """The largest of the values that the processes call this with, the same for all; every process must call it."""
+    """The largest `value` of all processes, each of which must call this."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has come here; what: names the place."""
+    """Returns when every process has called this; what: a name for the place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

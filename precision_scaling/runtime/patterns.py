@@ -1,4 +1,4 @@
-"""Regular expressions that a user gives: one line for a mistake, and a limit of time."""
+"""Regular expressions from users: one line for a mistake, and a time limit."""
 
 import contextlib
 import re
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 
 from precision_scaling.errors import UserError
 
-SECONDS = 2.0  # for all texts that a study has; an expression takes microseconds for one, or does not end
+SECONDS = 2.0  # for all texts of a study; an expression takes microseconds for one, or does not end
 
 
 def check(option: str, pattern: str, texts: Iterable[str] = ()) -> None:
-    """UserError where `pattern` is no regular expression, or one whose search of the texts takes too long.
+    """UserError where `pattern` is no regular expression, or where searching the texts takes too long.
 
-    Some, such as ([\\w-]+)+!, take twice as long for every letter more. Python's search looks for signals on its way.
+    Some, such as ([\\w-]+)+!, take twice as long for each further letter. Python's search handles signals meanwhile.
     """
     try:
         with _at_most(SECONDS):

@@ -1,6 +1,6 @@
 """A trace of a few dispatches for `--profile`: what the devices do when.
 
-`train` and `study` make one, `cohort` tells it of every dispatch.
+`train` and `study` make one; `training.cohort` runs every dispatch in it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ def define_flag(values: flags.FlagValues) -> flags.FlagHolder[int]:
 
 
 class Profile:
-    """Traces the first `dispatches`; of several processes, the first one's."""
+    """Traces the first `dispatches` dispatches of the first process."""
 
     def __init__(self, directory: Path, dispatches: int):
         self.directory = directory
@@ -29,7 +29,7 @@ class Profile:
 
     @contextlib.contextmanager
     def dispatch(self) -> Iterator[None]:
-        """Around one dispatch, up to its results on the host. Its program is compiled before."""
+        """Encloses one dispatch until its results are on the host. Its program must be compiled before."""
         if not self._left:
             yield
             return
@@ -42,13 +42,13 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is under way."""
+        """Writes the trace, if one is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
 
     def report(self) -> list[str]:
-        """A line on what is there now; none where nothing was asked for."""
+        """A line about the trace; none if none was requested."""
         traced = self._asked - self._left
         if not self._asked:
             return []

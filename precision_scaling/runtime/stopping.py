@@ -1,6 +1,6 @@
-"""Ending on request: SIGTERM (a machine that is about to be taken away) and a time limit, both between two dispatches.
+"""Stopping on request: SIGTERM (a machine that is about to be taken away) and a time limit, between two dispatches.
 
-`cohort` and `ptq.runs` ask after every piece of work that is worth keeping; the commands exit with EXIT_AGAIN.
+`training.cohort` and `study.ptq` ask after every piece of work that is worth keeping; commands exit with EXIT_AGAIN.
 """
 
 import math
@@ -9,8 +9,8 @@ import time
 
 from absl import flags
 
-EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on where this one stopped
-_STARTED = time.monotonic()  # of the process, nearly: imports come first
+EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command continues where this one stopped
+_STARTED = time.monotonic()  # shortly after the process, which imports first
 _MOST_MINUTES = 60.0 * 24 * 365
 
 
@@ -21,13 +21,13 @@ def define_flag(values: flags.FlagValues) -> flags.FlagHolder[float]:
 
 
 class Stopped(Exception):
-    """The work was ended on request; what was done is on disk."""
+    """The work was stopped on request; what was done is on disk."""
 
 
 class Stop:
-    """Whether to end, from when it is entered until it is left: outside, SIGTERM ends the process as ever.
+    """Whether to stop. Within its `with` block SIGTERM asks for it; outside, SIGTERM ends the process as usual.
 
-    minutes: time limit counted from the process's start; 0: none.
+    minutes: time limit from the start of the process; 0: none.
     """
 
     def __init__(self, minutes: float = 0.0):
@@ -49,7 +49,7 @@ class Stop:
         self._signalled = True
 
     def asked(self) -> bool:
-        """Whether a signal came, or the limit would pass if the next piece of work took as long as the longest yet."""
+        """Whether a signal came, or the next piece of work, if as long as the longest so far, would pass the limit."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked_at)
         self._asked_at = now
