@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import laws
-from analysis.laws import derived, paper
+from analysis.laws import derived, paper, synthetic
 from analysis.laws.law import MIN_FRACTION, LawError, fraction
 
 PAPER = laws.published("unified")
@@ -184,6 +184,7 @@ def test_every_law_says_what_a_user_needs(name):
         assert not p.log or p.lower > 0
         for value in (p.published, p.default, p.held):
             assert value is None or p.lower <= value <= p.upper
+    assert set(synthetic.constants(name)) >= {p.name for p in law.params if p.default is None}
     known = {*law.columns}
     assert all(set(need.columns) <= known and set(need.params) <= set(law.names) for need in law.needs)
 

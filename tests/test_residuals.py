@@ -61,6 +61,10 @@ def test_above_the_floor_delta_compares_as_its_log_and_below_as_itself():
 def test_the_floor_is_the_spread_over_seeds_at_the_most_bits():
     seeds = delta_rows([(0.5, 0.001), (0.7, 0.003), (0.6, 0.002)], (3, 8), seeds=(0, 1, 2)).deltas()
     assert noise_floor(seeds) == pytest.approx(0.001)  # of 1, 2 and 3 thousandths
+    batches = np.where(seeds["seed"] == 2, 64, 32)  # another recipe is no replicate
+    assert noise_floor(dataclasses.replace(seeds, columns={**seeds.columns, "batch_size": batches})) == pytest.approx(
+        0.001 * 2**0.5
+    )
     alone = delta_rows([(0.5, 0.001), (0.7, 0.003), (0.6, 0.002), (0.4, 0.002), (0.3, 0.001)], (3, 8))
     assert noise_floor(alone.deltas()) is None
     with pytest.raises(FitError, match="give delta_floor"):
