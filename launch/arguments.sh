@@ -48,7 +48,7 @@ directory() {
 # study_option WORD: whatever else a study is asked to do would be said only when it begins, hours later or on a slice.
 study_option() {
   case "$1" in
-    --config=?* | --config.?*=* | --workdir=?* | --only=* | --rows=* | --time_limit=* | --profile=* | --distributed) ;;
+    --config=?* | --config.?*=* | --workdir=?* | --only=* | --rows=* | --time_limit=* | --time-limit=* | --profile=* | --distributed) ;;
     --shard | --shard=*) die "$1: every process is given its own" ;;
     --config | --config.* | --workdir | --only | --rows | --time_limit | --profile) die "$1: its value is missing: $1=VALUE" ;;
     *) die "$1: allowed are --config=FILE, --config.key=value, --workdir, --only, --rows, --time_limit, --profile, --distributed" ;;
