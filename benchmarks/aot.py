@@ -50,23 +50,22 @@ def _report(size: str, jax, layout, resolved, group) -> None:
 
     from precision_scaling.model import decoder
     from precision_scaling.runtime import sharding
-    from precision_scaling.training import cohort
     from precision_scaling.training.compiled import compiled_cohort, stacked
-    from precision_scaling.training.step import RunInputs, Static
+    from precision_scaling.training.step import RunInputs, StepConfig
 
     shape, (run,) = group.shape, group.runs
-    static = Static(shape.model, group.program, resolved.optimizer, shape.microbatches)
-    programs = compiled_cohort(static, layout, 1)
-    state = layout.abstract(stacked(programs.one, 1), lanes=True)
+    step_config = StepConfig(shape.model, group.static, resolved.optimizer, shape.microbatches)
+    statics = compiled_cohort(step_config, layout, 1)
+    state = layout.abstract(stacked(statics.one, 1), lanes=True)
     # Steps, lanes, microbatches, sequences and tokens of one, as `feed.Prefetcher` has them.
     windows = (shape.batch_size // shape.microbatches, shape.model.sequence_length + 1)
     tokens_shape = (1, 1, shape.microbatches, *windows)
     place = layout.of_shape(tokens_shape, None, "run", None, sharding.BATCH)
     tokens = jax.ShapeDtypeStruct(tokens_shape, np.uint16, sharding=place)
-    run_inputs = RunInputs(cohort.table_of(run, group.program), run.schedule, np.int32(run.seed))
+    run_inputs = RunInputs(group.static.grids(run.precision), run.schedule, np.int32(run.seed))
     inputs = jax.tree.map(lambda x: np.asarray(x)[None], run_inputs)
     started = time.perf_counter()
-    lowered = programs.train.lower(state, inputs, tokens, 1)
+    lowered = statics.train.lower(state, inputs, tokens, 1)
     traced = time.perf_counter() - started
     compiled = lowered.compile()
     seconds = time.perf_counter() - started - traced

@@ -28,11 +28,11 @@ from precision_scaling.data.tokens import prepare
 from precision_scaling.model import sizes
 from precision_scaling.model.decoder import Block, Decoder, ModelConfig
 from precision_scaling.quantize import aqt
-from precision_scaling.quantize import static as static_lib
+from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli, compilation, files
 from precision_scaling.training import optimizer, schedule
 from precision_scaling.training import step as step_lib
-from precision_scaling.training.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, StepConfig
 
 FLAGS = flags.FlagValues()
 _OUT = flags.DEFINE_string("out", "docs/coordinate_check.png", "The figure.", flag_values=FLAGS)
@@ -80,7 +80,7 @@ def activations(config: ModelConfig, params, initial_head, tokens_BxS) -> tuple[
     def layer(x_BxSxD, block):
         seen = {}
         with aqt.observed(lambda name, x, x_q, saturated: seen.update({name: x})):
-            x_BxSxD = Block(config, static_lib.UNQUANTIZED).apply({"params": block}, x_BxSxD, None)
+            x_BxSxD = Block(config, UNQUANTIZED).apply({"params": block}, x_BxSxD, None)
         return x_BxSxD, jnp.tril(jnp.einsum("blhk,bmhk->bhlm", seen["q"], seen["k"]))
 
     x_BxSxD, scores_LxBxHxSxS = jax.lax.scan(layer, apply(tokens_BxS, method="embed"), params["layers"]["block"])
@@ -96,11 +96,11 @@ def rms(x) -> jax.Array:
 
 def coordinates(config: ModelConfig, tokens_TxBxS1, probe_BxS) -> np.ndarray:
     """Sizes of `QUANTITIES` and of their changes since t = 0, after each step: (2, T + 1, 4), means over the seeds."""
-    static = Static(config, static_lib.UNQUANTIZED, ADAMW)
+    step_config = StepConfig(config, UNQUANTIZED, ADAMW)
     constant = schedule.of("constant", _RATE.value, 1000, 1, 0)
 
     def trajectory(seed):
-        state = step_lib.init_state(static, seed)
+        state = step_lib.init_state(step_config, seed)
         head = state.params["head"]
         start = activations(config, state.params, head, probe_BxS)
 
@@ -110,7 +110,7 @@ def coordinates(config: ModelConfig, tokens_TxBxS1, probe_BxS) -> np.ndarray:
             return jnp.stack([sizes_now, jnp.stack([rms(x - x0) for x, x0 in zip(now, start, strict=True)])])
 
         def step(state, tokens):
-            state, _ = step_lib.train_step(static, state, RunInputs({}, constant), tokens)
+            state, _ = step_lib.train_step(step_config, state, RunInputs({}, constant), tokens)
             return state, look(state)
 
         _, found = jax.lax.scan(step, state, tokens_TxBxS1)
@@ -176,7 +176,7 @@ def draw(found, path: str) -> None:
 
 def losses(config: ModelConfig, loader: Loader) -> np.ndarray:
     """Validation loss at each of `RATES`, mean over two seeds; all of them train at once."""
-    static, steps, seeds = Static(config, static_lib.UNQUANTIZED, ADAMW), _TRANSFER_STEPS.value, 2
+    step_config, steps, seeds = StepConfig(config, UNQUANTIZED, ADAMW), _TRANSFER_STEPS.value, 2
     rates = np.repeat(np.asarray(RATES, np.float32), seeds)
     schedules = [schedule.of("cosine", rate, steps, steps // 10, 0) for rate in rates]
     inputs = RunInputs({}, jax.tree.map(lambda *lanes: np.stack(lanes), *schedules))
@@ -184,10 +184,10 @@ def losses(config: ModelConfig, loader: Loader) -> np.ndarray:
     held_out_NxBxS1 = jnp.asarray(loader.validation_windows(128).reshape(4, 32, -1).astype(np.int32))
 
     def train(seeds_R):
-        state = jax.vmap(functools.partial(step_lib.init_state, static))(seeds_R)
+        state = jax.vmap(functools.partial(step_lib.init_state, step_config))(seeds_R)
         fetch = lambda t: jnp.broadcast_to(tokens_TxBxS1[t], (len(rates), *tokens_TxBxS1.shape[1:]))
-        state, _ = step_lib.train_chunk(static, state, inputs, fetch, steps, steps)
-        return jax.vmap(lambda params: step_lib.validation_loss(static, params, {}, held_out_NxBxS1))(state.params)
+        state, _ = step_lib.train_chunk(step_config, state, inputs, fetch, steps, steps)
+        return jax.vmap(lambda params: step_lib.validation_loss(step_config, params, {}, held_out_NxBxS1))(state.params)
 
     found = compilation.jit(train)(np.tile(np.arange(seeds), len(RATES)))
     return np.asarray(found, np.float64).reshape(-1, seeds).mean(axis=1)

@@ -32,7 +32,7 @@ from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_bool(
@@ -99,14 +99,14 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     """Prints what a decoder of random weights takes at 4 bits: all at once, and the parts of one layer times layers."""
     shape = sizes.named(size)
     config = ModelConfig(257, shape.width, shape.depth, shape.heads, shape.mlp_width, length, shape.width, shape.depth)
-    static = Static(config, UNQUANTIZED, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+    step_config = StepConfig(config, UNQUANTIZED, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
     params = jax.jit(lambda: decoder.init(config, jax.random.key(0)))()
     tokens_NxS = np.random.default_rng(0).integers(0, 257, (sequences, length)).astype(np.int32)
     batch = next(b for b in (4, 2, 1) if sequences % b == 0)
 
     def whole():
         options = {"scheme": Scheme("gptq"), "batch_size": batch, "layout": local_layout()}
-        models, _ = apply.quantize_model(static, params, {}, tokens_NxS, (4,), 0.01, **options)
+        models, _ = apply.quantize_model(step_config, params, {}, tokens_NxS, (4,), 0.01, **options)
         return models
 
     start = time.perf_counter()

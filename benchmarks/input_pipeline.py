@@ -29,7 +29,7 @@ from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import cli, compilation, sharding
 from precision_scaling.training import optimizer, schedule, step
 from precision_scaling.training.feed import Chunk, Prefetcher
-from precision_scaling.training.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, StepConfig
 
 FLAGS = flags.FlagValues()
 _TOKENS = flags.DEFINE_integer(
@@ -80,15 +80,15 @@ def _compare(corpus: Corpus) -> None:
         base_width=size.width,
         base_depth=size.depth,
     )
-    program = StaticPrecision(
+    static = StaticPrecision(
         tuple(
             (name, StaticQuantizer(formats.parse("int4").kind, "channel" if name == "w" else "tensor"))
             for name in "wakv"
         )
     )
-    static = Static(shape, program, optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
-    table = {name: jax.tree.map(lambda x: np.asarray(x)[None], formats.parse("int4").grid()) for name in "wakv"}
-    inputs = RunInputs(table, jax.tree.map(lambda x: x[None], schedule.of("cosine", 1e-3, 10_000, 10, 0)))
+    step_config = StepConfig(shape, static, optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+    grids = {name: jax.tree.map(lambda x: np.asarray(x)[None], formats.parse("int4").grid()) for name in "wakv"}
+    inputs = RunInputs(grids, jax.tree.map(lambda x: x[None], schedule.of("cosine", 1e-3, 10_000, 10, 0)))
     layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     loader = Loader(corpus, _SEQUENCE.value, _BATCH.value)
     feed = Prefetcher(loader, layout, lanes=1, microbatches=1, max_steps=_STEPS.value)
@@ -99,7 +99,7 @@ def _compare(corpus: Corpus) -> None:
 
     def fed(state, inputs, tokens_TxRxMxBxS1):
         fetch = lambda t: jax.lax.dynamic_index_in_dim(tokens_TxRxMxBxS1, t, 0, keepdims=False).astype(jnp.int32)
-        return step.train_chunk(static, state, inputs, fetch, steps, steps)
+        return step.train_chunk(step_config, state, inputs, fetch, steps, steps)
 
     def gathered(state, inputs, corpus, index_TxB):
         window = lambda i: jax.lax.dynamic_slice(corpus, (i * length,), (length + 1,))
@@ -108,11 +108,11 @@ def _compare(corpus: Corpus) -> None:
             index_B = jax.lax.dynamic_index_in_dim(index_TxB, t, 0, keepdims=False)
             return jax.vmap(window)(index_B).astype(jnp.int32)[None]
 
-        return step.train_chunk(static, state, inputs, fetch, steps, steps)
+        return step.train_chunk(step_config, state, inputs, fetch, steps, steps)
 
-    initialize = compilation.jit(functools.partial(step.init_state, static), level=1)
+    initialize = compilation.jit(functools.partial(step.init_state, step_config), level=1)
     states = {name: jax.tree.map(lambda x: x[None], initialize(0)) for name in ("fed", "gathered")}
-    programs = {name: compilation.jit(f, donate_argnums=0) for name, f in (("fed", fed), ("gathered", gathered))}
+    statics = {name: compilation.jit(f, donate_argnums=0) for name, f in (("fed", fed), ("gathered", gathered))}
     seconds: dict[str, list[float]] = {name: [] for name in states}
     waits, at = [], {"fed": 0, "gathered": 0}
 
@@ -125,7 +125,7 @@ def _compare(corpus: Corpus) -> None:
             feed.read_ahead(Chunk(((0, first + steps),), steps))
         else:
             tokens = (held, held_loader.window_indices(0, first, steps))
-        states[name], metrics = programs[name](states[name], inputs, *tokens)
+        states[name], metrics = statics[name](states[name], inputs, *tokens)
         assert np.isfinite(np.asarray(metrics.loss)).all()
         seconds[name].append((time.perf_counter() - started) / steps)
         if name == "fed":

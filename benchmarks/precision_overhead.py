@@ -21,7 +21,6 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.quantize import native
 from precision_scaling.runtime import cli, compilation
 from precision_scaling.training import step as step_lib
-from precision_scaling.training.cohort import table_of
 
 FLAGS = flags.FlagValues()
 _SIZE = flags.DEFINE_string("size", "1M", "Model size, as in precision_scaling/model/sizes.py.", flag_values=FLAGS)
@@ -64,12 +63,12 @@ def _compile(text: str):
     (group,) = resolved.cohorts
     (run,) = group.runs
     native.check_device(run.precision)
-    static = step_lib.Static(group.shape.model, group.program, resolved.optimizer)
-    inputs = step_lib.RunInputs(table_of(run, group.program), run.schedule, np.int32(0))
+    step_config = step_lib.StepConfig(group.shape.model, group.static, resolved.optimizer)
+    inputs = step_lib.RunInputs(group.static.grids(run.precision), run.schedule, np.int32(0))
     tokens = np.random.default_rng(0).integers(0, 256, (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value + 1)).astype(np.int32)
-    state = compilation.jit(functools.partial(step_lib.init_state, static), level=1)(0)
+    state = compilation.jit(functools.partial(step_lib.init_state, step_config), level=1)(0)
     started = time.perf_counter()
-    step = compilation.jit(functools.partial(step_lib.train_step, static), donate_argnums=0)
+    step = compilation.jit(functools.partial(step_lib.train_step, step_config), donate_argnums=0)
     state, _ = jax.block_until_ready(step(state, inputs, tokens))
     return step, state, inputs, tokens, time.perf_counter() - started
 

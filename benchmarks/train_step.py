@@ -22,8 +22,7 @@ from absl import flags
 
 from precision_scaling.model import decoder, sizes
 from precision_scaling.numerics import formats
-from precision_scaling.quantize import static as static_lib
-from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import cli, compilation
 from precision_scaling.training import optimizer, schedule, step
 
@@ -70,23 +69,23 @@ def _model() -> decoder.ModelConfig:
 class Measured:
     """One program, its state and the times of its repeats."""
 
-    def __init__(self, config: decoder.ModelConfig, program: StaticPrecision, bits: int):
+    def __init__(self, config: decoder.ModelConfig, static: StaticPrecision, bits: int):
         lanes = _LANES.value
         adamw = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
-        static = step.Static(config, program, adamw)
-        table = {name: formats.parse(bits).grid() for name, _ in program.operands}
+        step_config = step.StepConfig(config, static, adamw)
+        grids = {name: formats.parse(bits).grid() for name, _ in static.quantizers}
         stacked = lambda tree: jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], lanes, axis=0), tree)
         self.inputs = step.RunInputs(
-            table=stacked(table),
+            grids=stacked(grids),
             schedule=stacked(schedule.of("cosine", 1e-3, 1000, 10, 0)),
         )
-        initialize = compilation.jit(functools.partial(step.init_state, static), level=1)
+        initialize = compilation.jit(functools.partial(step.init_state, step_config), level=1)
         self.state = stacked(initialize(0))
         shape = (lanes, _BATCH.value, config.sequence_length + 1)
         self.tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape), jnp.int32)
 
         def train(state, inputs, tokens, steps):
-            return step.train_chunk(static, state, inputs, lambda t: tokens, steps, _STEPS.value)
+            return step.train_chunk(step_config, state, inputs, lambda t: tokens, steps, _STEPS.value)
 
         started = time.perf_counter(), time.process_time()
         lowered = compilation.jit(train, donate_argnums=0).lower(self.state, self.inputs, self.tokens, _STEPS.value)
@@ -109,13 +108,13 @@ class Measured:
 
 def _main() -> None:
     config = _model()
-    programs = {
+    statics = {
         "quantized": Measured(config, PAPER, _BITS.value),
         "passing": Measured(config, PAPER, 16),
-        "plain": Measured(config, static_lib.UNQUANTIZED, 16),
+        "plain": Measured(config, UNQUANTIZED, 16),
     }
     for i in range(_REPEATS.value + 1):
-        for measured in programs.values():
+        for measured in statics.values():
             measured.repeat(counts=i > 0)
     tokens = _LANES.value * _BATCH.value * config.sequence_length * _STEPS.value
     non_embedding, _ = decoder.count_parameters(config)
@@ -126,8 +125,8 @@ def _main() -> None:
     print(
         f"{'':>10} {'tokens/s best':>14} {'median':>10} {'wall ratio':>11} {'CPU ratio':>10} {'trace s':>8} compile s"
     )
-    plain = programs["plain"]
-    for name, measured in programs.items():
+    plain = statics["plain"]
+    for name, measured in statics.items():
         print(
             f"{name:>10} {tokens / min(measured.wall):>14,.0f} {tokens / statistics.median(measured.wall):>10,.0f} "
             f"{min(measured.wall) / min(plain.wall):>11.2f} {min(measured.cpu) / min(plain.cpu):>10.2f} "

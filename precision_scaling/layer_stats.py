@@ -23,10 +23,10 @@ from precision_scaling.config import command_line
 from precision_scaling.errors import UserError
 from precision_scaling.model import contraction
 from precision_scaling.model.decoder import Block, Decoder, ModelConfig
-from precision_scaling.quantize import aqt, parsing, static
+from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize import operands as operands_lib
-from precision_scaling.quantize.spec import Precision
-from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.quantize.precision import Precision
+from precision_scaling.quantize.static import StaticPrecision, static_of
 from precision_scaling.runtime import cli, compilation, files
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training.run import Run
@@ -76,26 +76,26 @@ def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
     return Sums(*counts, jnp.sum(jnp.square(x)), jnp.sum(jnp.square(x - x_q)))
 
 
-def measure(config: ModelConfig, program: StaticPrecision, params: Any, table: Any, tokens_CxBxS) -> dict[Place, Sums]:
-    """By (product, operand) of `PRODUCTS`, for those the program quantizes: sums over all batches, arrays (L,).
+def measure(config: ModelConfig, static: StaticPrecision, params: Any, grids: Any, tokens_CxBxS) -> dict[Place, Sums]:
+    """By (product, operand) of `PRODUCTS`, for those that are quantized: sums over all batches, arrays (L,).
 
     Scales of activations are those of each batch, as in evaluation.
     """
-    found = _compiled(config, program)(params, table, tokens_CxBxS)
+    found = _compiled(config, static)(params, grids, tokens_CxBxS)
     total = lambda field: np.asarray(field, np.float64).sum(axis=0)
-    named = dict(zip(_quantized(program), found, strict=True))
+    named = dict(zip(_quantized(static), found, strict=True))
     return {name: Sums(*map(total, one)) for name, one in named.items()}
 
 
-def _quantized(program: StaticPrecision) -> list[Place]:
-    return [(product, name) for product, name in PRODUCTS if program.get(name)]
+def _quantized(static: StaticPrecision) -> list[Place]:
+    return [(product, name) for product, name in PRODUCTS if static.get(name)]
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(config: ModelConfig, program: StaticPrecision):
-    block = Block(config, program)
+def _compiled(config: ModelConfig, static: StaticPrecision):
+    block = Block(config, static)
 
-    def layer(table, x_BxSxD, params):
+    def layer(grids, x_BxSxD, params):
         seen: list[tuple[str, Sums]] = []
 
         def observe(name, x, x_q, saturated):
@@ -103,14 +103,14 @@ def _compiled(config: ModelConfig, program: StaticPrecision):
                 seen.append((name, sums(x, x_q, saturated)))
 
         with aqt.observed(observe):
-            x_BxSxD = block.apply({"params": params}, x_BxSxD, table)
-        assert [name for name, _ in seen] == [name for _, name in _quantized(program)]
+            x_BxSxD = block.apply({"params": params}, x_BxSxD, grids)
+        assert [name for name, _ in seen] == [name for _, name in _quantized(static)]
         return x_BxSxD, tuple(found for _, found in seen)
 
-    def stats(params, table, tokens_CxBxS):
+    def stats(params, grids, tokens_CxBxS):
         def of_batch(tokens_BxS):
-            x_BxSxD = Decoder(config, program).apply({"params": params}, tokens_BxS, table, method=Decoder.embed)
-            return jax.lax.scan(functools.partial(layer, table), x_BxSxD, params["layers"]["block"])[1]
+            x_BxSxD = Decoder(config, static).apply({"params": params}, tokens_BxS, grids, method=Decoder.embed)
+            return jax.lax.scan(functools.partial(layer, grids), x_BxSxD, params["layers"]["block"])[1]
 
         return jax.lax.map(of_batch, tokens_CxBxS)
 
@@ -122,11 +122,11 @@ def snr_db(signal: float, error: float) -> float | None:
     return 10 * float(np.log10(signal / error)) if signal > 0 and error > 0 else None
 
 
-def rows(spec: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]:
+def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]:
     """A row with `COLUMNS` for each layer and operand; shares are of the elements that are not zero."""
     lines = []
     for (product, name), one in found.items():
-        setting = spec.get(name)
+        setting = precision.get(name)
         for layer in range(len(one.signal)):
             elements, saturated, zeroed, signal, error = (float(field[layer]) for field in one)
             lines.append(
@@ -145,14 +145,14 @@ def rows(spec: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["layer"])
 
 
-def of_run(workspace: Workspace, run: Run, spec: Precision, sequences: int) -> list[dict[str, Any]]:
+def of_run(workspace: Workspace, run: Run, precision: Precision, sequences: int) -> list[dict[str, Any]]:
     """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
     config, batch = run.shape.model, min(sequences, workspace.experiment.config.evaluate.batch_size)
-    program = static.static_of([spec], config.dtype).evaluation().simulated()
+    static = static_of([precision], config.dtype).evaluation().simulated()
     params = workspace.parameters(run)
     windows_NxS1 = workspace.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
-    return rows(spec, measure(config, program, params, program.grids(spec), tokens_CxBxS))
+    return rows(precision, measure(config, static, params, static.grids(precision), tokens_CxBxS))
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
@@ -221,18 +221,18 @@ def main() -> None:
         raise UserError(f"--sequences={sequences}: allowed is 1 to {available}, config.evaluate.sequences")
     jobs = []
     for run in _trained(workspace, _RUN.value):
-        spec = run.precision
+        precision = run.precision
         if _PRECISION.value is not None:
-            spec = parsing.parse(_PRECISION.value, workspace.experiment.config.precision, "--precision")
-            contraction.check_shape(spec, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
-        if any(spec.get(name) for name in operands_lib.OPERANDS):
-            jobs.append((run, spec))
+            precision = parsing.parse(_PRECISION.value, workspace.experiment.config.precision, "--precision")
+            contraction.check_shape(precision, run.shape.model, run.shape.tokens_per_step // run.shape.microbatches)
+        if any(precision.get(name) for name in operands_lib.OPERANDS):
+            jobs.append((run, precision))
     if not jobs:
         raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
-    for run, spec in jobs:
+    for run, precision in jobs:
         name = "layer-stats" + ("" if _PRECISION.value is None else f"-{_PRECISION.value.replace('/', '.')}")
         path = workspace.directory(run) / f"{name}.csv"
-        lines = of_run(workspace, run, spec, sequences)
+        lines = of_run(workspace, run, precision, sequences)
         files.atomic_write(path, to_csv(lines))
         draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))
         print(f"{path}: {len(lines)} operands{_weakest(lines)}")

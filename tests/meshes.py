@@ -28,7 +28,7 @@ from precision_scaling.runtime import compilation, sharding
 from precision_scaling.runtime.stopping import Stop
 from precision_scaling.training import cohort, step
 from precision_scaling.training.compiled import compiled_cohort
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 VOCABULARY = 64
 
@@ -60,8 +60,8 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     layout = sharding.make_layout(dict(zip(sharding.AXES, sizes, strict=True)), devices)
     sharding.check(layout, c, [group.shape.model])
     loader = Loader(corpus(), c.model.sequence_length, c.train.batch_size)
-    static = Static(group.shape.model, group.program, resolved.optimizer, c.train.microbatches)
-    programs = compiled_cohort(static, layout, c.study.lanes)
+    step_config = StepConfig(group.shape.model, group.static, resolved.optimizer, c.train.microbatches)
+    programs = compiled_cohort(step_config, layout, c.study.lanes)
     state = programs.spread(programs.initialize(0))
     held: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves((state.params, state.optimizer)):
@@ -87,23 +87,28 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     for run in group.runs:
         lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
         losses[run.precision.short] = [json.loads(line)["loss"] for line in lines]
-    return {"losses": losses, "bytes": sorted(set(held.values())), "total": total, **quantize(static, layout, loader)}
+    return {
+        "losses": losses,
+        "bytes": sorted(set(held.values())),
+        "total": total,
+        **quantize(step_config, layout, loader),
+    }
 
 
-def quantize(static: Static, layout: sharding.Layout, loader: Loader) -> dict:
+def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -> dict:
     """GPTQ's relative output errors on this mesh, and the parts of a Hessian's rows that a device holds."""
     scheme = Scheme("gptq")
-    static = dataclasses.replace(static, program=scheme.program(UNQUANTIZED))
-    initialize = lambda: step.init_state(static, 0).params
+    step_config = dataclasses.replace(step_config, static=scheme.static(UNQUANTIZED))
+    initialize = lambda: step.init_state(step_config, 0).params
     params = jax.jit(initialize, out_shardings=layout.of_tree(jax.eval_shape(initialize)))()
     tokens_NxS = loader.calibration_windows(32, seed=0)[:, :-1]
     options = {"scheme": scheme, "batch_size": 16, "layout": layout}
-    _, report = apply.quantize_model(static, params, {}, tokens_NxS, (3,), 0.01, **options)
+    _, report = apply.quantize_model(step_config, params, {}, tokens_NxS, (3,), 0.01, **options)
 
     @jax.jit
     def hessian(x_CxBxSxI):
         with sharding.splitting(layout):
-            return apply.statistics(static.program, {}, x_CxBxSxI)[0]
+            return apply.statistics(step_config.static, {}, x_CxBxSxI)[0]
 
     x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)
     h_IxI = hessian(x_CxBxSxI)

@@ -123,8 +123,8 @@ def test_precision_changes_the_losses_and_nothing_else_does(finished_study):
 def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_study, train, tmp_path):
     workspace, _ = finished_study
     (group,) = workspace.experiment.cohorts
-    static = step_lib.Static(group.shape.model, group.program, workspace.experiment.optimizer, 1)
-    programs = compiled_cohort(static, workspace.layout, OPTIONS.lanes)
+    step_config = step_lib.StepConfig(group.shape.model, group.static, workspace.experiment.optimizer, 1)
+    programs = compiled_cohort(step_config, workspace.layout, OPTIONS.lanes)
     compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
     w4 = by_name(group.runs, "wint4-s0")
     train([dataclasses.replace(w4, steps=2)], tmp_path)
@@ -345,7 +345,7 @@ def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(
 def test_too_little_memory_means_fewer_lanes_and_the_same_runs(finished_study, train, tmp_path, monkeypatch, caplog):
     workspace, _ = finished_study
     runs = workspace.experiment.runs[:2]
-    monkeypatch.setattr(cohort, "lanes_that_fit", lambda static, layout, lanes, arguments: 2)
+    monkeypatch.setattr(cohort, "lanes_that_fit", lambda step_config, layout, lanes, arguments: 2)
     ended = train(runs, tmp_path, lanes=3)
     assert "2 runs at a time; the devices have too little memory for 3" in caplog.text
     assert set(ended) == set(runs)
@@ -369,7 +369,7 @@ def test_table_holds_the_grids_of_the_operands_that_the_program_quantizes(finish
     workspace, _ = finished_study
     (group,) = workspace.experiment.cohorts
     run = by_name(group.runs, "kint4")
-    table = cohort.table_of(run, group.program)
-    assert {name: float(grid.max_value) for name, grid in table.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
-    high = cohort.table_of(run, group.program, w=formats.parse("bf16"))
-    assert high["w"].passthrough == 1 and high["a"] == table["a"]
+    grids = group.static.grids(run.precision)
+    assert {name: float(grid.max_value) for name, grid in grids.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
+    high = group.static.grids(run.precision, w=formats.parse("bf16"))
+    assert high["w"].passthrough == 1 and high["a"] == grids["a"]

@@ -108,7 +108,7 @@ def test_the_papers_grid_is_counted_as_by_hand():
         # Weights per output channel, activations and attention per tensor; only these are ever quantized.
         assert run.bits("q", "p") == 16
     for cohort in resolved.cohorts:
-        granularity = {name: operand.granularity for name, operand in cohort.program.operands}
+        granularity = {name: found.granularity for name, found in cohort.static.quantizers}
         assert granularity.items() <= {"w": "channel", "a": "tensor", "k": "tensor", "v": "tensor"}.items()
 
 

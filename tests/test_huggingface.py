@@ -338,7 +338,7 @@ def trained(tiny_config, tmp_path_factory):
     (run,) = group.runs
     assert run.shape.model.residual_scale != 1 and run.shape.model.logit_scale != 1
     params = jax.jit(lambda: decoder_lib.init(run.shape.model, jax.random.key(0)))()
-    program = group.program.evaluation()
+    program = group.static.evaluation()
     evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
     run_missing._record(workspace, program, evaluate, [], Finished(run, params, None))()
     (row,) = results.read_rows(workspace.directory(run), "trained")

@@ -11,7 +11,8 @@ import pytest
 from precision_scaling import layer_stats, quantize
 from precision_scaling.model import decoder as decoder_lib
 from precision_scaling.numerics import formats, rounding
-from precision_scaling.quantize import aqt, parsing, products, static
+from precision_scaling.quantize import aqt, parsing, products
+from precision_scaling.quantize.static import UNQUANTIZED, static_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -72,8 +73,8 @@ def measured(decoder, text, **options):
 
     spec = parsing.parse(text, base.get_config().precision)
     config = dataclasses.replace(CONFIG, **options)
-    program = static.static_of([spec], config.dtype).evaluation()
-    found = layer_stats.measure(config, program, decoder[0], spec.table(program), decoder[1])
+    static = static_of([spec], config.dtype).evaluation()
+    found = layer_stats.measure(config, static, decoder[0], spec.table(static), decoder[1])
     return found, layer_stats.rows(spec, found)
 
 
@@ -129,8 +130,8 @@ def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
     x, kernel = jnp.ones((2, 8)), jnp.full((8, 3), 0.3)
     seen = []
     with aqt.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
-        looked_at = products.linear(x, kernel, static.UNQUANTIZED, None)
-    np.testing.assert_array_equal(looked_at, products.linear(x, kernel, static.UNQUANTIZED, None))
+        looked_at = products.linear(x, kernel, UNQUANTIZED, None)
+    np.testing.assert_array_equal(looked_at, products.linear(x, kernel, UNQUANTIZED, None))
     assert seen == [("a", (2, 8), None), ("w", (8, 3), None)]
 
 
@@ -144,7 +145,7 @@ def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tm
     done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", "--sequences=8")
     assert done.returncode == 0, done.stderr[-2000:]
     tables = {path.parent.name: path for path in workdir.glob("runs/*/layer-stats.csv")}
-    assert set(tables) == {run.id for run in workspace.experiment.runs if run.precision.settings}
+    assert set(tables) == {run.id for run in workspace.experiment.runs if run.precision.quantizers}
     (path,) = (path for name, path in tables.items() if "kint4" in name)
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -157,7 +158,7 @@ def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tm
     assert len(rows) == 2 * (4 + 4 + 2) and all(0 < float(row["snr_db"]) < 40 for row in rows)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # Nothing but these files is new, and the runs in bf16 need a precision to be looked at.
-    bf16 = next(run.id for run in workspace.experiment.runs if not run.precision.settings)
+    bf16 = next(run.id for run in workspace.experiment.runs if not run.precision.quantizers)
     done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", f"--run={bf16}")
     assert done.returncode == 2 and "--precision" in done.stderr and len(done.stderr.splitlines()) == 1
     arguments = (f"--run={bf16}", "--precision=wmxfp4", "--sequences=8")

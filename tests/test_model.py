@@ -12,8 +12,8 @@ import pytest
 from precision_scaling.model import decoder
 from precision_scaling.model.decoder import Block, Decoder, ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.quantize import operands, static
-from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.quantize import operands
+from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -26,7 +26,7 @@ QUANTIZED = StaticPrecision(
 )
 
 
-def table_of(**bits):
+def grids_of(**bits):
     return {name: parse(bits.get(name, 16)).grid() for name in operands.OPERANDS}
 
 
@@ -68,9 +68,9 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def logits_of():
-    @functools.partial(jax.jit, static_argnames=("config", "program"))
-    def compute(params, tokens, table=None, config=CONFIG, program=static.UNQUANTIZED):
-        return Decoder(config, program).apply({"params": params}, tokens, table)
+    @functools.partial(jax.jit, static_argnames=("config", "static"))
+    def compute(params, tokens, grids=None, config=CONFIG, static=UNQUANTIZED):
+        return Decoder(config, static).apply({"params": params}, tokens, grids)
 
     return compute
 
@@ -178,15 +178,15 @@ def test_a_block_cut_at_its_projections_is_the_block(name):
     config = variant(name)
     params = jax.tree.map(lambda x: x[1], initial(config)["layers"]["block"])
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 16)), jnp.float32)
-    table = table_of(w=4, a=5, q=6, k=4, v=4, p=5)
+    grids = grids_of(w=4, a=5, q=6, k=4, v=4, p=5)
 
     @jax.jit
     def both(params):
         step = lambda method, *args: Block(config, QUANTIZED).apply({"params": params}, *args, method=method)
         h = step(Block.before_qkv, x)
-        stream, h = step(Block.before_gate_up, x, step(Block.before_out, h, table), table)
-        cut = step(Block.after_down, stream, step(Block.before_down, h, table), table)
-        return cut, Block(config, QUANTIZED).apply({"params": params}, x, table)
+        stream, h = step(Block.before_gate_up, x, step(Block.before_out, h, grids), grids)
+        cut = step(Block.after_down, stream, step(Block.before_down, h, grids), grids)
+        return cut, Block(config, QUANTIZED).apply({"params": params}, x, grids)
 
     cut, whole = both(params)
     np.testing.assert_allclose(cut, whole, rtol=1e-6, atol=1e-6)
@@ -203,21 +203,21 @@ def test_parameters_are_counted_as_by_hand():
 
 
 def test_parameters_of_variants_are_counted_as_by_hand():
-    mlp, table = 3 * 16 * 24, 31 * 16
+    mlp, grids = 3 * 16 * 24, 31 * 16
     for name, block, outer in (
         # q and out 16·(4·6), k and v 16·(2·6), gains of two norms; the one table is the head's, too
-        ("grouped_queries", 2 * 16 * 24 + 2 * 16 * 12 + mlp + 2 * 16, table),
+        ("grouped_queries", 2 * 16 * 24 + 2 * 16 * 12 + mlp + 2 * 16, grids),
         # one head of 4 for keys; gains of q (16) and k (4) besides
-        ("one_key_head", 2 * 16 * 16 + 2 * 16 * 4 + mlp + 2 * 16 + 16 + 4, 2 * table),
-        ("layer_norm", 4 * 16 * 16 + mlp, table),
-        ("head_norm", 2 * 16 * 40 + 2 * 16 * 20 + mlp + 2 * 16 + 10 + 10, 2 * table),
+        ("one_key_head", 2 * 16 * 16 + 2 * 16 * 4 + mlp + 2 * 16 + 16 + 4, 2 * grids),
+        ("layer_norm", 4 * 16 * 16 + mlp, grids),
+        ("head_norm", 2 * 16 * 40 + 2 * 16 * 20 + mlp + 2 * 16 + 10 + 10, 2 * grids),
     ):
         non_embedding = 2 * block + (0 if name == "layer_norm" else 16)
         config = variant(name)
         assert decoder.count_parameters(config) == (non_embedding, non_embedding + outer), name
         # The head's product costs the same where its kernel is the embedding's.
         attention = 12 * 2 * 4 * config.head_dim * 12
-        assert decoder.training_flops_per_token(config) == 6 * (non_embedding + table) + attention, name
+        assert decoder.training_flops_per_token(config) == 6 * (non_embedding + grids) + attention, name
 
 
 def test_training_flops_are_counted_as_by_hand():
@@ -268,17 +268,17 @@ def test_the_high_precision_member_of_a_quantized_program_has_the_unquantized_lo
     for dtype in ("float32", "bfloat16"):
         config = dataclasses.replace(CONFIG, dtype=dtype)
         plain = logits_of(params, tokens, config=config)
-        member = logits_of(params, tokens, table_of(), config=config, program=QUANTIZED)
+        member = logits_of(params, tokens, grids_of(), config=config, static=QUANTIZED)
         assert plain.dtype == jnp.float32
         np.testing.assert_array_equal(plain, member)
 
 
 def test_every_operand_changes_the_logits_when_it_alone_is_quantized(params, tokens, logits_of):
-    plain = logits_of(params, tokens, table_of(), program=QUANTIZED)
+    plain = logits_of(params, tokens, grids_of(), static=QUANTIZED)
     seen = []
     for name in operands.OPERANDS:
-        coarse = logits_of(params, tokens, table_of(**{name: 3}), program=QUANTIZED)
-        fine = logits_of(params, tokens, table_of(**{name: 12}), program=QUANTIZED)
+        coarse = logits_of(params, tokens, grids_of(**{name: 3}), static=QUANTIZED)
+        fine = logits_of(params, tokens, grids_of(**{name: 12}), static=QUANTIZED)
         assert np.max(np.abs(coarse - plain)) > 5 * np.max(np.abs(fine - plain)) > 0, name
         seen.append(np.asarray(coarse))
     assert all(np.any(seen[i] != seen[j]) for i in range(6) for j in range(i))
@@ -287,8 +287,8 @@ def test_every_operand_changes_the_logits_when_it_alone_is_quantized(params, tok
 def test_embedding_head_and_norms_are_never_quantized(params, tokens, logits_of):
     # With all block kernels zero only embedding, last norm and head are left.
     silent = {**params, "layers": jax.tree.map(jnp.zeros_like, params["layers"])}
-    table = table_of(**dict.fromkeys(operands.OPERANDS, 2))
-    coarse = logits_of(silent, tokens, table, program=QUANTIZED)
+    grids = grids_of(**dict.fromkeys(operands.OPERANDS, 2))
+    coarse = logits_of(silent, tokens, grids, static=QUANTIZED)
     np.testing.assert_array_equal(coarse, logits_of(silent, tokens))
     np.testing.assert_allclose(coarse, numpy_decoder(silent, tokens, CONFIG), rtol=1e-5, atol=1e-5)
 
@@ -304,7 +304,7 @@ def test_weights_on_their_grid_give_the_logits_of_quantized_weights(params, toke
         **params,
         "layers": jax.tree_util.tree_map_with_path(on_grid, jax.tree.map(np.asarray, params["layers"])),
     }
-    quantized = logits_of(params, tokens, table_of(w=3), program=QUANTIZED)
+    quantized = logits_of(params, tokens, grids_of(w=3), static=QUANTIZED)
     np.testing.assert_allclose(quantized, logits_of(by_hand, tokens), rtol=1e-4, atol=1e-4)
 
 
@@ -346,13 +346,13 @@ def test_shared_keys_and_values_are_quantized_once(tokens, logits_of):
     written_out = np.concatenate([q, np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)], axis=2)
     repeated = jax.tree.map(lambda x: written_out if x.shape == qkv.shape else x, params)
     full = dataclasses.replace(config, kv_heads=0)
-    table = table_of(q=5, k=4, v=4, p=6)
-    shared = logits_of(params, tokens, table, config=config, program=QUANTIZED)
+    grids = grids_of(q=5, k=4, v=4, p=6)
+    shared = logits_of(params, tokens, grids, config=config, static=QUANTIZED)
     # A value on a rounding boundary may go either way.
     np.testing.assert_allclose(
-        shared, logits_of(repeated, tokens, table, config=full, program=QUANTIZED), rtol=1e-3, atol=1e-3
+        shared, logits_of(repeated, tokens, grids, config=full, static=QUANTIZED), rtol=1e-3, atol=1e-3
     )
-    plain = logits_of(params, tokens, table_of(), config=config, program=QUANTIZED)
+    plain = logits_of(params, tokens, grids_of(), config=config, static=QUANTIZED)
     assert np.max(np.abs(shared - plain)) > 0.05
 
 
@@ -366,7 +366,7 @@ def test_a_tied_head_starts_with_logits_of_order_one(tokens, logits_of):
 def test_recomputing_blocks_changes_no_gradient(params, tokens):
     def loss(params, remat):
         config = dataclasses.replace(CONFIG, remat=remat)
-        logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], table_of(w=4, a=6, k=4, v=4))
+        logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], grids_of(w=4, a=6, k=4, v=4))
         return jnp.mean(decoder.cross_entropy(logits, tokens[:, 1:]))
 
     grads = jax.jit(jax.grad(loss), static_argnums=1)
@@ -385,7 +385,7 @@ def test_recomputing_more_keeps_less_in_memory():
         params = jax.eval_shape(lambda: initial(config))
 
         def loss(params, tokens):
-            logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], table_of(w=4, a=6, k=4, v=4))
+            logits = Decoder(config, QUANTIZED).apply({"params": params}, tokens[:, :-1], grids_of(w=4, a=6, k=4, v=4))
             return jnp.mean(decoder.cross_entropy(logits, tokens[:, 1:]))
 
         compiled = jax.jit(jax.grad(loss)).lower(params, tokens_BxS1).compile()

@@ -8,6 +8,7 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.quantize import native as native_lib
 from precision_scaling.quantize import parsing, presets, static
 from precision_scaling.quantize.parsing import from_options, parse
+from precision_scaling.quantize.static import UNQUANTIZED, static_of
 
 
 def options(**leaves):
@@ -23,7 +24,7 @@ def resolve(*precisions, **leaves):
     return experiment.resolve(config, 256)
 
 
-def programs(*precisions, **leaves):
+def statics(*precisions, **leaves):
     return [
         sorted(run.precision.describe() for run in cohort.runs) for cohort in resolve(*precisions, **leaves).cohorts
     ]
@@ -33,12 +34,16 @@ PAPER = {"w": "int4/channel/nearest", "a": "int4/tensor/nearest", "k": "int4/ten
 
 
 def test_the_default_is_the_papers_setting_with_nothing_quantized():
-    spec = from_options(options())
-    assert spec == from_options(options(preset="paper")) and spec.describe() == "bf16" and spec.bits("w", "a") == 16
-    assert static.static_of([spec], "float32") == static.UNQUANTIZED
-    spec = from_options(options(weights="int4", activations="4", k=" INT4 "))
-    assert {name: str(setting) for name, setting in spec.settings} == PAPER
-    assert not spec.exact and not spec.native and not spec.rotated
+    precision = from_options(options())
+    assert (
+        precision == from_options(options(preset="paper"))
+        and precision.describe() == "bf16"
+        and precision.bits("w", "a") == 16
+    )
+    assert static_of([precision], "float32") == UNQUANTIZED
+    precision = from_options(options(weights="int4", activations="4", k=" INT4 "))
+    assert {name: str(setting) for name, setting in precision.quantizers} == PAPER
+    assert not precision.exact and not precision.native and not precision.rotated
 
 
 def test_presets_say_what_their_names_say():
@@ -62,16 +67,16 @@ def test_presets_say_what_their_names_say():
 
 
 def test_leaves_override_presets_one_by_one():
-    spec = from_options(options(preset="fp8", weights="bf16", backward__weights_gradient="int6/vector/stochastic"))
-    assert spec.describe().split() == [
+    precision = from_options(options(preset="fp8", weights="bf16", backward__weights_gradient="int6/vector/stochastic"))
+    assert precision.describe().split() == [
         "a=e4m3fn/tensor/nearest",
         "g_w=int6/vector/stochastic",
         "g_a=e5m2/tensor/nearest",
     ]
-    spec = from_options(options(preset="qat", weights_granularity="group:32", weights_rounding="stochastic"))
-    assert spec.describe() == "w=int4/group:32/stochastic"
-    spec = from_options(options(attention_granularity="token", q="int8", v="e4m3/channel", mode="simulated"))
-    assert spec.describe() == "q=int8/token/nearest v=e4m3/channel/nearest"
+    precision = from_options(options(preset="qat", weights_granularity="group:32", weights_rounding="stochastic"))
+    assert precision.describe() == "w=int4/group:32/stochastic"
+    precision = from_options(options(attention_granularity="token", q="int8", v="e4m3/channel", mode="simulated"))
+    assert precision.describe() == "q=int8/token/nearest v=e4m3/channel/nearest"
 
 
 def test_shorthand_names_parts_presets_and_details():
@@ -94,15 +99,15 @@ def test_shorthand_names_parts_presets_and_details():
 
 
 def test_head_and_embedding_are_parts_of_their_own():
-    spec = from_options(options(weights="int4", embedding="int8", head_weights="int6"))
-    assert spec.describe() == "w=int4/channel/nearest e=int8/token/nearest head_w=int6/channel/nearest"
-    assert static.static_of([spec], "float32").get("e").granularity == "token"
+    precision = from_options(options(weights="int4", embedding="int8", head_weights="int6"))
+    assert precision.describe() == "w=int4/channel/nearest e=int8/token/nearest head_w=int6/channel/nearest"
+    assert static_of([precision], "float32").get("e").granularity == "token"
 
 
 def test_the_saved_operand_is_the_forward_one_the_exact_one_or_has_a_format():
     for value, described in (("forward", ""), ("exact", " s_a=exact"), ("int6", " s_a=int6/tensor/nearest")):
-        spec = from_options(options(weights="int4", backward__activations_saved=value))
-        assert spec.describe() == "w=int4/channel/nearest" + described
+        precision = from_options(options(weights="int4", backward__activations_saved=value))
+        assert precision.describe() == "w=int4/channel/nearest" + described
     # The exact operand is the forward one where that is not quantized.
     assert from_options(options(weights="int4", backward__weights_saved="exact")).exact == ()
 
@@ -195,16 +200,16 @@ def test_groups_that_do_not_divide_are_refused_before_anything_compiles(leaves, 
 
 
 def test_formats_of_one_family_share_a_cohort_and_what_is_static_splits_it():
-    together = programs("bf16", "w4", "w8", "a3", "kv6", "we3m2", "w4_a4_kv4")
+    together = statics("bf16", "w4", "w8", "a3", "kv6", "we3m2", "w4_a4_kv4")
     assert len(together) == 1 and len(together[0]) == 7
-    assert len(programs("w4", "wmxfp4")) == 2  # kinds of format
-    assert len(programs("wmxfp4", "wmxfp8", "bf16")) == 1
-    assert len(programs("w4", "w4/group:32")) == 2  # granularity
-    assert len(programs("a4", "a4/tensor/stochastic")) == 2  # rounding
-    assert len(programs("w4", "fp8")) == 2  # a scale per channel, and per tensor
-    assert len(programs("wternary", "wbinary")) == 2
-    assert len(programs("w4", "w8", precision__mode="native", precision__activations="int8")) == 1
-    assert len(programs("bf16", "w8_a8", precision__mode="native")) == 2  # nothing passes through a native product
+    assert len(statics("w4", "wmxfp4")) == 2  # kinds of format
+    assert len(statics("wmxfp4", "wmxfp8", "bf16")) == 1
+    assert len(statics("w4", "w4/group:32")) == 2  # granularity
+    assert len(statics("a4", "a4/tensor/stochastic")) == 2  # rounding
+    assert len(statics("w4", "fp8")) == 2  # a scale per channel, and per tensor
+    assert len(statics("wternary", "wbinary")) == 2
+    assert len(statics("w4", "w8", precision__mode="native", precision__activations="int8")) == 1
+    assert len(statics("bf16", "w8_a8", precision__mode="native")) == 2  # nothing passes through a native product
 
 
 def test_runs_that_save_other_operands_are_never_compiled_together():
@@ -212,16 +217,16 @@ def test_runs_that_save_other_operands_are_never_compiled_together():
     exact = parse("w4", options(backward__activations_saved="exact"))
     forward, nothing = parse("w4", options()), parse("bf16", options())
     for one, other in ((own, exact), (own, forward), (exact, forward)):
-        assert static.static_of([one, other], "float32") is None
+        assert static_of([one, other], "float32") is None
     for one in (own, exact, forward):
-        assert static.static_of([one, nothing], "float32") is not None
+        assert static_of([one, nothing], "float32") is not None
 
 
 def test_long_significands_get_float32_products_in_bf16_models_alone():
-    assert len(programs("w4", "w8", "w9", "w12", "bf16")) == 1
-    split = programs("w4", "w8", "w9", "w12", "bf16", model__dtype="bfloat16")
+    assert len(statics("w4", "w8", "w9", "w12", "bf16")) == 1
+    split = statics("w4", "w8", "w9", "w12", "bf16", model__dtype="bfloat16")
     assert sorted(map(len, split)) == [2, 3]
-    wide = static.static_of([parse("kv10", options())], "bfloat16")
+    wide = static_of([parse("kv10", options())], "bfloat16")
     assert wide.wide == ("q", "p")
     assert [
         fmt for fmt in ("int8", "int9", "e5m6", "e4m7", "mxint8") if static.is_wide(parsing.formats.parse(fmt))
@@ -233,7 +238,7 @@ def test_long_significands_get_float32_products_in_bf16_models_alone():
 
 def test_cohorts_do_not_depend_on_the_order_of_the_grid():
     texts = ["w4", "bf16", "wmxfp4", "a3", "w4/group:32", "fp8"]
-    assert sorted(programs(*texts)) == sorted(programs(*reversed(texts)))
+    assert sorted(statics(*texts)) == sorted(statics(*reversed(texts)))
 
 
 def test_runs_that_differ_in_precision_alone_have_names_of_their_own():
@@ -247,18 +252,18 @@ def test_runs_that_differ_in_precision_alone_have_names_of_their_own():
 
 
 def test_tables_hold_the_grids_of_the_program_and_let_formats_be_replaced():
-    spec = parse("w4_a8", options())
-    program = static.static_of([spec, parse("k3", options())], "float32")
-    table = program.grids(spec)
+    precision = parse("w4_a8", options())
+    static = static_of([precision, parse("k3", options())], "float32")
+    table = static.grids(precision)
     assert {name: float(grid.max_value) for name, grid in table.items() if not grid.passthrough} == {"w": 7, "a": 127}
     assert table["k"].passthrough == 1
-    assert program.grids(spec, w="bf16")["w"].passthrough == 1
+    assert static.grids(precision, w="bf16")["w"].passthrough == 1
 
 
 def test_native_fp8_names_the_device_that_has_none():
-    spec = from_options(options(preset="fp8", mode="native"))
+    precision = from_options(options(preset="fp8", mode="native"))
     with pytest.raises(ConfigError) as caught:
-        native_lib.check_device(spec, jax.devices("cpu")[0])
+        native_lib.check_device(precision, jax.devices("cpu")[0])
     assert all(word in str(caught.value) for word in ("precision.mode", "e4m3fn", "cpu", "8.9"))
     native_lib.check_device(from_options(options(preset="int8_full", mode="native")), jax.devices("cpu")[0])
     native_lib.check_device(from_options(options(preset="fp8")), jax.devices("cpu")[0])

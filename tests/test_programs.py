@@ -16,15 +16,15 @@ def lanes_for(monkeypatch, memory, asked=32, run=1, fixed=1000, each=100):
     """lanes_that_fit on a device of `memory` bytes, for a program of fixed + each · lanes bytes, and those it tried."""
     tried = []
 
-    def bytes_of(static, layout, lanes, inputs, tokens):
+    def bytes_of(step_config, layout, lanes, inputs, tokens):
         tried.append(lanes)
         return fixed + each * lanes // layout.sizes["run"]
 
     monkeypatch.setattr(compiled, "_bytes", bytes_of)
     monkeypatch.setattr(compiled, "device_memory", lambda layout: memory / compiled.MEMORY_SHARE)
-    static, layout = SimpleNamespace(model=SimpleNamespace(width=16, depth=2)), SimpleNamespace(sizes={"run": run})
+    step_config, layout = SimpleNamespace(model=SimpleNamespace(width=16, depth=2)), SimpleNamespace(sizes={"run": run})
     arguments = lambda lanes: (None, jax.ShapeDtypeStruct((4, lanes, 2, 8, 17), np.uint8))
-    return compiled.lanes_that_fit(static, layout, asked, arguments), tried
+    return compiled.lanes_that_fit(step_config, layout, asked, arguments), tried
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_a_model_of_which_not_one_fits_is_one_line(monkeypatch):
 def test_bytes_are_those_of_the_state_and_more(finished_study, quick_compile):
     workspace, _ = finished_study
     (group,) = workspace.experiment.cohorts
-    static = step.Static(group.shape.model, group.program, workspace.experiment.optimizer)
+    step_config = step.StepConfig(group.shape.model, group.static, workspace.experiment.optimizer)
     inputs = cohort._inputs(group, [None, None])
     feed = Prefetcher(
         workspace.loader(group.shape), workspace.layout, 2, 1, workspace.experiment.config.train.steps_per_dispatch
     )
-    state = compiled.stacked(compiled.compiled_cohort(static, workspace.layout, 2).one, 2)
+    state = compiled.stacked(compiled.compiled_cohort(step_config, workspace.layout, 2).one, 2)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    found = compiled._bytes(static, workspace.layout, 2, inputs, feed.abstract)
+    found = compiled._bytes(step_config, workspace.layout, 2, inputs, feed.abstract)
     assert 1.5 * held < found < 50 * held  # and the gradients, at least
 
 

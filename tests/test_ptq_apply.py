@@ -19,7 +19,7 @@ from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training import step
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -29,12 +29,12 @@ MODEL = ModelConfig(
 PROGRAM = StaticPrecision(
     tuple((n, StaticQuantizer(parse("int4").kind, "channel" if n == "w" else "tensor")) for n in "wa")
 )
-STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+STATIC = StepConfig(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 BITS = (3, 8)
 DAMPING = 0.01
 
 
-def table_of(w=16, a=16):
+def grids_of(w=16, a=16):
     return {"w": parse(w).grid(), "a": parse(a).grid()}
 
 
@@ -53,7 +53,7 @@ def quantized(params, tokens):
     @functools.cache
     def at(method, a=16):
         options = {"scheme": Scheme(method), "batch_size": 3, "layout": local_layout()}
-        return apply.quantize_model(STATIC, params, table_of(a=a), tokens, BITS, DAMPING, **options)
+        return apply.quantize_model(STATIC, params, grids_of(a=a), tokens, BITS, DAMPING, **options)
 
     return at
 
@@ -110,14 +110,14 @@ def test_norms_embedding_and_head_stay_and_every_kernel_changes(params, quantize
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params, tokens, dtype):
-    static = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))
-    loss = jax.jit(functools.partial(step.validation_loss, static))
+    step_config = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))
+    loss = jax.jit(functools.partial(step.validation_loss, step_config))
     sequences = np.concatenate([tokens, tokens[:, :1]], axis=1).reshape(2, 3, 9)
     options = {"scheme": Scheme("rtn"), "batch_size": 3, "layout": local_layout()}
-    result = apply.quantize_model(static, params, table_of(), tokens, BITS, DAMPING, **options)
-    trained = loss(params, table_of(w=3, a=8), sequences)
-    after = loss(at_bits(result, 3), table_of(a=8), sequences)
-    assert float(trained) == float(after) != float(loss(params, table_of(a=8), sequences))
+    result = apply.quantize_model(step_config, params, grids_of(), tokens, BITS, DAMPING, **options)
+    trained = loss(params, grids_of(w=3, a=8), sequences)
+    after = loss(at_bits(result, 3), grids_of(a=8), sequences)
+    assert float(trained) == float(after) != float(loss(params, grids_of(a=8), sequences))
 
 
 def numpy_layer_inputs(block, x, a_bits):
@@ -209,8 +209,8 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
             kernel = jnp.asarray(kernel).reshape(block["attention"]["qkv"]["kernel"].shape)
             block = {**block, "attention": {**block["attention"], "qkv": {"kernel": kernel}}}
         apply_block = functools.partial(Block(MODEL, PROGRAM).apply, {"params": block})
-        o = apply_block(apply_block(x, method=Block.before_qkv), table_of(), method=Block.before_out)
-        return np.asarray(apply_block(x, o, table_of(), method=Block.before_gate_up)[0])
+        o = apply_block(apply_block(x, method=Block.before_qkv), grids_of(), method=Block.before_out)
+        return np.asarray(apply_block(x, o, grids_of(), method=Block.before_gate_up)[0])
 
     for bits in BITS:
         awq, rtn = (kernel_of(at_bits(quantized(method), bits), 0, "attention", "qkv") for method in ("awq", "rtn"))

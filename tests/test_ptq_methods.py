@@ -17,7 +17,7 @@ from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training import step
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -30,7 +30,7 @@ LOUD = 5  # the input channel that is much larger than the others, as in trained
 
 
 def static_of(scheme):
-    return Static(MODEL, scheme.program(UNQUANTIZED), OPTIMIZER)
+    return StepConfig(MODEL, scheme.static(UNQUANTIZED), OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def tokens():
 @pytest.fixture(scope="module")
 def loss_of(tokens):
     @functools.cache
-    def program(scheme):
+    def static(scheme):
         return jax.jit(functools.partial(step.validation_loss, static_of(scheme)))
 
     def loss(params, scheme, bits):
-        return float(program(scheme)(params, {name: parse(bits).grid() for name in scheme.operands}, tokens[None]))
+        return float(static(scheme)(params, {name: parse(bits).grid() for name in scheme.operands}, tokens[None]))
 
     return loss
 
@@ -121,21 +121,21 @@ def test_smoothing_lowers_the_damage_where_an_input_is_loud(params, tokens, smoo
 
 def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, loss_of):
     scheme = Scheme("kv_cache")
-    program = scheme.program(UNQUANTIZED)
-    assert {name for name, _ in program.operands} == {"k", "v"}
+    static = scheme.static(UNQUANTIZED)
+    assert {name for name, _ in static.quantizers} == {"k", "v"}
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 8, 2, 8)), jnp.float32) for _ in range(3))
-    table = {name: parse(4).grid() for name in "kv"}
+    grids = {name: parse(4).grid() for name in "kv"}
 
     def on_grid(x):
         scale = np.abs(x).max() / 7
         return np.rint(x / scale) * scale
 
     scores = np.einsum("blhk,bmhk->bhlm", q, on_grid(np.asarray(k)))
-    np.testing.assert_allclose(products.attention_scores(q, k, program, table), scores, atol=1e-4)
+    np.testing.assert_allclose(products.attention_scores(q, k, static, grids), scores, atol=1e-4)
     p = jax.nn.softmax(jnp.asarray(scores, jnp.float32), axis=-1)
     values = np.einsum("bhlm,bmhk->blhk", p, on_grid(np.asarray(v)))
-    np.testing.assert_allclose(products.attention_values(p, v, program, table), values, atol=1e-4)
+    np.testing.assert_allclose(products.attention_values(p, v, static, grids), values, atol=1e-4)
     whole = loss_of(params, Scheme("rtn"), 16)
     assert loss_of(params, scheme, 16) == whole
     assert 0 < abs(loss_of(params, scheme, 8) - whole) < abs(loss_of(params, scheme, 2) - whole)

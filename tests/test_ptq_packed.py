@@ -18,7 +18,7 @@ from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import files
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -26,7 +26,7 @@ MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=8, base_width=16, base_depth=2
 )
 PROGRAM = StaticPrecision((("a", StaticQuantizer(parse("int4").kind, "tensor")),))
-STATIC = Static(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+STATIC = StepConfig(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 SCHEMES = {
     "gptq": Scheme("gptq"),
     "awq": Scheme("awq", group_size=8),
@@ -43,9 +43,9 @@ def quantized():
     def at(name):
         params = jax.jit(lambda: init_model(MODEL, jax.random.key(0)))()
         tokens = np.random.default_rng(0).integers(0, 31, (6, 8)).astype(np.int32)
-        table = {"a": parse(16).grid()}
+        grids = {"a": parse(16).grid()}
         options = {"scheme": SCHEMES[name], "batch_size": 6, "layout": local_layout()}
-        models, _ = apply.quantize_model(STATIC, params, table, tokens, (3, 4), 0.01, **options)
+        models, _ = apply.quantize_model(STATIC, params, grids, tokens, (3, 4), 0.01, **options)
         return dict(zip((3, 4), models, strict=True))
 
     return at

@@ -19,7 +19,6 @@ from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
 from precision_scaling.training import checkpoint
-from precision_scaling.training.cohort import table_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -80,10 +79,10 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     path = packed_directory(workspace.directory(run), Scheme("rtn"), 3)
     loaded = packed.load(path)
     assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
-    program = Scheme("rtn").program(group.program)
-    evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
-    table = table_of(run, program, w=parse("bf16"))
-    assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
+    static = Scheme("rtn").static(group.static)
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
+    grids = static.grids(run.precision, w=parse("bf16"))
+    assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
     assert np.mean(np.asarray(loaded.model.kernels["mlp"]["down"].codes) != 0) > 0.5
     saved = times(workspace.directory(run))
     quantize_missing(workspace, ("rtn",), (3,), save=True)
@@ -101,11 +100,11 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     loaded = packed.load(packed_directory(workspace.directory(run), Scheme("smoothquant"), 4))
     assert loaded.operands == ("a",)
     (group,) = workspace.experiment.cohorts
-    program = Scheme("smoothquant").program(group.program)
-    evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
-    table = {**table_of(run, program, w=parse("bf16")), "a": parse(4).grid()}
-    assert evaluate(codes.parameters(loaded.model), table) == row["loss"]
-    assert evaluate(codes.parameters(loaded.model), {**table, "a": parse(16).grid()}) != row["loss"]
+    static = Scheme("smoothquant").static(group.static)
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
+    grids = {**static.grids(run.precision, w=parse("bf16")), "a": parse(4).grid()}
+    assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
+    assert evaluate(codes.parameters(loaded.model), {**grids, "a": parse(16).grid()}) != row["loss"]
     found = json.loads(layers.path_of(workspace.directory(run), "smoothquant").read_text())
     assert found["projections"] == ["attention/qkv", "attention/out", "mlp/gate_up", "mlp/down"]
     errors = np.array(found["bits"]["4"]["error"])

@@ -49,13 +49,13 @@ def test_operands_take_the_place_of_those_of_training():
     trained = StaticPrecision(
         (("w", StaticQuantizer(parse("int4").kind, "channel")), ("a", StaticQuantizer(parse("e4m3").kind, "token")))
     )
-    program = Scheme("smoothquant").program(trained)
-    assert program.get("w") == trained.get("w")
-    assert program.get("a") == StaticQuantizer(parse("int4").kind, "tensor")
-    program = Scheme("kv_cache", granularity="token").program(trained)
-    assert program.get("a") == trained.get("a")
-    assert program.get("k") == program.get("v") == StaticQuantizer(parse("int4").kind, "token")
-    assert Scheme("gptq").program(trained) == trained
+    static = Scheme("smoothquant").static(trained)
+    assert static.get("w") == trained.get("w")
+    assert static.get("a") == StaticQuantizer(parse("int4").kind, "tensor")
+    static = Scheme("kv_cache", granularity="token").static(trained)
+    assert static.get("a") == trained.get("a")
+    assert static.get("k") == static.get("v") == StaticQuantizer(parse("int4").kind, "token")
+    assert Scheme("gptq").static(trained) == trained
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 
 from precision_scaling.numerics.formats import parse
 from precision_scaling.quantize import products
-from precision_scaling.quantize import static as static_lib
-from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -45,7 +44,7 @@ def operands(product, seed=0):
     return lhs, rhs
 
 
-def program_of(names, **granularity):
+def static_of(names, **granularity):
     kind = parse("int4").kind
     default = {"w": "channel"}
     return StaticPrecision(
@@ -53,19 +52,19 @@ def program_of(names, **granularity):
     )
 
 
-def table_of(**bits):
+def grids_of(**bits):
     return {name: parse(b).grid() for name, b in bits.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("product", "program"))
-def forward_and_gradients(lhs, rhs, cotangent, table, product, program):
-    out, pullback = jax.vjp(lambda lhs, rhs: getattr(products, product)(lhs, rhs, program, table), lhs, rhs)
+@functools.partial(jax.jit, static_argnames=("product", "static"))
+def forward_and_gradients(lhs, rhs, cotangent, grids, product, static):
+    out, pullback = jax.vjp(lambda lhs, rhs: getattr(products, product)(lhs, rhs, static, grids), lhs, rhs)
     return out, *pullback(cotangent.astype(out.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def linear(x, kernel, program, table):
-    return products.linear(x, kernel, program, table)
+@functools.partial(jax.jit, static_argnames="static")
+def linear(x, kernel, static, grids):
+    return products.linear(x, kernel, static, grids)
 
 
 def cotangent_of(product, lhs, rhs):
@@ -76,7 +75,7 @@ def cotangent_of(product, lhs, rhs):
 def test_linear_of_a_case_worked_by_hand():
     x = np.array([[1.0, -0.4, 0.2]], np.float32)  # 3 bits: scale 1/3, levels 3, -1, 1
     kernel = np.array([[0.5, 2.0], [-1.0, 0.9], [0.2, -1.1]], np.float32)  # 2 bits: columns (0, -1, 0) and (2, 0, -2)
-    y = linear(x, kernel, program_of("wa"), table_of(w=2, a=3))
+    y = linear(x, kernel, static_of("wa"), grids_of(w=2, a=3))
     np.testing.assert_allclose(y, [[1 / 3, 4 / 3]], rtol=1e-6)
 
 
@@ -89,8 +88,8 @@ def test_forward_multiplies_the_quantized_operands_and_gradients_are_straight_th
     ins, out = EINSUMS[product].split("->")
     first, second = ins.split(",")
     for left_bits, right_bits in ((4, 4), (3, 8), (2, 16), (16, 5), (16, 16), (12, 6)):
-        table = table_of(**{left: left_bits, right: right_bits})
-        y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table, product, program_of((left, right)))
+        grids = grids_of(**{left: left_bits, right: right_bits})
+        y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, grids, product, static_of((left, right)))
         lhs_q, rhs_q = rounded(lhs, left_bits), rounded(rhs, right_bits, weight_axes)
         where = f"{left} at {left_bits} bits, {right} at {right_bits}"
         close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5, err_msg=where)
@@ -105,9 +104,9 @@ def test_high_precision_is_bit_for_bit_the_plain_product(product):
     g = cotangent_of(product, *operands(product))
     for dtype in (jnp.float32, jnp.bfloat16):
         lhs, rhs = (jnp.asarray(x, dtype) for x in operands(product))
-        table = table_of(**dict.fromkeys(PRODUCTS[product], 16))
-        simulated = forward_and_gradients(lhs, rhs, g, table, product, program_of(PRODUCTS[product]))
-        plain = forward_and_gradients(lhs, rhs, g, None, product, static_lib.UNQUANTIZED)
+        grids = grids_of(**dict.fromkeys(PRODUCTS[product], 16))
+        simulated = forward_and_gradients(lhs, rhs, g, grids, product, static_of(PRODUCTS[product]))
+        plain = forward_and_gradients(lhs, rhs, g, None, product, UNQUANTIZED)
         for one, other in zip(simulated, plain, strict=True):
             assert one.dtype == other.dtype == dtype
             np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
@@ -116,10 +115,10 @@ def test_high_precision_is_bit_for_bit_the_plain_product(product):
 def test_unquantized_program_is_lax_dot_general_and_needs_no_table():
     lhs, rhs = operands("linear")
     dimensions = (((2,), (0,)), ((), ()))
-    text = str(jax.make_jaxpr(lambda x, w: products.linear(x, w, static_lib.UNQUANTIZED, None))(lhs, rhs))
+    text = str(jax.make_jaxpr(lambda x, w: products.linear(x, w, UNQUANTIZED, None))(lhs, rhs))
     assert "dot_general" in text and "round" not in text and "custom_vjp" not in text
     np.testing.assert_allclose(
-        products.linear(lhs, rhs, static_lib.UNQUANTIZED, None),
+        products.linear(lhs, rhs, UNQUANTIZED, None),
         jax.lax.dot_general(lhs, rhs, dimensions),
         rtol=1e-5,
         atol=1e-6,
@@ -128,10 +127,10 @@ def test_unquantized_program_is_lax_dot_general_and_needs_no_table():
 
 def test_an_operand_absent_from_the_program_stays_exact():
     x, kernel = operands("linear")
-    y = linear(x, kernel, program_of("w"), table_of(w=3))
+    y = linear(x, kernel, static_of("w"), grids_of(w=3))
     np.testing.assert_allclose(y, np.einsum("bli,ifg->blfg", x, rounded(kernel, 3, (0,))), rtol=1e-5, atol=1e-5)
     q, k = operands("attention_scores")
-    scores = jax.jit(lambda q, k, table: products.attention_scores(q, k, program_of("k"), table))(q, k, table_of(k=3))
+    scores = jax.jit(lambda q, k, grids: products.attention_scores(q, k, static_of("k"), grids))(q, k, grids_of(k=3))
     np.testing.assert_allclose(scores, np.einsum("blhk,bmhk->bhlm", q, rounded(k, 3)), rtol=1e-5, atol=1e-5)
 
 
@@ -139,56 +138,56 @@ def test_granularity_says_what_shares_a_scale():
     x, kernel = operands("linear")
     x[0, 0] *= 100  # one loud token
     kernel[:, 0, 0] *= 100  # one loud output channel
-    table = table_of(w=4, a=4)
-    y = linear(x, kernel, program_of("wa", w="tensor", a="token"), table)
+    grids = grids_of(w=4, a=4)
+    y = linear(x, kernel, static_of("wa", w="tensor", a="token"), grids)
     expected = np.einsum("bli,ifg->blfg", rounded(x, 4, (2,)), rounded(kernel, 4))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
-    assert not np.allclose(y, linear(x, kernel, program_of("wa"), table), rtol=1e-2)
+    assert not np.allclose(y, linear(x, kernel, static_of("wa"), grids), rtol=1e-2)
 
 
 def test_traced_formats_give_the_same_bits_as_formats_compiled_in():
     x, kernel = operands("linear")
-    program = program_of("wa")
+    static = static_of("wa")
     for bits in (2, 5, 16):
-        table = table_of(w=bits, a=bits)
-        static = jax.jit(lambda x, kernel, table=table: products.linear(x, kernel, program, table))
-        traced = linear(x, kernel, program, table)
-        np.testing.assert_allclose(traced, static(x, kernel), rtol=1e-6, atol=1e-6)
+        grids = grids_of(w=bits, a=bits)
+        step_config = jax.jit(lambda x, kernel, grids=grids: products.linear(x, kernel, static, grids))
+        traced = linear(x, kernel, static, grids)
+        np.testing.assert_allclose(traced, step_config(x, kernel), rtol=1e-6, atol=1e-6)
 
 
 def test_vmap_over_formats_equals_a_loop():
     x, kernel = operands("linear")
     g = cotangent_of("linear", x, kernel)
-    tables = [table_of(w=w, a=a) for w, a in ((2, 4), (16, 3), (8, 16), (16, 16))]
-    stacked = jax.tree.map(lambda *grids: np.stack(grids), *tables)
-    program = program_of("wa")
-    one = lambda table: forward_and_gradients(x, kernel, g, table, "linear", program)
+    grids_of_runs = [grids_of(w=w, a=a) for w, a in ((2, 4), (16, 3), (8, 16), (16, 16))]
+    stacked = jax.tree.map(lambda *grids: np.stack(grids), *grids_of_runs)
+    static = static_of("wa")
+    one = lambda grids: forward_and_gradients(x, kernel, g, grids, "linear", static)
     together = jax.vmap(one)(stacked)
-    for i, table in enumerate(tables):
-        for all_, alone in zip(together, one(table), strict=True):
+    for i, grids in enumerate(grids_of_runs):
+        for all_, alone in zip(together, one(grids), strict=True):
             np.testing.assert_allclose(all_[i], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_floats_and_integers_share_a_program():
     x, kernel = map(jnp.asarray, operands("linear"))
-    program = StaticPrecision((("w", StaticQuantizer(parse("e2m1").kind, "channel")),))
-    traced = jax.jit(lambda kernel, table: products.linear(x, kernel, program, table))
+    static = StaticPrecision((("w", StaticQuantizer(parse("e2m1").kind, "channel")),))
+    traced = jax.jit(lambda kernel, grids: products.linear(x, kernel, static, grids))
     scale = np.max(np.abs(kernel), axis=0, keepdims=True) / 6  # e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = np.concatenate([-positive[:0:-1], positive])
     nearest = levels[np.argmin(np.abs((kernel / scale)[..., None] - levels), axis=-1)]
     np.testing.assert_allclose(
-        traced(kernel, table_of(w="e2m1")), np.einsum("bli,ifg->blfg", x, nearest * scale), rtol=1e-4, atol=1e-4
+        traced(kernel, grids_of(w="e2m1")), np.einsum("bli,ifg->blfg", x, nearest * scale), rtol=1e-4, atol=1e-4
     )
     np.testing.assert_allclose(
-        traced(kernel, table_of(w=4)), np.einsum("bli,ifg->blfg", x, rounded(kernel, 4, (0,))), rtol=1e-4, atol=1e-4
+        traced(kernel, grids_of(w=4)), np.einsum("bli,ifg->blfg", x, rounded(kernel, 4, (0,))), rtol=1e-4, atol=1e-4
     )
     assert traced._cache_size() == 1
 
 
 def test_on_grid_is_the_operand_that_the_product_multiplies():
     x, kernel = operands("linear")
-    program, table = program_of("wa"), table_of(w=3, a=5)
-    np.testing.assert_allclose(products.on_grid(x, "a", program, table), rounded(x, 5), atol=1e-6)
-    np.testing.assert_allclose(products.on_grid(kernel, "w", program, table), rounded(kernel, 3, (0,)), atol=1e-6)
-    assert products.on_grid(x, "q", program, table) is x
+    static, grids = static_of("wa"), grids_of(w=3, a=5)
+    np.testing.assert_allclose(products.on_grid(x, "a", static, grids), rounded(x, 5), atol=1e-6)
+    np.testing.assert_allclose(products.on_grid(kernel, "w", static, grids), rounded(kernel, 3, (0,)), atol=1e-6)
+    assert products.on_grid(x, "q", static, grids) is x

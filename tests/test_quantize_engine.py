@@ -52,13 +52,13 @@ def arrays(product, seed=0):
     return lhs, rhs, rng.normal(size=np.einsum(subscripts, lhs, rhs).shape).astype(np.float32)
 
 
-def table_of(**formats):
+def grids_of(**formats):
     return {name: parse(fmt).grid() for name, fmt in formats.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("product", "program"))
-def forward_and_gradients(lhs, rhs, g, table, key=None, *, product, program):
-    function = lambda lhs, rhs: getattr(products_lib, product)(lhs, rhs, program, table, key)
+@functools.partial(jax.jit, static_argnames=("product", "static"))
+def forward_and_gradients(lhs, rhs, g, grids, key=None, *, product, static):
+    function = lambda lhs, rhs: getattr(products_lib, product)(lhs, rhs, static, grids, key)
     out, pullback = jax.vjp(function, lhs, rhs)
     return out, *pullback(g.astype(out.dtype))
 
@@ -85,10 +85,10 @@ def test_backward_products_multiply_the_gradient_and_the_saved_operand_in_their_
     for_lhs, for_rhs, _ = contracted_in_gradients(subscripts)
     shared = lambda letters: None if granularity == "tensor" else letters
     formats = {left: 5, right: 4, f"g_{left}": 6, f"s_{left}": 3, f"g_{right}": 7, f"s_{right}": 2}
-    program = StaticPrecision(
+    static = StaticPrecision(
         tuple((name, StaticQuantizer(INT, granularity if name in BACKWARD else "tensor")) for name in sorted(formats))
     )
-    y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table_of(**formats), product=product, program=program)
+    y, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, grids_of(**formats), product=product, static=static)
     close(y, np.einsum(subscripts, rounded(lhs, 5), rounded(rhs, 4)))
     g_6, saved_3 = rounded(g, 6, out, shared(for_lhs)), rounded(rhs, 3, rhs_letters, shared(for_lhs))
     close(d_lhs, np.einsum(f"{out},{rhs_letters}->{lhs_letters}", g_6, saved_3))
@@ -104,10 +104,10 @@ def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_f
     ins, out = subscripts.split("->")
     lhs_letters, rhs_letters = ins.split(",")
     forward = ((left, StaticQuantizer(INT)), (right, StaticQuantizer(INT)), (f"g_{left}", StaticQuantizer(INT)))
-    table = table_of(**{left: 3, right: 4, f"g_{left}": 5})
+    grids = grids_of(**{left: 3, right: 4, f"g_{left}": 5})
     for exact in ((), (left,), (right,)):
-        program = StaticPrecision(forward, exact=exact)
-        _, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
+        static = StaticPrecision(forward, exact=exact)
+        _, d_lhs, d_rhs = forward_and_gradients(lhs, rhs, g, grids, product=product, static=static)
         saved_rhs = rhs if left in exact else rounded(rhs, 4)
         saved_lhs = lhs if right in exact else rounded(lhs, 3)
         close(d_lhs, np.einsum(f"{out},{rhs_letters}->{lhs_letters}", rounded(g, 5), saved_rhs), err_msg=str(exact))
@@ -116,8 +116,8 @@ def test_saved_operands_are_the_forward_pass_s_unless_the_exact_ones_are_asked_f
 
 def test_gradients_alone_can_be_quantized():
     x, kernel, g = arrays("linear")
-    program = StaticPrecision((("g_w", StaticQuantizer(INT)),))
-    y, dx, dw = forward_and_gradients(x, kernel, g, table_of(g_w=3), product="linear", program=program)
+    static = StaticPrecision((("g_w", StaticQuantizer(INT)),))
+    y, dx, dw = forward_and_gradients(x, kernel, g, grids_of(g_w=3), product="linear", static=static)
     close(y, x @ kernel)
     close(dx, g @ kernel.T)
     close(dw, x.T @ rounded(g, 3))
@@ -129,9 +129,9 @@ def test_groups_run_along_the_contraction_of_each_product():
         lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
         out = subscripts.split("->")[1]
         (contracted,) = {*lhs_letters} & {*rhs_letters} - {*out}
-        program = StaticPrecision(((left, StaticQuantizer(INT, "group:2")), (right, StaticQuantizer(INT, "group:2"))))
+        static = StaticPrecision(((left, StaticQuantizer(INT, "group:2")), (right, StaticQuantizer(INT, "group:2"))))
         y, d_lhs, _ = forward_and_gradients(
-            lhs, rhs, g, table_of(**{left: 3, right: 4}), product=product, program=program
+            lhs, rhs, g, grids_of(**{left: 3, right: 4}), product=product, static=static
         )
         lhs_q = rounded(lhs, 3, lhs_letters, contracted, group=2)
         rhs_q = rounded(rhs, 4, rhs_letters, contracted, group=2)
@@ -153,9 +153,9 @@ def test_token_and_channel_scales_are_shared_over_the_other_axes(product, left, 
     left_name, right_name, _, _, subscripts = PRODUCTS[product]
     lhs, rhs, g = arrays(product)
     lhs_letters, rhs_letters = subscripts.split("->")[0].split(",")
-    program = StaticPrecision(((left_name, StaticQuantizer(INT, left)), (right_name, StaticQuantizer(INT, right))))
-    table = table_of(**{left_name: 4, right_name: 4})
-    y, _, _ = forward_and_gradients(lhs, rhs, g, table, product=product, program=program)
+    static = StaticPrecision(((left_name, StaticQuantizer(INT, left)), (right_name, StaticQuantizer(INT, right))))
+    grids = grids_of(**{left_name: 4, right_name: 4})
+    y, _, _ = forward_and_gradients(lhs, rhs, g, grids, product=product, static=static)
     lhs_q, rhs_q = rounded(lhs, 4, lhs_letters, lhs_over), rounded(rhs, 4, rhs_letters, rhs_over)
     close(y, np.einsum(subscripts, lhs_q, rhs_q))
 
@@ -164,8 +164,8 @@ def test_block_formats_bring_their_own_groups():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=(64, 5)).astype(np.float32)
     kind = parse("mxfp4").kind
-    program = StaticPrecision((("a", StaticQuantizer(kind)), ("w", StaticQuantizer(kind, "channel"))))
-    y = jax.jit(lambda x, w: products_lib.linear(x, w, program, table_of(a="mxfp4", w="mxfp4")))(x, kernel)
+    static = StaticPrecision((("a", StaticQuantizer(kind)), ("w", StaticQuantizer(kind, "channel"))))
+    y = jax.jit(lambda x, w: products_lib.linear(x, w, static, grids_of(a="mxfp4", w="mxfp4")))(x, kernel)
     levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
     def mxfp4(rows):  # blocks of 32 along the last axis, scale 2^(floor(log2 max) - 2)
@@ -180,13 +180,13 @@ def test_block_formats_bring_their_own_groups():
 def test_traced_backward_formats_under_vmap_equal_a_loop():
     x, kernel, g = arrays("linear")
     names = ("a", "w", "g_a", "g_w")
-    program = StaticPrecision(tuple((name, StaticQuantizer(parse("e4m3").kind)) for name in names))
+    static = StaticPrecision(tuple((name, StaticQuantizer(parse("e4m3").kind)) for name in names))
     choices = (("int4", "e2m1", "e5m2", "int8"), ("bf16", "int4", "bf16", "e3m2"), ("bf16",) * 4)
-    tables = [table_of(**dict(zip(names, choice, strict=True))) for choice in choices]
-    one = lambda table: forward_and_gradients(x, kernel, g, table, product="linear", program=program)
-    together = jax.vmap(one)(jax.tree.map(lambda *grids: np.stack(grids), *tables))
-    for i, table in enumerate(tables):
-        for all_, alone in zip(together, one(table), strict=True):
+    grids_of_runs = [grids_of(**dict(zip(names, choice, strict=True))) for choice in choices]
+    one = lambda grids: forward_and_gradients(x, kernel, g, grids, product="linear", static=static)
+    together = jax.vmap(one)(jax.tree.map(lambda *grids: np.stack(grids), *grids_of_runs))
+    for i, grids in enumerate(grids_of_runs):
+        for all_, alone in zip(together, one(grids), strict=True):
             close(all_[i], alone, rtol=1e-6, atol=1e-6)
     close(together[1][2], g @ kernel.T)  # passes through
 
@@ -201,9 +201,9 @@ def stochastic(*names, **fields):
 @pytest.mark.slow
 def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
     x, kernel, g = arrays("linear")
-    program = stochastic("w", "g_a", exact=("a",))
-    table = table_of(w=2, g_a=2)
-    draw = lambda key: forward_and_gradients(x, kernel, g, table, key, product="linear", program=program)
+    static = stochastic("w", "g_a", exact=("a",))
+    grids = grids_of(w=2, g_a=2)
+    draw = lambda key: forward_and_gradients(x, kernel, g, grids, key, product="linear", static=static)
     draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
     for all_, expected in zip(draws, (x @ kernel, g @ kernel.T, None), strict=True):
         if expected is not None:
@@ -214,7 +214,7 @@ def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
 def test_stochastic_rounding_without_a_key_is_refused():
     x, kernel, _ = map(jnp.asarray, arrays("linear"))
     with pytest.raises(FormatError, match="without a key"):
-        products_lib.linear(x, kernel, stochastic("w"), table_of(w=4))
+        products_lib.linear(x, kernel, stochastic("w"), grids_of(w=4))
 
 
 TINY = decoder.ModelConfig(
@@ -224,9 +224,9 @@ OPTIMIZER = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 EVERYTHING = (*OPERANDS, "e", "head_w", "head_a", *(f"g_{name}" for name in OPERANDS))
 
 
-def inputs_of(program, seed, bits=4):
-    table = table_of(**{name: bits for name, _ in program.operands})
-    return step_lib.RunInputs(table, schedule.of("cosine", 1e-3, 10, 1, 0), np.int32(seed))
+def inputs_of(static, seed, bits=4):
+    grids = grids_of(**{name: bits for name, _ in static.quantizers})
+    return step_lib.RunInputs(grids, schedule.of("cosine", 1e-3, 10, 1, 0), np.int32(seed))
 
 
 def tokens_of(batch=2, length=7):
@@ -243,14 +243,14 @@ def test_no_key_repeats_across_steps_layers_and_operands(monkeypatch):
         return noise(key, shape)
 
     monkeypatch.setattr(rounding, "rounding_noise", recording)
-    program = stochastic(*EVERYTHING)
-    static = step_lib.Static(TINY, program, OPTIMIZER)
-    step = jax.jit(functools.partial(step_lib.train_step, static))
-    state = step_lib.init_state(static, 0)
+    static = stochastic(*EVERYTHING)
+    step_config = step_lib.StepConfig(TINY, static, OPTIMIZER)
+    step = jax.jit(functools.partial(step_lib.train_step, step_config))
+    state = step_lib.init_state(step_config, 0)
     for seed in (0, 1):
         now = state
         for _ in range(2):
-            now, _ = step(now, inputs_of(program, seed), tokens_of())
+            now, _ = step(now, inputs_of(static, seed), tokens_of())
     jax.effects_barrier()
     # Four projections and two attention products of two operands, forward and backward, in each layer; and the rest.
     per_step = TINY.depth * 6 * (2 + 2) + len(("e", "head_w", "head_a"))
@@ -260,33 +260,35 @@ def test_no_key_repeats_across_steps_layers_and_operands(monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_rounds_by_seed_and_step_alone_whatever_the_lane():
-    program = stochastic("w", "a", "g_a", "g_w")
-    static = step_lib.Static(TINY, program, OPTIMIZER)
-    one = jax.jit(functools.partial(step_lib.train_step, static))
-    together = jax.jit(jax.vmap(functools.partial(step_lib.train_step, static)))
-    state = step_lib.init_state(static, 0)
+    static = stochastic("w", "a", "g_a", "g_w")
+    step_config = step_lib.StepConfig(TINY, static, OPTIMIZER)
+    one = jax.jit(functools.partial(step_lib.train_step, step_config))
+    together = jax.jit(jax.vmap(functools.partial(step_lib.train_step, step_config)))
+    state = step_lib.init_state(step_config, 0)
     state = state._replace(step=jnp.int32(3))  # as a run that resumes
     seeds = (5, 0, 5)
     stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), state)
-    inputs = jax.tree.map(lambda *xs: np.stack(xs), *(inputs_of(program, seed) for seed in seeds))
+    inputs = jax.tree.map(lambda *xs: np.stack(xs), *(inputs_of(static, seed) for seed in seeds))
     _, metrics = together(stacked, inputs, np.stack([tokens_of()] * 3))
     for i, seed in enumerate(seeds):
-        _, alone = one(state, inputs_of(program, seed), tokens_of())
+        _, alone = one(state, inputs_of(static, seed), tokens_of())
         assert metrics.loss[i] == pytest.approx(float(alone.loss), rel=1e-6)
         assert metrics.grad_norm[i] == pytest.approx(float(alone.grad_norm), rel=1e-5)
     assert metrics.loss[0] == metrics.loss[2] != metrics.loss[1]
-    _, later = one(state._replace(step=jnp.int32(4)), inputs_of(program, 5), tokens_of())
+    _, later = one(state._replace(step=jnp.int32(4)), inputs_of(static, 5), tokens_of())
     assert later.loss != metrics.loss[0]
 
 
 @pytest.mark.slow
 def test_evaluation_rounds_to_nearest():
     nearest = StaticPrecision(tuple((name, StaticQuantizer(INT)) for name in ("w", "a")))
-    params = step_lib.init_state(step_lib.Static(TINY, nearest, OPTIMIZER), 0).params
+    params = step_lib.init_state(step_lib.StepConfig(TINY, nearest, OPTIMIZER), 0).params
     tokens_NxBxS1 = tokens_of(4).reshape(2, 2, -1)
     losses = [
-        step_lib.validation_loss(step_lib.Static(TINY, program, OPTIMIZER), params, table_of(w=3, a=4), tokens_NxBxS1)
-        for program in (nearest, stochastic("w", "a", "g_a", exact=("w",)))
+        step_lib.validation_loss(
+            step_lib.StepConfig(TINY, static, OPTIMIZER), params, grids_of(w=3, a=4), tokens_NxBxS1
+        )
+        for static in (nearest, stochastic("w", "a", "g_a", exact=("w",)))
     ]
     assert losses[0] == losses[1]
 
@@ -296,7 +298,7 @@ def test_evaluation_rounds_to_nearest():
 
 @pytest.mark.slow
 def test_embedding_and_head_are_quantized_on_request():
-    program = StaticPrecision(
+    static = StaticPrecision(
         (
             ("e", StaticQuantizer(INT, "token")),
             ("head_w", StaticQuantizer(INT, "channel")),
@@ -305,7 +307,7 @@ def test_embedding_and_head_are_quantized_on_request():
     )
     params = decoder.init(TINY, jax.random.key(0))
     tokens = tokens_of(length=6)
-    logits = decoder.Decoder(TINY, program).apply({"params": params}, tokens, table_of(e=3, head_w=4, head_a=16))
+    logits = decoder.Decoder(TINY, static).apply({"params": params}, tokens, grids_of(e=3, head_w=4, head_a=16))
     embedding, kernel = (np.asarray(params[k][v]) for k, v in (("embedding", "embedding"), ("head", "kernel")))
     by_hand = {
         **params,
@@ -325,21 +327,21 @@ def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
     g = rng.normal(size=(20, 16)).astype(np.float32)
     run = functools.partial(forward_and_gradients, x, kernel, g, product="linear")
     exact = (x @ kernel, g @ kernel.T, x.T @ g)
-    for ours, theirs in zip(run(table_of(a=16, w=16), program=rotated), exact, strict=True):
+    for ours, theirs in zip(run(grids_of(a=16, w=16), static=rotated), exact, strict=True):
         close(ours, theirs, rtol=1e-4, atol=1e-3)
-    errors = [np.std(run(table_of(a=4, w=16), program=program)[0] - x @ kernel) for program in (plain, rotated)]
+    errors = [np.std(run(grids_of(a=4, w=16), static=static)[0] - x @ kernel) for static in (plain, rotated)]
     assert errors[1] < errors[0] / 3
-    table = table_of(a=4, w=5)
-    operands = [products_lib.on_grid(array, name, rotated, table) for array, name in ((x, "a"), (kernel, "w"))]
-    close(run(table, program=rotated)[0], np.asarray(operands[0]) @ np.asarray(operands[1]), rtol=1e-3, atol=1e-2)
+    grids = grids_of(a=4, w=5)
+    operands = [products_lib.on_grid(array, name, rotated, grids) for array, name in ((x, "a"), (kernel, "w"))]
+    close(run(grids, static=rotated)[0], np.asarray(operands[0]) @ np.asarray(operands[1]), rtol=1e-3, atol=1e-2)
 
 
 # Native products
 
 
-def native(program, container="int8"):
-    operands = tuple((name, dataclasses.replace(operand, container=container)) for name, operand in program.operands)
-    return dataclasses.replace(program, operands=operands)
+def native(static, container="int8"):
+    operands = tuple((name, dataclasses.replace(operand, container=container)) for name, operand in static.quantizers)
+    return dataclasses.replace(static, quantizers=operands)
 
 
 NATIVE = {
@@ -364,11 +366,11 @@ def test_native_int8_products_equal_the_simulated_ones(case):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(33, 70)).astype(np.float32), rng.normal(size=(70, 40)).astype(np.float32)
     g = rng.normal(size=(33, 40)).astype(np.float32)
-    program = NATIVE[case]
+    static = NATIVE[case]
     for bits in (8, 3):
-        table, key = table_of(**{name: bits for name, _ in program.operands}), jax.random.key(1)
-        run = functools.partial(forward_and_gradients, x, kernel, g, table, key, product="linear")
-        for ours, theirs in zip(run(program=native(program)), run(program=program), strict=True):
+        grids, key = grids_of(**{name: bits for name, _ in static.quantizers}), jax.random.key(1)
+        run = functools.partial(forward_and_gradients, x, kernel, g, grids, key, product="linear")
+        for ours, theirs in zip(run(static=native(static)), run(static=static), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.max(np.abs(theirs)))
 
 
@@ -377,19 +379,19 @@ def test_native_attention_products_equal_the_simulated_ones():
     for product, granularities in along_contraction.items():
         left, right, *_ = PRODUCTS[product]
         lhs, rhs, g = arrays(product)
-        program = StaticPrecision(
+        static = StaticPrecision(
             ((left, StaticQuantizer(INT, granularities[0])), (right, StaticQuantizer(INT, granularities[1])))
         )
-        run = functools.partial(forward_and_gradients, lhs, rhs, g, table_of(**{left: 8, right: 6}), product=product)
-        for ours, theirs in zip(run(program=native(program)), run(program=program), strict=True):
+        run = functools.partial(forward_and_gradients, lhs, rhs, g, grids_of(**{left: 8, right: 6}), product=product)
+        for ours, theirs in zip(run(static=native(static)), run(static=static), strict=True):
             close(ours, theirs, err_msg=product)
 
 
 def test_native_programs_multiply_codes():
     x, kernel, g = arrays("linear")
-    program = native(NATIVE["per tensor, forward operands saved"])
-    table = table_of(**{name: 8 for name, _ in program.operands})
-    lowered = forward_and_gradients.lower(x, kernel, g, table, product="linear", program=program)
+    static = native(NATIVE["per tensor, forward operands saved"])
+    grids = grids_of(**{name: 8 for name, _ in static.quantizers})
+    lowered = forward_and_gradients.lower(x, kernel, g, grids, product="linear", static=static)
     products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == 3
     assert all(line.count("xi8>") == 2 and line.count("xi32>") == 1 for line in products)
@@ -400,10 +402,11 @@ def test_native_fp8_products_equal_the_simulated_ones():
     kinds = {"a": "e4m3fn", "w": "e4m3fn", "g_a": "e5m2", "g_w": "e5m2"}
     simulated = StaticPrecision(tuple((name, StaticQuantizer(parse(fmt).kind)) for name, fmt in kinds.items()))
     operands = tuple(
-        (name, dataclasses.replace(operand, container=f"float8_{kinds[name]}")) for name, operand in simulated.operands
+        (name, dataclasses.replace(operand, container=f"float8_{kinds[name]}"))
+        for name, operand in simulated.quantizers
     )
-    run = functools.partial(forward_and_gradients, x, kernel, g, table_of(**kinds), product="linear")
-    results = zip(run(program=dataclasses.replace(simulated, operands=operands)), run(program=simulated), strict=True)
+    run = functools.partial(forward_and_gradients, x, kernel, g, grids_of(**kinds), product="linear")
+    results = zip(run(static=dataclasses.replace(simulated, quantizers=operands)), run(static=simulated), strict=True)
     for ours, theirs in results:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.max(np.abs(theirs)))
 
@@ -423,7 +426,7 @@ def program(fmt, rounding, container=None, **granularity):
     operand = lambda name: Operand(kind, granularity.get(name[0], "vector"), rounding, container)
     return Program(tuple((name, operand(name)) for name in names))
 
-@functools.partial(jax.jit, static_argnames="program")
+@functools.partial(jax.jit, static_argnames="static")
 def products(x, kernel, g, table, key, program):
     out, pullback = jax.vjp(lambda x, kernel: quantize.linear(x, kernel, program, table, key), x, kernel)
     return out, *pullback(g)
@@ -471,15 +474,15 @@ def test_float32_products_multiply_in_bf16_models_what_twelve_bits_make_of_the_o
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 256), (256, 64)))
     x_f32, kernel_f32 = np.asarray(x, np.float32), np.asarray(kernel, np.float32)
     intended = (rounded(x_f32, 12) @ rounded(kernel_f32, 12, "io", "i")).astype(jnp.bfloat16)
-    program = StaticPrecision((("a", StaticQuantizer(INT)), ("w", StaticQuantizer(INT, "channel"))))
+    static = StaticPrecision((("a", StaticQuantizer(INT)), ("w", StaticQuantizer(INT, "channel"))))
     equal = {}
     for wide in ((), ("a",)):
         compute = jax.jit(
-            functools.partial(products_lib.linear, program=dataclasses.replace(program, wide=wide)),
+            functools.partial(products_lib.linear, static=dataclasses.replace(static, wide=wide)),
             # A CPU has no bf16 products, and would keep the digits that the hardware this is for drops.
             compiler_options={"xla_allow_excess_precision": False},
         )
-        y = compute(x, kernel, table=table_of(a=12, w=12))
+        y = compute(x, kernel, grids=grids_of(a=12, w=12))
         assert y.dtype == jnp.bfloat16
         equal[wide] = np.mean(np.asarray(y) == intended)
     assert equal["a",] > 0.99 and equal[()] < 0.9

@@ -19,7 +19,7 @@ from precision_scaling.runtime import sharding
 from precision_scaling.runtime.sharding import fit
 from precision_scaling.training import step
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"run": 2, "data": 1, "fsdp": 4, "tensor": 3}
@@ -40,12 +40,12 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule():
     kinds = {}, {"tie_embeddings": True}, {"qk_norm": "head", "kv_heads": 2}, {"norm_placement": "post"}
     for more in (*kinds, {"qkv_bias": True}):
         known = {name: value for name, value in more.items() if hasattr(ModelConfig, name)}
-        static = Static(
+        step_config = StepConfig(
             ModelConfig(**shape, base_width=16, base_depth=2, **known),
             UNQUANTIZED,
             OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1),
         )
-        state = jax.eval_shape(lambda static=static: step.init_state(static, 0))
+        state = jax.eval_shape(lambda step_config=step_config: step.init_state(step_config, 0))
         specs = layout.of_tree(state)
         split = {
             jax.tree_util.keystr(path, simple=True, separator="/"): place.spec

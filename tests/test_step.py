@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from precision_scaling.model.decoder import ModelConfig
-from precision_scaling.quantize import static
+from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.training import schedule, step
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.training.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, StepConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -21,8 +21,8 @@ MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=8, base_width=16, base_depth=2
 )
 OPTIMIZER = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
-WHOLE = Static(MODEL, static.UNQUANTIZED, OPTIMIZER)
-INPUTS = RunInputs(table={}, schedule=schedule.of("cosine", 1e-3, 10, 1, 0))
+WHOLE = StepConfig(MODEL, UNQUANTIZED, OPTIMIZER)
+INPUTS = RunInputs(grids={}, schedule=schedule.of("cosine", 1e-3, 10, 1, 0))
 
 initialize = jax.jit(step.init_state, static_argnums=0)
 train_step = jax.jit(step.train_step, static_argnums=0)
@@ -43,7 +43,7 @@ def test_the_seed_alone_makes_the_state():
 @pytest.mark.slow
 def test_microbatches_make_the_update_of_the_full_batch():
     tokens = random_tokens(4, 9)
-    parts = Static(MODEL, static.UNQUANTIZED, OPTIMIZER, microbatches=4)
+    parts = StepConfig(MODEL, UNQUANTIZED, OPTIMIZER, microbatches=4)
     state = initialize(WHOLE, 0)
     whole, whole_metrics = train_step(WHOLE, state, INPUTS, tokens)
     in_parts, parts_metrics = train_step(parts, state, INPUTS, tokens)
@@ -74,12 +74,12 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.model import ModelConfig
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.quantize import Operand, Program
-from precision_scaling.training.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, StepConfig
 assert jax.device_count() == 8
 kind = parse("int4").kind
 program = Program(tuple((n, Operand(kind, "channel" if n == "w" else "tensor")) for n in "wakv"))
 model = ModelConfig(31, 16, 2, 2, 24, 8, 16, 2)
-static = Static(model, program, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+static = StepConfig(model, program, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 table = {n: parse("int6").grid() for n in "wakv"}
 inputs = RunInputs(table, schedule.of("cosine", 1e-3, 10, 1, 0))
 train_step = jax.jit(step_lib.train_step, static_argnums=0)

@@ -19,8 +19,9 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.model import contraction, rope, sizes
 from precision_scaling.model import decoder as decoder_lib
 from precision_scaling.ptq import scheme as ptq_scheme
-from precision_scaling.quantize import parsing, static
-from precision_scaling.quantize.spec import Precision
+from precision_scaling.quantize import parsing
+from precision_scaling.quantize.precision import Precision
+from precision_scaling.quantize.static import static_of
 from precision_scaling.training import optimizer
 from precision_scaling.training.run import Cohort, Run, Shape
 
@@ -69,8 +70,10 @@ class _Point(NamedTuple):
 
 def _points(config) -> Iterator[_Point]:
     if not config.study.grid:
-        spec, ptq = parsing.from_options(config.precision), bool(config.ptq.methods)
-        yield _Point(config.model.size, config.train.tokens, spec, config.train.seed, ptq, config.optimizer.schedule)
+        precision, ptq = parsing.from_options(config.precision), bool(config.ptq.methods)
+        yield _Point(
+            config.model.size, config.train.tokens, precision, config.train.seed, ptq, config.optimizer.schedule
+        )
         return
     for part in config.study.grid.values():
         schedules, ptq = part.get("schedules") or (config.optimizer.schedule,), part.get("ptq", False)
@@ -186,16 +189,18 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
         members = sorted((run for run in runs if run.shape == shape), key=lambda run: (-run.steps, run.id))
         groups: list[list[Precision]] = []
         # In an order that does not depend on the grid's: a study that is repeated with more runs keeps its programs.
-        for spec in sorted({run.precision for run in members}, key=lambda spec: (spec.short, spec.describe())):
+        for precision in sorted(
+            {run.precision for run in members}, key=lambda precision: (precision.short, precision.describe())
+        ):
             for group in groups:
-                if static.static_of([*group, spec], shape.model.dtype) is not None:
-                    group.append(spec)
+                if static_of([*group, precision], shape.model.dtype) is not None:
+                    group.append(precision)
                     break
             else:
-                groups.append([spec])
+                groups.append([precision])
         for group in groups:
-            program = static.static_of(group, shape.model.dtype)
-            cohorts.append(Cohort(shape, program, tuple(run for run in members if run.precision in group)))
+            static = static_of(group, shape.model.dtype)
+            cohorts.append(Cohort(shape, static, tuple(run for run in members if run.precision in group)))
     return tuple(cohorts)
 
 
@@ -204,8 +209,8 @@ def _check_together(config) -> None:
     rope.parse(config.model.rope_scaling)
     if config.model.imported and config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
-    if config.model.imported and (spec := parsing.from_options(config.precision)).settings:
-        raise ConfigError("precision", spec.describe(), "bf16 for a model that was imported")
+    if config.model.imported and (precision := parsing.from_options(config.precision)).quantizers:
+        raise ConfigError("precision", precision.describe(), "bf16 for a model that was imported")
     if config.train.batch_size % config.train.microbatches:
         raise ConfigError("train.microbatches", config.train.microbatches, "a divisor of train.batch_size")
     if config.evaluate.sequences % config.evaluate.batch_size:

@@ -19,7 +19,6 @@ from precision_scaling.runtime import files, sharding
 from precision_scaling.study import evaluate, results
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
 from precision_scaling.training import checkpoint
-from precision_scaling.training.cohort import table_of
 from precision_scaling.training.run import Run
 
 # Longest sequences that are chosen unasked: the attention products grow with their square.
@@ -44,8 +43,8 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
         return run
     params = pretrained.params()
     params = jax.device_put(params, workspace.layout.of_tree(params))
-    program = group.program.evaluation()
-    loss = evaluate.evaluator(workspace, group.shape, program, progress=True)(params, table_of(run, program))
+    static = group.static.evaluation()
+    loss = evaluate.evaluator(workspace, group.shape, static, progress=True)(params, static.grids(run.precision))
     if not math.isfinite(loss):
         raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
     checkpoint.save(workspace.directory(run) / "checkpoint", params)

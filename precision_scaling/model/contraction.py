@@ -4,10 +4,10 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.operands import OPTIONS
-from precision_scaling.quantize.spec import Precision
+from precision_scaling.quantize.precision import Precision
 
 
-def check_shape(spec: Precision, model: ModelConfig, tokens_per_part: int) -> None:
+def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) -> None:
     """Raises ConfigError where groups or a rotation do not fit a decoder; before anything is compiled.
 
     tokens_per_part: tokens of a microbatch, over which weight gradients contract.
@@ -24,7 +24,7 @@ def check_shape(spec: Precision, model: ModelConfig, tokens_per_part: int) -> No
         (("g_a", "s_a"), outputs),
         (("g_w", "s_w"), {"the tokens of a microbatch": tokens_per_part}),
     )
-    for name, setting in spec.settings:
+    for name, setting in precision.quantizers:
         size = operands.group_size(setting.granularity)
         lengths = next(lengths for names, lengths in contracted if name in names)
         for what, length in lengths.items() if size else ():
@@ -34,7 +34,7 @@ def check_shape(spec: Precision, model: ModelConfig, tokens_per_part: int) -> No
                     f"{setting.format.name}/{setting.granularity}",
                     f"a group that divides {what}, {length}",
                 )
-    if spec.rotated:
+    if precision.rotated:
         for what, length in features.items():
             if length % 2:
                 raise ConfigError("precision.rotation", "hadamard", f"none where {what} ({length}) is odd")

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from precision_scaling.model import rope
-from precision_scaling.quantize import aqt, products, static
+from precision_scaling.quantize import aqt, products
+from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision
 from precision_scaling.runtime.sharding import split_batch
 
 NORM_PLACEMENTS = ("pre", "post")
@@ -27,7 +28,7 @@ REMATS = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-_HEAD = ("head_a", "head_w")  # operands of the last product in a program
+_HEAD = ("head_a", "head_w")  # operands of the last product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +123,19 @@ def _norm(config: ModelConfig) -> nn.Module:
 class Linear(nn.Module):
     """Quantized projection of the last axis. The kernel has shape (in, *features).
 
-    names: of input and kernel in the program. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
+    names: of input and kernel in `static`. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
     """
 
     features: tuple[int, ...]
-    program: static.StaticPrecision
+    static: StaticPrecision
     names: tuple[str, str] = ("a", "w")
     fan_in: int = 0
 
     @nn.compact
-    def __call__(self, x, table, key=None):
+    def __call__(self, x, grids, key=None):
         deviation = 1 / math.sqrt(self.fan_in or x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(deviation), (x.shape[-1], *self.features), jnp.float32)
-        return products.linear(x, kernel.astype(x.dtype), self.program, table, key, self.names)
+        return products.linear(x, kernel.astype(x.dtype), self.static, grids, key, self.names)
 
 
 def rotary(x_BxLxHxK, theta: float, scaling: str = ""):
@@ -149,28 +150,28 @@ def rotary(x_BxLxHxK, theta: float, scaling: str = ""):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; q, k, v and the probabilities are each quantized as the program says."""
+    """Causal self-attention; q, k, v and the probabilities are each quantized as `static` says."""
 
     config: ModelConfig
-    program: static.StaticPrecision
+    static: StaticPrecision
 
     def setup(self):
         c = self.config
         # Queries, keys and values, head by head, from one product.
-        self.qkv = Linear((c.heads + 2 * c.key_heads, c.head_dim), self.program)
-        self.out = Linear((c.width,), self.program)
+        self.qkv = Linear((c.heads + 2 * c.key_heads, c.head_dim), self.static)
+        self.out = Linear((c.width,), self.static)
         if c.qk_norm != "none":
             self.q_norm, self.k_norm = _norm(c), _norm(c)
         if c.qkv_bias:
             shape = (c.heads + 2 * c.key_heads, c.head_dim)
             self.qkv_bias = self.param("qkv_bias", nn.initializers.zeros, shape, jnp.float32)
 
-    def __call__(self, x_BxLxD, table, key=None):
+    def __call__(self, x_BxLxD, grids, key=None):
         # Every product of a layer has a key of its own, by the number it goes by here.
         keys = [aqt.fold_in(key, i) for i in range(4)]
-        return self.out(self.mix(self.qkv(x_BxLxD, table, keys[0]), table, keys[1], keys[2]), table, keys[3])
+        return self.out(self.mix(self.qkv(x_BxLxD, grids, keys[0]), grids, keys[1], keys[2]), grids, keys[3])
 
-    def mix(self, qkv_BxLxNxK, table, score_key=None, value_key=None):
+    def mix(self, qkv_BxLxNxK, grids, score_key=None, value_key=None):
         """What the heads read, side by side: (B, L, H·K). N: heads of queries, then of keys, then of values."""
         c = self.config
         batch, length = qkv_BxLxNxK.shape[:2]
@@ -186,11 +187,11 @@ class Attention(nn.Module):
         shared = c.heads // c.key_heads
         q_BxLxGxRxK = q_BxLxHxK.reshape(batch, length, c.key_heads, shared, c.head_dim)
         q_BxLRxGxK = q_BxLxGxRxK.swapaxes(2, 3).reshape(batch, length * shared, c.key_heads, c.head_dim)
-        score_BxGxLRxM = products.attention_scores(q_BxLRxGxK, k_BxLxGxK, self.program, table, score_key)
+        score_BxGxLRxM = products.attention_scores(q_BxLRxGxK, k_BxLxGxK, self.static, grids, score_key)
         score_BxGxLRxM = score_BxGxLRxM.astype(jnp.float32)
         causal_LRxM = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
         p_BxGxLRxM = jax.nn.softmax(jnp.where(causal_LRxM, score_BxGxLRxM, -1e30), axis=-1).astype(v_BxLxGxK.dtype)
-        o_BxLRxGxK = products.attention_values(p_BxGxLRxM, v_BxLxGxK, self.program, table, value_key)
+        o_BxLRxGxK = products.attention_values(p_BxGxLRxM, v_BxLxGxK, self.static, grids, value_key)
         o_BxLxRxGxK = o_BxLRxGxK.reshape(batch, length, shared, c.key_heads, c.head_dim)
         return o_BxLxRxGxK.swapaxes(2, 3).reshape(batch, length, -1)
 
@@ -204,15 +205,15 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate) * up)."""
 
     config: ModelConfig
-    program: static.StaticPrecision
+    static: StaticPrecision
 
     def setup(self):
-        self.gate_up = Linear((2, self.config.mlp_width), self.program)
-        self.down = Linear((self.config.width,), self.program)
+        self.gate_up = Linear((2, self.config.mlp_width), self.static)
+        self.down = Linear((self.config.width,), self.static)
 
-    def __call__(self, x_BxLxD, table, key=None):
+    def __call__(self, x_BxLxD, grids, key=None):
         up_key, down_key = (aqt.fold_in(key, i) for i in range(2))
-        return self.down(self.activate(self.gate_up(x_BxLxD, table, up_key)), table, down_key)
+        return self.down(self.activate(self.gate_up(x_BxLxD, grids, up_key)), grids, down_key)
 
     def activate(self, gate_up_BxLx2xF):
         """silu(gate) * up: (B, L, F)."""
@@ -228,40 +229,40 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    program: static.StaticPrecision
+    static: StaticPrecision
 
     def setup(self):
         c = self.config
         self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
-        self.attention, self.mlp = Attention(c, self.program), MLP(c, self.program)
+        self.attention, self.mlp = Attention(c, self.static), MLP(c, self.static)
 
-    def __call__(self, x_BxLxD, table, key=None):
+    def __call__(self, x_BxLxD, grids, key=None):
         attention_key, mlp_key = (aqt.fold_in(key, i) for i in range(2))
-        h_BxLxD = self.attention(self._read(self.attention_norm, x_BxLxD), table, attention_key)
+        h_BxLxD = self.attention(self._read(self.attention_norm, x_BxLxD), grids, attention_key)
         x_BxLxD = self._add(self.attention_norm, x_BxLxD, h_BxLxD)
-        h_BxLxD = self.mlp(self._read(self.mlp_norm, x_BxLxD), table, mlp_key)
+        h_BxLxD = self.mlp(self._read(self.mlp_norm, x_BxLxD), grids, mlp_key)
         return self._add(self.mlp_norm, x_BxLxD, h_BxLxD)
 
     def before_qkv(self, x_BxLxD):
         """Input of the qkv projection."""
         return self._read(self.attention_norm, x_BxLxD)
 
-    def before_out(self, h_BxLxD, table):
+    def before_out(self, h_BxLxD, grids):
         """Input of attention's out projection, from that of qkv."""
-        return self.attention.mix(self.attention.qkv(h_BxLxD, table), table)
+        return self.attention.mix(self.attention.qkv(h_BxLxD, grids), grids)
 
-    def before_gate_up(self, x_BxLxD, o_BxLxO, table):
+    def before_gate_up(self, x_BxLxD, o_BxLxO, grids):
         """The residual stream after attention and the input of the gate_up projection, from that of out."""
-        x_BxLxD = self._add(self.attention_norm, x_BxLxD, self.attention.out(o_BxLxO, table))
+        x_BxLxD = self._add(self.attention_norm, x_BxLxD, self.attention.out(o_BxLxO, grids))
         return x_BxLxD, self._read(self.mlp_norm, x_BxLxD)
 
-    def before_down(self, h_BxLxD, table):
+    def before_down(self, h_BxLxD, grids):
         """Input of the down projection, from that of gate_up."""
-        return self.mlp.activate(self.mlp.gate_up(h_BxLxD, table))
+        return self.mlp.activate(self.mlp.gate_up(h_BxLxD, grids))
 
-    def after_down(self, x_BxLxD, h_BxLxF, table):
+    def after_down(self, x_BxLxD, h_BxLxF, grids):
         """The block's output, from the residual stream after attention and the input of down."""
-        return self._add(self.mlp_norm, x_BxLxD, self.mlp.down(h_BxLxF, table))
+        return self._add(self.mlp_norm, x_BxLxD, self.mlp.down(h_BxLxF, grids))
 
     def _read(self, norm, x_BxLxD):
         return norm(x_BxLxD) if self.config.norm_placement == "pre" else x_BxLxD
@@ -275,26 +276,26 @@ class _ScannedBlock(nn.Module):
     """Block in the (carry, out) form that nn.scan wants."""
 
     config: ModelConfig
-    program: static.StaticPrecision
+    static: StaticPrecision
 
     @nn.compact
-    def __call__(self, x_BxLxD, table, key):
+    def __call__(self, x_BxLxD, grids, key):
         policy, block = REMATS[self.config.remat], Block
         if policy is not None:
             # The scan over layers keeps the recomputation from being merged with the forward pass, without barriers.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        return block(self.config, self.program, name="block")(split_batch(x_BxLxD), table, key), None
+        return block(self.config, self.static, name="block")(split_batch(x_BxLxD), grids, key), None
 
 
 class Decoder(nn.Module):
     """Token ids to logits; layers are stacked on a leading axis and scanned.
 
-    Embedding and head are quantized only where the program names their own operands. key: for programs that round at
-    random, one per step.
+    Embedding and head are quantized only where `static` names their own operands. key: for stochastic rounding, one per
+    step.
     """
 
     config: ModelConfig
-    program: static.StaticPrecision = static.UNQUANTIZED
+    static: StaticPrecision = UNQUANTIZED
 
     def setup(self):
         c = self.config
@@ -307,33 +308,33 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=c.depth,
-        )(c, self.program)
+        )(c, self.static)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
-            self.head = Linear((c.vocab_size,), self.program, _HEAD, fan_in=c.base_width)
+            self.head = Linear((c.vocab_size,), self.static, _HEAD, fan_in=c.base_width)
 
-    def embed(self, tokens_BxL, table=None, key=None):
+    def embed(self, tokens_BxL, grids=None, key=None):
         """Residual stream before the first block, (B, L, D)."""
-        if self.program.get("e") is None:
+        if self.static.get("e") is None:
             return self.embedding(tokens_BxL)
-        embedding_VxD = products.embedding_table(self.embedding.embedding, self.program, table, key)
+        embedding_VxD = products.embedding_table(self.embedding.embedding, self.static, grids, key)
         return jnp.take(embedding_VxD, tokens_BxL, axis=0).astype(self.config.dtype)
 
-    def unembed(self, x_BxLxD, table=None, key=None):
+    def unembed(self, x_BxLxD, grids=None, key=None):
         """Logits in float32, (B, L, V)."""
         h_BxLxD = self.final_norm(x_BxLxD)
         if self.config.tie_embeddings:
             kernel_DxV = self.embedding.embedding.T.astype(h_BxLxD.dtype)
-            logits_BxLxV = products.linear(h_BxLxD, kernel_DxV, self.program, table, key, _HEAD)
+            logits_BxLxV = products.linear(h_BxLxD, kernel_DxV, self.static, grids, key, _HEAD)
         else:
-            logits_BxLxV = self.head(h_BxLxD, table, key)
+            logits_BxLxV = self.head(h_BxLxD, grids, key)
         return split_batch(logits_BxLxV * self.config.logit_scale).astype(jnp.float32)
 
-    def __call__(self, tokens_BxL, table=None, key=None):
+    def __call__(self, tokens_BxL, grids=None, key=None):
         embed_key, head_key, layers_key = (aqt.fold_in(key, i) for i in range(3))
         layer_keys = None if key is None else jax.random.split(layers_key, self.config.depth)
-        x_BxLxD, _ = self.layers(self.embed(tokens_BxL, table, embed_key), table, layer_keys)
-        return self.unembed(x_BxLxD, table, head_key)
+        x_BxLxD, _ = self.layers(self.embed(tokens_BxL, grids, embed_key), grids, layer_keys)
+        return self.unembed(x_BxLxD, grids, head_key)
 
 
 def cross_entropy(logits_BxLxV, targets_BxL):
@@ -352,8 +353,8 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(non-embedding, all) parameter counts; embedding and head are what "non-embedding" leaves out."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    tables = 1 if config.tie_embeddings else 2
-    return total - tables * config.vocab_size * config.width, total
+    grids_of_runs = 1 if config.tie_embeddings else 2
+    return total - grids_of_runs * config.vocab_size * config.width, total
 
 
 def training_flops_per_token(config: ModelConfig) -> int:

@@ -19,10 +19,10 @@ from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.quantize import products
-from precision_scaling.quantize import static as static_lib
+from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 # The projections of a block in the order in which data reaches them.
 LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
@@ -44,9 +44,9 @@ class Report(NamedTuple):
 
 
 def quantize_model(
-    static: Static,
+    step_config: StepConfig,
     params: Any,
-    table: Any,
+    grids: Any,
     tokens_NxS,
     bits: Sequence[int],
     damping,
@@ -57,13 +57,14 @@ def quantize_model(
 ) -> tuple[tuple[QuantizedModel, ...], Report]:
     """The decoder with the kernels of all blocks on the grids of each of the bit-widths (2 to 8).
 
-    static: its program is `scheme.program`'s. table: grids of the run's activations and attention, weights passing
-    through; operands that the scheme quantizes need none. tokens_NxS: calibration text, N a multiple of batch_size.
+    step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
+    passing through; operands that the scheme quantizes need none. tokens_NxS: calibration text, N a multiple of
+    batch_size.
     layout: calibration batches and Hessians are split over its devices; a factorization gathers one Hessian.
     Every bit-width has its own stream of activations, made by what is quantized already.
     """
     bits_K = jnp.asarray(bits, jnp.float32)
-    blocks, report = _compiled(static, scheme, batch_size, layout)(params, table, tokens_NxS, bits_K, damping)
+    blocks, report = _compiled(step_config, scheme, batch_size, layout)(params, grids, tokens_NxS, bits_K, damping)
     models = []
     for k in range(len(bits)):
         kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
@@ -72,17 +73,17 @@ def quantize_model(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(static: Static, scheme: Scheme, batch_size: int, layout: Layout):
-    def quantize_at_all(params, table, tokens_NxS, bits_K, damping):
-        layers = _as_multiplied(params["layers"]["block"], static.model.dtype)
+def _compiled(step_config: StepConfig, scheme: Scheme, batch_size: int, layout: Layout):
+    def quantize_at_all(params, grids, tokens_NxS, bits_K, damping):
+        layers = _as_multiplied(params["layers"]["block"], step_config.model.dtype)
         params = {**params, "layers": {"block": layers}}
 
         def at(bits):
             if scheme.method == "rtn":
                 return _round_layers(scheme, layers, bits)
             on_the_fly = {name: kernel_grid.integer_levels(bits) for name in scheme.operands}
-            stream = params, {**table, **on_the_fly}, tokens_NxS
-            return _calibrated_layers(static, scheme, *stream, bits, damping, batch_size)
+            stream = params, {**grids, **on_the_fly}, tokens_NxS
+            return _calibrated_layers(step_config, scheme, *stream, bits, damping, batch_size)
 
         # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
         with splitting(layout):
@@ -148,11 +149,11 @@ def _round_layers(scheme: Scheme, layers: Any, bits):
     return jax.vmap(block)(layers), Report(jnp.zeros(shape, bool), unknown, unknown, unknown)
 
 
-def statistics(program: static_lib.StaticPrecision, table, x_CxBxSxI):
+def statistics(static: StaticPrecision, grids, x_CxBxSxI):
     """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
 
     def add(total, x_BxSxI):
-        x = products.on_grid(x_BxSxI, "a", program, table).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
+        x = products.on_grid(x_BxSxI, "a", static, grids).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
         hessian_IxI = split_hessian(total[0] + jnp.matmul(x.T, x, precision="highest"))
         return (hessian_IxI, total[1] + jnp.sum(jnp.abs(x), axis=0)), None
 
@@ -189,20 +190,24 @@ def _smooth(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
     return {**block, NORMS[linear]: {"scale": gain}}, inputs, unusable
 
 
-def _calibrated_layers(static: Static, scheme: Scheme, params, table, tokens_NxS, bits, damping, batch_size: int):
-    module = Block(static.model, static.program)
-    embedded = Decoder(static.model, static.program).apply({"params": params}, tokens_NxS, table, method=Decoder.embed)
+def _calibrated_layers(
+    step_config: StepConfig, scheme: Scheme, params, grids, tokens_NxS, bits, damping, batch_size: int
+):
+    module = Block(step_config.model, step_config.static)
+    embedded = Decoder(step_config.model, step_config.static).apply(
+        {"params": params}, tokens_NxS, grids, method=Decoder.embed
+    )
 
     def each(block, method, *streams_CxB):
         """A method of the block with these parameters, calibration batch by calibration batch."""
         apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=method)
         return jax.lax.map(apply, streams_CxB)
 
-    with_table = lambda method: lambda block, *args: method(block, *args, table)
+    with_table = lambda method: lambda block, *args: method(block, *args, grids)
 
     def branch_error(block, linear, inputs_CxBxSxI):
         """Of kernels that begin a branch (the whole attention or MLP), the squared error of what it adds."""
-        nothing_CxBxSxD = jnp.zeros((*inputs_CxBxSxI.shape[:3], static.model.width), static.model.dtype)
+        nothing_CxBxSxD = jnp.zeros((*inputs_CxBxSxI.shape[:3], step_config.model.width), step_config.model.dtype)
 
         def added(block):
             if linear == LINEARS[0]:
@@ -228,7 +233,7 @@ def _calibrated_layers(static: Static, scheme: Scheme, params, table, tokens_NxS
             if scheme.method == "smoothquant" and linear in NORMS:
                 block, inputs_CxBxSxI, unusable = _smooth(scheme, block, linear, inputs_CxBxSxI)
             kernel = _kernel(block, linear)
-            hessian_IxI, magnitude_I = statistics(static.program, table, inputs_CxBxSxI)
+            hessian_IxI, magnitude_I = statistics(step_config.static, grids, inputs_CxBxSxI)
             arguments = _flat(kernel), hessian_IxI, magnitude_I, bits, damping, kernel.shape
             objective = (
                 branch_error(block, linear, inputs_CxBxSxI) if scheme.method == "awq" and linear in NORMS else None

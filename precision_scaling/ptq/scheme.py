@@ -94,15 +94,15 @@ class Scheme:
             "post_parts": self.parts,
         }
 
-    def program(self, program: StaticPrecision) -> StaticPrecision:
+    def static(self, static: StaticPrecision) -> StaticPrecision:
         """The forward pass of the quantized model: simulated, with these operands as integers on their own grids.
 
         Weights of another format than the hardware multiplies make every native product a simulated one.
         """
-        program = program.evaluation().simulated()
+        static = static.evaluation().simulated()
         integer = StaticQuantizer(Kind("int"), self.granularity)
-        kept = tuple((name, operand) for name, operand in program.operands if name not in self.operands)
-        return dataclasses.replace(program, operands=kept + tuple((name, integer) for name in self.operands))
+        kept = tuple((name, operand) for name, operand in static.quantizers if name not in self.operands)
+        return dataclasses.replace(static, quantizers=kept + tuple((name, integer) for name in self.operands))
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError where groups do not fit the inputs of a decoder's projections, or smoothing its norms."""

@@ -1,6 +1,6 @@
 """Quantized products: the precision of a run, from the options to dot_generals.
 
-`spec` is the whole precision as the user states it, `static` the part of it that is compiled, and the grids (a
+`precision` is the whole precision as the user states it, `static` the part of it that is compiled, and the grids (a
 mapping of traced arrays) the part that is data. `fake_quant` is a stable call.
 """
 

@@ -152,7 +152,7 @@ def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     )
 
 
-def _set_product(raw, sides, table: Grids, key, wide: bool) -> None:
+def _set_product(raw, sides, grids: Grids, key, wide: bool) -> None:
     """Sets how AQT computes one product; sides: (name, Operand or None, ndim, contracted axes) of left and right."""
     raw.dot_general = _dot_float32 if wide else _dot
     native = all(operand is not None and operand.container for _, operand, _, _ in sides)
@@ -172,22 +172,22 @@ def _set_product(raw, sides, table: Grids, key, wide: bool) -> None:
             quantizer.calibration = UnitScale
             tensor.dequant_mode = DequantMode.THIS_INPUT
         own_key = fold_in(key, INDEX[name]) if operand.rounding == "stochastic" else None
-        quantizer.context = GridContext(key=own_key, train_step=None, grid=table[name])
+        quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name])
 
 
-def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, program: StaticPrecision, table, key=None):
-    """lax.dot_general of two named operands, it and its gradients each at the precision that program and table give.
+def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, static: StaticPrecision, grids, key=None):
+    """lax.dot_general of two named operands, it and its gradients each at the precision that `static` and `grids` give.
 
-    An operand that the program does not name is exact. Gradients are straight-through and, unless the program says
+    An operand that `static` does not name is exact. Gradients are straight-through and, unless `static` says
     otherwise, use the quantized operands and the incoming gradient as it is (paper, section 2).
-    table: the grid of every operand of the program. key: a PRNG key that no other product of the step has, for programs
-    that are `stochastic`.
+    grids: of every operand of `static`. key: a PRNG key that no other product of the step has, where `static` is
+    `stochastic`.
     """
     if _observer.get() is not None:
-        _show(lhs, lhs_name, dimension_numbers[0][0], program, table)
-        _show(rhs, rhs_name, dimension_numbers[0][1], program, table)
+        _show(lhs, lhs_name, dimension_numbers[0][0], static, grids)
+        _show(rhs, rhs_name, dimension_numbers[0][1], static, grids)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
-    lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (program.get(name) for name in names)
+    lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (static.get(name) for name in names)
     if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
         return jax.lax.dot_general(lhs, rhs, dimension_numbers)
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
@@ -198,10 +198,10 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, progr
     out_rhs = tuple(range(out_ndim - len(rhs_free), out_ndim))
 
     config = aqt_config.default_unquantized_config()
-    wide = lhs_name in program.wide
+    wide = lhs_name in static.wide
     left = (lhs_name, lhs_operand, lhs.ndim, lhs_contracting)
     right = (rhs_name, rhs_operand, rhs.ndim, rhs_contracting)
-    _set_product(config.fwd, (left, right), table, key, wide)
+    _set_product(config.fwd, (left, right), grids, key, wide)
     # The gradient of the left operand contracts the incoming gradient with the right one, and the other way round.
     for raw, x, g, s, other, ndim, out_axes, free in (
         (config.dlhs, lhs_name, lhs_g, lhs_s, rhs_operand, rhs.ndim, out_rhs, rhs_free),
@@ -212,9 +212,9 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, progr
         if g is not None and g.container and s is None:
             # The codes of the forward pass, made again (the same key gives the same): AQT would dequantize them.
             saved = (other_name, other, ndim, free)
-        elif s is None and other is not None and x not in program.exact:
+        elif s is None and other is not None and x not in static.exact:
             raw.rhs.use_fwd_quant = True
-        _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), table, key, wide)
+        _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide)
 
     dtype = lhs.dtype
     if wide:
@@ -227,15 +227,15 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, progr
         return config(lhs, rhs, dimension_numbers).astype(dtype)
 
 
-def _show(x, name: str, contracting: Sequence[int], program: StaticPrecision, table) -> None:
-    operand = program.get(name)
+def _show(x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:
+    operand = static.get(name)
     if operand is None:
         _observer.get()(name, x, x, None)
         return
-    if any(name in pair and pair[0] in program.wide for pair in PRODUCTS):
+    if any(name in pair and pair[0] in static.wide for pair in PRODUCTS):
         x = x.astype(jnp.float32)
     operand = dataclasses.replace(operand, rounding="nearest")
     axes = scale_axes(name, operand, x.ndim, contracting)
     group = operand.kind.block_size or group_size(operand.granularity)
-    saturated = rounding.saturated(x, table[name], operand.kind, axes, group)
-    _observer.get()(name, x, on_static_grid(x, operand, axes, table[name], None), saturated)
+    saturated = rounding.saturated(x, grids[name], operand.kind, axes, group)
+    _observer.get()(name, x, on_static_grid(x, operand, axes, grids[name], None), saturated)

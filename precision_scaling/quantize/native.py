@@ -6,7 +6,7 @@ from precision_scaling.errors import ConfigError
 from precision_scaling.numerics.formats import Format
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.operands import OPTIONS, partner
-from precision_scaling.quantize.spec import Precision
+from precision_scaling.quantize.precision import Precision
 
 
 def container_of(fmt: Format) -> str | None:
@@ -16,13 +16,13 @@ def container_of(fmt: Format) -> str | None:
     return {"e4m3fn": "float8_e4m3fn", "e5m2": "float8_e5m2"}.get(fmt.name)
 
 
-def check_products(spec: Precision) -> None:
+def check_products(precision: Precision) -> None:
     """Raises ConfigError where a spec asks for products that no hardware has."""
 
     def refuse(value: str, allowed: str):
         raise ConfigError("precision.mode", f"native with {value}", allowed)
 
-    for name, setting in spec.settings:
+    for name, setting in precision.quantizers:
         text = f"{OPTIONS[name]} = {setting.format.name}/{setting.granularity}"
         if name == "e":
             refuse(text, "bf16, a look-up is no product")
@@ -33,35 +33,37 @@ def check_products(spec: Precision) -> None:
     for left, right in operands.PRODUCTS:
         pairs = [(left, right)]
         for x in (left, right):
-            if gradient := spec.get(f"g_{x}"):
-                saved = f"s_{x}" if spec.get(f"s_{x}") else partner(x)
+            if gradient := precision.get(f"g_{x}"):
+                saved = f"s_{x}" if precision.get(f"s_{x}") else partner(x)
                 pairs.append((f"g_{x}", saved))
-                if x in spec.exact:
+                if x in precision.exact:
                     refuse(f"{OPTIONS[f's_{x}']} = exact", "forward or a format, as its gradient has one")
-                if saved == partner(x) and spec.get(saved) and spec.get(saved).granularity != "tensor":
+                if saved == partner(x) and precision.get(saved) and precision.get(saved).granularity != "tensor":
                     text = f"{OPTIONS[f'g_{x}']} = {gradient.format.name} and {OPTIONS[f's_{x}']} = forward"
                     refuse(text, f"granularity tensor for {OPTIONS[saved]}, or a format for the saved operand")
-            elif spec.get(f"s_{x}"):
-                refuse(f"{OPTIONS[f's_{x}']} = {spec.format(f's_{x}').name}", f"a format for {OPTIONS[f'g_{x}']}, too")
+            elif precision.get(f"s_{x}"):
+                refuse(
+                    f"{OPTIONS[f's_{x}']} = {precision.format(f's_{x}').name}", f"a format for {OPTIONS[f'g_{x}']}, too"
+                )
         for one, other in pairs:
-            found = [spec.get(one), spec.get(other)]
+            found = [precision.get(one), precision.get(other)]
             if any(found) and not all(found):
-                missing = one if spec.get(other) else other
+                missing = one if precision.get(other) else other
                 refuse(f"{OPTIONS[missing]} = bf16", f"formats for both {OPTIONS[one]} and {OPTIONS[other]}")
             kinds = {container_of(setting.format) == "int8" for setting in found if setting}
             if len(kinds) > 1:
                 refuse(f"{OPTIONS[one]} and {OPTIONS[other]} of two kinds", "both integers, or both fp8")
 
 
-def check_device(spec: Precision, device: jax.Device | None = None) -> None:
+def check_device(precision: Precision, device: jax.Device | None = None) -> None:
     """Raises ConfigError where the device has no native product of the spec's formats.
 
     int8 products exist on CPUs, GPUs and TPUs; fp8 on GPUs of compute capability 8.9 and above.
     """
     device = device or jax.devices()[0]
-    if not spec.native:
+    if not precision.native:
         return
-    fp8 = sorted({setting.format.name for _, setting in spec.settings if container_of(setting.format) != "int8"})
+    fp8 = sorted({setting.format.name for _, setting in precision.quantizers if container_of(setting.format) != "int8"})
     capability = getattr(device, "compute_capability", "0")
     if fp8 and not (device.platform == "gpu" and tuple(map(int, str(capability).split("."))) >= (8, 9)):
         raise ConfigError(

@@ -10,8 +10,8 @@ from precision_scaling.numerics.rounding import ROUNDINGS
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.native import check_products
 from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OPTIONS, PARTS, partner
+from precision_scaling.quantize.precision import Precision, Quantizer
 from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS, SOURCES
-from precision_scaling.quantize.spec import Precision, Quantizer
 
 
 def from_options(options: Mapping[str, Any], preset: str | None = None, **replaced: str) -> Precision:
@@ -21,10 +21,10 @@ def from_options(options: Mapping[str, Any], preset: str | None = None, **replac
     replaced: formats by operand that take the place of the section's, with "/granularity" and "/rounding" if need be.
     Raises ConfigError for unknown values, and for values that contradict each other.
     """
-    spec = _resolve(options, preset, replaced)
-    if spec.native:
-        check_products(spec)
-    return spec
+    precision = _resolve(options, preset, replaced)
+    if precision.native:
+        check_products(precision)
+    return precision
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[s
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
     return Precision(
-        settings=tuple(settings.items()),
+        quantizers=tuple(settings.items()),
         # The exact saved operand is the forward one where that is not quantized.
         exact=tuple(name for name in exact if partner(name) in settings),
         rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(settings)),

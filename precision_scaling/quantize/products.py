@@ -13,49 +13,49 @@ def _rotation_signs(width: int) -> jax.Array:
     return hadamard.random_signs(jax.random.key(width), width)
 
 
-def on_grid(x, name: str, program: StaticPrecision, table: Grids | None):
+def on_grid(x, name: str, static: StaticPrecision, grids: Grids | None):
     """An operand of a projection ("a" or "w", contracted over its last or first axis) as the product sees it."""
-    operand = program.get(name)
+    operand = static.get(name)
     if operand is None:
         return x
     weights = name.endswith("w")
     x_2d = x.reshape(x.shape[0], -1) if weights else x.reshape(-1, x.shape[-1])
     contracting = 0 if weights else 1
-    signs = _rotation_signs(x_2d.shape[contracting]) if program.rotated else None
+    signs = _rotation_signs(x_2d.shape[contracting]) if static.rotated else None
     if signs is not None:
         x_2d = hadamard.rotate(x_2d, signs, contracting)
-    x_2d = on_static_grid(x_2d, operand, scale_axes(name, operand, 2, (contracting,)), table[name], None)
+    x_2d = on_static_grid(x_2d, operand, scale_axes(name, operand, 2, (contracting,)), grids[name], None)
     if signs is not None:
         x_2d = hadamard.unrotate(x_2d, signs, contracting)
     return x_2d.reshape(x.shape)
 
 
-def linear(x, kernel, program: StaticPrecision, table: Grids | None, key=None, names: tuple[str, str] = ("a", "w")):
-    """x (..., in) times kernel (in, *features) -> (..., *features). names: of the two operands in the program."""
+def linear(x, kernel, static: StaticPrecision, grids: Grids | None, key=None, names: tuple[str, str] = ("a", "w")):
+    """x (..., in) times kernel (in, *features) -> (..., *features). names: of the two operands."""
     # A product of matrices, whatever the ranks: XLA's CPU backend is 1.5 times slower on the higher-rank form.
     x_2d, kernel_2d = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
-    if program.rotated and names == ("a", "w"):
+    if static.rotated and names == ("a", "w"):
         signs = _rotation_signs(x.shape[-1])
         x_2d, kernel_2d = hadamard.rotate(x_2d, signs, 1), hadamard.rotate(kernel_2d, signs, 0)
-    y = dot_general(x_2d, kernel_2d, (((1,), (0,)), ((), ())), *names, program, table, key)
+    y = dot_general(x_2d, kernel_2d, (((1,), (0,)), ((), ())), *names, static, grids, key)
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-def attention_scores(q_BxLxHxK, k_BxMxHxK, program: StaticPrecision, table: Grids | None, key=None):
+def attention_scores(q_BxLxHxK, k_BxMxHxK, static: StaticPrecision, grids: Grids | None, key=None):
     """(B, H, L, M)."""
-    return dot_general(q_BxLxHxK, k_BxMxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k", program, table, key)
+    return dot_general(q_BxLxHxK, k_BxMxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k", static, grids, key)
 
 
-def attention_values(p_BxHxLxM, v_BxMxHxK, program: StaticPrecision, table: Grids | None, key=None):
+def attention_values(p_BxHxLxM, v_BxMxHxK, static: StaticPrecision, grids: Grids | None, key=None):
     """(B, L, H, K)."""
-    o_BxHxLxK = dot_general(p_BxHxLxM, v_BxMxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", program, table, key)
+    o_BxHxLxK = dot_general(p_BxHxLxM, v_BxMxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", static, grids, key)
     return o_BxHxLxK.transpose(0, 2, 1, 3)
 
 
-def embedding_table(table_VxD, program: StaticPrecision, table: Grids | None, key=None):
+def embedding_table(table_VxD, static: StaticPrecision, grids: Grids | None, key=None):
     """The embedding's table as it is looked up; gradients pass straight through."""
-    operand = program.get("e")
+    operand = static.get("e")
     if operand is None:
         return table_VxD
     own_key = fold_in(key, INDEX["e"]) if operand.rounding == "stochastic" else None
-    return on_static_grid(table_VxD, operand, scale_axes("e", operand, 2, (1,)), table["e"], own_key)
+    return on_static_grid(table_VxD, operand, scale_axes("e", operand, 2, (1,)), grids["e"], own_key)

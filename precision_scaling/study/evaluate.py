@@ -13,11 +13,11 @@ from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.sharding import BATCH, Layout
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training import run, step
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 
 def evaluator(
-    workspace: Workspace, shape: run.Shape, program: StaticPrecision, progress: bool = False
+    workspace: Workspace, shape: run.Shape, static: StaticPrecision, progress: bool = False
 ) -> Callable[[Any, Any], float]:
     """(params, table) -> validation loss on the study's fixed held-out sequences, compiled once per program.
 
@@ -30,20 +30,20 @@ def evaluator(
     # Every axis that a batch can be split over has its share of the work, whatever it is for in training.
     place = workspace.layout.of_shape(parts[0].shape, None, ("run", *BATCH))
     tokens = [jax.make_array_from_callback(part.shape, place, part.__getitem__) for part in parts]
-    loss = _validation_loss(Static(shape.model, program, workspace.experiment.optimizer), workspace.layout)
+    loss = _validation_loss(StepConfig(shape.model, static, workspace.experiment.optimizer), workspace.layout)
 
-    def mean_loss(params, table) -> float:
+    def mean_loss(params, grids) -> float:
         params = jax.device_put(params, workspace.layout.of_tree(params))  # in place they are, after training
         bar = progress_bar(tokens, desc="evaluating", unit=" batches", disable=not progress)
-        return float(np.mean([float(loss(params, table, part)) for part in bar]))
+        return float(np.mean([float(loss(params, grids, part)) for part in bar]))
 
     return mean_loss
 
 
 @functools.lru_cache(maxsize=8)
-def _validation_loss(static: Static, layout: Layout):
-    def loss(params, table, tokens_NxBxS1):
+def _validation_loss(step_config: StepConfig, layout: Layout):
+    def loss(params, grids, tokens_NxBxS1):
         with sharding.splitting(layout, ("run", *BATCH)):
-            return step.validation_loss(static, params, table, tokens_NxBxS1)
+            return step.validation_loss(step_config, params, grids, tokens_NxBxS1)
 
     return compilation.jit(loss, out_shardings=layout.place())

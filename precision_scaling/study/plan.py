@@ -5,7 +5,6 @@ import re
 from precision_scaling.config.experiment import Experiment
 from precision_scaling.errors import UserError
 from precision_scaling.model import decoder
-from precision_scaling.quantize import static
 from precision_scaling.runtime import patterns
 from precision_scaling.training.run import WHOLE, Shard
 
@@ -22,7 +21,7 @@ def plan_text(resolved: Experiment, shard: Shard = WHOLE) -> str:
         flops_total += flops
         lines.append(
             f"{group.shape.size:>8} {len(runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "
-            f"{flops:>10.2e}  {static.describe(group.program)}"
+            f"{flops:>10.2e}  {group.static.describe()}"
         )
     chosen = [run for _, runs in cohorts for run in runs]
     lines.append(

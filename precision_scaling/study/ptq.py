@@ -21,9 +21,8 @@ from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
 from precision_scaling.study.workspace import Workspace
-from precision_scaling.training.cohort import table_of
 from precision_scaling.training.run import WHOLE, Cohort, Run, Shard
-from precision_scaling.training.step import Static
+from precision_scaling.training.step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +102,11 @@ def _is_missing(directory: Path, scheme: Scheme, bits: int, save: bool) -> bool:
 def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
     config, scheme, run = workspace.experiment.config, job.scheme, job.run
     directory = workspace.directory(run)
-    program = scheme.program(job.group.program)
-    static = Static(job.group.shape.model, program, workspace.experiment.optimizer)
+    static = scheme.static(job.group.static)
+    step_config = StepConfig(job.group.shape.model, static, workspace.experiment.optimizer)
     params = workspace.parameters(run)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
-    table = table_of(run, program, w=parse("bf16"))
+    grids = static.grids(run.precision, w=parse("bf16"))
     warnings, report, models = [], None, ()
     if scheme.kernels:
         batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
@@ -116,14 +115,14 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
         )
         options = {"scheme": scheme, "batch_size": batch, "layout": workspace.layout}
         models, report = apply.quantize_model(
-            static, params, table, calibration[:, :-1], job.bits, config.ptq.damping, **options
+            step_config, params, grids, calibration[:, :-1], job.bits, config.ptq.damping, **options
         )
         if np.isfinite(report.error).any():
             layers.write(directory, scheme.name, job.bits, report)
-    evaluate = evaluate_lib.evaluator(workspace, job.group.shape, program)
+    evaluate = evaluate_lib.evaluator(workspace, job.group.shape, static)
     rows = []
     for k, b in enumerate(job.bits):
-        post = {**table, **{name: parse(b).grid() for name in scheme.operands}}
+        post = {**grids, **{name: parse(b).grid() for name in scheme.operands}}
         loss = evaluate(codes.parameters(models[k]) if models else params, post)
         fallen = np.argwhere(report.fell_back[k]).tolist() if report else []
         names = [f"{layers.PROJECTIONS[j]} of layer {layer}" for layer, j in fallen]

@@ -21,7 +21,7 @@ from precision_scaling.study import locks, results
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training import checkpoint, cohort
-from precision_scaling.training.cohort import Finished, table_of
+from precision_scaling.training.cohort import Finished
 from precision_scaling.training.run import WHOLE, Cohort, Run, Shard
 
 
@@ -75,9 +75,9 @@ def train_missing(
     with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
         for group, group_options in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
-            program = group.program.evaluation()
-            evaluate = evaluate_lib.evaluator(workspace, group.shape, program)
-            record = functools.partial(_record, workspace, program, evaluate, written)
+            static = group.static.evaluation()
+            evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
+            record = functools.partial(_record, workspace, static, evaluate, written)
             cohort.train_cohort(
                 group,
                 workspace.experiment.optimizer,
@@ -97,7 +97,7 @@ def train_missing(
 
 
 def _record(
-    workspace: Workspace, program: StaticPrecision, evaluate: Callable, written: list[Run], finished: Finished
+    workspace: Workspace, static: StaticPrecision, evaluate: Callable, written: list[Run], finished: Finished
 ) -> Callable[[], None]:
     """Evaluates a run that has ended and begins to write its checkpoint.
 
@@ -108,7 +108,7 @@ def _record(
         row = results.row(workspace, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
         end_save = lambda: None
     else:
-        loss = evaluate(finished.params, table_of(run, program))
+        loss = evaluate(finished.params, static.grids(run.precision))
         end_save = checkpoint.begin_save(workspace.directory(run) / "checkpoint", finished.params)
         finite = math.isfinite(loss)
         row = results.row(workspace, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)

@@ -34,7 +34,7 @@ from precision_scaling.training.compiled import compiled_cohort, lanes_that_fit,
 from precision_scaling.training.feed import Chunk, Prefetcher
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.run import Cohort, Run
-from precision_scaling.training.step import RunInputs, Static, TrainState
+from precision_scaling.training.step import RunInputs, StepConfig, TrainState
 
 DISPATCH_SECONDS = 10.0  # that a dispatch should take at most: stops, saves and the progress bar wait for its end
 
@@ -70,11 +70,6 @@ class Finished:
     left_out: int = 0
 
 
-def table_of(run: Run, program, **replaced) -> dict[str, Any]:
-    """The grids of a run's formats for the operands that the program quantizes; `replaced` gives other formats."""
-    return program.grids(run.precision, **replaced)
-
-
 def train_cohort(
     cohort: Cohort,
     optimizer: OptimizerConfig,
@@ -98,14 +93,16 @@ def train_cohort(
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there, when
     it has no rewinds left; the others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
-    static = Static(cohort.shape.model, cohort.program, optimizer, cohort.shape.microbatches)
+    step_config = StepConfig(cohort.shape.model, cohort.static, optimizer, cohort.shape.microbatches)
     profile = profile or Profile(workdir, 0)
-    feed = lambda lanes: Prefetcher(loader, layout, lanes, static.microbatches, options.steps_per_dispatch)
-    lanes = lanes_that_fit(static, layout, options.lanes, lambda n: (_inputs(cohort, [None] * n), feed(n).abstract))
+    feed = lambda lanes: Prefetcher(loader, layout, lanes, step_config.microbatches, options.steps_per_dispatch)
+    lanes = lanes_that_fit(
+        step_config, layout, options.lanes, lambda n: (_inputs(cohort, [None] * n), feed(n).abstract)
+    )
     if lanes < options.lanes:
         size, asked = cohort.shape.size, options.lanes
         logging.warning("%s: %d runs at a time; the devices have too little memory for %d", size, lanes, asked)
-    trainer = _Trainer(static, cohort, feed(lanes), layout, workdir, worker, options, progress, profile)
+    trainer = _Trainer(step_config, cohort, feed(lanes), layout, workdir, worker, options, progress, profile)
     to_end: list[Callable[[], None]] = []
     try:
         trainer.restore()
@@ -156,11 +153,11 @@ class _Lane:
 def _inputs(cohort: Cohort, lanes: "Sequence[_Lane | None]") -> RunInputs:
     """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
     runs = [lane.run if lane else cohort.runs[0] for lane in lanes]
-    tables = [table_of(run, cohort.program) for run in runs]
+    tables = [cohort.static.grids(run.precision) for run in runs]
     idle = lambda schedule: schedule._replace(peak_lr=np.float32(0))
     schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, lanes, strict=True)]
     return RunInputs(
-        table=jax.tree.map(lambda *grids: np.stack(grids), *tables),
+        grids=jax.tree.map(lambda *grids: np.stack(grids), *tables),
         schedule=jax.tree.map(lambda *lanes: np.stack(lanes), *schedules),
         seed=np.array([run.seed for run in runs], np.int32),
     )
@@ -180,25 +177,25 @@ class _Trainer:
     """The state of a cohort under way: what is in which lane, and what still waits."""
 
     def __init__(
-        self, static, cohort: Cohort, feed: Prefetcher, layout: Layout, workdir, worker, options, progress, profile
+        self, step_config, cohort: Cohort, feed: Prefetcher, layout: Layout, workdir, worker, options, progress, profile
     ):
-        self.static, self.cohort, self.layout = static, cohort, layout
+        self.static, self.cohort, self.layout = step_config, cohort, layout
         self.workdir, self.options, self.progress, self.profile = workdir, options, progress, profile
         self.followers = trackers.Followers(options.trackers if hosts.primary() else ())
         self._step_tokens = cohort.shape.tokens_per_step
         self.waiting: list[Run] = list(cohort.runs)
         self.lanes: list[_Lane | None] = [None] * feed.lanes
         self.feed = feed
-        self.programs = compiled_cohort(static, layout, feed.lanes)
+        self.compiled = compiled_cohort(step_config, layout, feed.lanes)
         # One lane's state, repeated; `fill` replaces it.
-        self.state: TrainState = self.programs.spread(self.programs.initialize(0))
+        self.state: TrainState = self.compiled.spread(self.compiled.initialize(0))
         self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
         self.saved_at = time.monotonic()
         self.most_steps = 1  # of a dispatch; the first one shows how long a step takes
 
     def restore(self) -> None:
         """Puts the runs of the newest checkpoint back into lanes."""
-        one = self.programs.one
+        one = self.compiled.one
         found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(one, n), lanes=True))
         if found is None:
             return
@@ -215,7 +212,7 @@ class _Trainer:
                 continue
             if (lane := next(free, None)) is None:
                 continue
-            self.state = self.programs.put(self.state, lane, self.programs.pick(state, i))
+            self.state = self.compiled.put(self.state, lane, self.compiled.pick(state, i))
             self.lanes[lane] = _Lane(run, entry["step"], left_out)
             self.waiting.remove(run)
             self._truncate_metrics(run, entry["step"])
@@ -238,7 +235,7 @@ class _Trainer:
     def _begin(self, i: int, run: Run, back: tuple[int, TrainState] | None = None) -> int:
         """Puts a run in a lane, at its start or where it goes back to; returns the step."""
         step, state = back or self._start(run)
-        self.state = self.programs.put(self.state, i, state)
+        self.state = self.compiled.put(self.state, i, state)
         self.lanes[i] = _Lane(run, step, rewind.left_out(run_directory(self.workdir, run)))
         self._truncate_metrics(run, step)
         return step
@@ -248,13 +245,13 @@ class _Trainer:
         path = self._branch_path(run)
         if path.exists():
             try:
-                state = checkpoint.restore(path, self.layout.abstract(self.programs.one))
+                state = checkpoint.restore(path, self.layout.abstract(self.compiled.one))
                 if int(state.step) != run.branch_step:
                     raise UserError(f"{path}: is at step {int(state.step)}, not {run.branch_step}")
                 return run.branch_step, state
             except UserError as error:
                 logging.warning("%s; training %s from its first step", error, run.id)
-        return 0, self.programs.initialize(run.seed)
+        return 0, self.compiled.initialize(run.seed)
 
     def branch(self) -> None:
         """Keeps the states that waiting runs start from, on disk, as the trunks under way pass them."""
@@ -264,7 +261,7 @@ class _Trainer:
                     if hosts.primary():
                         self._copy_history(lane.run, run)
                     # Last: with it, the run has what it starts from.
-                    checkpoint.save(self._branch_path(run), self.programs.pick(self.state, i))
+                    checkpoint.save(self._branch_path(run), self.compiled.pick(self.state, i))
 
     def advance(self) -> list[Finished]:
         """Trains all lanes until the next one ends, or as far as one dispatch goes; returns the runs that ended."""
@@ -276,7 +273,7 @@ class _Trainer:
             tokens = self.feed.take(chunk)
             if (expected := self._chunk(self._expected(steps))).steps:
                 self.feed.read_ahead(expected)
-            self.state, found = self.programs.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
+            self.state, found = self.compiled.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
             seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
         self._set_most_steps(seconds / steps)
@@ -294,7 +291,7 @@ class _Trainer:
             lane.step += steps
             trained += steps
             if diverged is not None or lane.step == lane.run.steps:
-                params = self.programs.parameters(self.state.params, i)
+                params = self.compiled.parameters(self.state.params, i)
                 ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
                 self.progress.total -= (lane.run.steps - lane.step) * self._step_tokens
                 if hosts.primary():
@@ -324,10 +321,10 @@ class _Trainer:
 
     def _saved(self, run: Run, step: int) -> tuple[int, TrainState] | None:
         """(step, state) of a run in the newest checkpoint, where it is there and not after `step`."""
-        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.programs.one, n), lanes=True))
+        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.compiled.one, n), lanes=True))
         for i, entry in enumerate(found[0] if found else ()):
             if entry["run"] == run.id and entry["step"] <= step:
-                return entry["step"], self.programs.pick(found[1], i)
+                return entry["step"], self.compiled.pick(found[1], i)
         return None
 
     def save_is_due(self) -> bool:
@@ -409,5 +406,5 @@ def cohort_checkpoints(workdir: Path, cohort: Cohort, worker: str) -> CohortChec
 
 
 def cohort_name(cohort: Cohort) -> str:
-    """Name of a cohort's checkpoints: the same for the same shape and program, whichever of its runs are left."""
-    return f"{cohort.shape.size}-{run_lib.digest((cohort.shape, cohort.program))}"
+    """Name of a cohort's checkpoints: the same for the same shape and static precision, whichever runs are left."""
+    return f"{cohort.shape.size}-{run_lib.digest((cohort.shape, cohort.static))}"

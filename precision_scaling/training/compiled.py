@@ -14,7 +14,7 @@ from precision_scaling.model.decoder import ModelConfig, count_parameters
 from precision_scaling.runtime import compilation, hosts
 from precision_scaling.runtime.sharding import Layout, splitting
 from precision_scaling.training import step
-from precision_scaling.training.step import RunInputs, Static
+from precision_scaling.training.step import RunInputs, StepConfig
 
 MEMORY_SHARE = 0.9  # of a device's memory that training may take; evaluation and copies of single runs need some, too
 
@@ -33,9 +33,9 @@ class CompiledCohort:
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_cohort(static: Static, layout: Layout, lanes: int) -> CompiledCohort:
+def compiled_cohort(config: StepConfig, layout: Layout, lanes: int) -> CompiledCohort:
     """Those of a cohort. train's tokens: (T, R, M, B, S + 1), T steps at most, R lanes; see `feed`."""
-    one = jax.eval_shape(functools.partial(step.init_state, static), 0)
+    one = jax.eval_shape(functools.partial(step.init_state, config), 0)
     single, many = layout.of_tree(one), layout.of_tree(stacked(one, lanes), lanes=True)
 
     def train(state, inputs, tokens_TxRxMxBxS1, steps):
@@ -44,14 +44,14 @@ def compiled_cohort(static: Static, layout: Layout, lanes: int) -> CompiledCohor
             return tokens.astype(jnp.int32)
 
         with splitting(layout):
-            return step.train_chunk(static, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
+            return step.train_chunk(config, state, inputs, fetch, steps, tokens_TxRxMxBxS1.shape[0])
 
     take = lambda tree, lane: jax.tree.map(lambda x: x[lane], tree)
     put = lambda state, lane, one: jax.tree.map(lambda x, y: x.at[lane].set(y), state, one)
     spread = lambda one: jax.tree.map(lambda x: jnp.repeat(x[None], lanes, axis=0), one)
     return CompiledCohort(
         one,
-        initialize=compilation.jit(functools.partial(step.init_state, static), level=1, out_shardings=single),
+        initialize=compilation.jit(functools.partial(step.init_state, config), level=1, out_shardings=single),
         spread=jax.jit(spread, out_shardings=many),
         train=compilation.jit(train, donate_argnums=0, out_shardings=(many, layout.place())),
         parameters=jax.jit(take, out_shardings=single.params),
@@ -66,7 +66,7 @@ def stacked(one: Any, lanes: int) -> Any:
 
 
 def lanes_that_fit(
-    static: Static, layout: Layout, lanes: int, arguments: Callable[[int], tuple[RunInputs, jax.ShapeDtypeStruct]]
+    config: StepConfig, layout: Layout, lanes: int, arguments: Callable[[int], tuple[RunInputs, jax.ShapeDtypeStruct]]
 ) -> int:
     """The number of lanes, at most `lanes`, whose training program fits the devices; it is compiled then.
 
@@ -76,7 +76,7 @@ def lanes_that_fit(
     """
     memory, fewest = device_memory(layout), layout.sizes["run"]
     most = MEMORY_SHARE * memory
-    needed = lambda n: _bytes(static, layout, n, *arguments(n))
+    needed = lambda n: _bytes(config, layout, n, *arguments(n))
     if (all_ := needed(lanes)) <= most:
         return lanes
     if (least := needed(fewest) if lanes > fewest else all_) > most:
@@ -84,8 +84,8 @@ def lanes_that_fit(
         raise ConfigError(
             "train.batch_size",
             microbatches * sequences,
-            f"what fits a device's {memory / 2**30:.3g} GiB: width {static.model.width} and depth "
-            f"{static.model.depth} need {least / 2**30:.3g}; train.microbatches, model.remat, mesh.fsdp save some",
+            f"what fits a device's {memory / 2**30:.3g} GiB: width {config.model.width} and depth "
+            f"{config.model.depth} need {least / 2**30:.3g}; train.microbatches, model.remat, mesh.fsdp save some",
         )
     steps = (most - least) / (all_ - least) * (lanes // fewest - 1)
     found = fewest * (1 + int(steps))
@@ -108,9 +108,9 @@ def check_memory(layout: Layout, model: ModelConfig) -> None:
         )
 
 
-def _bytes(static: Static, layout: Layout, lanes: int, inputs: RunInputs, tokens: jax.ShapeDtypeStruct) -> int:
+def _bytes(config: StepConfig, layout: Layout, lanes: int, inputs: RunInputs, tokens: jax.ShapeDtypeStruct) -> int:
     """What each device holds while the program runs."""
-    these = compiled_cohort(static, layout, lanes)
+    these = compiled_cohort(config, layout, lanes)
     state = layout.abstract(stacked(these.one, lanes), lanes=True)
     used = these.train.lower(state, inputs, tokens, 1).compile().memory_analysis()
     return (

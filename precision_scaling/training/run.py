@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from precision_scaling.model import decoder
 from precision_scaling.numerics.formats import Format
 from precision_scaling.quantize import operands as operands_lib
-from precision_scaling.quantize import static
-from precision_scaling.quantize.spec import Precision
+from precision_scaling.quantize.precision import Precision
+from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.training import schedule
 from precision_scaling.training.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the runs of a cohort share: everything a compiled step depends on but the program."""
+    """What the runs of a cohort share: everything a compiled step depends on but the static precision."""
 
     size: str
     model: decoder.ModelConfig
@@ -110,7 +110,7 @@ class Cohort:
     """Runs of one shape that one compiled program serves."""
 
     shape: Shape
-    program: static.StaticPrecision
+    static: StaticPrecision
     runs: tuple[Run, ...]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from precision_scaling.model import decoder
 from precision_scaling.model.decoder import Decoder, ModelConfig
 from precision_scaling.quantize import aqt
-from precision_scaling.quantize import static as static_lib
+from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.training import optimizer as optimizer_lib
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.schedule import Schedule, learning_rate
@@ -35,7 +35,7 @@ class RunInputs(NamedTuple):
     seed: of stochastic rounding; programs that round to nearest do without.
     """
 
-    table: Any
+    grids: Any
     schedule: Schedule
     seed: jax.Array | None = None
 
@@ -49,82 +49,82 @@ class StepMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class StepConfig:
     """What a compiled step is keyed by."""
 
     model: ModelConfig
-    program: static_lib.StaticPrecision
+    static: StaticPrecision
     optimizer: OptimizerConfig
     microbatches: int = 1
 
 
-def init_state(static: Static, seed) -> TrainState:
+def init_state(config: StepConfig, seed) -> TrainState:
     """Fresh state of one run; `seed` may be traced."""
-    params = decoder.init(static.model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(static.optimizer, params))
+    params = decoder.init(config.model, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(config.optimizer, params))
 
 
-def rounding_key(static: Static, seed, step) -> jax.Array | None:
+def rounding_key(config: StepConfig, seed, step) -> jax.Array | None:
     """The key of one step's stochastic rounding, made of the run's seed and the step; None where none is needed."""
-    if not static.program.stochastic:
+    if not config.static.stochastic:
         return None
     # 1: initialization uses the seed's own key.
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
-def loss_fn(params: Any, static: Static, table: Any, tokens_BxS1, key: jax.Array | None = None) -> jax.Array:
+def loss_fn(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy in nats per token of predicting tokens[:, 1:] from tokens[:, :-1]."""
-    return _objective(params, static, table, tokens_BxS1, key)[1]
+    return _objective(params, config, grids, tokens_BxS1, key)[1]
 
 
-def _objective(params: Any, static: Static, table: Any, tokens_BxS1, key):
+def _objective(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key):
     """(what is minimized, the mean cross-entropy in it)."""
-    logits = Decoder(static.model, static.program).apply({"params": params}, tokens_BxS1[:, :-1], table, key)
+    logits = Decoder(config.model, config.static).apply({"params": params}, tokens_BxS1[:, :-1], grids, key)
     loss = jnp.mean(decoder.cross_entropy(logits, tokens_BxS1[:, 1:]))
-    if not static.optimizer.z_loss:
+    if not config.optimizer.z_loss:
         return loss, loss
-    return loss + static.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))), loss
+    return loss + config.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))), loss
 
 
-def _loss_and_grads(static: Static, params: Any, table: Any, tokens, key):
+def _loss_and_grads(config: StepConfig, params: Any, grids: Any, tokens, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
 
     def grad_fn(*args):
         (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args)
         return loss, grads
 
-    tokens_MxBxS1 = tokens.reshape(static.microbatches, -1, tokens.shape[-1])
-    if static.microbatches == 1:
-        return grad_fn(params, static, table, tokens_MxBxS1[0], key)
+    tokens_MxBxS1 = tokens.reshape(config.microbatches, -1, tokens.shape[-1])
+    if config.microbatches == 1:
+        return grad_fn(params, config, grids, tokens_MxBxS1[0], key)
 
     def add(total, part):
         i, tokens = part
-        now = grad_fn(params, static, table, tokens, aqt.fold_in(key, i))
+        now = grad_fn(params, config, grids, tokens, aqt.fold_in(key, i))
         return jax.tree.map(jnp.add, total, now), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, _ = jax.lax.scan(add, zero, (jnp.arange(static.microbatches), tokens_MxBxS1))
-    return jax.tree.map(lambda x: x / static.microbatches, total)
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(config.microbatches), tokens_MxBxS1))
+    return jax.tree.map(lambda x: x / config.microbatches, total)
 
 
-def train_step(static: Static, state: TrainState, inputs: RunInputs, tokens) -> tuple[TrainState, StepMetrics]:
+def train_step(config: StepConfig, state: TrainState, inputs: RunInputs, tokens) -> tuple[TrainState, StepMetrics]:
     """One update of one run. tokens: the batch, (B, S+1), or cut into its microbatches, (M, B/M, S+1)."""
-    key = rounding_key(static, inputs.seed, state.step)
-    loss, grads = _loss_and_grads(static, state.params, inputs.table, tokens, key)
-    rate = learning_rate(state.step, inputs.schedule, static.optimizer.final_fraction)
-    params, optimizer = optimizer_lib.update(static.optimizer, static.model, grads, state.optimizer, state.params, rate)
+    key = rounding_key(config, inputs.seed, state.step)
+    loss, grads = _loss_and_grads(config, state.params, inputs.grids, tokens, key)
+    rate = learning_rate(state.step, inputs.schedule, config.optimizer.final_fraction)
+    params, optimizer = optimizer_lib.update(config.optimizer, config.model, grads, state.optimizer, state.params, rate)
     grad_norm = optimizer_lib.global_norm(grads)
     return TrainState(state.step + 1, params, optimizer), StepMetrics(loss, grad_norm, rate)
 
 
-def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, steps, max_steps: int):
+def train_chunk(config: StepConfig, state: TrainState, inputs: RunInputs, fetch, steps, max_steps: int):
     """`steps` (traced, at most `max_steps`) updates of every run of a cohort in one dispatch.
 
     state and inputs have a leading axis R, and so have the tokens of the chunk's step t that `fetch(t)` gives.
     Returns the state and StepMetrics of shape (R, max_steps), NaN past `steps`.
     """
     runs = state.step.shape[0]
-    vmapped_step = jax.vmap(functools.partial(train_step, static), spmd_axis_name="run")
+    vmapped_step = jax.vmap(functools.partial(train_step, config), spmd_axis_name="run")
     empty = StepMetrics(*(jnp.full((runs, max_steps), jnp.nan) for _ in StepMetrics._fields))
 
     def body(t, carry):
@@ -135,10 +135,10 @@ def train_chunk(static: Static, state: TrainState, inputs: RunInputs, fetch, ste
     return jax.lax.fori_loop(0, steps, body, (state, empty))
 
 
-def validation_loss(static: Static, params: Any, table: Any, tokens_NxBxS1) -> jax.Array:
+def validation_loss(config: StepConfig, params: Any, grids: Any, tokens_NxBxS1) -> jax.Array:
     """Mean cross-entropy in nats per token over N batches, one after the other.
 
     Operands round to nearest here, whatever the training step does.
     """
-    static = dataclasses.replace(static, program=static.program.evaluation())
-    return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, static, table, tokens), tokens_NxBxS1))
+    config = dataclasses.replace(config, static=config.static.evaluation())
+    return jnp.mean(jax.lax.map(lambda tokens: loss_fn(params, config, grids, tokens), tokens_NxBxS1))

@@ -9,7 +9,7 @@ from precision_scaling.quantize.operands import FORWARD
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """How one operand is quantized. granularity: see `quantize.granularities`; that of a block format is its own."""
+    """How one operand is quantized. granularity: see `operands.granularities`; that of a block format is its own."""
 
     format: Format
     granularity: str
@@ -21,25 +21,27 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision of one run, without what has no effect.
+    """The precision of one run, reduced to what has an effect: precisions that compute the same are equal.
 
-    settings: of the operands that are quantized, by name.
-    exact: operands whose gradient is made with the exact saved operand.
+    quantizers: of the operands that are quantized, as (name, Quantizer) pairs.
+    exact: operands whose gradient is computed with the exact saved operand instead of the quantized one.
+    rotated: both operands of each projection are rotated before they are quantized.
+    native: products are computed on the codes themselves.
     """
 
-    settings: tuple[tuple[str, Quantizer], ...]
+    quantizers: tuple[tuple[str, Quantizer], ...] = dataclasses.field(metadata={"digest": "settings"})
     exact: tuple[str, ...]
     rotated: bool
     native: bool
 
     def get(self, name: str) -> Quantizer | None:
-        """The setting of an operand, None where it is not quantized."""
-        return dict(self.settings).get(name)
+        """The quantizer of an operand, None where it is not quantized."""
+        return dict(self.quantizers).get(name)
 
     def format(self, name: str) -> Format:
         """The format of an operand; bf16 where it is not quantized."""
-        setting = self.get(name)
-        return setting.format if setting else formats.parse("bf16")
+        quantizer = self.get(name)
+        return quantizer.format if quantizer else formats.parse("bf16")
 
     def bits(self, *operands: str) -> float:
         """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
@@ -47,19 +49,20 @@ class Precision:
 
     def granularity(self, *operands: str) -> str:
         """What shares a scale in an operand, or in several where they differ; empty where none is quantized."""
-        found = dict.fromkeys(setting.granularity for name, setting in self.settings if name in operands)
+        found = dict.fromkeys(quantizer.granularity for name, quantizer in self.quantizers if name in operands)
         return ",".join(found)
 
     def describe(self) -> str:
         """All of it in one line, e.g. "w=int4/channel/nearest a=int8/tensor/nearest"; "bf16" for full precision."""
-        words = [f"{name}={setting}" for name, setting in self.settings] + [f"s_{name}=exact" for name in self.exact]
+        words = [f"{name}={quantizer}" for name, quantizer in self.quantizers]
+        words += [f"s_{name}=exact" for name in self.exact]
         return " ".join(words + ["rotated"] * self.rotated + ["native"] * self.native) or "bf16"
 
     @property
     def short(self) -> str:
         """For names of runs: the forward formats, and marks of what else is special; "bf16" for full precision."""
-        words = [name.replace("_", "") + setting.format.name for name, setting in self.settings if name in FORWARD]
-        gradients = dict.fromkeys(setting.format.name for name, setting in self.settings if name.startswith("g_"))
+        words = [name.replace("_", "") + found.format.name for name, found in self.quantizers if name in FORWARD]
+        gradients = dict.fromkeys(found.format.name for name, found in self.quantizers if name.startswith("g_"))
         words += [f"g{name}" for name in gradients]
         words += ["rotated"] * self.rotated + ["native"] * self.native
         return "_".join(words) or "bf16"
