@@ -1,8 +1,8 @@
 """The solver under every fit: many small robust regressions at once, by batched Levenberg-Marquardt in float64.
 
-A problem is a law's log prediction against log measurements. Starts, bootstrap resamples, folds and profile points
-differ only in start, row weights and frozen parameters, so all of them run through one compiled program, a chunk at a
-time.
+A problem compares a law's predictions with measurements, such as logs of losses. Starts, bootstrap resamples, folds and
+profile points differ only in start, row weights and frozen parameters, so all of them run through one compiled program,
+a chunk at a time.
 """
 
 import collections
@@ -47,15 +47,14 @@ def on_cpu_in_float64(function: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Rows to fit: `log_prediction(theta_F, data)` gives n log predictions, compared with `target_n` (log
-    measurements).
+    """Rows to fit: `prediction(theta_F, data)` gives n values, such as logs of losses, to compare with `target_n`.
 
-    `log_prediction` is hashable and pure, so that problems of one shape share a compiled program; every array that it
+    `prediction` is hashable and pure, so that problems of one shape share a compiled program; every array that it
     reads is in `data`. theta holds F parameters as fitted (positive ones as logarithms) within [lower_F, upper_F];
     scale_F is a typical step of each. `huber_delta` infinite means least squares.
     """
 
-    log_prediction: Callable
+    prediction: Callable
     data: Mapping
     target_n: np.ndarray
     lower_F: np.ndarray
@@ -135,7 +134,7 @@ def solve(
             )  # every chunk has one shape: spare places repeat its problems and count as done
             spare = np.arange(size) >= len(active)
             out = _advance(
-                problem.log_prediction,
+                problem.prediction,
                 ITERATIONS_PER_CALL,
                 (theta_SxF[filled], damping_S[filled], spare),
                 weight_Mxn[which_S[filled]],
@@ -157,13 +156,11 @@ def solve(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _advance(
-    log_prediction, iterations, state, weight_Sxn, frozen_SxF, data, target_n, lower, upper, scale, delta, tol
-):
+def _advance(prediction, iterations, state, weight_Sxn, frozen_SxF, data, target_n, lower, upper, scale, delta, tol):
     """At most `iterations` Levenberg-Marquardt steps on every problem of a chunk that is not done."""
 
     def residual(theta_F):
-        return log_prediction(theta_F, data) - target_n
+        return prediction(theta_F, data) - target_n
 
     def objective(theta_F, weight_n):
         value = jnp.sum(weight_n * huber(residual(theta_F), delta, jnp))
@@ -221,21 +218,21 @@ def _normal_equations(jacobian_Fxn, curvature_n, residual_n):
 
 @on_cpu_in_float64
 def residuals(problem: Problem, theta_F: np.ndarray) -> np.ndarray:
-    """Log prediction minus target of every row at theta."""
-    return np.asarray(_log_prediction(problem.log_prediction, theta_F, problem.data)) - problem.target_n
+    """Prediction minus target of every row at theta."""
+    return np.asarray(_prediction(problem.prediction, theta_F, problem.data)) - problem.target_n
 
 
 @on_cpu_in_float64
 def jacobian(problem: Problem, theta_F: np.ndarray) -> np.ndarray:
-    """(n, F) derivatives of the log predictions at theta."""
-    return np.asarray(_jacobian(problem.log_prediction, theta_F, problem.data))
+    """(n, F) derivatives of the predictions at theta."""
+    return np.asarray(_jacobian(problem.prediction, theta_F, problem.data))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_prediction(log_prediction, theta_F, data):
-    return log_prediction(theta_F, data)
+def _prediction(prediction, theta_F, data):
+    return prediction(theta_F, data)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jacobian(log_prediction, theta_F, data):
-    return jax.jacfwd(log_prediction)(theta_F, data)
+def _jacobian(prediction, theta_F, data):
+    return jax.jacfwd(prediction)(theta_F, data)

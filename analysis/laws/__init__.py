@@ -7,38 +7,10 @@ that module's LAWS; docs/analysis.md shows one, and how to register it from Pyth
 import numpy as np
 
 from analysis.laws import capacity, derived, noise, paper, published_laws
-from analysis.laws.law import (
-    MIN_FRACTION,
-    Law,
-    LawError,
-    Parameter,
-    Values,
-    fraction,
-)
+from analysis.laws.law import Law, LawError, Values
 from analysis.table.columns import HIGH_PRECISION_BITS, PRECISIONS
 
-__all__ = [
-    "LAWS",
-    "MIN_FRACTION",
-    "Law",
-    "LawError",
-    "Parameter",
-    "effective_parameters",
-    "fraction",
-    "get",
-    "predict",
-    "published",
-]
-
-LAWS: dict[str, Law] = {
-    law.name: law
-    for law in (
-        *paper.LAWS,
-        *published_laws.LAWS,
-        *capacity.LAWS,
-        *noise.LAWS,
-    )
-}
+LAWS: dict[str, Law] = {law.name: law for law in (*paper.LAWS, *published_laws.LAWS, *capacity.LAWS, *noise.LAWS)}
 
 
 def get(name: str | Law) -> Law:
