@@ -5,8 +5,6 @@ second.
 hangs, and a test before may have used it.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import importlib

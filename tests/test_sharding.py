@@ -1,4 +1,4 @@
-"""Layouts: which axis splits what, what a wrong mesh is told, and the same losses on every mesh of eight devices."""
+"""Layouts: what each axis shards, the refusal of a wrong mesh, and the same losses on every mesh of eight devices."""
 
 import json
 import os
