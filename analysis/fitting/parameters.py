@@ -47,7 +47,7 @@ def uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta
 
     A tied group is informed by any of its members.
     """
-    open_: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     for need in law.needs:
         values = _distinct(need, loss_rows, delta_rows)
         if len(values) < need.levels:
@@ -55,15 +55,15 @@ def uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta
             seen = f"only {column} = {', '.join(f'{v:g}' for v in values)}" if len(values) else f"no {column}"
             seen += " in training below 16 bits" * (need.rows == "low")
             for name in need.params:
-                open_.setdefault(
+                unknown.setdefault(
                     name, f"the rows hold {seen}; {need.levels} different values are needed to tell {name}"
                 )
     for leader in set(tied.values()):
         group = [leader, *(f for f, to in tied.items() if to == leader)]
-        if any(name not in open_ for name in group):
+        if any(name not in unknown for name in group):
             for name in group:
-                open_.pop(name, None)
-    return open_
+                unknown.pop(name, None)
+    return unknown
 
 
 def _distinct(need: Need, loss_rows: Table | None, delta_rows: Table | None) -> np.ndarray:

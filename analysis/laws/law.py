@@ -49,6 +49,10 @@ class Parameter:
     fit: bool = True
     wide: float = 10.0
 
+    def __post_init__(self):
+        if not self.fit and self.default is None:
+            raise LawError(f"parameter {self.name}: one that is not fitted needs a default")
+
 
 @dataclasses.dataclass(frozen=True)
 class Need:
