@@ -1,14 +1,13 @@
-"""Seconds that GPTQ takes for a layer, one bit-width and four at once, beside the method written column by column.
+"""Seconds that GPTQ takes for a layer at 4 bits, beside the method written column by column.
 
     python -m benchmarks.gptq [--large] [--repeats=5] [--noplain]
     python -m benchmarks.gptq --model=30M [--sequences=16] [--length=512]
 
-Times are the least of the repeats. `compile` is the XLA compilation of four bit-widths, `Cholesky` the factorization
-that they share (the rest of a time is the sweep over the rows, whose products grow with the columns of all widths),
-`memory` what the compiled program holds at once (arguments, results and temporaries). `plain` solves the same four
-bit-widths by the definition of GPTQ: the Cholesky factor of the inverse Hessian, and after every row an update of all
-the rows that follow. `same` is the share of codes in which the two agree (they differ at ties, and after one). `error`
-is ours over that of rounding to nearest, for each bit-width.
+Times are the least of the repeats. `compile` is the XLA compilation, `Cholesky` the factorization (the rest of the time
+is the sweep over the rows), `memory` what the compiled program holds at once (arguments, results and temporaries).
+`plain` solves the same by the definition of GPTQ: the Cholesky factor of the inverse Hessian, and after every row an
+update of all the rows that follow. `same` is the share of codes in which the two agree (they differ at ties, and after
+one). `error` is the layer's squared output error over that of rounding to nearest.
 
 With --model, the time of a whole decoder of a named size at one bit-width, split into the calibration text's way
 through the layers, the Hessians of their inputs, and solving.
@@ -27,7 +26,7 @@ from precision_scaling.model import decoder, sizes
 from precision_scaling.model.decoder import Block, ModelConfig
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.sharding import local_layout
@@ -48,26 +47,24 @@ flags.DEFINE_integer("repeats", 5, "runs of which the fastest counts", lower_bou
 
 SHAPES = ((512, 512), (1024, 1024), (2048, 1024), (1024, 2816))
 LARGE = (4096, 4096)
-BITS = (3, 4, 5, 6)
+BITS = 4
 
 
-def plain(kernel_IxO, hessian_IxI, bits_B):
-    """Codes (B, I, O), row by row without blocks."""
+def plain(kernel_IxO, hessian_IxI, bits):
+    """Codes (I, O), row by row without blocks."""
     mean = jnp.mean(jnp.diagonal(hessian_IxI))
     inverse_IxI = jnp.linalg.inv(hessian_IxI + 0.01 * mean * jnp.eye(len(hessian_IxI)))
     factor_IxI = jnp.linalg.cholesky(inverse_IxI, upper=True)
-    high_Bx1 = (jnp.exp2(bits_B - 1).round() - 1)[:, None]
-    scale_BxO = jnp.max(jnp.abs(kernel_IxO), axis=0) / high_Bx1
+    high = jnp.exp2(bits - 1).round() - 1
+    scale_O = jnp.max(jnp.abs(kernel_IxO), axis=0) / high
 
     def row(i, state):
-        w_BxIxO, code_BxIxO = state
-        code_BxO = jnp.clip(jnp.round(w_BxIxO[:, i] / scale_BxO), -high_Bx1, high_Bx1)
-        error_BxO = (w_BxIxO[:, i] - code_BxO * scale_BxO) / factor_IxI[i, i]
-        w_BxIxO = w_BxIxO - factor_IxI[i][:, None] * error_BxO[:, None, :]
-        return w_BxIxO, code_BxIxO.at[:, i].set(code_BxO)
+        w_IxO, code_IxO = state
+        code_O = jnp.clip(jnp.round(w_IxO[i] / scale_O), -high, high)
+        error_O = (w_IxO[i] - code_O * scale_O) / factor_IxI[i, i]
+        return w_IxO - jnp.outer(factor_IxI[i], error_O), code_IxO.at[i].set(code_O)
 
-    w_BxIxO = jnp.tile(kernel_IxO, (len(bits_B), 1, 1))
-    return jax.lax.fori_loop(0, len(kernel_IxO), row, (w_BxIxO, jnp.zeros_like(w_BxIxO)))[1]
+    return jax.lax.fori_loop(0, len(kernel_IxO), row, (kernel_IxO, jnp.zeros_like(kernel_IxO)))[1]
 
 
 def problem(rows: int, outputs: int):
@@ -105,7 +102,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     batch = next(b for b in (4, 2, 1) if sequences % b == 0)
 
     def whole():
-        options = {"scheme": Scheme("gptq"), "batch_size": batch, "layout": local_layout()}
+        options = {"scheme": scheme_of("gptq"), "batch_size": batch, "layout": local_layout()}
         models, _ = apply.quantize_model(step_config, params, {}, tokens_NxS, (4,), 0.01, **options)
         return models
 
@@ -138,7 +135,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
         return [apply.statistics(UNQUANTIZED, {}, x_CxBxSxI)[0] for x_CxBxSxI in inputs]
 
     def solved(kernels, hessians):
-        return [gptq.solve(k, h, jnp.array([4.0])).codes for k, h in zip(kernels, hessians, strict=True)]
+        return [gptq.solve(k, h, 4).codes for k, h in zip(kernels, hessians, strict=True)]
 
     kernels = [block[module][name]["kernel"] for module, name in apply.LINEARS]
     kernels = [kernel.reshape(kernel.shape[0], -1) for kernel in kernels]
@@ -164,42 +161,49 @@ def main() -> None:
     if FLAGS.model:
         whole_model(FLAGS.model, FLAGS.sequences, FLAGS.length)
         return
-    columns = ("in x out", "compile s", "Cholesky s", "1 width s", "4 widths s", "4 / 1", "memory MB")
-    columns += ("plain s", "plain / 4", "same")
-    print(("{:>12}" * len(columns)).format(*columns) + f"{'error':>24}")
+    columns = (
+        "in x out",
+        "compile s",
+        "Cholesky s",
+        "solve s",
+        "memory MB",
+        "plain s",
+        "plain / ours",
+        "same",
+        "error",
+    )
+    print(("{:>13}" * len(columns)).format(*columns))
     for rows, outputs in (*SHAPES, *((LARGE,) if FLAGS.large else ())):
         kernel, hessian = problem(rows, outputs)
-        one, four = jnp.array(BITS[1:2], jnp.float32), jnp.array(BITS, jnp.float32)
+        bits = jnp.float32(BITS)
         # A first, small program takes JAX's own start-up out of the compile time.
-        compiled(gptq.solve, kernel[:8, :8], hessian[:8, :8], one)
-        single, _ = compiled(gptq.solve, kernel, hessian, one)
-        joint, seconds = compiled(gptq.solve, kernel, hessian, four)
-        used = joint.memory_analysis()
+        compiled(gptq.solve, kernel[:8, :8], hessian[:8, :8], bits)
+        solving, seconds = compiled(gptq.solve, kernel, hessian, bits)
+        used = solving.memory_analysis()
         memory = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
         cholesky, _ = compiled(gptq.factorize, hessian)
-        arguments = (hessian,), (kernel, hessian, one), (kernel, hessian, four)
-        t_factor, t_one, t_four = fastest((cholesky, single, joint), arguments, FLAGS.repeats)
-        solution = joint(kernel, hessian, four)
+        arguments = (hessian,), (kernel, hessian, bits)
+        t_factor, t_solve = fastest((cholesky, solving), arguments, FLAGS.repeats)
+        solution = solving(kernel, hessian, bits)
         by_column, same = np.nan, np.nan
         if FLAGS.plain and (device.platform != "cpu" or rows * outputs < 4096**2):
-            program, _ = compiled(plain, kernel, hessian, four)
-            (by_column,) = fastest((program,), ((kernel, hessian, four),), 1)
-            same = np.mean(program(kernel, hessian, four) == solution.codes)
-        nearest = jnp.stack([rtn.quantize_kernel(kernel, bits) for bits in BITS])
+            program, _ = compiled(plain, kernel, hessian, bits)
+            (by_column,) = fastest((program,), ((kernel, hessian, bits),), 1)
+            same = np.mean(program(kernel, hessian, bits) == solution.codes)
+        nearest = rtn.quantize_kernel(kernel, BITS)
         error = output_error(kernel, solution.dequantized, hessian) / output_error(kernel, nearest, hessian)
         numbers = (
             f"{rows} x {outputs}",
             f"{seconds:.2f}",
             f"{t_factor:.4f}",
-            f"{t_one:.4f}",
-            f"{t_four:.4f}",
-            f"{t_four / t_one:.2f}",
+            f"{t_solve:.4f}",
             f"{memory / 1e6:.0f}",
             f"{by_column:.2f}",
-            f"{by_column / t_four:.1f}",
+            f"{by_column / t_solve:.1f}",
             f"{same:.4f}",
+            f"{error:.2f}",
         )
-        print(("{:>12}" * len(columns)).format(*numbers) + "  ".join(["", *(f"{e:.2f}" for e in error)]), flush=True)
+        print(("{:>13}" * len(columns)).format(*numbers), flush=True)
 
 
 if __name__ == "__main__":

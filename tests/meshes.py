@@ -22,7 +22,7 @@ from precision_scaling.config import base, experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.ptq import apply
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import compilation, sharding
 from precision_scaling.runtime.stopping import Stop
@@ -97,7 +97,7 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
 
 def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -> dict:
     """GPTQ's relative output errors on this mesh, and the parts of a Hessian's rows that a device holds."""
-    scheme = Scheme("gptq")
+    scheme = scheme_of("gptq")
     step_config = dataclasses.replace(step_config, static=scheme.static(UNQUANTIZED))
     initialize = lambda: step.init_state(step_config, 0).params
     params = jax.jit(initialize, out_shardings=layout.of_tree(jax.eval_shape(initialize)))()

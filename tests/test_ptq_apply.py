@@ -13,7 +13,7 @@ from precision_scaling.model.decoder import Block, ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.codes import parameters
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime.sharding import local_layout
@@ -52,7 +52,7 @@ def tokens():
 def quantized(params, tokens):
     @functools.cache
     def at(method, a=16):
-        options = {"scheme": Scheme(method), "batch_size": 3, "layout": local_layout()}
+        options = {"scheme": scheme_of(method), "batch_size": 3, "layout": local_layout()}
         return apply.quantize_model(STATIC, params, grids_of(a=a), tokens, BITS, DAMPING, **options)
 
     return at
@@ -113,7 +113,7 @@ def test_precision_of_training_and_inference_being_equal_there_is_no_loss(params
     step_config = dataclasses.replace(STATIC, model=dataclasses.replace(MODEL, dtype=dtype))
     loss = jax.jit(functools.partial(step.validation_loss, step_config))
     sequences = np.concatenate([tokens, tokens[:, :1]], axis=1).reshape(2, 3, 9)
-    options = {"scheme": Scheme("rtn"), "batch_size": 3, "layout": local_layout()}
+    options = {"scheme": scheme_of("rtn"), "batch_size": 3, "layout": local_layout()}
     result = apply.quantize_model(step_config, params, grids_of(), tokens, BITS, DAMPING, **options)
     trained = loss(params, grids_of(w=3, a=8), sequences)
     after = loss(at_bits(result, 3), grids_of(a=8), sequences)

@@ -10,7 +10,7 @@ import pytest
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.ptq.smoothquant import smoothing_scales
 from precision_scaling.quantize import products
 from precision_scaling.quantize.static import UNQUANTIZED
@@ -35,7 +35,7 @@ def static_of(scheme):
 
 @pytest.fixture(scope="module")
 def params():
-    params = jax.jit(lambda: step.init_state(static_of(Scheme("rtn")), 0).params)()
+    params = jax.jit(lambda: step.init_state(static_of(scheme_of("rtn")), 0).params)()
     block = params["layers"]["block"]
     for norm in ("attention_norm", "mlp_norm"):
         block[norm]["scale"] = block[norm]["scale"].at[:, LOUD].set(50.0)
@@ -56,7 +56,9 @@ def loss_of(tokens):
         return jax.jit(functools.partial(step.validation_loss, static_of(scheme)))
 
     def loss(params, scheme, bits):
-        return float(static(scheme)(params, {name: parse(bits).grid() for name in scheme.operands}, tokens[None]))
+        return float(
+            static(scheme)(params, {name: parse(bits).grid() for name in scheme.method.operands}, tokens[None])
+        )
 
     return loss
 
@@ -68,7 +70,7 @@ def quantized(params, tokens, scheme):
 
 @pytest.fixture(scope="module")
 def smoothed(params, tokens):
-    return quantized(params, tokens, Scheme("smoothquant"))
+    return quantized(params, tokens, scheme_of("smoothquant"))
 
 
 def test_smoothing_scales_by_hand():
@@ -103,24 +105,24 @@ def test_norms_take_what_kernels_give_and_the_function_stays(params, smoothed, l
         np.testing.assert_allclose(
             after[module][name]["kernel"], before[module][name]["kernel"] * factor_LxI.reshape(shape), atol=0.02
         )
-    whole = loss_of(params, Scheme("rtn"), 16)
-    assert abs(loss_of(found, Scheme("rtn"), 16) - whole) < 0.01
+    whole = loss_of(params, scheme_of("rtn"), 16)
+    assert abs(loss_of(found, scheme_of("rtn"), 16) - whole) < 0.01
     assert not report.fell_back.any()
 
 
 def test_smoothing_lowers_the_damage_where_an_input_is_loud(params, tokens, smoothed, loss_of):
-    whole = loss_of(params, Scheme("rtn"), 16)
-    rough, _ = quantized(params, tokens, Scheme("rtn"))
+    whole = loss_of(params, scheme_of("rtn"), 16)
+    rough, _ = quantized(params, tokens, scheme_of("rtn"))
 
     def damage(model, bits):
-        return abs(loss_of(codes.parameters(model), Scheme("smoothquant"), bits) - whole)
+        return abs(loss_of(codes.parameters(model), scheme_of("smoothquant"), bits) - whole)
 
     for smooth, rounded, bits in zip(smoothed[0], rough, BITS, strict=True):
         assert damage(smooth, bits) < 0.5 * damage(rounded, bits)
 
 
 def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, loss_of):
-    scheme = Scheme("kv_cache")
+    scheme = scheme_of("kv_cache")
     static = scheme.static(UNQUANTIZED)
     assert {name for name, _ in static.quantizers} == {"k", "v"}
     rng = np.random.default_rng(1)
@@ -136,12 +138,12 @@ def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, 
     p = jax.nn.softmax(jnp.asarray(scores, jnp.float32), axis=-1)
     values = np.einsum("bhlm,bmhk->blhk", p, on_grid(np.asarray(v)))
     np.testing.assert_allclose(products.attention_values(p, v, static, grids), values, atol=1e-4)
-    whole = loss_of(params, Scheme("rtn"), 16)
+    whole = loss_of(params, scheme_of("rtn"), 16)
     assert loss_of(params, scheme, 16) == whole
     assert 0 < abs(loss_of(params, scheme, 8) - whole) < abs(loss_of(params, scheme, 2) - whole)
 
 
 def test_a_token_of_its_own_scale_loses_less(params, loss_of):
-    whole = loss_of(params, Scheme("rtn"), 16)
-    token, tensor = (loss_of(params, Scheme("kv_cache", granularity=name), 4) for name in ("token", "tensor"))
+    whole = loss_of(params, scheme_of("rtn"), 16)
+    token, tensor = (loss_of(params, scheme_of("kv_cache", granularity=name), 4) for name in ("token", "tensor"))
     assert abs(token - whole) < abs(tensor - whole)

@@ -13,7 +13,7 @@ from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.model.decoder import init as init_model
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, packed
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import files
 from precision_scaling.runtime.sharding import local_layout
@@ -28,10 +28,10 @@ MODEL = ModelConfig(
 PROGRAM = StaticPrecision((("a", StaticQuantizer(parse("int4").kind, "tensor")),))
 STATIC = StepConfig(MODEL, PROGRAM, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
 SCHEMES = {
-    "gptq": Scheme("gptq"),
-    "awq": Scheme("awq", group_size=8),
-    "rtn": Scheme("rtn", group_size=4, symmetric=False),
-    "act_order": Scheme("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
+    "gptq": scheme_of("gptq"),
+    "awq": scheme_of("awq", group_size=8),
+    "rtn": scheme_of("rtn", group_size=4, symmetric=False),
+    "act_order": scheme_of("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
 }
 SLOW = pytest.mark.slow
 EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "act_order"))]

@@ -14,7 +14,7 @@ from precision_scaling.model import decoder
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import __main__, codes, layers, packed
 from precision_scaling.ptq.apply import LINEARS, Report
-from precision_scaling.ptq.scheme import Scheme, of_method
+from precision_scaling.ptq.registry import of_method, scheme_of
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
@@ -76,10 +76,10 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     row = next(row for row in results.read_rows(workspace.directory(run), "rtn") if row["P_post"] == 3)
     quantize_missing(workspace, ("rtn",), (3,), save=True)  # the row is there, the model is not
     assert row in results.read_rows(workspace.directory(run), "rtn")
-    path = packed_directory(workspace.directory(run), Scheme("rtn"), 3)
+    path = packed_directory(workspace.directory(run), scheme_of("rtn"), 3)
     loaded = packed.load(path)
     assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
-    static = Scheme("rtn").static(group.static)
+    static = scheme_of("rtn").static(group.static)
     evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
     grids = static.grids(run.precision, w=parse("bf16"))
     assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
@@ -87,7 +87,7 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     saved = times(workspace.directory(run))
     quantize_missing(workspace, ("rtn",), (3,), save=True)
     assert times(workspace.directory(run)) == saved
-    (line,) = __main__._sizes(workspace, Scheme("rtn"), [3, 4])
+    (line,) = __main__._sizes(workspace, scheme_of("rtn"), [3, 4])
     assert str(path) in line and f"{packed.packed_bytes(loaded.model, 3):,} of packed arrays" in line
 
 
@@ -97,10 +97,10 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     quantize_missing(workspace, ("smoothquant",), (4,), save=True)
     (row,) = results.read_rows(workspace.directory(run), "smoothquant")
     assert row["post_parts"] == "wa" and row["P_post"] == 4
-    loaded = packed.load(packed_directory(workspace.directory(run), Scheme("smoothquant"), 4))
+    loaded = packed.load(packed_directory(workspace.directory(run), scheme_of("smoothquant"), 4))
     assert loaded.operands == ("a",)
     (group,) = workspace.experiment.cohorts
-    static = Scheme("smoothquant").static(group.static)
+    static = scheme_of("smoothquant").static(group.static)
     evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
     grids = {**static.grids(run.precision, w=parse("bf16")), "a": parse(4).grid()}
     assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
@@ -148,10 +148,10 @@ def test_what_does_not_fit_is_told_before_anything_is_quantized(one_run):
 
 def test_flags_are_options_in_place_of_the_configs_and_must_be_the_methods_own(one_run):
     options = dict(one_run[0].experiment.config.ptq)
-    assert __main__._scheme("gptq", options, {}) == Scheme("gptq")
+    assert __main__._scheme("gptq", options, {}) == scheme_of("gptq")
     config = {**options, "clip": True, "act_order": True}
-    assert __main__._scheme("gptq", config, {"clip": False}) == Scheme("gptq", act_order=True)
-    assert __main__._scheme("rtn", config, {}) == of_method("rtn", config) == Scheme("rtn", clip=True)
+    assert __main__._scheme("gptq", config, {"clip": False}) == scheme_of("gptq", act_order=True)
+    assert __main__._scheme("rtn", config, {}) == of_method("rtn", config) == scheme_of("rtn", clip=True)
     for method, given in (("rtn", {"act_order": True}), ("kv_cache", {"group_size": 8}), ("gptq", {"smoothing": 0.8})):
         with pytest.raises(UserError, match="it has no such option"):
             __main__._scheme(method, options, given)

@@ -9,8 +9,7 @@ from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import METHODS
-from precision_scaling.ptq.scheme import Scheme, of_method
+from precision_scaling.ptq.registry import METHODS, of_method, scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 MODEL = ModelConfig(
@@ -39,7 +38,7 @@ def test_every_option_of_a_method_is_in_its_name_and_the_others_are_not():
 
 
 def test_the_table_says_what_was_quantized():
-    parts = {method: of_method(method, options()).parts for method in METHODS}
+    parts = {method: METHODS[method].parts for method in METHODS}
     assert parts == {"gptq": "w", "awq": "w", "rtn": "w", "smoothquant": "wa", "kv_cache": "kv"}
     granularity = {method: of_method(method, options(group_size=8)).weight_granularity for method in METHODS}
     assert granularity == {**dict.fromkeys(METHODS, "group:8"), "kv_cache": ""}
@@ -49,13 +48,13 @@ def test_operands_take_the_place_of_those_of_training():
     trained = StaticPrecision(
         (("w", StaticQuantizer(parse("int4").kind, "channel")), ("a", StaticQuantizer(parse("e4m3").kind, "token")))
     )
-    static = Scheme("smoothquant").static(trained)
+    static = scheme_of("smoothquant").static(trained)
     assert static.get("w") == trained.get("w")
     assert static.get("a") == StaticQuantizer(parse("int4").kind, "tensor")
-    static = Scheme("kv_cache", granularity="token").static(trained)
+    static = scheme_of("kv_cache", granularity="token").static(trained)
     assert static.get("a") == trained.get("a")
     assert static.get("k") == static.get("v") == StaticQuantizer(parse("int4").kind, "token")
-    assert Scheme("gptq").static(trained) == trained
+    assert scheme_of("gptq").static(trained) == trained
 
 
 @pytest.mark.parametrize(
@@ -76,11 +75,11 @@ def test_values_that_are_not_allowed_are_one_line(changed, key):
 
 
 def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_change():
-    Scheme("gptq", group_size=8).check_model(MODEL)
+    scheme_of("gptq", group_size=8).check_model(MODEL)
     with pytest.raises(ConfigError, match=r"model\.mlp_width, 24"):
-        Scheme("gptq", group_size=16).check_model(MODEL)
-    Scheme("smoothquant").check_model(MODEL)
+        scheme_of("gptq", group_size=16).check_model(MODEL)
+    scheme_of("smoothquant").check_model(MODEL)
     for changed in ({"norm_placement": "post"}, {"norm_type": "layer"}):
         with pytest.raises(ConfigError, match="smoothquant with"):
-            Scheme("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
-        Scheme("gptq").check_model(dataclasses.replace(MODEL, **changed))
+            scheme_of("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
+        scheme_of("gptq").check_model(dataclasses.replace(MODEL, **changed))

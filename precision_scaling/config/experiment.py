@@ -18,7 +18,7 @@ from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError
 from precision_scaling.model import contraction, rope, sizes
 from precision_scaling.model import decoder as decoder_lib
-from precision_scaling.ptq import scheme as ptq_scheme
+from precision_scaling.ptq import registry
 from precision_scaling.quantize import parsing
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.static import static_of
@@ -93,7 +93,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         raise ConfigError(f"optimizer.{key}", value, f"warm-up and decay within the run's {steps} steps")
     shape = Shape(_label(size, decoder), decoder, config.train.batch_size, config.train.microbatches)
     contraction.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
-    for scheme in ptq_scheme.of_config(config.ptq) if point.ptq else ():
+    for scheme in registry.of_config(config.ptq) if point.ptq else ():
         scheme.check_model(shape.model)
     return Run(
         shape=shape,

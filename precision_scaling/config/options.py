@@ -17,7 +17,8 @@ from ml_collections.config_dict import RequiredValueError
 from precision_scaling.config import base
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder, sizes
-from precision_scaling.ptq import GRANULARITIES, METHODS
+from precision_scaling.ptq.registry import METHODS
+from precision_scaling.ptq.scheme import GRANULARITIES
 from precision_scaling.quantize import parsing
 from precision_scaling.training import schedule, trackers
 

@@ -10,9 +10,8 @@ from absl import flags
 
 from precision_scaling.config import command_line, options
 from precision_scaling.errors import UserError
-from precision_scaling.ptq import GRANULARITIES, METHODS, layers, packed
-from precision_scaling.ptq import scheme as scheme_lib
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq import layers, packed, registry
+from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
 from precision_scaling.runtime import cli
 from precision_scaling.study import locks, results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
@@ -20,7 +19,9 @@ from precision_scaling.study.workspace import Workspace, reopen_workspace
 
 FLAGS = flags.FlagValues()
 _WORKDIR = command_line.define_workdir(FLAGS, "A workdir of train or study.")
-_METHOD = flags.DEFINE_enum("method", "gptq", METHODS, "Post-training quantization method.", flag_values=FLAGS)
+_METHOD = flags.DEFINE_enum(
+    "method", "gptq", list(registry.METHODS), "Post-training quantization method.", flag_values=FLAGS
+)
 _BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.", flag_values=FLAGS)
 _SAVE = flags.DEFINE_bool(
     "save", False, "Keep the quantized models, packed, in runs/<id>/quantized.", flag_values=FLAGS
@@ -49,10 +50,15 @@ def _bits(texts: list[str]) -> list[int]:
 
 def _given() -> dict[str, object]:
     """The method's options that the flags give; checked."""
-    given = {"group_size": _GROUP_SIZE.value, "act_order": _ACT_ORDER.value, "clip": _CLIP.value}
-    given |= {"symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value}
-    given |= {"smoothing": _SMOOTHING.value, "granularity": _GRANULARITY.value}
-    given = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, object] = {
+        "group_size": _GROUP_SIZE.value,
+        "symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value,
+        "act_order": _ACT_ORDER.value,
+        "clip": _CLIP.value,
+        "smoothing": _SMOOTHING.value,
+        "granularity": _GRANULARITY.value,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
     for name, value in given.items():
         options.check_option(f"ptq.{name}", value, shown=f"--{name}")
     return given
@@ -60,7 +66,7 @@ def _given() -> dict[str, object]:
 
 def _scheme(method: str, config, given: dict[str, object]) -> Scheme:
     """The scheme of a method with the config's options and, in their place, those given."""
-    scheme = scheme_lib.of_method(method, {**config, **given})
+    scheme = registry.of_method(method, {**config, **given})
     for name, value in given.items():
         if getattr(scheme, name) != value:  # the scheme keeps what its method has
             raise UserError(f"ptq.{name} = {value!r} with --method={method}: it has no such option")

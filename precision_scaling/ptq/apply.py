@@ -1,7 +1,7 @@
 """Post-training quantization of a whole decoder: layer by layer, each on inputs made by the quantized layers before it.
 
-Stands between the methods for one kernel (`gptq`, `awq`, `rtn`, `smoothquant`) and `runs`, which loads the parameters
-and evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, O outputs, L layers.
+Stands between the methods for one kernel, which `registry` lists, and `study.ptq`, which loads the parameters and
+evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, O outputs, L layers.
 """
 
 import functools
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.model.decoder import Block, Decoder
-from precision_scaling.ptq import awq, gptq, kernel_grid, rtn
+from precision_scaling.numerics import formats
+from precision_scaling.ptq import rtn
 from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
-from precision_scaling.ptq.scheme import Scheme
-from precision_scaling.ptq.smoothquant import smoothing_scales
+from precision_scaling.ptq.scheme import Calibration, Rounded, Scheme
 from precision_scaling.quantize import products
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import compilation
@@ -48,23 +48,26 @@ def quantize_model(
     params: Any,
     grids: Any,
     tokens_NxS,
-    bits: Sequence[int],
+    bits: Sequence[object],
     damping,
     *,
     scheme: Scheme,
     batch_size: int,
     layout: Layout,
 ) -> tuple[tuple[QuantizedModel, ...], Report]:
-    """The decoder with the kernels of all blocks on the grids of each of the bit-widths (2 to 8).
+    """The decoder with the kernels of all blocks on the grids of each of the formats.
 
     step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
     passing through; operands that the scheme quantizes need none. tokens_NxS: calibration text, N a multiple of
-    batch_size.
-    layout: calibration batches and Hessians are split over its devices; a factorization gathers one Hessian.
-    Every bit-width has its own stream of activations, made by what is quantized already.
+    batch_size. bits: bit-widths (2 to 8), or formats of one kind. layout: calibration batches and Hessians are sharded
+    over its devices; a factorization gathers one Hessian.
+    Every format has its own stream of activations, made by what is quantized already.
     """
-    bits_K = jnp.asarray(bits, jnp.float32)
-    blocks, report = _compiled(step_config, scheme, batch_size, layout)(params, grids, tokens_NxS, bits_K, damping)
+    found = [formats.parse(b) for b in bits]
+    (kind,) = {fmt.kind for fmt in found}
+    levels_K = jax.tree.map(lambda *fields: jnp.stack(fields), *(fmt.grid() for fmt in found))
+    quantize = _compiled(step_config, scheme, kind, batch_size, layout)
+    blocks, report = quantize(params, grids, tokens_NxS, levels_K, damping)
     models = []
     for k in range(len(bits)):
         kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
@@ -73,21 +76,22 @@ def quantize_model(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(step_config: StepConfig, scheme: Scheme, batch_size: int, layout: Layout):
-    def quantize_at_all(params, grids, tokens_NxS, bits_K, damping):
+def _compiled(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, batch_size: int, layout: Layout):
+    method = scheme.method
+
+    def quantize_at_all(params, grids, tokens_NxS, levels_K, damping):
         layers = _as_multiplied(params["layers"]["block"], step_config.model.dtype)
         params = {**params, "layers": {"block": layers}}
 
-        def at(bits):
-            if scheme.method == "rtn":
-                return _round_layers(scheme, layers, bits)
-            on_the_fly = {name: kernel_grid.integer_levels(bits) for name in scheme.operands}
-            stream = params, {**grids, **on_the_fly}, tokens_NxS
-            return _calibrated_layers(step_config, scheme, *stream, bits, damping, batch_size)
+        def at(levels):
+            if not (method.calibrated or method.input_scales):
+                return _round_layers(scheme, layers, levels, kind)
+            stream = params, {**grids, **dict.fromkeys(method.operands, levels)}, tokens_NxS
+            return _calibrated_layers(step_config, scheme, *stream, levels, kind, damping, batch_size)
 
         # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
         with splitting(layout):
-            return jax.lax.map(at, bits_K)
+            return jax.lax.map(at, levels_K)
 
     return compilation.jit(quantize_at_all)
 
@@ -129,20 +133,21 @@ def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, d
     return kernels, {module: parameters for module, parameters in left.items() if parameters}
 
 
-def _round(scheme: Scheme, kernel_IxO, bits, shape) -> Codes:
-    """Rounding to nearest."""
-    levels, options = kernel_grid.integer_levels(bits), {"symmetric": scheme.symmetric}
-    found = kernel_grid.find(kernel_IxO, levels, group_size=scheme.group_size or None, clip=scheme.clip, **options)
-    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, **options)
-    zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
-    return encode(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO, scheme.symmetric, shape)
+def _encoded(scheme: Scheme, rounded: Rounded, shape: tuple[int, ...]) -> Codes:
+    return encode(rounded.code_IxO, rounded.scale_GxO, rounded.zero_GxO, scheme.symmetric, shape, rounded.row_scale_I)
 
 
-def _round_layers(scheme: Scheme, layers: Any, bits):
+def _round_layers(scheme: Scheme, layers: Any, levels: formats.Grid, kind: formats.Kind):
+    """All layers at once, by a method that needs no calibration."""
+    solve = scheme.method.solve
+    assert solve is not None, "what leaves kernels alone is not applied"
+
     def block(params):
         kernels = {linear: _kernel(params, linear) for linear in LINEARS}
-        codes = {linear: _round(scheme, _flat(kernel), bits, kernel.shape) for linear, kernel in kernels.items()}
-        return _split(params, codes)
+        return _split(params, {linear: rounded(kernel) for linear, kernel in kernels.items()})
+
+    def rounded(kernel):
+        return _encoded(scheme, solve(_flat(kernel), levels, kind, scheme, None), kernel.shape)
 
     shape = (jax.tree.leaves(layers)[0].shape[0], len(LINEARS))
     unknown = jnp.full(shape, jnp.nan)
@@ -163,27 +168,12 @@ def statistics(static: StaticPrecision, grids, x_CxBxSxI):
     return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
 
 
-def _solve(scheme: Scheme, kernel_IxO, hessian_IxI, magnitude_I, bits, damping, shape, objective):
-    """(codes of a kernel of that shape, whether it fell back, damping used). objective: see `awq.solve`."""
-    group_size = scheme.group_size or None
-    if scheme.method == "gptq":
-        options = {"symmetric": scheme.symmetric, "act_order": scheme.act_order, "clip": scheme.clip}
-        found = gptq.solve(kernel_IxO, hessian_IxI, bits[None], group_size=group_size, damping=damping, **options)
-        codes = encode(found.codes[0], found.scales[0], found.zeros[0], scheme.symmetric, shape)
-        return codes, found.fell_back, found.damping_used
-    if scheme.method == "awq":
-        options = {"group_size": group_size, "symmetric": scheme.symmetric, "objective": objective}
-        found = awq.solve((kernel_IxO,), hessian_IxI, magnitude_I, bits[None], **options)
-        arrays = (field[0][0] for field in (found.codes, found.scales, found.zeros))
-        return encode(*arrays, scheme.symmetric, shape, 1 / found.channel_scales[0]), found.fell_back, jnp.nan
-    return _round(scheme, kernel_IxO, bits, shape), jnp.asarray(False), jnp.nan
-
-
-def _smooth(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
-    """SmoothQuant's factors moved from the norm before a projection into its kernel; and its inputs after that."""
+def _move_scales(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
+    """The method's factors moved from the norm before a projection into its kernel; and its inputs after that."""
+    assert scheme.method.input_scales is not None
     kernel = _kernel(block, linear)
     largest_I = jnp.max(jnp.abs(inputs_CxBxSxI.astype(jnp.float32)), axis=(0, 1, 2))
-    s_I, unusable = smoothing_scales(largest_I, _flat(kernel), scheme.smoothing)
+    s_I, unusable = scheme.method.input_scales(largest_I, _flat(kernel), scheme)
     block = _with_kernel(block, linear, (_flat(kernel) * s_I[:, None]).reshape(kernel.shape))
     gain = block[NORMS[linear]]["scale"] / s_I
     inputs = (inputs_CxBxSxI / s_I).astype(inputs_CxBxSxI.dtype)
@@ -191,19 +181,28 @@ def _smooth(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
 
 
 def _calibrated_layers(
-    step_config: StepConfig, scheme: Scheme, params, grids, tokens_NxS, bits, damping, batch_size: int
+    step_config: StepConfig,
+    scheme: Scheme,
+    params,
+    grids,
+    tokens_NxS,
+    levels,
+    kind: formats.Kind,
+    damping,
+    batch_size: int,
 ):
-    module = Block(step_config.model, step_config.static)
-    embedded = Decoder(step_config.model, step_config.static).apply(
-        {"params": params}, tokens_NxS, grids, method=Decoder.embed
-    )
+    method, module = scheme.method, Block(step_config.model, step_config.static)
+    assert method.solve is not None, "what leaves kernels alone is not applied"
+    solve = method.solve
+    decoder = Decoder(step_config.model, step_config.static)
+    embedded: Any = decoder.apply({"params": params}, tokens_NxS, grids, method=Decoder.embed)
 
-    def each(block, method, *streams_CxB):
+    def each(block, function, *streams_CxB):
         """A method of the block with these parameters, calibration batch by calibration batch."""
-        apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=method)
+        apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=function)
         return jax.lax.map(apply, streams_CxB)
 
-    with_table = lambda method: lambda block, *args: method(block, *args, grids)
+    with_grids = lambda function: lambda block, *args: function(block, *args, grids)
 
     def branch_error(block, linear, inputs_CxBxSxI):
         """Of kernels that begin a branch (the whole attention or MLP), the squared error of what it adds."""
@@ -211,15 +210,15 @@ def _calibrated_layers(
 
         def added(block):
             if linear == LINEARS[0]:
-                inputs = each(block, with_table(Block.before_out), inputs_CxBxSxI)
-                return each(block, with_table(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
-            inputs = each(block, with_table(Block.before_down), inputs_CxBxSxI)
-            return each(block, with_table(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
+                inputs = each(block, with_grids(Block.before_out), inputs_CxBxSxI)
+                return each(block, with_grids(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
+            inputs = each(block, with_grids(Block.before_down), inputs_CxBxSxI)
+            return each(block, with_grids(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
 
         kernel, before = _kernel(block, linear), added(block)
 
-        def objective(kernels):
-            new = _with_kernel(block, linear, kernels[0].reshape(kernel.shape))
+        def objective(other_IxO):
+            new = _with_kernel(block, linear, other_IxO.reshape(kernel.shape))
             return jnp.sum(jnp.square(added(new) - before))
 
         return objective
@@ -230,29 +229,29 @@ def _calibrated_layers(
         def quantized(block, linear, inputs_CxBxSxI):
             """The block with this projection quantized, and its inputs."""
             unusable = jnp.asarray(False)
-            if scheme.method == "smoothquant" and linear in NORMS:
-                block, inputs_CxBxSxI, unusable = _smooth(scheme, block, linear, inputs_CxBxSxI)
+            if method.input_scales and linear in NORMS:
+                block, inputs_CxBxSxI, unusable = _move_scales(scheme, block, linear, inputs_CxBxSxI)
             kernel = _kernel(block, linear)
             hessian_IxI, magnitude_I = statistics(step_config.static, grids, inputs_CxBxSxI)
-            arguments = _flat(kernel), hessian_IxI, magnitude_I, bits, damping, kernel.shape
-            objective = (
-                branch_error(block, linear, inputs_CxBxSxI) if scheme.method == "awq" and linear in NORMS else None
-            )
-            codes[linear], fell_back, used = _solve(scheme, *arguments, objective)
+            begins = method.branch_error and linear in NORMS
+            objective = branch_error(block, linear, inputs_CxBxSxI) if begins else None
+            calibration = Calibration(hessian_IxI, magnitude_I, damping, objective)
+            rounded = solve(_flat(kernel), levels, kind, scheme, calibration)
+            codes[linear] = _encoded(scheme, rounded, kernel.shape)
             new = dequantize(codes[linear])
-            plain = rtn.quantize_kernel(_flat(kernel), bits, scheme.group_size or None, scheme.symmetric)
+            plain = rtn.nearest(_flat(kernel), levels, kind, scheme.group_size or None, scheme.symmetric)
             errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
-            notes.append(Report(fell_back | unusable, used, *errors))
+            notes.append(Report(rounded.fell_back | unusable, rounded.damping, *errors))
             return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI
 
         block, inputs = quantized(block, LINEARS[0], each(block, Block.before_qkv, x_CxBxSxD))
-        inputs = each(block, with_table(Block.before_out), inputs)
+        inputs = each(block, with_grids(Block.before_out), inputs)
         block, inputs = quantized(block, LINEARS[1], inputs)
-        x_CxBxSxD, inputs = each(block, with_table(Block.before_gate_up), x_CxBxSxD, inputs)
+        x_CxBxSxD, inputs = each(block, with_grids(Block.before_gate_up), x_CxBxSxD, inputs)
         block, inputs = quantized(block, LINEARS[2], inputs)
-        inputs = each(block, with_table(Block.before_down), inputs)
+        inputs = each(block, with_grids(Block.before_down), inputs)
         block, inputs = quantized(block, LINEARS[3], inputs)
-        x_CxBxSxD = each(block, with_table(Block.after_down), x_CxBxSxD, inputs)
+        x_CxBxSxD = each(block, with_grids(Block.after_down), x_CxBxSxD, inputs)
         report = jax.tree.map(lambda *values: jnp.stack(values), *notes)
         return x_CxBxSxD, (_split(block, codes), report)
 

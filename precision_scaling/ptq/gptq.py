@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) in JAX: one factorization of the Hessian serves every bit-width of a kernel.
+"""GPTQ (Frantar et al., arXiv 2210.17323) in JAX, by one factorization of the Hessian.
 
 GPTQ takes the inputs one by one, rounds a row of the kernel, and moves the error into the rows still to come. With
 H = R Rᵀ, R upper triangular (R⁻¹ is GPTQ's "Cholesky factor of the inverse"), row i is rounded from
@@ -6,12 +6,11 @@ H = R Rᵀ, R upper triangular (R⁻¹ is GPTQ's "Cholesky factor of the inverse
     x_i = w_i + Σ_{j<i} R_ji / R_ii · (w_j - q_j)
 
 which needs neither the inverse nor a running copy of the kernel: earlier errors are only read. There is one matrix
-product per pair of blocks of rows, and within a block the loop goes row by row. Outputs do not interact, so several
-bit-widths are just more output columns. The loss is ½ tr(Eᵀ H E) = ½ Σ (R_ii (x_i - q_i))², E = w - q.
+product per pair of blocks of rows, and within a block the loop goes row by row. Outputs do not interact. The loss is
+½ tr(Eᵀ H E) = ½ Σ (R_ii (x_i - q_i))², E = w - q.
 """
 
 import functools
-import numbers
 import warnings
 from typing import NamedTuple
 
@@ -22,6 +21,8 @@ import numpy as np
 from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import kernel_grid
+from precision_scaling.ptq.kernel_grid import KernelGrid
+from precision_scaling.ptq.scheme import Calibration, Method, Rounded, Scheme
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -30,12 +31,12 @@ MIN_DAMPING = 1e-6  # the first increase from zero
 
 
 class Solution(NamedTuple):
-    """What GPTQ did to one kernel (in I, out O) at B bit-widths, G groups of inputs."""
+    """What GPTQ did to one kernel (in I, out O), G groups of inputs."""
 
-    dequantized: jax.Array  # (B, I, O)
-    codes: jax.Array  # (B, I, O) level + zero, of type `kernel_grid.code_dtype`
-    scales: jax.Array  # (B, G, O)
-    zeros: jax.Array  # (B, G, O); 0 for symmetric grids
+    dequantized: jax.Array  # (I, O)
+    codes: jax.Array  # (I, O) level + zero, of type `kernel_grid.code_dtype`
+    scales: jax.Array  # (G, O)
+    zeros: jax.Array  # (G, O); 0 for symmetric grids
     damping_used: jax.Array  # scalar, fraction of the mean diagonal; above the one asked for if that did not factorize
     fell_back: jax.Array  # scalar bool: no damping factorized the Hessian, so this is rounding to nearest
 
@@ -52,7 +53,7 @@ class Factor(NamedTuple):
 
 
 def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) -> Factor:
-    """Factor of the damped Hessian, inputs by falling diagonal if `act_order`.
+    """Factor of the damped Hessian, inputs by decreasing diagonal if `act_order`.
 
     `damping` is a fraction of the mean diagonal. While the factorization fails it is raised tenfold, at most to 1.
     The Hessian is first divided by its largest diagonal entry, so its scale is of no consequence. Computed in the
@@ -98,51 +99,50 @@ def _with_diagonal(matrix_IxI, diagonal_I):
     return jnp.where(jnp.eye(len(diagonal_I), dtype=bool), diagonal_I, matrix_IxI)
 
 
-def _round_block(feedback_SxS, w_SxC, x_SxC, row_grid, kind, symmetric):
+def _round_block(feedback_SxS, w_SxO, x_SxO, row_grid, kind, symmetric):
     """Rows of a block one by one: x holds w plus the feedback of the blocks before. Returns errors and levels."""
 
     def row(i, state):
-        e_SxC, level_SxC = state
-        scale_C, inverse_C, zero_C, levels = row_grid(i)
-        x_C = x_SxC[i] + jnp.matmul(feedback_SxS[:, i], e_SxC, precision=HIGHEST)
-        level_C = kernel_grid.nearest_level(x_C, inverse_C, zero_C, levels, kind, symmetric)
-        return e_SxC.at[i].set(w_SxC[i] - level_C * scale_C), level_SxC.at[i].set(level_C)
+        e_SxO, level_SxO = state
+        scale_O, inverse_O, zero_O, levels = row_grid(i)
+        x_O = x_SxO[i] + jnp.matmul(feedback_SxS[:, i], e_SxO, precision=HIGHEST)
+        level_O = kernel_grid.nearest_level(x_O, inverse_O, zero_O, levels, kind, symmetric)
+        return e_SxO.at[i].set(w_SxO[i] - level_O * scale_O), level_SxO.at[i].set(level_O)
 
-    return jax.lax.fori_loop(0, w_SxC.shape[0], row, (jnp.zeros_like(w_SxC), jnp.zeros_like(w_SxC)))
+    return jax.lax.fori_loop(0, w_SxO.shape[0], row, (jnp.zeros_like(w_SxO), jnp.zeros_like(w_SxO)))
 
 
-def _round_rows(feedback_IxI, w_IxO, group_I, columns: kernel_grid.KernelGrid, kind, symmetric: bool, block: int):
-    """Levels (I, C) of all rows, C = O for each of several formats; the rows of one group share a row of the grid."""
+def _round_rows(feedback_IxI, w_IxO, group_I, grid: KernelGrid, kind, symmetric: bool, block: int):
+    """Levels (I, O) of all rows; group_I: the row of the grid that serves a row of the kernel."""
     rows, outputs = w_IxO.shape
-    cols = columns.scale_GxO.shape[1]
     pad = -rows % block
     w_IxO = jnp.pad(w_IxO, ((0, pad), (0, 0)))
     feedback_IxI = jnp.pad(feedback_IxI, ((0, pad), (0, pad)))
     group_I = jnp.pad(group_I, (0, pad))
-    inverse_GxC = kernel_grid.inverse(columns.scale_GxO)
+    inverse_GxO = kernel_grid.inverse(grid.scale_GxO)
     level_dtype = kernel_grid.code_dtype(kind, symmetric)
 
     def feedback(i, j):
         return jax.lax.dynamic_slice(feedback_IxI, (i * block, j * block), (block, block))
 
-    def step(e_IxC, b):
-        w_SxC = jnp.tile(jax.lax.dynamic_slice(w_IxO, (b * block, 0), (block, outputs)), (1, cols // outputs))
+    def step(e_IxO, b):
+        w_SxO = jax.lax.dynamic_slice(w_IxO, (b * block, 0), (block, outputs))
 
-        def add(a, x_SxC):
-            e_SxC = jax.lax.dynamic_slice(e_IxC, (a * block, 0), (block, cols))
-            return x_SxC + jnp.matmul(feedback(a, b).T, e_SxC, precision=HIGHEST)
+        def add(a, x_SxO):
+            e_SxO = jax.lax.dynamic_slice(e_IxO, (a * block, 0), (block, outputs))
+            return x_SxO + jnp.matmul(feedback(a, b).T, e_SxO, precision=HIGHEST)
 
         def row_grid(i):
             g = group_I[b * block + i]
-            return columns.scale_GxO[g], inverse_GxC[g], columns.zero_GxO[g], columns.levels
+            return grid.scale_GxO[g], inverse_GxO[g], grid.zero_GxO[g], grid.levels
 
-        x_SxC = jax.lax.fori_loop(0, b, add, w_SxC)
-        e_SxC, level_SxC = _round_block(feedback(b, b), w_SxC, x_SxC, row_grid, kind, symmetric)
-        return jax.lax.dynamic_update_slice(e_IxC, e_SxC, (b * block, 0)), level_SxC.astype(level_dtype)
+        x_SxO = jax.lax.fori_loop(0, b, add, w_SxO)
+        e_SxO, level_SxO = _round_block(feedback(b, b), w_SxO, x_SxO, row_grid, kind, symmetric)
+        return jax.lax.dynamic_update_slice(e_IxO, e_SxO, (b * block, 0)), level_SxO.astype(level_dtype)
 
-    start = jnp.zeros((rows + pad, cols), w_IxO.dtype)
-    _, level_NxSxC = jax.lax.scan(step, start, jnp.arange((rows + pad) // block))
-    return level_NxSxC.reshape(rows + pad, cols)[:rows]
+    start = jnp.zeros((rows + pad, outputs), w_IxO.dtype)
+    _, level_NxSxO = jax.lax.scan(step, start, jnp.arange((rows + pad) // block))
+    return level_NxSxO.reshape(rows + pad, outputs)[:rows]
 
 
 def solve(
@@ -154,13 +154,13 @@ def solve(
     group_size: int | None = None,
     symmetric: bool = True,
     act_order: bool = False,
-    damping: float = 0.01,
+    damping: float | jax.Array = 0.01,
     clip: bool = False,
     block: int = 128,
 ) -> Solution:
-    """GPTQ of a kernel (in, out) in several formats at once, with the Hessian Σ x xᵀ (in, in) of its inputs.
+    """GPTQ of a kernel (in, out) in one format, with the Hessian Σ x xᵀ (in, in) of its inputs.
 
-    bits: (B,) bit-widths, traced or not, or other formats as `kernel_grid.stack` gives them, with their `kind`.
+    bits: a bit-width, traced or not, or the grid of another format, with its `kind`.
 
     Pure and compiled: `vmap` it over a leading axis of layers. Kernels that share an input can be joined along `out`.
     Nothing can be raised while tracing, so a Hessian that can't be used (NaN, zero, not positive semidefinite) gives
@@ -178,34 +178,22 @@ def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damp
     hessian_IxI = jnp.asarray(hessian)
     hessian_IxI = hessian_IxI.astype(jnp.promote_types(hessian_IxI.dtype, jnp.float32))
     rows, outputs = kernel_IxO.shape
-    count = levels.max_value.shape[0]
     size = kernel_grid.group_rows(rows, group_size, kind)
-    find = functools.partial(kernel_grid.find, kind=kind, group_size=group_size, symmetric=symmetric, clip=clip)
-    grids = jax.vmap(lambda one: find(kernel_IxO, one))(levels)  # fields (B, G, O) and (B,)
+    grid = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
     factor = factorize(hessian_IxI, act_order=act_order, damping=damping)
-
-    def side_by_side(field_BxGxO):
-        return jnp.moveaxis(field_BxGxO, 0, 1).reshape(rows // size, count * outputs)
-
-    columns = kernel_grid.KernelGrid(
-        side_by_side(grids.scale_GxO),
-        side_by_side(grids.zero_GxO),
-        jax.tree.map(lambda field: jnp.repeat(field, outputs), levels),
-    )
     w_IxO = jnp.where(factor.dead_I[:, None], 0, kernel_IxO)[factor.order_I]
     feedback_IxI = factor.feedback_IxI.astype(jnp.float32)
-    group_I = factor.order_I // size
-    level_IxC = _round_rows(feedback_IxI, w_IxO, group_I, columns, kind, symmetric, min(block, rows))
+    level_IxO = _round_rows(feedback_IxI, w_IxO, factor.order_I // size, grid, kind, symmetric, min(block, rows))
     if act_order:
-        level_IxC = level_IxC[jnp.argsort(factor.order_I)]
-    level_BxGxSxO = jnp.moveaxis(level_IxC.reshape(-1, size, count, outputs), 2, 0)
-    value_BxIxO = (level_BxGxSxO * grids.scale_GxO[:, :, None]).reshape(count, rows, outputs)
-    code_BxGxSxO = level_BxGxSxO + grids.zero_GxO[:, :, None].astype(level_BxGxSxO.dtype)
+        level_IxO = level_IxO[jnp.argsort(factor.order_I)]
+    level_GxSxO = level_IxO.reshape(-1, size, outputs)
+    value_IxO = (level_GxSxO * grid.scale_GxO[:, None]).reshape(rows, outputs)
+    code_GxSxO = level_GxSxO + grid.zero_GxO[:, None].astype(level_GxSxO.dtype)
     return Solution(
-        dequantized=jnp.where(levels.passthrough[:, None, None] > 0, kernel_IxO, value_BxIxO),
-        codes=code_BxGxSxO.reshape(count, rows, outputs),
-        scales=grids.scale_GxO,
-        zeros=grids.zero_GxO,
+        dequantized=jnp.where(levels.passthrough > 0, kernel_IxO, value_IxO),
+        codes=code_GxSxO.reshape(rows, outputs),
+        scales=grid.scale_GxO,
+        zeros=grid.zero_GxO,
         damping_used=factor.damping,
         fell_back=~factor.ok,
     )
@@ -230,7 +218,7 @@ def quantize_kernel(
     Raises UserError where the answer would not be GPTQ's: shapes that don't match, NaN or infinite entries, a Hessian
     that is zero, not symmetric or not positive semidefinite. Warns where it needed more damping than it was given.
     """
-    levels, kind = kernel_grid.stack([bits])
+    levels, kind = kernel_grid.levels_of(bits)
     kernel, hessian = np.asarray(kernel), np.asarray(hessian)
     check(kernel, hessian, damping)
     solution = solve(
@@ -249,7 +237,7 @@ def quantize_kernel(
     if solution.damping_used > 1.01 * damping:
         message = f"gptq: damping raised from {damping:g} to {solution.damping_used:g}, the Hessian did not factorize"
         warnings.warn(message, stacklevel=2)
-    return solution.dequantized[0]
+    return solution.dequantized
 
 
 def check(kernel, hessian, damping) -> None:
@@ -259,7 +247,7 @@ def check(kernel, hessian, damping) -> None:
     if hessian.shape != (kernel.shape[0],) * 2:
         square = (kernel.shape[0],) * 2
         raise UserError(f"hessian has shape {hessian.shape}: allowed is {square} for a kernel {kernel.shape}")
-    if isinstance(damping, bool) or not isinstance(damping, numbers.Real) or not 0 <= damping < np.inf:
+    if isinstance(damping, bool) or not isinstance(damping, int | float | np.floating) or not 0 <= damping < np.inf:
         raise UserError(f"damping = {damping!r}: allowed is a fraction of the mean diagonal, 0 or more")
     kernel, hessian = kernel.astype(np.float64), hessian.astype(np.float64)
     for name, array in (("kernel", kernel), ("hessian", hessian)):
@@ -272,3 +260,29 @@ def check(kernel, hessian, damping) -> None:
         raise UserError("hessian has a zero diagonal: no calibration input reached this kernel")
     if np.max(np.abs(hessian - hessian.T)) > 1e-3 * np.max(diagonal):
         raise UserError("hessian is not symmetric: allowed is a sum of x xᵀ")
+
+
+def _solve_projection(
+    kernel_IxO, levels: formats.Grid, kind: formats.Kind, scheme: Scheme, calibration: Calibration
+) -> Rounded:
+    found = solve(
+        kernel_IxO,
+        calibration.hessian_IxI,
+        levels,
+        kind,
+        group_size=scheme.group_size or None,
+        symmetric=scheme.symmetric,
+        act_order=scheme.act_order,
+        damping=calibration.damping,
+        clip=scheme.clip,
+    )
+    return Rounded(found.codes, found.scales, found.zeros, None, found.fell_back, found.damping_used)
+
+
+METHOD = Method(
+    "gptq",
+    solve=_solve_projection,
+    options=("group_size", "symmetric", "act_order", "clip"),
+    calibrated=True,
+    any_format=True,
+)

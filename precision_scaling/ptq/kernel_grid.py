@@ -1,10 +1,10 @@
 """The grids that post-training quantization rounds a kernel to: a scale (and zero point) per output channel and group.
 
 A grid is found from the kernel alone, before anything is quantized, so every method works on the same grid and their
-errors can be compared. Formats are data: one compiled program serves all that share a kind, and `vmap` runs over them.
+errors can be compared. Formats are data: one compiled program serves all that share a kind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,27 +41,18 @@ def integer_levels(bits) -> formats.Grid:
         for b in np.ravel(np.asarray(bits)):
             formats.parse(float(b))
     bits = jnp.asarray(bits).astype(jnp.int32)
-    passthrough = bits >= 16
     kept = jnp.minimum(bits, 16)
-    return formats.Grid(
-        max_value=(jnp.left_shift(1, kept - 1) - 1).astype(jnp.float32),
-        min_exponent=(kept - 2).astype(jnp.float32),
-        mantissa_bits=(kept - 2).astype(jnp.float32),
-        passthrough=passthrough.astype(jnp.float32),
-    )
+    fields = jnp.left_shift(1, kept - 1) - 1, kept - 2, kept - 2, bits >= 16
+    return formats.Grid._make(field.astype(jnp.float32) for field in fields)
 
 
-def stack(specs: Sequence[object]) -> tuple[formats.Grid, formats.Kind]:
-    """The levels of several formats as arrays (B,), and the kind that one program serves them with.
+def levels_of(spec: object) -> tuple[formats.Grid, formats.Kind]:
+    """The levels of a format, or of a number of bits, and the kind that a program serves it with.
 
-    Raises FormatError for an unknown format, UserError for formats that can't share a program.
+    Raises FormatError for an unknown format.
     """
-    kind = formats.shared_kind(specs)
-    if kind is None:
-        raise UserError(f"formats {list(specs)}: must be of one kind (integers and floats mix) to be solved together")
-    grids = [formats.parse(spec).grid() for spec in specs]
-    stacked = formats.Grid(*(jnp.asarray(np.stack(field)) for field in zip(*grids, strict=True)))
-    return stacked, INTEGER if kind.family == "none" else kind
+    fmt = formats.parse(spec)
+    return jax.tree.map(jnp.asarray, fmt.grid()), INTEGER if fmt.family == "none" else fmt.kind
 
 
 def group_rows(rows: int, group_size: int | None, kind: formats.Kind = INTEGER) -> int:

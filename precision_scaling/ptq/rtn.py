@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import kernel_grid
+from precision_scaling.ptq.scheme import Calibration, Method, Rounded, Scheme
 
 
 def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool = True, clip: bool = False):
@@ -16,15 +17,32 @@ def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool
     Raises FormatError for an unknown format and UserError for a group size, asymmetry or clip that it can't have.
     """
     if isinstance(bits, str | formats.Format):
-        levels, kind = kernel_grid.stack([bits])
-        levels = jax.tree.map(lambda field: field[0], levels)
+        levels, kind = kernel_grid.levels_of(bits)
     else:
         levels, kind = kernel_grid.integer_levels(bits), kernel_grid.INTEGER
-    return _quantize(kernel, levels, kind, group_size, symmetric, clip)
+    return nearest(kernel, levels, kind, group_size, symmetric, clip)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip"))
-def _quantize(kernel, levels, kind, group_size, symmetric, clip):
+def nearest(kernel, levels, kind, group_size: int | None, symmetric: bool, clip: bool = False):
+    """`quantize_kernel` for the levels of a format, traced or not, and its kind."""
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
     return kernel_grid.quantize(kernel_IxO, found, kind, symmetric)[0]
+
+
+def solve(
+    kernel_IxO, levels: formats.Grid, kind: formats.Kind, scheme: Scheme, calibration: Calibration | None
+) -> Rounded:
+    """Codes of a kernel rounded to nearest, whatever its inputs."""
+    del calibration
+    group_size = scheme.group_size or None
+    found = kernel_grid.find(
+        kernel_IxO, levels, kind, group_size=group_size, symmetric=scheme.symmetric, clip=scheme.clip
+    )
+    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, kind, scheme.symmetric)
+    zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
+    return Rounded(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO)
+
+
+METHOD = Method("rtn", solve=solve, options=("group_size", "symmetric", "clip"), any_format=True)

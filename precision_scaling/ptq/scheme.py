@@ -1,30 +1,76 @@
-"""A post-training quantization with its options, and the name that its rows and files go by.
+"""What a method of post-training quantization declares, and a scheme: a method with its options.
 
-Made from the config's `ptq` section (or the flags of the command) before anything is compiled; `apply` and `runs` do
-what it says.
+A method's module makes a `Method` of its functions and `registry` lists the module; `apply` and `study.ptq` do what the
+method says. A scheme is made from the config's `ptq` section (or the flags of the command) before anything is compiled.
+Shape letters: I inputs and O outputs of a projection, G groups of inputs.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.model.decoder import ModelConfig
 from precision_scaling.numerics.formats import Kind
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
-# The options that a method has. The others do not touch it, so that one config can ask for several methods.
-# AWQ always searches for a clip of its own.
-_OPTIONS = {
-    "gptq": ("group_size", "symmetric", "act_order", "clip"),
-    "awq": ("group_size", "symmetric"),
-    "rtn": ("group_size", "symmetric", "clip"),
-    "smoothquant": ("group_size", "symmetric", "clip", "smoothing", "granularity"),
-    "kv_cache": ("granularity",),
-}
-# What a method quantizes, in the table's words, and the operands of the forward pass that are not kernels.
-_PARTS = {"smoothquant": "wa", "kv_cache": "kv"}
-_OPERANDS = {"smoothquant": ("a",), "kv_cache": ("k", "v")}
+GRANULARITIES = ("tensor", "token")  # what may share a scale in activations, keys and values
+
+
+class Calibration(NamedTuple):
+    """What is known of the inputs x of a projection, as the layers quantized before it make them."""
+
+    hessian_IxI: jax.Array  # Σ x xᵀ
+    magnitude_I: jax.Array  # mean |x|
+    damping: jax.Array  # of the Hessian, a fraction of its mean diagonal
+    # The squared error of what attention or MLP adds with another kernel (I, O) in this one's place, for methods that
+    # ask for it; None for projections that end such a branch.
+    branch_error: Callable[[jax.Array], jax.Array] | None = None
+
+
+class Rounded(NamedTuple):
+    """A quantized kernel (I, O): (code - zero) · scale · row_scale."""
+
+    code_IxO: jax.Array
+    scale_GxO: jax.Array
+    zero_GxO: jax.Array
+    row_scale_I: jax.Array | None = None
+    fell_back: Any = False  # the calibration was unusable, so this is rounding to nearest
+    damping: Any = jnp.nan  # that the method used; NaN where it damps nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method of post-training quantization.
+
+    name: in flags, configs and the table.
+    solve: (kernel (I, O) in float32, levels and kind of its format, scheme, Calibration or None) -> Rounded; traced.
+        None leaves kernels as they are.
+    options: the fields of `Scheme` that it has.
+    operands: operands of the forward pass ("a", "k", "v") that are quantized on the fly, at the same bits.
+    calibrated: `solve` needs the inputs' Hessian and magnitudes, so calibration text goes through the layers.
+    branch_error: `solve` takes `Calibration.branch_error`.
+    any_format: `solve` takes the formats of any kind, not integers alone.
+    input_scales: (max |x| (I,) over the calibration text, kernel (I, O), scheme) -> (factors s (I,), whether the
+        statistics were unusable): x is divided by s in the gain of the norm before, and the kernel multiplied by it.
+    """
+
+    name: str
+    solve: Callable[..., Rounded] | None = None
+    options: tuple[str, ...] = ()
+    operands: tuple[str, ...] = ()
+    calibrated: bool = False
+    branch_error: bool = False
+    any_format: bool = False
+    input_scales: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+
+    @property
+    def parts(self) -> str:
+        """What is quantized, in the table's words: "w" kernels, "wa" kernels and activations, "kv" keys and values."""
+        return "w" * bool(self.solve) + "".join(self.operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +78,12 @@ class Scheme:
     """A method and its options; those that it does not have are at their defaults. Hashable: keys compiled programs.
 
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
-    2^b levels from a zero point. act_order: inputs by falling size (GPTQ). clip: ranges shrunk to the least squared
-    error. smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and values.
+    2^b levels from a zero point. act_order: inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to
+    the least squared error. smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and
+    values.
     """
 
-    method: str
+    method: Method
     group_size: int = 0
     symmetric: bool = True
     act_order: bool = False
@@ -47,7 +94,7 @@ class Scheme:
     @property
     def name(self) -> str:
         """The method and every option that is not at its default: "gptq", "gptq-group32-asymmetric"."""
-        return "-".join([self.method, *self.options])
+        return "-".join([self.method.name, *self.options])
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -63,24 +110,9 @@ class Scheme:
         return tuple(word for word, chosen in words.items() if chosen)
 
     @property
-    def parts(self) -> str:
-        """What is quantized: "w" kernels, "wa" kernels and activations, "kv" keys and values."""
-        return _PARTS.get(self.method, "w")
-
-    @property
-    def kernels(self) -> bool:
-        """Whether kernels are quantized."""
-        return "w" in self.parts
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Operands of the forward pass that are quantized on the fly, at the same bits."""
-        return _OPERANDS.get(self.method, ())
-
-    @property
     def weight_granularity(self) -> str:
         """What shares a scale in a kernel; empty where kernels stay."""
-        if not self.kernels:
+        if not self.method.solve:
             return ""
         return f"group:{self.group_size}" if self.group_size else "channel"
 
@@ -91,18 +123,19 @@ class Scheme:
             "method": self.name,
             "ptq_granularity": self.weight_granularity or self.granularity,
             "ptq_options": " ".join(self.options),
-            "post_parts": self.parts,
+            "post_parts": self.method.parts,
         }
 
-    def static(self, static: StaticPrecision) -> StaticPrecision:
-        """The forward pass of the quantized model: simulated, with these operands as integers on their own grids.
+    def static(self, trained: StaticPrecision) -> StaticPrecision:
+        """The forward pass of the quantized model: simulated, with the method's operands as integers on their own
+        grids.
 
         Weights of another format than the hardware multiplies make every native product a simulated one.
         """
-        static = static.evaluation().simulated()
+        evaluated = trained.evaluation().simulated()
         integer = StaticQuantizer(Kind("int"), self.granularity)
-        kept = tuple((name, operand) for name, operand in static.quantizers if name not in self.operands)
-        return dataclasses.replace(static, quantizers=kept + tuple((name, integer) for name in self.operands))
+        kept = tuple((name, operand) for name, operand in evaluated.quantizers if name not in self.method.operands)
+        return dataclasses.replace(evaluated, quantizers=kept + tuple((name, integer) for name in self.method.operands))
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError where groups do not fit the inputs of a decoder's projections, or smoothing its norms."""
@@ -114,16 +147,7 @@ class Scheme:
         for name, rows in inputs.items():
             if self.group_size and rows % self.group_size:
                 raise ConfigError("ptq.group_size", self.group_size, f"0, or a divisor of {name}, {rows}")
-        if self.method == "smoothquant" and (model.norm_placement, model.norm_type) != ("pre", "rms"):
-            found = f"smoothquant with {model.norm_placement} norms of type {model.norm_type}"
-            raise ConfigError("ptq.methods", found, "smoothquant with pre norms of type rms, whose gains it changes")
-
-
-def of_method(method: str, options: Mapping[str, Any]) -> Scheme:
-    """The scheme of one method under the config's `ptq` section, values that `config.options.check_ptq` passed."""
-    return Scheme(method, **{name: options[name] for name in _OPTIONS[method]})
-
-
-def of_config(options: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    """A scheme for each of the config's methods."""
-    return tuple(of_method(method, options) for method in options["methods"])
+        if self.method.input_scales and (model.norm_placement, model.norm_type) != ("pre", "rms"):
+            found = f"{self.method.name} with {model.norm_placement} norms of type {model.norm_type}"
+            allowed = f"{self.method.name} with pre norms of type rms, whose gains it changes"
+            raise ConfigError("ptq.methods", found, allowed)

@@ -6,6 +6,9 @@ both factors have ranges that few bits can cover. `apply` folds 1/s into the gai
 
 import jax.numpy as jnp
 
+from precision_scaling.ptq import rtn
+from precision_scaling.ptq.scheme import Method, Scheme
+
 SMALLEST_MAGNITUDE = 1e-5  # as the reference implementation has it: no scale of zero, and none that is infinite
 
 
@@ -21,3 +24,17 @@ def smoothing_scales(largest_input_I, kernel_IxO, alpha: float):
     s_I = jnp.maximum(largest_input_I, SMALLEST_MAGNITUDE) ** alpha
     s_I = s_I / jnp.maximum(weight_I, SMALLEST_MAGNITUDE) ** (1 - alpha)
     return jnp.where(seen_I, jnp.maximum(s_I, SMALLEST_MAGNITUDE), 1), ~usable
+
+
+def _input_scales(largest_input_I, kernel_IxO, scheme: Scheme):
+    return smoothing_scales(largest_input_I, kernel_IxO, scheme.smoothing)
+
+
+METHOD = Method(
+    "smoothquant",
+    solve=rtn.solve,
+    options=("group_size", "symmetric", "clip", "smoothing", "granularity"),
+    operands=("a",),
+    calibrated=True,
+    input_scales=_input_scales,
+)

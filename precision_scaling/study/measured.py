@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.scheme import of_config
+from precision_scaling.ptq.registry import of_config
 from precision_scaling.runtime import files
 from precision_scaling.study import results
 from precision_scaling.study.workspace import Workspace

@@ -15,7 +15,8 @@ from precision_scaling.config import options as options_lib
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
-from precision_scaling.ptq.scheme import Scheme, of_method
+from precision_scaling.ptq.registry import of_method
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import evaluate as evaluate_lib
@@ -64,8 +65,8 @@ def quantize_missing(
     options_lib.check_ptq({**chosen, "methods": tuple(methods)})
     schemes, bits, todo = [of_method(method, chosen) for method in methods], tuple(dict.fromkeys(bits)), []
     for scheme in schemes if save else ():
-        if not scheme.kernels:
-            raise UserError(f"--save with {scheme.method}: allowed are methods that quantize weights")
+        if not scheme.method.solve:
+            raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
     for group in workspace.experiment.cohorts:
         for run in shard.of(group.runs):
             trained = results.read_rows(workspace.directory(run), "trained")
@@ -76,7 +77,8 @@ def quantize_missing(
                 missing = tuple(b for b in bits if _is_missing(workspace.directory(run), scheme, b, save))
                 if missing:
                     todo.append(_Job(group, run, scheme, missing))
-    warnings, unreadable = [], []
+    warnings: list[str] = []
+    unreadable: list[tuple[Run, UserError]] = []
     for job in progress_bar(todo, desc="quantizing", unit="run", disable=not progress) if todo else ():
         if stop is not None and stop.asked():
             raise Stopped(stop.reason)
@@ -85,9 +87,9 @@ def quantize_missing(
         except UserError as error:
             unreadable.append((job.run, error))
     if unreadable:
-        run, error = unreadable[0]
+        run, first = unreadable[0]
         raise UserError(
-            f"{error}; {len({run.id for run, _ in unreadable})} of the runs could not be quantized, all others were: "
+            f"{first}; {len({run.id for run, _ in unreadable})} of the runs could not be quantized, all others were: "
             f"delete {workspace.directory(run)} and train again to make its checkpoint anew"
         )
     return warnings
@@ -107,22 +109,30 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
     params = workspace.parameters(run)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     grids = static.grids(run.precision, w=parse("bf16"))
-    warnings, report, models = [], None, ()
-    if scheme.kernels:
+    warnings: list[str] = []
+    report, models = None, None
+    if scheme.method.solve:
         batch = math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
         calibration = workspace.loader(job.group.shape).calibration_windows(
             config.ptq.calibration_sequences, seed=run.seed
         )
-        options = {"scheme": scheme, "batch_size": batch, "layout": workspace.layout}
         models, report = apply.quantize_model(
-            step_config, params, grids, calibration[:, :-1], job.bits, config.ptq.damping, **options
+            step_config,
+            params,
+            grids,
+            calibration[:, :-1],
+            job.bits,
+            config.ptq.damping,
+            scheme=scheme,
+            batch_size=batch,
+            layout=workspace.layout,
         )
         if np.isfinite(report.error).any():
             layers.write(directory, scheme.name, job.bits, report)
     evaluate = evaluate_lib.evaluator(workspace, job.group.shape, static)
     rows = []
     for k, b in enumerate(job.bits):
-        post = {**grids, **{name: parse(b).grid() for name in scheme.operands}}
+        post = {**grids, **{name: parse(b).grid() for name in scheme.method.operands}}
         loss = evaluate(codes.parameters(models[k]) if models else params, post)
         fallen = np.argwhere(report.fell_back[k]).tolist() if report else []
         names = [f"{layers.PROJECTIONS[j]} of layer {layer}" for layer, j in fallen]
@@ -136,8 +146,8 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
             "stored_bits": round(codes.stored_bits(models[k], b), 4) if models else None,
         }
         rows.append(results.row(workspace, run, loss, **post_training))
-        if save:
-            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, b, scheme.operands)
+        if save and models:
+            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, b, scheme.method.operands)
     kept = [row for row in results.read_rows(directory, scheme.name) if row["P_post"] not in job.bits]
     results.write_rows(directory, scheme.name, [*kept, *rows])
     return warnings

@@ -14,7 +14,7 @@ import jax
 
 from precision_scaling.errors import UserError
 from precision_scaling.model import decoder
-from precision_scaling.ptq.scheme import of_config
+from precision_scaling.ptq.registry import of_config
 from precision_scaling.runtime import files
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.study.workspace import Workspace
