@@ -48,7 +48,7 @@ def _main() -> None:
 def _report(size: str, jax, layout, resolved, group) -> None:
     import numpy as np
 
-    from precision_scaling.model import decoder
+    from precision_scaling.model.accounting import count_parameters
     from precision_scaling.runtime import sharding
     from precision_scaling.training.compiled import compiled_cohort, stacked
     from precision_scaling.training.step import RunInputs, StepConfig
@@ -73,7 +73,7 @@ def _report(size: str, jax, layout, resolved, group) -> None:
     bytes_ = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     parts = layout.sizes["fsdp"] * layout.sizes["tensor"]
     gib = 2.0**30
-    non_embedding, parameters = decoder.count_parameters(shape.model)
+    non_embedding, parameters = count_parameters(shape.model)
     print(
         f"{size}: N = {non_embedding:,}, {parameters:,} parameters, {shape.model.dtype}, {run.precision.describe()}; "
         f"mesh {dict(layout.mesh.shape)}; traced in {traced:.1f} s, compiled in {seconds:.1f} s"

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from precision_scaling.config import base
-from precision_scaling.model import decoder
+from precision_scaling.model.accounting import training_flops_per_token
 from precision_scaling.runtime import cli
 from precision_scaling.study import evaluate, results, run_missing
 from precision_scaling.study.workspace import open_workspace
@@ -75,7 +75,7 @@ def main() -> None:
     whole = config(tokens, precisions, _LANES.value)
     workspace = open_workspace(whole, Path(tempfile.mkdtemp()))  # the corpus is made before anything is timed
     shape = workspace.experiment.runs[0].shape
-    flops = decoder.training_flops_per_token(shape.model) * sum(run.tokens for run in workspace.experiment.runs)
+    flops = training_flops_per_token(shape.model) * sum(run.tokens for run in workspace.experiment.runs)
     print(f"{len(single)} runs of {_SIZE.value}, {flops:.2e} FLOPs, on {jax.devices()[0].device_kind}", flush=True)
     ways = {
         "cohort": ([whole], True),

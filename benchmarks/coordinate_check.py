@@ -26,7 +26,8 @@ from precision_scaling.config import base
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import prepare
 from precision_scaling.model import sizes
-from precision_scaling.model.decoder import Block, Decoder, ModelConfig
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize import aqt
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli, compilation, files

@@ -23,7 +23,9 @@ import numpy as np
 from absl import flags
 
 from precision_scaling.model import decoder, sizes
-from precision_scaling.model.decoder import Block, ModelConfig
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Block
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
 from precision_scaling.ptq.registry import scheme_of
@@ -145,7 +147,7 @@ def whole_model(size: str, sequences: int, length: int) -> None:
     summed = summing(inputs)
     solving, _ = compiled(solved, kernels, summed)
     parts = fastest((passing, summing, solving), ((block, x_CxBxSxD), (inputs,), (kernels, summed)), FLAGS.repeats)
-    non_embedding, _ = decoder.count_parameters(config)
+    non_embedding, _ = count_parameters(config)
     print(f"{size}: {non_embedding:,} parameters, {sequences} x {length} = {sequences * length:,} calibration tokens")
     print(
         f"whole model {again:.2f} s, the first time {first:.2f} s with compilation; of one layer times {config.depth}:"

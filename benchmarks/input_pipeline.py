@@ -23,7 +23,8 @@ from absl import flags
 
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
-from precision_scaling.model import decoder, sizes
+from precision_scaling.model import sizes
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import cli, compilation, sharding
@@ -70,7 +71,7 @@ def _main() -> None:
 
 def _compare(corpus: Corpus) -> None:
     size = sizes.named(_SIZE.value)
-    shape = decoder.ModelConfig(
+    shape = ModelConfig(
         vocab_size=VOCABULARY,
         width=size.width,
         depth=size.depth,

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from precision_scaling.model import decoder, sizes
+from precision_scaling.model import sizes
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
 from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import cli, compilation
@@ -49,11 +51,11 @@ PAPER = StaticPrecision(
 )
 
 
-def _model() -> decoder.ModelConfig:
+def _model() -> ModelConfig:
     on_cpu = jax.default_backend() == "cpu"
     size = sizes.named(_SIZE.value or ("1M" if on_cpu else "110M"))
     depth = _DEPTH.value or size.depth
-    return decoder.ModelConfig(
+    return ModelConfig(
         vocab_size=_VOCAB.value,
         width=size.width,
         depth=depth,
@@ -69,7 +71,7 @@ def _model() -> decoder.ModelConfig:
 class Measured:
     """One program, its state and the times of its repeats."""
 
-    def __init__(self, config: decoder.ModelConfig, static: StaticPrecision, bits: int):
+    def __init__(self, config: ModelConfig, static: StaticPrecision, bits: int):
         lanes = _LANES.value
         adamw = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
         step_config = step.StepConfig(config, static, adamw)
@@ -117,7 +119,7 @@ def _main() -> None:
         for measured in statics.values():
             measured.repeat(counts=i > 0)
     tokens = _LANES.value * _BATCH.value * config.sequence_length * _STEPS.value
-    non_embedding, _ = decoder.count_parameters(config)
+    non_embedding, _ = count_parameters(config)
     print(
         f"{jax.devices()[0].device_kind}, N = {non_embedding:,}, {config.depth} layers, {config.dtype}, "
         f"{_LANES.value} lanes x {_BATCH.value} sequences x {config.sequence_length} tokens"

@@ -22,7 +22,8 @@ from absl import flags
 from precision_scaling.config import command_line
 from precision_scaling.errors import UserError
 from precision_scaling.model import contraction
-from precision_scaling.model.decoder import Block, Decoder, ModelConfig
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision

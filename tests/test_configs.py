@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from precision_scaling.config import base, experiment
-from precision_scaling.model import decoder, sizes
+from precision_scaling.model import sizes
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -79,8 +81,8 @@ def test_configs_are_those_of_the_golden_files():
 @pytest.mark.slow
 def test_every_size_is_about_the_parameters_in_its_name():
     for name, size in sizes.SIZES.items():
-        shape = decoder.ModelConfig(257, size.width, size.depth, size.heads, size.mlp_width, 64, 32, 2)
-        count, _ = decoder.count_parameters(shape)
+        shape = ModelConfig(257, size.width, size.depth, size.heads, size.mlp_width, 64, 32, 2)
+        count, _ = count_parameters(shape)
         number = float(name[:-1]) * {"k": 1e3, "M": 1e6, "B": 1e9}[name[-1]]
         assert count == pytest.approx(number, rel=0.12), name
         assert size.width % size.heads == 0 and (size.width // size.heads) % 2 == 0

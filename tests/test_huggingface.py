@@ -16,7 +16,9 @@ from precision_scaling.huggingface import architectures, config_json, safetensor
 from precision_scaling.huggingface.directory import open_pretrained, write_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
 from precision_scaling.model import decoder as decoder_lib
-from precision_scaling.model.decoder import Decoder, ModelConfig
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Decoder
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results, run_missing
 from precision_scaling.study.ptq import quantize_missing
@@ -104,7 +106,7 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
     }
     # 16 layers of 4·2048² + 3·2048·8192, gains of 2 norms, of q and of k, and the last one.
     config = ModelConfig(**options, sequence_length=64, base_width=2048, base_depth=16)
-    assert decoder_lib.count_parameters(config)[0] == 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 4 * 2048) + 2048
+    assert count_parameters(config)[0] == 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 4 * 2048) + 2048
     llama = {
         **of_family("LlamaForCausalLM"),
         "num_key_value_heads": 4,

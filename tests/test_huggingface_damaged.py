@@ -19,7 +19,7 @@ from precision_scaling.huggingface import config_json, safetensors
 from precision_scaling.huggingface.architectures import places
 from precision_scaling.huggingface.directory import open_pretrained
 from precision_scaling.huggingface.workdir import export_run, import_model
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.study import results
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import reopen_workspace

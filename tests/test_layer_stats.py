@@ -10,13 +10,14 @@ import pytest
 
 from precision_scaling import layer_stats, quantize
 from precision_scaling.model import decoder as decoder_lib
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats, rounding
 from precision_scaling.quantize import aqt, parsing, products
 from precision_scaling.quantize.static import UNQUANTIZED, static_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-CONFIG = decoder_lib.ModelConfig(23, 16, 2, 2, 24, 8, 16, 2)
+CONFIG = ModelConfig(23, 16, 2, 2, 24, 8, 16, 2)
 
 
 def test_shares_and_ratio_of_an_operand_worked_out_by_hand():

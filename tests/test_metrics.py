@@ -9,7 +9,8 @@ import pytest
 from tqdm import tqdm
 
 from precision_scaling.errors import ConfigError
-from precision_scaling.model import decoder
+from precision_scaling.model.accounting import training_flops_per_token
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.runtime.stopping import Stop
 from precision_scaling.training import cohort, metrics, trackers
@@ -17,7 +18,7 @@ from precision_scaling.training import cohort, metrics, trackers
 
 def test_flops_of_a_token_are_those_counted_by_hand():
     # Width 8, hidden 12, two layers, head dimension 4; the last product with a vocabulary of 50.
-    config = decoder.ModelConfig(50, 8, 2, 2, 12, 16, 8, 2, norm_type="layer")
+    config = ModelConfig(50, 8, 2, 2, 12, 16, 8, 2, norm_type="layer")
     projections = 2 * (8 * 24 + 8 * 8 + 8 * 24 + 12 * 8)  # qkv, out, gate_up, down
     head = 8 * 50
     attention = 2 * 2 * (16 * 8)  # q·k and p·v of one token with 16 others, in two layers
@@ -102,7 +103,7 @@ def test_lines_hold_speeds_and_no_mfu_on_a_cpu(trained):
         for line in lines:
             assert "mfu" not in line and 0 <= line["data_wait"] <= 1
             # Both runs' tokens, at the FLOPs of one.
-            both = 2 * line["tokens_per_second"] * decoder.training_flops_per_token(run.shape.model)
+            both = 2 * line["tokens_per_second"] * training_flops_per_token(run.shape.model)
             assert line["flops_per_second"] == pytest.approx(both, rel=1e-3)
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling.model.decoder import Block, ModelConfig
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Block
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.codes import parameters

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes
 from precision_scaling.ptq.registry import scheme_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.errors import UserError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import init as init_model
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, packed

@@ -7,7 +7,7 @@ import pytest
 from precision_scaling.config import base
 from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq.registry import METHODS, of_method, scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer

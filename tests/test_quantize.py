@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PRODUCTS = {"linear": ("a", "w"), "attention_scores": ("q", "k"), "attention_values": ("p", "v")}
 SHAPES = {
-    "linear": ((2, 3, 8), (8, 2, 5)),  # x (B, L, in), kernel (in, *features)
-    "attention_scores": ((2, 5, 3, 4), (2, 6, 3, 4)),  # q (B, L, H, K), k (B, M, H, K)
-    "attention_values": ((2, 3, 5, 6), (2, 6, 3, 4)),  # p (B, H, L, M), v (B, M, H, K)
+    "linear": ((2, 3, 8), (8, 2, 5)),  # x (B, S, in), kernel (in, *features)
+    "attention_scores": ((2, 5, 3, 4), (2, 6, 3, 4)),  # q (B, S, H, K), k (B, M, H, K)
+    "attention_values": ((2, 3, 5, 6), (2, 6, 3, 4)),  # p (B, H, S, S), v (B, M, H, K)
 }
 EINSUMS = {
     "linear": "bli,ifg->blfg",

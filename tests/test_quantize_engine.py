@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.model import decoder
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import rounding
 from precision_scaling.numerics.formats import FormatError, parse
 from precision_scaling.quantize import products as products_lib
@@ -217,7 +218,7 @@ def test_stochastic_rounding_without_a_key_is_refused():
         products_lib.linear(x, kernel, stochastic("w"), grids_of(w=4))
 
 
-TINY = decoder.ModelConfig(
+TINY = ModelConfig(
     vocab_size=13, width=8, depth=2, heads=2, mlp_width=16, sequence_length=6, base_width=8, base_depth=2
 )
 OPTIMIZER = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from precision_scaling.config import base
 from precision_scaling.errors import ConfigError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import sharding
 from precision_scaling.runtime.sharding import fit

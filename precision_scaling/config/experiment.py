@@ -17,7 +17,8 @@ from precision_scaling.config import options
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError
 from precision_scaling.model import contraction, rope, sizes
-from precision_scaling.model import decoder as decoder_lib
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.ptq import registry
 from precision_scaling.quantize import parsing
 from precision_scaling.quantize.precision import Precision
@@ -120,17 +121,17 @@ def _steps(config, tokens: float) -> int:
     return steps
 
 
-def _label(size: str, decoder: decoder_lib.ModelConfig) -> str:
+def _label(size: str, decoder: ModelConfig) -> str:
     """What a shape is called: the size it was made from, where it has as many parameters as that, or by its number."""
     if size:
         named = dataclasses.asdict(sizes.named(size)) | {"kv_heads": 0, "head_width": 0}
         of_size = dataclasses.replace(decoder, **named)
-        if decoder == of_size or decoder_lib.count_parameters(decoder)[0] == decoder_lib.count_parameters(of_size)[0]:
+        if decoder == of_size or count_parameters(decoder)[0] == count_parameters(of_size)[0]:
             return size
-    return sizes.label(decoder_lib.count_parameters(decoder)[0])
+    return sizes.label(count_parameters(decoder)[0])
 
 
-def _model_config(config, tokenizer_vocab_size: int, size: str) -> decoder_lib.ModelConfig:
+def _model_config(config, tokenizer_vocab_size: int, size: str) -> ModelConfig:
     c = config.model
     base = sizes.named(c.base_size) if c.base_size else None
     # Without a name every part of the shape must be given.
@@ -148,7 +149,7 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> decoder_lib.M
         raise ConfigError("model.kv_heads", c.kv_heads, f"a divisor of the heads ({heads})")
     if c.vocab_size and c.vocab_size < tokenizer_vocab_size:
         raise ConfigError("model.vocab_size", c.vocab_size, f"at least the tokenizer's {tokenizer_vocab_size}, or 0")
-    return decoder_lib.ModelConfig(
+    return ModelConfig(
         vocab_size=c.vocab_size or tokenizer_vocab_size,
         width=width,
         depth=depth,
@@ -184,7 +185,7 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
     same time. A precision joins the first cohort of its shape whose program can serve it, too. Small models come first:
     most rows of a study are then there early."""
     cohorts = []
-    by_parameters = lambda shape: decoder_lib.count_parameters(shape.model)[0]
+    by_parameters = lambda shape: count_parameters(shape.model)[0]
     for shape in sorted(dict.fromkeys(run.shape for run in runs), key=by_parameters):
         members = sorted((run for run in runs if run.shape == shape), key=lambda run: (-run.steps, run.id))
         groups: list[list[Precision]] = []

@@ -17,6 +17,7 @@ from ml_collections.config_dict import RequiredValueError
 from precision_scaling.config import base
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder, sizes
+from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, QK_NORMS
 from precision_scaling.ptq.registry import METHODS
 from precision_scaling.ptq.scheme import GRANULARITIES
 from precision_scaling.quantize import parsing
@@ -109,9 +110,9 @@ RULES = {
     "model.dtype": _one_of(DTYPES),
     "model.rope_theta": _ABOVE_0,
     "model.rope_scaling": _ANY,  # `rope.parse` has its rule
-    "model.norm_placement": _one_of(decoder.NORM_PLACEMENTS),
-    "model.norm_type": _one_of(decoder.NORM_TYPES),
-    "model.qk_norm": _one_of(decoder.QK_NORMS),
+    "model.norm_placement": _one_of(NORM_PLACEMENTS),
+    "model.norm_type": _one_of(NORM_TYPES),
+    "model.qk_norm": _one_of(QK_NORMS),
     "model.norm_epsilon": _ABOVE_0,
     "model.remat": _one_of(decoder.REMATS),
     "model.base_size": _SIZE,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from precision_scaling.errors import UserError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.huggingface.architectures import ARCHITECTURES, Architecture, architecture_of
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import rope
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 
 _READ = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),

@@ -20,7 +20,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.huggingface import architectures, config_json, reading, safetensors
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import decoder, rope
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.runtime import files
 from precision_scaling.runtime.progress import progress_bar
 

@@ -1,7 +1,7 @@
 """Whether the groups and the rotation of a precision fit the shapes of a decoder."""
 
 from precision_scaling.errors import ConfigError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.operands import OPTIONS
 from precision_scaling.quantize.precision import Precision
@@ -27,8 +27,8 @@ def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) 
     for name, setting in precision.quantizers:
         size = operands.group_size(setting.granularity)
         lengths = next(lengths for names, lengths in contracted if name in names)
-        for what, length in lengths.items() if size else ():
-            if length % size:
+        for what, length in lengths.items():
+            if size and length % size:
                 raise ConfigError(
                     f"precision.{OPTIONS[name]}",
                     f"{setting.format.name}/{setting.granularity}",
@@ -38,6 +38,3 @@ def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) 
         for what, length in features.items():
             if length % 2:
                 raise ConfigError("precision.rotation", "hadamard", f"none where {what} ({length}) is odd")
-
-
-# Programs

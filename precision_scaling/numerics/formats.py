@@ -1,7 +1,7 @@
 """Number formats: what each one is called, what it stores and which values it can take.
 
 One registry serves training, post-training quantization, the table and the figures. `parse` turns what a user writes
-into a `Format`; `Format.grid` turns that into the float32 scalars that `precision_scaling.numerics` rounds with.
+into a `Format`; `Format.grid` turns that into the float32 scalars that `rounding` rounds with.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,16 +29,17 @@ class FormatError(UserError):
 
 
 class Grid(NamedTuple):
-    """The values of a format as float32 scalars; may be traced or stacked, so one program serves a whole family.
+    """The values of a format as float32 scalars: NumPy's, traced ones or stacked arrays, so that one program serves a
+    whole family.
 
     The grid is every multiple of 2^(max(floor(log2 |x|), min_exponent) - mantissa_bits) up to ±max_value. An integer
     grid is the case where min_exponent is that of the largest level, so that the spacing is 1 throughout.
     """
 
-    max_value: np.ndarray  # the largest level
-    min_exponent: np.ndarray  # of the smallest normal number, an integer
-    mantissa_bits: np.ndarray  # stored mantissa bits, an integer
-    passthrough: np.ndarray  # 1 where nothing is rounded, else 0
+    max_value: Any  # the largest level
+    min_exponent: Any  # of the smallest normal number, an integer
+    mantissa_bits: Any  # stored mantissa bits, an integer
+    passthrough: Any  # 1 where nothing is rounded, else 0
 
 
 class Kind(NamedTuple):
@@ -218,7 +219,7 @@ def parse(spec: object) -> Format:
         name = _ALIASES.get(name, name)
         fmt = _REGISTRY.get(name) or _unregistered(name)
     elif isinstance(spec, numbers.Real) and not isinstance(spec, bool):
-        fmt = _of_bits(spec)
+        fmt = _of_bits(float(spec))
     if fmt is None:
         raise FormatError(
             f"format {spec!r} is not known; allowed: a number of bits (whole from 2 to 15, or 16 and above for bf16), "
@@ -249,7 +250,7 @@ def _unregistered(name: str) -> Format | None:
     return _of_bits(float(name)) if re.fullmatch(r"\d+(\.\d*)?", name, re.ASCII) else None
 
 
-def _of_bits(bits: numbers.Real) -> Format | None:
+def _of_bits(bits: float) -> Format | None:
     if 16 <= bits < math.inf:
         return _REGISTRY["bf16"]
     return _REGISTRY[f"int{int(bits)}"] if bits in range(2, 16) else None

@@ -32,7 +32,7 @@ def gaussian_mse(fmt: object, scale: float | str = "optimal", count: int | None 
         raise FormatError(f"scale {scale!r} is not known; allowed: 'optimal', 'absmax' or a positive number")
     if fmt.family == "none":
         return 0.0
-    if fmt.family == "block":
+    if fmt.block_size is not None:
         if not isinstance(scale, str) or count not in (None, fmt.block_size):
             raise FormatError(f"format {fmt.name!r} sets its scales; allowed: scale 'absmax', count {fmt.block_size}")
         return _mse_under_own_max(fmt, fmt.block_size)
@@ -41,19 +41,8 @@ def gaussian_mse(fmt: object, scale: float | str = "optimal", count: int | None 
             raise FormatError(f"scale 'absmax' with count {count!r}; allowed: how many values share a scale, from 1")
         return _mse_under_own_max(fmt, count)
     if scale == "optimal":
-        return _optimal(fmt)[1]
+        return _optimal_mse(fmt)
     return _mse(fmt.values() * scale, _REACH)
-
-
-def optimal_scale(fmt: object) -> float:
-    """The scale of least mean squared error on Gaussian data, in standard deviations per unit of the grid.
-
-    Raises FormatError for formats that pass through and those with scales of their own.
-    """
-    fmt = parse(fmt)
-    if fmt.family in ("none", "block"):
-        raise FormatError(f"format {fmt.name!r} has no free scale; allowed are formats of family int, float, levels")
-    return _optimal(fmt)[0]
 
 
 def _mse(levels: np.ndarray, reach: float) -> float:
@@ -69,14 +58,15 @@ def _mse(levels: np.ndarray, reach: float) -> float:
 
 
 @functools.cache
-def _optimal(fmt: Format) -> tuple[float, float]:
+def _optimal_mse(fmt: Format) -> float:
+    """The least mean squared error that any one scale gives."""
     levels = fmt.values()
     mse = lambda log_clip: _mse(levels * np.exp(log_clip) / fmt.max_value, _REACH)
     # Floats repeat every octave, so that the error has many minima: search all, then refine the best.
     coarse = np.arange(np.log(0.3), np.log(64), 0.1)
     start = coarse[np.argmin([mse(log_clip) for log_clip in coarse])]
     best = optimize.minimize_scalar(mse, bounds=(start - 0.1, start + 0.1), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(best.x) / fmt.max_value), float(best.fun)
+    return float(best.fun)
 
 
 def _mse_under_own_max(fmt: Format, count: int) -> float:

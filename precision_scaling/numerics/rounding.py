@@ -73,7 +73,7 @@ def fake_quant_grid(
     if kind.family == "none" or x.size == 0:
         return x
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
-    noise = rounding_noise(key, grouped_shape) if rounding == "stochastic" else None
+    noise = rounding_noise(key, grouped_shape) if key is not None and rounding == "stochastic" else None
     scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
@@ -126,16 +126,6 @@ def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def abs_max_scale(x: jax.Array, grid: Grid, axes: int | tuple[int, ...] | None = None) -> jax.Array:
-    """The float32 scale, of x's shape with `axes` (None: all) of length 1: x / scale has abs-max = grid.max_value.
-
-    Zeros get the smallest normal number. An infinity or a NaN gives NaN, which makes everything it scales NaN. The
-    scale is 1 where the grid passes through.
-    """
-    scale = _fit(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32), grid.max_value)
-    return jnp.where(grid.passthrough > 0, 1.0, scale)
-
-
 def scale_of(
     x: jax.Array, grid: Grid, kind: Kind, axes: int | tuple[int, ...] | None, unsaturated: bool = False
 ) -> jax.Array:
@@ -154,6 +144,7 @@ def scale_of(
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
     if kind.family != "block":
         return _fit(largest, grid.max_value)
+    assert kind.block_scale is not None  # every block has one
     if kind.block_scale == "e8m0":
         return _power_of_two_scale(largest, grid.max_value, unsaturated)
     return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
@@ -264,7 +255,7 @@ def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str,
 def _round_to_grid(x: jax.Array, grid: Grid, kind: Kind, noise: jax.Array | None, saturate: bool) -> jax.Array:
     if kind.family == "wide":
         return _round_mantissa(x, grid, noise)
-    if kind.family == "levels":
+    if kind.levels is not None:
         return _nearest_level(x, kind.levels, noise)
     if saturate:
         x = jnp.clip(x, -grid.max_value, grid.max_value)

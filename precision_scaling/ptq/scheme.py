@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from precision_scaling.errors import ConfigError
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Kind
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 

@@ -183,9 +183,10 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
     grids: of every operand of `static`. key: a PRNG key that no other product of the step has, where `static` is
     `stochastic`.
     """
-    if _observer.get() is not None:
-        _show(lhs, lhs_name, dimension_numbers[0][0], static, grids)
-        _show(rhs, rhs_name, dimension_numbers[0][1], static, grids)
+    observe = _observer.get()
+    if observe is not None:
+        _show(observe, lhs, lhs_name, dimension_numbers[0][0], static, grids)
+        _show(observe, rhs, rhs_name, dimension_numbers[0][1], static, grids)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
     lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (static.get(name) for name in names)
     if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
@@ -227,10 +228,10 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
         return config(lhs, rhs, dimension_numbers).astype(dtype)
 
 
-def _show(x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:
+def _show(observe: Callable, x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:
     operand = static.get(name)
     if operand is None:
-        _observer.get()(name, x, x, None)
+        observe(name, x, x, None)
         return
     if any(name in pair and pair[0] in static.wide for pair in PRODUCTS):
         x = x.astype(jnp.float32)
@@ -238,4 +239,4 @@ def _show(x, name: str, contracting: Sequence[int], static: StaticPrecision, gri
     axes = scale_axes(name, operand, x.ndim, contracting)
     group = operand.kind.block_size or group_size(operand.granularity)
     saturated = rounding.saturated(x, grids[name], operand.kind, axes, group)
-    _observer.get()(name, x, on_static_grid(x, operand, axes, grids[name], None), saturated)
+    observe(name, x, on_static_grid(x, operand, axes, grids[name], None), saturated)

@@ -38,7 +38,8 @@ def check_products(precision: Precision) -> None:
                 pairs.append((f"g_{x}", saved))
                 if x in precision.exact:
                     refuse(f"{OPTIONS[f's_{x}']} = exact", "forward or a format, as its gradient has one")
-                if saved == partner(x) and precision.get(saved) and precision.get(saved).granularity != "tensor":
+                quantizer = precision.get(saved)
+                if saved == partner(x) and quantizer and quantizer.granularity != "tensor":
                     text = f"{OPTIONS[f'g_{x}']} = {gradient.format.name} and {OPTIONS[f's_{x}']} = forward"
                     refuse(text, f"granularity tensor for {OPTIONS[saved]}, or a format for the saved operand")
             elif precision.get(f"s_{x}"):

@@ -1,7 +1,5 @@
 """The operands that can be quantized: their names, the products they meet in, and what may share a scale in each."""
 
-from precision_scaling.quantize import operands
-
 # Operands of the forward pass. "w" and "a" meet in every projection; "q", "k" in the scores; "p" (the attention
 # probabilities) and "v" in the values.
 OPERANDS = ("w", "a", "q", "k", "v", "p")
@@ -66,4 +64,4 @@ OPTIONS = {
 
 def partner(name: str) -> str:
     """The other operand of the forward product."""
-    return next(b if name == a else a for a, b in operands.PRODUCTS if name in (a, b))
+    return next(b if name == a else a for a, b in PRODUCTS if name in (a, b))

@@ -138,6 +138,3 @@ def _check_group(name: str, granularity: object, rounding: object) -> None:
 
 def _is_granularity(name: str, text: object) -> bool:
     return text in operands.granularities(name)[:-1] or bool(re.fullmatch(r"group:[1-9][0-9]*", str(text)))
-
-
-# Shapes

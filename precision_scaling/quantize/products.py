@@ -13,7 +13,7 @@ def _rotation_signs(width: int) -> jax.Array:
     return hadamard.random_signs(jax.random.key(width), width)
 
 
-def on_grid(x, name: str, static: StaticPrecision, grids: Grids | None):
+def on_grid(x, name: str, static: StaticPrecision, grids: Grids):
     """An operand of a projection ("a" or "w", contracted over its last or first axis) as the product sees it."""
     operand = static.get(name)
     if operand is None:
@@ -30,7 +30,7 @@ def on_grid(x, name: str, static: StaticPrecision, grids: Grids | None):
     return x_2d.reshape(x.shape)
 
 
-def linear(x, kernel, static: StaticPrecision, grids: Grids | None, key=None, names: tuple[str, str] = ("a", "w")):
+def linear(x, kernel, static: StaticPrecision, grids: Grids, key=None, names: tuple[str, str] = ("a", "w")):
     """x (..., in) times kernel (in, *features) -> (..., *features). names: of the two operands."""
     # A product of matrices, whatever the ranks: XLA's CPU backend is 1.5 times slower on the higher-rank form.
     x_2d, kernel_2d = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
@@ -41,18 +41,18 @@ def linear(x, kernel, static: StaticPrecision, grids: Grids | None, key=None, na
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-def attention_scores(q_BxLxHxK, k_BxMxHxK, static: StaticPrecision, grids: Grids | None, key=None):
-    """(B, H, L, M)."""
-    return dot_general(q_BxLxHxK, k_BxMxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k", static, grids, key)
+def attention_scores(q_BxSxHxK, k_BxSxHxK, static: StaticPrecision, grids: Grids, key=None):
+    """(B, H, S, S)."""
+    return dot_general(q_BxSxHxK, k_BxSxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k", static, grids, key)
 
 
-def attention_values(p_BxHxLxM, v_BxMxHxK, static: StaticPrecision, grids: Grids | None, key=None):
-    """(B, L, H, K)."""
-    o_BxHxLxK = dot_general(p_BxHxLxM, v_BxMxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", static, grids, key)
-    return o_BxHxLxK.transpose(0, 2, 1, 3)
+def attention_values(p_BxHxSxS, v_BxSxHxK, static: StaticPrecision, grids: Grids, key=None):
+    """(B, S, H, K)."""
+    o_BxHxSxK = dot_general(p_BxHxSxS, v_BxSxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", static, grids, key)
+    return o_BxHxSxK.transpose(0, 2, 1, 3)
 
 
-def embedding_table(table_VxD, static: StaticPrecision, grids: Grids | None, key=None):
+def embedding_table(table_VxD, static: StaticPrecision, grids: Grids, key=None):
     """The embedding's table as it is looked up; gradients pass straight through."""
     operand = static.get("e")
     if operand is None:

@@ -4,7 +4,7 @@ import re
 
 from precision_scaling.config.experiment import Experiment
 from precision_scaling.errors import UserError
-from precision_scaling.model import decoder
+from precision_scaling.model.accounting import count_parameters, training_flops_per_token
 from precision_scaling.runtime import patterns
 from precision_scaling.training.run import WHOLE, Shard
 
@@ -15,9 +15,9 @@ def plan_text(resolved: Experiment, shard: Shard = WHOLE) -> str:
     cohorts = [(group, runs) for group in resolved.cohorts if (runs := shard.of(group.runs))]
     flops_total = 0
     for group, runs in cohorts:
-        non_embedding, parameters = decoder.count_parameters(group.shape.model)
+        non_embedding, parameters = count_parameters(group.shape.model)
         tokens = sum(run.tokens for run in runs)
-        flops = tokens * decoder.training_flops_per_token(group.shape.model)
+        flops = tokens * training_flops_per_token(group.shape.model)
         flops_total += flops
         lines.append(
             f"{group.shape.size:>8} {len(runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from precision_scaling.errors import UserError
-from precision_scaling.model import decoder
+from precision_scaling.model.accounting import count_parameters, training_flops_per_token
 from precision_scaling.ptq.registry import of_config
 from precision_scaling.runtime import files
 from precision_scaling.runtime.files import atomic_write
@@ -133,7 +133,7 @@ def row(workspace: Workspace, run: Run, loss: float | None, **more: Any) -> dict
 def setting_columns(config, run: Run) -> dict[str, Any]:
     """The columns of a run's rows that are known before it is trained."""
     shape = run.shape
-    non_embedding, _ = decoder.count_parameters(shape.model)
+    non_embedding, _ = count_parameters(shape.model)
     return {
         "run": run.id,
         "N": non_embedding,
@@ -146,7 +146,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "method": "",
         "seed": run.seed,
         "size": shape.size,
-        "training_flops": decoder.training_flops_per_token(shape.model) * run.tokens,
+        "training_flops": training_flops_per_token(shape.model) * run.tokens,
         "width": shape.model.width,
         "depth": shape.model.depth,
         "heads": shape.model.heads,

@@ -18,6 +18,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus, prepare
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import native
 from precision_scaling.runtime import compilation, files, hosts, patterns, sharding
 from precision_scaling.runtime.sharding import Layout
@@ -59,7 +60,7 @@ class Workspace:
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_parameters(config: decoder.ModelConfig) -> Any:
+def _abstract_parameters(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
 
 

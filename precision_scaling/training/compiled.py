@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from precision_scaling.errors import ConfigError
-from precision_scaling.model.decoder import ModelConfig, count_parameters
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.runtime import compilation, hosts
 from precision_scaling.runtime.sharding import Layout, splitting
 from precision_scaling.training import step

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from precision_scaling.model import decoder
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.accounting import training_flops_per_token
+from precision_scaling.model.config import ModelConfig
 
 
 class Peak(NamedTuple):
@@ -47,7 +47,7 @@ def peak_flops_per_second(device_kind: str, dtype: str) -> float | None:
 
 def model_flops_per_second(config: ModelConfig, tokens_per_second: float) -> float:
     """Useful FLOP/s of training: what the model's products take, whatever recomputation (remat) adds to them."""
-    return decoder.training_flops_per_token(config) * tokens_per_second
+    return training_flops_per_token(config) * tokens_per_second
 
 
 def mfu(flops_per_second: float, device_kind: str, dtype: str, devices: int) -> float | None:

@@ -1,13 +1,14 @@
 """AdamW and depth-µP. Used by `step`, at the rate that the run's `schedule` gives."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
 import jax
 import optax
 
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 
 # Depth-µP for Adam (Yang et al. 2023, arXiv 2310.02244, table 1): (regex on the parameter's path, power of width / base
 # width, power of depth / base depth) of the learning rate. The first match counts; no match means no scaling.
@@ -32,8 +33,7 @@ class OptimizerConfig:
     z_loss: float = 0.0
 
 
-def _path(key_path) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in key_path)
+_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def parameter_names(params: Any) -> list[str]:

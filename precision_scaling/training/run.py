@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from precision_scaling.model import decoder
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Format
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
@@ -21,7 +21,7 @@ class Shape:
     """What the runs of a cohort share: everything a compiled step depends on but the static precision."""
 
     size: str
-    model: decoder.ModelConfig
+    model: ModelConfig
     batch_size: int
     microbatches: int
 

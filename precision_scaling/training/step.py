@@ -1,19 +1,20 @@
 """One training step, many steps in one dispatch, and evaluation: pure functions, written for one run.
 
 A cohort is the `vmap` of these over runs (see `cohort`). Everything that may differ between runs of one shape is data:
-the grids of its number formats, its peak rate and its length. Shape letters: R runs (lanes), T steps, B sequences,
-S sequence length.
+the grids of its number formats, its peak rate and its length.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from precision_scaling.model import decoder
-from precision_scaling.model.decoder import Decoder, ModelConfig
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Decoder
 from precision_scaling.quantize import aqt
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.training import optimizer as optimizer_lib
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
 class RunInputs(NamedTuple):
     """What may differ between the runs of a cohort, all traced: grids per operand, the schedule, and the run's seed.
 
-    seed: of stochastic rounding; programs that round to nearest do without.
+    seed: of stochastic rounding; not needed where everything rounds to nearest.
     """
 
     grids: Any
@@ -79,11 +80,12 @@ def loss_fn(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key: jax.A
 
 def _objective(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key):
     """(what is minimized, the mean cross-entropy in it)."""
-    logits = Decoder(config.model, config.static).apply({"params": params}, tokens_BxS1[:, :-1], grids, key)
-    loss = jnp.mean(decoder.cross_entropy(logits, tokens_BxS1[:, 1:]))
+    model, tokens_BxS = Decoder(config.model, config.static), tokens_BxS1[:, :-1]
+    logits_BxSxV = cast(jax.Array, model.apply({"params": params}, tokens_BxS, grids, key))
+    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, tokens_BxS1[:, 1:]))
     if not config.optimizer.z_loss:
         return loss, loss
-    return loss + config.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))), loss
+    return loss + config.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits_BxSxV, axis=-1))), loss
 
 
 def _loss_and_grads(config: StepConfig, params: Any, grids: Any, tokens, key):

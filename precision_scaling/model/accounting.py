@@ -1,0 +1,26 @@
+"""What a decoder holds and what it computes: its parameters N, and the FLOPs of a token."""
+
+import functools
+import math
+
+import jax
+
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import init
+
+
+@functools.cache
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(non-embedding, all) parameter counts; embedding and head are what "non-embedding" leaves out."""
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    grids_of_runs = 1 if config.tie_embeddings else 2
+    return total - grids_of_runs * config.vocab_size * config.width, total
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Forward and backward FLOPs of one token: 6 per parameter of every matmul (head included), 12·depth·heads·head
+    dimension·length for the two attention products (full, not causal, as PaLM's appendix B counts them)."""
+    non_embedding, _ = count_parameters(config)
+    matmul = non_embedding + config.vocab_size * config.width
+    return 6 * matmul + 12 * config.depth * config.heads * config.head_dim * config.sequence_length
