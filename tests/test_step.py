@@ -68,29 +68,28 @@ SHARDED = """
 import jax, numpy as np, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_disable_most_optimizations", True)
-from precision_scaling import schedule
-from precision_scaling import step as step_lib
 from precision_scaling.numerics.formats import parse
-from precision_scaling.model import ModelConfig
+from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
+from precision_scaling.training import schedule, step
 from precision_scaling.training.optimizer import OptimizerConfig
-from precision_scaling.quantize import Operand, Program
 from precision_scaling.training.step import RunInputs, StepConfig
 assert jax.device_count() == 8
 kind = parse("int4").kind
-program = Program(tuple((n, Operand(kind, "channel" if n == "w" else "tensor")) for n in "wakv"))
+static = StaticPrecision(tuple((n, StaticQuantizer(kind, "channel" if n == "w" else "tensor")) for n in "wakv"))
 model = ModelConfig(31, 16, 2, 2, 24, 8, 16, 2)
-static = StepConfig(model, program, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
-table = {n: parse("int6").grid() for n in "wakv"}
-inputs = RunInputs(table, schedule.of("cosine", 1e-3, 10, 1, 0))
-train_step = jax.jit(step_lib.train_step, static_argnums=0)
+config = StepConfig(model, static, OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
+grids = {n: parse("int6").grid() for n in "wakv"}
+inputs = RunInputs(grids, schedule.of("cosine", 1e-3, 10, 1, 0))
+train_step = jax.jit(step.train_step, static_argnums=0)
 tokens = np.random.default_rng(0).integers(0, 31, (5, 8, 9)).astype(np.int32)
 batch = NamedSharding(Mesh(np.array(jax.devices()), "d"), PartitionSpec("d"))
 for put in (lambda x: x, lambda x: jax.device_put(x, batch)):
-    state = jax.jit(step_lib.init_state, static_argnums=0)(static, 0)
+    state = jax.jit(step.init_state, static_argnums=0)(config, 0)
     if put(tokens[0]) is not tokens[0]:
         state = jax.device_put(state, NamedSharding(batch.mesh, PartitionSpec()))
     for t in range(5):
-        state, metrics = train_step(static, state, inputs, put(tokens[t]))
+        state, metrics = train_step(config, state, inputs, put(tokens[t]))
         print(float(metrics.loss), end=" ")
     print()
 """
