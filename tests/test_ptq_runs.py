@@ -11,10 +11,12 @@ import pytest
 
 from precision_scaling.errors import UserError
 from precision_scaling.model import decoder
+from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import __main__, codes, layers, packed
+from precision_scaling.ptq import __main__, apply, codes, layers, packed
 from precision_scaling.ptq.apply import LINEARS, Report
 from precision_scaling.ptq.registry import of_method, scheme_of
+from precision_scaling.quantize import fake_quant
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
 from precision_scaling.study.ptq import packed_directory, quantize_missing
@@ -67,6 +69,71 @@ def test_other_options_make_other_rows_and_leave_those_that_were_there(one_run):
     assert (
         quantize_missing(workspace, ("rtn",), (3,), options=options) == [] and times(workspace.directory(run)) == again
     )
+
+
+# By hand, from the magnitudes (group, inputs, outputs) of a kernel: max over the last level, the mean, a power of two.
+SCALES = {
+    "e2m1": lambda magnitude: magnitude.max(1) / 6,
+    "e3m0": lambda magnitude: magnitude.max(1) / 16,
+    "ternary": lambda magnitude: magnitude.mean(1),
+    "mxfp4_of_8": lambda magnitude: 2 ** (np.floor(np.log2(magnitude.max(1))) - 2),
+}
+
+
+@pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_formats_of_equal_bits_have_rows_of_their_own_and_kernels_on_their_grids(one_run, method, monkeypatch):
+    workspace, run = one_run
+    kept, quantize_model = {}, apply.quantize_model
+
+    def keeping(*arguments, **options):
+        models, report = quantize_model(*arguments, **options)
+        kept[options["scheme"].name] = codes.parameters(models[0])["layers"]["block"]
+        return models, report
+
+    monkeypatch.setattr(apply, "quantize_model", keeping)
+    block = formats.block("mxfp4_of_8", formats.floating(2, 1), 8, "e8m0")
+    monkeypatch.setitem(formats._REGISTRY, block.name, block)
+    assert quantize_missing(workspace, (method,), (), formats=tuple(SCALES)) == []
+    trained, losses = workspace.parameters(run)["layers"]["block"], set()
+    for name, scale_of in SCALES.items():
+        fmt = parse(name)
+        (row,) = results.read_rows(workspace.directory(run), f"{method}-{name}")
+        assert (row["P_post"], row["post_format"]) == (fmt.bits, name)
+        losses.add(row["loss"])
+        for module, projection in LINEARS:
+            kernels = (tree[module][projection]["kernel"][0] for tree in (kept[f"{method}-{name}"], trained))
+            kernel, before = (np.asarray(x).reshape(len(x), -1) for x in kernels)
+            if method == "rtn":
+                np.testing.assert_array_equal(kernel, fake_quant(before, name, axis=0))
+            grouped = (-1, fmt.block_size or len(kernel), kernel.shape[1])
+            scale = scale_of(np.abs(before).reshape(grouped))[:, None]
+            level = kernel.reshape(grouped) / scale
+            assert np.abs(level[..., None] - fmt.values()).min(-1).max() < 1e-4
+            assert len(np.unique(np.rint(4 * level))) > 2
+    assert len(losses) == len(SCALES)
+    assert row["stored_bits"] == 5  # with 8 bits of scale for every 8 weights
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "formats", "message"),
+    [
+        ("awq", {}, ("e2m1",), "ptq.formats = 'e2m1': allowed is none with awq"),
+        ("kv_cache", {}, ("e2m1",), "none with kv_cache"),
+        ("rtn", {"symmetric": False}, ("e2m1",), "ptq.symmetric"),
+        ("rtn", {"clip": True}, ("mxfp4",), "ptq.clip"),
+        ("rtn", {"group_size": 8}, ("nvfp4",), "ptq.group_size"),
+        ("gptq", {}, ("mxfp4",), "formats whose blocks divide"),
+        ("gptq", {}, ("int4",), "other than an integer"),
+        ("gptq", {}, ("bf16",), "other than an integer"),
+        ("gptq", {}, ("nonsense",), "other than an integer"),
+    ],
+)
+def test_formats_that_do_not_go_with_a_method_are_refused_in_one_line(one_run, method, options, formats, message):
+    with pytest.raises(UserError, match=message) as raised:
+        quantize_missing(one_run[0], (method,), (3,), options=options, formats=formats)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="can be packed"):
+        quantize_missing(one_run[0], ("rtn",), (), formats=("e2m1",), save=True)
 
 
 @pytest.mark.slow

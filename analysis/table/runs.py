@@ -19,7 +19,7 @@ NONE, SEVERAL = -1, -2  # no row before PTQ; several, and no column decides
 
 def of_ptq(name: str) -> bool:
     """Whether a column says how a model was quantized after training, and so nothing about rows before PTQ."""
-    return name in ("P_post", "method", "post_parts", "stored_bits", "fallback_layers") or name.startswith("ptq")
+    return name in ("P_post", "method", "stored_bits", "fallback_layers") or name.startswith(("ptq", "post_"))
 
 
 def without_repeats(

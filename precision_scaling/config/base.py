@@ -156,6 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
     # kv_cache (keys and values alone). Empty: none.
     c.ptq.methods = ("gptq", "rtn")
     c.ptq.bits = (3, 4, 5, 6)  # bit-widths of integer grids, 2 to 8
+    c.ptq.formats = ()  # other formats of kernels (gptq and rtn), e.g. ("e2m1", "mxfp4", "nvfp4")
     c.ptq.calibration_sequences = 128  # training sequences for Hessians and magnitudes
     c.ptq.damping = 0.01  # fraction of the mean of the Hessian's diagonal added to it
     # Rows of different values of these stand beside each other; a method ignores options that it does not have.

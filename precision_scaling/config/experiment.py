@@ -94,7 +94,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         raise ConfigError(f"optimizer.{key}", value, f"warm-up and decay within the run's {steps} steps")
     shape = Shape(_label(size, decoder), decoder, config.train.batch_size, config.train.microbatches)
     contraction.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
-    for scheme in registry.of_config(config.ptq) if point.ptq else ():
+    for scheme, _ in registry.planned(config.ptq) if point.ptq else ():
         scheme.check_model(shape.model)
     return Run(
         shape=shape,
@@ -216,7 +216,7 @@ def _check_together(config) -> None:
         raise ConfigError("train.microbatches", config.train.microbatches, "a divisor of train.batch_size")
     if config.evaluate.sequences % config.evaluate.batch_size:
         raise ConfigError("evaluate.sequences", config.evaluate.sequences, "a multiple of evaluate.batch_size")
-    if config.ptq.methods and not config.ptq.bits:
+    if config.ptq.methods and not (config.ptq.bits or config.ptq.formats):
         raise ConfigError("ptq.bits", config.ptq.bits, "at least one bit-width, or no ptq.methods")
 
 

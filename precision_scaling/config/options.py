@@ -18,6 +18,7 @@ from precision_scaling.config import base
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder, sizes
 from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, QK_NORMS
+from precision_scaling.numerics import formats
 from precision_scaling.ptq.registry import METHODS
 from precision_scaling.ptq.scheme import GRANULARITIES
 from precision_scaling.quantize import parsing
@@ -73,6 +74,13 @@ def _is_pattern(text: str) -> bool:
     except (re.error, OverflowError):
         return False
     return True
+
+
+def _is_weight_format(name: str) -> bool:
+    try:
+        return formats.parse(name).family not in ("none", "int")
+    except formats.FormatError:
+        return False
 
 
 _ANY = Rule("a text", lambda text: True)
@@ -143,6 +151,7 @@ RULES = {
     "evaluate.batch_size": _COUNT,
     "ptq.methods": _each(_one_of(METHODS), str),
     "ptq.bits": _each(_whole(2, 8), int, once=False),
+    "ptq.formats": _each(Rule("a number format other than an integer's", _is_weight_format), str),
     "ptq.calibration_sequences": _COUNT,
     "ptq.damping": _number(0),
     "ptq.group_size": _whole(2, also=0),

@@ -3,6 +3,7 @@
 python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -10,6 +11,7 @@ from absl import flags
 
 from precision_scaling.config import command_line, options
 from precision_scaling.errors import UserError
+from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import layers, packed, registry
 from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
 from precision_scaling.runtime import cli
@@ -22,7 +24,10 @@ _WORKDIR = command_line.define_workdir(FLAGS, "A workdir of train or study.")
 _METHOD = flags.DEFINE_enum(
     "method", "gptq", list(registry.METHODS), "Post-training quantization method.", flag_values=FLAGS
 )
-_BITS = flags.DEFINE_list("bits", ["3", "4", "5", "6"], "Bit-widths of what the method quantizes.", flag_values=FLAGS)
+_BITS = flags.DEFINE_list(
+    "bits", None, "Bit-widths of integers, 2 to 8; 3,4,5,6 if neither these nor formats are given.", flag_values=FLAGS
+)
+_FORMATS = flags.DEFINE_list("formats", [], "Other formats of kernels, e.g. e2m1,mxfp4.", flag_values=FLAGS)
 _SAVE = flags.DEFINE_bool(
     "save", False, "Keep the quantized models, packed, in runs/<id>/quantized.", flag_values=FLAGS
 )
@@ -87,17 +92,20 @@ def _sizes(workspace: Workspace, scheme: Scheme, bits: list[int]) -> list[str]:
 
 def main() -> None:
     """Quantize and evaluate as the flags say, and print where the rows are. Raises UserError."""
-    workdir, bits, given = _WORKDIR.value, _bits(_BITS.value), _given()
+    workdir, given, formats = _WORKDIR.value, _given(), tuple(name.strip() for name in _FORMATS.value)
+    options.check_option("ptq.formats", formats, shown="--formats")
+    bits = _bits(_BITS.value) if _BITS.value is not None else [] if formats else [3, 4, 5, 6]
     workspace = reopen_workspace(workdir)
     scheme = _scheme(_METHOD.value, workspace.experiment.config.ptq, given)
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
             warnings = quantize_missing(
-                workspace, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value
+                workspace, [_METHOD.value], bits, everything=True, options=given, save=_SAVE.value, formats=formats
             )
     finally:
         rows = results.gather(workdir)
-    figures = [layers.draw(workspace.directory(run), scheme.name) for run in workspace.experiment.runs]
+    names = [scheme.name] * bool(bits) + [dataclasses.replace(scheme, format=parse(name).name).name for name in formats]
+    figures = [layers.draw(workspace.directory(run), name) for run in workspace.experiment.runs for name in names]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
     sizes = _sizes(workspace, scheme, bits) if _SAVE.value else []
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))

@@ -4,6 +4,7 @@ Stands between the methods for one kernel, which `registry` lists, and `study.pt
 evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, O outputs, L layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def quantize_model(
     found = [formats.parse(b) for b in bits]
     (kind,) = {fmt.kind for fmt in found}
     levels_K = jax.tree.map(lambda *fields: jnp.stack(fields), *(fmt.grid() for fmt in found))
-    quantize = _compiled(step_config, scheme, kind, batch_size, layout)
+    quantize = _compiled(step_config, dataclasses.replace(scheme, format=""), kind, batch_size, layout)
     blocks, report = quantize(params, grids, tokens_NxS, levels_K, damping)
     models = []
     for k in range(len(bits)):
@@ -133,8 +134,9 @@ def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, d
     return kernels, {module: parameters for module, parameters in left.items() if parameters}
 
 
-def _encoded(scheme: Scheme, rounded: Rounded, shape: tuple[int, ...]) -> Codes:
-    return encode(rounded.code_IxO, rounded.scale_GxO, rounded.zero_GxO, scheme.symmetric, shape, rounded.row_scale_I)
+def _encoded(scheme: Scheme, kind: formats.Kind, rounded: Rounded, shape: tuple[int, ...]) -> Codes:
+    arrays = rounded.code_IxO, rounded.scale_GxO, rounded.zero_GxO
+    return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers=kind.family == "int")
 
 
 def _round_layers(scheme: Scheme, layers: Any, levels: formats.Grid, kind: formats.Kind):
@@ -147,7 +149,7 @@ def _round_layers(scheme: Scheme, layers: Any, levels: formats.Grid, kind: forma
         return _split(params, {linear: rounded(kernel) for linear, kernel in kernels.items()})
 
     def rounded(kernel):
-        return _encoded(scheme, solve(_flat(kernel), levels, kind, scheme, None), kernel.shape)
+        return _encoded(scheme, kind, solve(_flat(kernel), levels, kind, scheme, None), kernel.shape)
 
     shape = (jax.tree.leaves(layers)[0].shape[0], len(LINEARS))
     unknown = jnp.full(shape, jnp.nan)
@@ -237,7 +239,7 @@ def _calibrated_layers(
             objective = branch_error(block, linear, inputs_CxBxSxI) if begins else None
             calibration = Calibration(hessian_IxI, magnitude_I, damping, objective)
             rounded = solve(_flat(kernel), levels, kind, scheme, calibration)
-            codes[linear] = _encoded(scheme, rounded, kernel.shape)
+            codes[linear] = _encoded(scheme, kind, rounded, kernel.shape)
             new = dequantize(codes[linear])
             plain = rtn.nearest(_flat(kernel), levels, kind, scheme.group_size or None, scheme.symmetric)
             errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))

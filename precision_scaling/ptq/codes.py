@@ -16,7 +16,8 @@ class Codes(NamedTuple):
     kernel = (codes - zeros) · scales · row_scales.
     """
 
-    codes: jax.Array  # (I, *F): levels in int8, or from 0 to 2^b - 1 in uint8 where there is a zero point
+    # (I, *F): levels in int8, or from 0 to 2^b - 1 in uint8 where there is a zero point; of formats in float32.
+    codes: jax.Array
     scales: jax.Array  # (G, *F), float32
     zeros: jax.Array | None = None  # (G, *F), uint8; None where the grid is symmetric
     row_scales: jax.Array | None = None  # (I,), float32, AWQ's 1/s; None is 1
@@ -29,9 +30,11 @@ class QuantizedModel(NamedTuple):
     rest: Any  # the parameters without these kernels: embedding, head, norms
 
 
-def encode(code_IxO, scale_GxO, zero_GxO, symmetric: bool, shape: tuple[int, ...], row_scale_I=None) -> Codes:
+def encode(
+    code_IxO, scale_GxO, zero_GxO, symmetric: bool, shape: tuple[int, ...], row_scale_I=None, integers: bool = True
+) -> Codes:
     """Codes of a kernel of that shape (in, *features), from a method's codes (level + zero) of it as a matrix."""
-    dtype = jnp.int8 if symmetric else jnp.uint8
+    dtype = jnp.float32 if not integers else jnp.int8 if symmetric else jnp.uint8
 
     def features(x):
         return x.reshape(x.shape[0], *shape[1:])
@@ -72,9 +75,9 @@ def is_codes(x: Any) -> bool:
     return isinstance(x, Codes)
 
 
-def stored_bits(model: QuantizedModel, bits: int) -> float:
+def stored_bits(model: QuantizedModel, bits: float) -> float:
     """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
-    total = weights = 0
+    total, weights = 0.0, 0
     for codes in each(model.kernels):
         weights += codes.codes.size
         integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)

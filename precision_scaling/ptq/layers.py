@@ -22,7 +22,7 @@ def path_of(run_directory: Path, name: str) -> Path:
     return run_directory / f"layers-{name}.json"
 
 
-def write(run_directory: Path, name: str, bits: Sequence[int], report: Report) -> None:
+def write(run_directory: Path, name: str, bits: Sequence[float], report: Report) -> None:
     """Adds the reports at these bit-widths to a run's file, in place of older ones at the same.
 
     The file: {"projections": [name], "bits": {"4": {"error": [layer][projection], ...}}} with the fields of
@@ -32,7 +32,7 @@ def write(run_directory: Path, name: str, bits: Sequence[int], report: Report) -
     found = _read(path)["bits"] if path.exists() else {}
     for k, b in enumerate(bits):
         found[str(b)] = {field: _plain(getattr(report, field)[k]) for field in Report._fields}
-    ordered = dict(sorted(found.items(), key=lambda item: int(item[0])))
+    ordered = dict(sorted(found.items(), key=lambda item: float(item[0])))
     files.write_sealed(path, {"projections": PROJECTIONS, "bits": ordered}, indent=None)
 
 
@@ -96,7 +96,7 @@ def _check(found: dict[str, Any]) -> None:
     """Raises where a report has not a number, or null, for every layer and projection at its bits."""
     shapes = set()
     for bits, report in found["bits"].items():
-        int(bits)
+        float(bits)
         if set(report) != set(Report._fields):
             raise ValueError(f"fields {sorted(report)} at {bits} bits")
         shapes |= {np.array(values, float).shape for values in report.values()}

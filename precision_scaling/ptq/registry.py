@@ -1,8 +1,10 @@
 """The methods of post-training quantization, by name: the one line that a new method's module adds itself to."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from precision_scaling.numerics import formats
 from precision_scaling.ptq import awq, gptq, kv_cache, rtn, smoothquant
 from precision_scaling.ptq.scheme import Scheme
 
@@ -19,6 +21,16 @@ def of_method(method: str, options: Mapping[str, Any]) -> Scheme:
     return scheme_of(method, **{name: options[name] for name in METHODS[method].options})
 
 
-def of_config(options: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    """A scheme for each of the config's methods."""
-    return tuple(of_method(method, options) for method in options["methods"])
+def planned(options: Mapping[str, Any]) -> tuple[tuple[Scheme, tuple[float, ...]], ...]:
+    """The schemes of the config's `ptq` section, each with the P_post of its rows.
+
+    All bit-widths of a method are one scheme; each format is a scheme of its own, as its bits may be those of another.
+    """
+    found: list[tuple[Scheme, tuple[float, ...]]] = []
+    for method in options["methods"]:
+        scheme = of_method(method, options)
+        if options["bits"]:
+            found.append((scheme, tuple(dict.fromkeys(options["bits"]))))
+        for fmt in dict.fromkeys(map(formats.parse, options["formats"])):
+            found.append((dataclasses.replace(scheme, format=fmt.name), (fmt.bits,)))
+    return tuple(found)

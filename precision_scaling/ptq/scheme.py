@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.model.config import ModelConfig
+from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Kind
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
@@ -80,7 +81,7 @@ class Scheme:
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
     2^b levels from a zero point. act_order: inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to
     the least squared error. smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and
-    values.
+    values. format: of the kernels, where it is not integers, whose bits are data.
     """
 
     method: Method
@@ -90,11 +91,12 @@ class Scheme:
     clip: bool = False
     smoothing: float = 0.5
     granularity: str = "tensor"
+    format: str = ""
 
     @property
     def name(self) -> str:
-        """The method and every option that is not at its default: "gptq", "gptq-group32-asymmetric"."""
-        return "-".join([self.method.name, *self.options])
+        """Method, format and every option that is not at its default: "gptq", "rtn-e2m1", "gptq-group32-asymmetric"."""
+        return "-".join([self.method.name, *[self.format] * bool(self.format), *self.options])
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -114,7 +116,8 @@ class Scheme:
         """What shares a scale in a kernel; empty where kernels stay."""
         if not self.method.solve:
             return ""
-        return f"group:{self.group_size}" if self.group_size else "channel"
+        size = self.group_size or (formats.parse(self.format).block_size if self.format else 0)
+        return f"group:{size}" if size else "channel"
 
     @property
     def columns(self) -> dict[str, str]:
@@ -124,6 +127,7 @@ class Scheme:
             "ptq_granularity": self.weight_granularity or self.granularity,
             "ptq_options": " ".join(self.options),
             "post_parts": self.method.parts,
+            "post_format": self.format,
         }
 
     def static(self, trained: StaticPrecision) -> StaticPrecision:
@@ -139,6 +143,8 @@ class Scheme:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError where groups do not fit the inputs of a decoder's projections, or smoothing its norms."""
+        self._check_format()
+        block_size = formats.parse(self.format).block_size if self.format else None
         inputs = {
             "model.width": model.width,
             "model.mlp_width": model.mlp_width,
@@ -147,7 +153,23 @@ class Scheme:
         for name, rows in inputs.items():
             if self.group_size and rows % self.group_size:
                 raise ConfigError("ptq.group_size", self.group_size, f"0, or a divisor of {name}, {rows}")
+            if block_size and rows % block_size:
+                raise ConfigError("ptq.formats", self.format, f"formats whose blocks divide {name}, {rows}")
         if self.method.input_scales and (model.norm_placement, model.norm_type) != ("pre", "rms"):
             found = f"{self.method.name} with {model.norm_placement} norms of type {model.norm_type}"
             allowed = f"{self.method.name} with pre norms of type rms, whose gains it changes"
             raise ConfigError("ptq.methods", found, allowed)
+
+    def _check_format(self) -> None:
+        """Raises ConfigError for a format that the method or the options do not go with."""
+        if not self.format:
+            return
+        kind = formats.parse(self.format).kind
+        if not self.method.any_format:
+            raise ConfigError("ptq.formats", self.format, f"none with {self.method.name}, which takes ptq.bits alone")
+        if not self.symmetric:
+            raise ConfigError("ptq.symmetric", self.symmetric, f"True with the format {self.format}")
+        if self.clip and kind.family in ("block", "wide"):
+            raise ConfigError("ptq.clip", self.clip, f"False with the format {self.format}, whose scales are given")
+        if kind.block_size and self.group_size not in (0, kind.block_size):
+            raise ConfigError("ptq.group_size", self.group_size, f"0 with the format {self.format}, which has blocks")

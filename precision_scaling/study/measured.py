@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.registry import of_config
+from precision_scaling.ptq.registry import planned
 from precision_scaling.runtime import files
 from precision_scaling.study import results
 from precision_scaling.study.workspace import Workspace
@@ -49,7 +49,7 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     try:
         text = files.unzipped(files.read(table)).decode("utf-8")
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not set(results.COLUMNS) <= set(reader.fieldnames or ()):
+        if not set(results.COLUMNS) - {"post_format"} <= set(reader.fieldnames or ()):  # older tables lack it
             raise ValueError
         for row in reader:
             row = {name: _value(name, text) for name, text in row.items()}
@@ -86,7 +86,7 @@ def _is_complete(rows: Mapping[str, list[dict[str, Any]]], run: Run, workspace: 
     ptq = workspace.experiment.config.ptq
     if rows[TRAINED][0]["status"] != "ok" or not run.ptq:
         return True
-    return all(set(ptq.bits) <= {row["P_post"] for row in rows.get(scheme.name, ())} for scheme in of_config(ptq))
+    return all(set(bits) <= {row["P_post"] for row in rows.get(scheme.name, ())} for scheme, bits in planned(ptq))
 
 
 def _check(table: Path, row: Mapping[str, Any], run: Run, workspace: Workspace) -> None:

@@ -15,7 +15,7 @@ from precision_scaling.config import options as options_lib
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
-from precision_scaling.ptq.registry import of_method
+from precision_scaling.ptq.registry import planned
 from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
@@ -33,10 +33,10 @@ class _Job:
     group: Cohort
     run: Run
     scheme: Scheme
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
 
 
-def packed_directory(run_directory: Path, scheme: Scheme, bits: int) -> Path:
+def packed_directory(run_directory: Path, scheme: Scheme, bits: float) -> Path:
     """Where a run's packed model is kept."""
     return run_directory / "quantized" / f"{scheme.name}-{bits}"
 
@@ -51,20 +51,24 @@ def quantize_missing(
     save: bool = False,
     stop: Stop | None = None,
     progress: bool = True,
+    formats: Iterable[str] = (),
 ) -> list[str]:
     """Quantizes and evaluates the trained runs that ask for it (or all) where a method has no row at some bits.
 
     options: in place of those of `config.ptq`; rows of other options are other rows, see `Scheme.name`.
     save: keeps every quantized model as a packed checkpoint, too. stop: is asked between two runs; then Stopped.
-    progress: shows a bar.
+    progress: shows a bar. formats: in which kernels are quantized beside integers of these bits.
 
     Returns a line for each layer that had to be rounded to nearest. Raises ConfigError for a scheme that does not fit
     a model before anything is quantized, and UserError for checkpoints that cannot be read after the runs that can.
     """
     chosen = {**workspace.experiment.config.ptq, **(options or {})}
-    options_lib.check_ptq({**chosen, "methods": tuple(methods)})
-    schemes, bits, todo = [of_method(method, chosen) for method in methods], tuple(dict.fromkeys(bits)), []
-    for scheme in schemes if save else ():
+    chosen |= {"methods": tuple(methods), "bits": tuple(bits), "formats": tuple(formats)}
+    options_lib.check_ptq(chosen)
+    schemes, todo = planned(chosen), []
+    for scheme, _ in schemes if save else ():
+        if scheme.format:
+            raise UserError(f"--save with the format {scheme.format}: allowed are integers, which can be packed")
         if not scheme.method.solve:
             raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
     for group in workspace.experiment.cohorts:
@@ -72,9 +76,9 @@ def quantize_missing(
             trained = results.read_rows(workspace.directory(run), "trained")
             if not trained or trained[0]["status"] != "ok" or not (run.ptq or everything):
                 continue
-            for scheme in schemes:
+            for scheme, bits_post in schemes:
                 scheme.check_model(group.shape.model)
-                missing = tuple(b for b in bits if _is_missing(workspace.directory(run), scheme, b, save))
+                missing = tuple(b for b in bits_post if _is_missing(workspace.directory(run), scheme, b, save))
                 if missing:
                     todo.append(_Job(group, run, scheme, missing))
     warnings: list[str] = []
@@ -95,10 +99,16 @@ def quantize_missing(
     return warnings
 
 
-def _is_missing(directory: Path, scheme: Scheme, bits: int, save: bool) -> bool:
+def _is_missing(directory: Path, scheme: Scheme, bits: float, save: bool) -> bool:
     if save and not (packed_directory(directory, scheme, bits) / packed.DESCRIPTION).exists():
         return True
     return bits not in {row["P_post"] for row in results.read_rows(directory, scheme.name)}
+
+
+def _stored_bits(scheme: Scheme, model: codes.QuantizedModel, bits: float) -> float:
+    """Bits per weight with its share of the scales, which formats of blocks count as theirs."""
+    own_scales = scheme.format and parse(scheme.format).family in ("block", "wide")
+    return bits if own_scales else codes.stored_bits(model, bits)
 
 
 def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
@@ -121,7 +131,7 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
             params,
             grids,
             calibration[:, :-1],
-            job.bits,
+            [scheme.format] if scheme.format else job.bits,
             config.ptq.damping,
             scheme=scheme,
             batch_size=batch,
@@ -143,11 +153,11 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
             **scheme.columns,
             "P_post": b,
             "fallback_layers": len(fallen),
-            "stored_bits": round(codes.stored_bits(models[k], b), 4) if models else None,
+            "stored_bits": round(_stored_bits(scheme, models[k], b), 4) if models else None,
         }
         rows.append(results.row(workspace, run, loss, **post_training))
         if save and models:
-            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, b, scheme.method.operands)
+            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, int(b), scheme.method.operands)
     kept = [row for row in results.read_rows(directory, scheme.name) if row["P_post"] not in job.bits]
     results.write_rows(directory, scheme.name, [*kept, *rows])
     return warnings

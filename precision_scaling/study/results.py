@@ -14,7 +14,7 @@ import jax
 
 from precision_scaling.errors import UserError
 from precision_scaling.model.accounting import count_parameters, training_flops_per_token
-from precision_scaling.ptq.registry import of_config
+from precision_scaling.ptq.registry import planned
 from precision_scaling.runtime import files
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.study.workspace import Workspace
@@ -37,7 +37,7 @@ COLUMNS = (
     *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction", "schedule"),
     *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
     *("w_granularity", "a_granularity", "attention_granularity", "precision"),
-    *("ptq_granularity", "ptq_options", "post_parts", "stored_bits"),
+    *("ptq_granularity", "ptq_options", "post_parts", "post_format", "stored_bits"),
     *("validation_tokens", "vocab_size", "corpus", "device", "jax_version", "imported"),
 )
 ROW_FILES = "rows-*.json"
@@ -172,6 +172,6 @@ def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
     """The rows that a run will have, without what only a measurement can tell."""
     columns = setting_columns(config, run) | {"status": ""}
     yield columns
-    for scheme in of_config(config.ptq) if run.ptq else ():
-        for bits in config.ptq.bits:
+    for scheme, bits_post in planned(config.ptq) if run.ptq else ():
+        for bits in bits_post:
             yield {**columns, **scheme.columns, "P_post": bits}

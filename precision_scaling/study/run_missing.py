@@ -125,7 +125,8 @@ def _record(
 def quantize_run(workspace: Workspace, run: Run) -> list[str]:
     """`quantize_missing` for one run, as the config has it."""
     ptq = workspace.experiment.config.ptq
-    return quantize_missing(workspace, ptq.methods, ptq.bits, Shard(only=f"^{re.escape(run.id)}$"), progress=False)
+    only = Shard(only=f"^{re.escape(run.id)}$")
+    return quantize_missing(workspace, ptq.methods, ptq.bits, only, progress=False, formats=ptq.formats)
 
 
 def quantize_shard(workspace: Workspace, methods, bits, shard: Shard, stop: Stop) -> list[str]:
@@ -135,7 +136,8 @@ def quantize_shard(workspace: Workspace, methods, bits, shard: Shard, stop: Stop
         workspace = dataclasses.replace(workspace, layout=sharding.local_layout())
         index = shard.index + shard.count * jax.process_index()
         shard = shard._replace(index=index, count=shard.count * jax.process_count())
-    warnings = quantize_missing(workspace, methods, bits, shard, stop=stop)
+    formats = workspace.experiment.config.ptq.formats
+    warnings = quantize_missing(workspace, methods, bits, shard, stop=stop, formats=formats)
     hosts.wait_for_all("quantized")
     return warnings
 
