@@ -31,22 +31,64 @@ def registry(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("int4", "int4"), ("4", "int4"), (4, "int4"), (4.0, "int4"), (np.int64(4), "int4"), (np.float32(15), "int15"),
-        (16, "bf16"), (32, "bf16"), ("16", "bf16"), ("int16", "int16"), (" BF16 ", "bf16"), ("bfloat16", "bf16"),
-        ("e4m3", "e4m3"), ("e4m3fn", "e4m3fn"), ("E5M2", "e5m2"), ("float8_e4m3fn", "e4m3fn"), ("e2m1fn", "e2m1"),
-        ("float6_e3m2fn", "e3m2"), ("mxfp6", "mxfp6"), ("mxfp6_e2m3", "mxfp6"), ("mxfp8_e4m3", "mxfp8"),
+        ("int4", "int4"),
+        ("4", "int4"),
+        (4, "int4"),
+        (4.0, "int4"),
+        (np.int64(4), "int4"),
+        (np.float32(15), "int15"),
+        (16, "bf16"),
+        (32, "bf16"),
+        ("16", "bf16"),
+        ("int16", "int16"),
+        (" BF16 ", "bf16"),
+        ("bfloat16", "bf16"),
+        ("e4m3", "e4m3"),
+        ("e4m3fn", "e4m3fn"),
+        ("E5M2", "e5m2"),
+        ("float8_e4m3fn", "e4m3fn"),
+        ("e2m1fn", "e2m1"),
+        ("float6_e3m2fn", "e3m2"),
+        ("mxfp6", "mxfp6"),
+        ("mxfp6_e2m3", "mxfp6"),
+        ("mxfp8_e4m3", "mxfp8"),
         (formats.parse("nvfp4"), "nvfp4"),
     ],
-)  # fmt: skip
+)
 def test_every_spelling_finds_its_format(spec, name):
     assert formats.parse(spec).name == name
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["e9m9", "e0m3", "e8m8", "e5m11", "int1", "int0", "int17", "foo", "", "1", "-4", "float6_e4m3", 1, 0, -4, 2.5, 15.5,
-     None, True, False, math.nan, math.inf, -math.inf, [4], {"bits": 4}],
-)  # fmt: skip
+    [
+        "e9m9",
+        "e0m3",
+        "e8m8",
+        "e5m11",
+        "int1",
+        "int0",
+        "int17",
+        "foo",
+        "",
+        "1",
+        "-4",
+        "float6_e4m3",
+        1,
+        0,
+        -4,
+        2.5,
+        15.5,
+        None,
+        True,
+        False,
+        math.nan,
+        math.inf,
+        -math.inf,
+        [4],
+        {"bits": 4},
+    ],
+)
 def test_a_wrong_format_is_one_line_that_names_it_and_what_is_allowed(spec):
     with pytest.raises(formats.FormatError) as error:
         formats.parse(spec)
@@ -58,12 +100,28 @@ def test_a_wrong_format_is_one_line_that_names_it_and_what_is_allowed(spec):
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        ("int2", 2), ("int12", 12), ("e2m0", 3), ("e3m0", 4), ("e3m2", 6), ("e4m2", 7), ("e5m2", 8), ("e5m6", 12),
-        ("bf16", 16), ("fp16", 16), ("fp32", 32), ("binary", 1), ("ternary", math.log2(3)),
-        ("mxfp4", 4.25), ("mxfp6", 6.25), ("mxfp6_e3m2", 6.25), ("mxfp8", 8.25), ("mxfp8_e5m2", 8.25),
-        ("mxint8", 8.25), ("nvfp4", 4.5),
+        ("int2", 2),
+        ("int12", 12),
+        ("e2m0", 3),
+        ("e3m0", 4),
+        ("e3m2", 6),
+        ("e4m2", 7),
+        ("e5m2", 8),
+        ("e5m6", 12),
+        ("bf16", 16),
+        ("fp16", 16),
+        ("fp32", 32),
+        ("binary", 1),
+        ("ternary", math.log2(3)),
+        ("mxfp4", 4.25),
+        ("mxfp6", 6.25),
+        ("mxfp6_e3m2", 6.25),
+        ("mxfp8", 8.25),
+        ("mxfp8_e5m2", 8.25),
+        ("mxint8", 8.25),
+        ("nvfp4", 4.5),
     ],
-)  # fmt: skip
+)
 def test_bits_count_all_that_is_stored(name, bits):
     assert formats.parse(name).bits == bits
 
@@ -84,11 +142,14 @@ def test_values_are_all_finite_codes_of_the_standard_type(name):
 @pytest.mark.parametrize(
     ("name", "positive"),
     [
-        ("int3", [1, 2, 3]), ("e2m0", [1, 2, 4]), ("e3m0", [0.25, 0.5, 1, 2, 4, 8, 16]),
-        ("e1m2", [0.5, 1, 1.5, 2, 2.5, 3, 3.5]), ("e2m1", [0.5, 1, 1.5, 2, 3, 4, 6]),
+        ("int3", [1, 2, 3]),
+        ("e2m0", [1, 2, 4]),
+        ("e3m0", [0.25, 0.5, 1, 2, 4, 8, 16]),
+        ("e1m2", [0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
+        ("e2m1", [0.5, 1, 1.5, 2, 3, 4, 6]),
         ("e3m1", [0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24]),
     ],
-)  # fmt: skip
+)
 def test_values_of_small_formats_worked_by_hand(name, positive):
     expected = [-v for v in reversed(positive)] + [0] + positive
     np.testing.assert_array_equal(formats.parse(name).values(), expected)
@@ -106,9 +167,19 @@ def test_values_are_symmetric_and_fit_the_bits(name):
 
 @pytest.mark.parametrize(
     ("name", "largest"),
-    [("e4m3", 240), ("e4m3fn", 448), ("e5m2", 57344), ("e5m2fn", 114688), ("e3m4", 15.5), ("e3m4fn", 31), ("e4m2", 448),
-     ("e5m6", 130048), ("int16", 32767), ("mxint8", 127 / 64)],
-)  # fmt: skip
+    [
+        ("e4m3", 240),
+        ("e4m3fn", 448),
+        ("e5m2", 57344),
+        ("e5m2fn", 114688),
+        ("e3m4", 15.5),
+        ("e3m4fn", 31),
+        ("e4m2", 448),
+        ("e5m6", 130048),
+        ("int16", 32767),
+        ("mxint8", 127 / 64),
+    ],
+)
 def test_ieee_like_and_finite_variants_differ_in_range(name, largest):
     assert formats.parse(name).max_value == largest
 
@@ -120,9 +191,15 @@ def test_a_pass_through_has_no_values_to_list():
 
 @pytest.mark.parametrize(
     ("specs", "family"),
-    [((3, 8, 16), "int"), ((3, "e4m3", "fp32"), "float"), (("e2m1", "e5m6"), "float"), (("bf16", "fp32"), "none"),
-     (("mxfp4", "mxfp6", "mxint8", 16), "block"), (("ternary", 16), "levels")],
-)  # fmt: skip
+    [
+        ((3, 8, 16), "int"),
+        ((3, "e4m3", "fp32"), "float"),
+        (("e2m1", "e5m6"), "float"),
+        (("bf16", "fp32"), "none"),
+        (("mxfp4", "mxfp6", "mxint8", 16), "block"),
+        (("ternary", 16), "levels"),
+    ],
+)
 def test_formats_of_one_family_share_a_program(specs, family):
     assert formats.shared_kind(specs).family == family
 

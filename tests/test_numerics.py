@@ -181,9 +181,11 @@ def test_a_quantized_tensor_gets_its_scale_back_whatever_its_mantissa(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rounding"),
-    [*((name, "nearest") for name in ("int2", "e4m3", "ternary", "e8m7", "mxfp4")),
-     *((name, "stochastic") for name in ("int2", "binary", "nvfp4"))],
-)  # fmt: skip
+    [
+        *((name, "nearest") for name in ("int2", "e4m3", "ternary", "e8m7", "mxfp4")),
+        *((name, "stochastic") for name in ("int2", "binary", "nvfp4")),
+    ],
+)
 def test_zeros_stay_zero_and_have_a_gradient(name, rounding):
     options = {"axis": -1, "rounding": rounding, "key": jax.random.key(0)}
     y, pull_back = jax.vjp(lambda x: fake_quant(x, name, **options), jnp.zeros((4, 64)))
@@ -325,9 +327,15 @@ def mx_by_hand(x: np.ndarray, element) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "element"),
-    [("mxfp4", "e2m1"), ("mxfp6", "e2m3"), ("mxfp6_e3m2", "e3m2"), ("mxfp8", "e4m3fn"), ("mxfp8_e5m2", "e5m2"),
-     ("mxint8", "int8")],
-)  # fmt: skip
+    [
+        ("mxfp4", "e2m1"),
+        ("mxfp6", "e2m3"),
+        ("mxfp6_e3m2", "e3m2"),
+        ("mxfp8", "e4m3fn"),
+        ("mxfp8_e5m2", "e5m2"),
+        ("mxint8", "int8"),
+    ],
+)
 def test_mx_formats_follow_the_ocp_recipe(name, element):
     for seed in range(10):
         x = random_tensor(seed, (64, 64))

@@ -24,14 +24,14 @@ def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) 
         (("g_a", "s_a"), outputs),
         (("g_w", "s_w"), {"the tokens of a microbatch": tokens_per_part}),
     )
-    for name, setting in precision.quantizers:
-        size = operands.group_size(setting.granularity)
+    for name, quantizer in precision.quantizers:
+        size = operands.group_size(quantizer.granularity)
         lengths = next(lengths for names, lengths in contracted if name in names)
         for what, length in lengths.items():
             if size and length % size:
                 raise ConfigError(
                     f"precision.{OPTIONS[name]}",
-                    f"{setting.format.name}/{setting.granularity}",
+                    f"{quantizer.format.name}/{quantizer.granularity}",
                     f"a group that divides {what}, {length}",
                 )
     if precision.rotated:

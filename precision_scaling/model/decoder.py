@@ -78,8 +78,8 @@ def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
     """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension."""
     length, head_dim = x_BxSxHxK.shape[1], x_BxSxHxK.shape[-1]
     frequency_k = rope.frequencies(head_dim, theta, scaling)
-    angle_Lx1xk = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k)[:, None, :]
-    cos, sin = jnp.cos(angle_Lx1xk), jnp.sin(angle_Lx1xk)
+    angle_Sx1xk = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k)[:, None, :]
+    cos, sin = jnp.cos(angle_Sx1xk), jnp.sin(angle_Sx1xk)
     first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxSxHxK.dtype)

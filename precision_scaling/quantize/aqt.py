@@ -29,7 +29,7 @@ def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None], No
     """Shows the operands of every product that is traced meanwhile: observe(name, x, x_q, saturated), left one first.
 
     x as it comes; x_q as it is multiplied, rounded to nearest; saturated: where x lies beyond its grid, None where it
-    is not quantized. They are traced arrays: for programs traced to be looked at, never for a training step.
+    is not quantized. They are traced arrays: for inspection, never in a training step.
     """
     token = _observer.set(observe)
     try:
@@ -58,7 +58,7 @@ class GridNumerics(aqt_numerics.AqtNumerics):
     read and written once, and the backward pass uses the very values the forward pass multiplied.
     """
 
-    operand: StaticQuantizer = aqt_utils.static_field()
+    quantizer: StaticQuantizer = aqt_utils.static_field()
     axes: tuple[int, ...] = aqt_utils.static_field()
 
     def get_dtype(self):
@@ -68,7 +68,7 @@ class GridNumerics(aqt_numerics.AqtNumerics):
         return 1.0
 
     def vjp_fwd(self, x, context):
-        return on_static_grid(x, self.operand, self.axes, context.grid, context.key), ()
+        return on_static_grid(x, self.quantizer, self.axes, context.grid, context.key), ()
 
     def vjp_bwd(self, res, grad):
         return grad, None
@@ -86,20 +86,20 @@ class UnitScale(aqt_calibration.Calibration):
 class CodeNumerics(aqt_numerics.AqtNumerics):
     """AQT numerics of native products: codes in their container, of an operand that AQT has divided by its scale."""
 
-    operand: StaticQuantizer = aqt_utils.static_field()
+    quantizer: StaticQuantizer = aqt_utils.static_field()
 
     def get_dtype(self):
-        return jnp.dtype(self.operand.container)
+        return jnp.dtype(self.quantizer.container)
 
     def get_quant_bound(self):
         return 1.0
 
     def vjp_fwd(self, x, context):
         noise = None
-        if self.operand.rounding == "stochastic":
+        if self.quantizer.rounding == "stochastic":
             noise = rounding.rounding_noise(_required(context.key), x.shape)
-        codes = rounding.round_to_grid(x, context.grid, self.operand.kind, noise, saturate=noise is not None)
-        return codes.astype(self.operand.container), ()
+        codes = rounding.round_to_grid(x, context.grid, self.quantizer.kind, noise, saturate=noise is not None)
+        return codes.astype(self.quantizer.container), ()
 
     def vjp_bwd(self, res, grad):
         return grad, None
@@ -109,13 +109,13 @@ class CodeNumerics(aqt_numerics.AqtNumerics):
 class GridScale(aqt_calibration.Calibration):
     """The scale of a traced grid, as `numerics` has it, for AQT to apply."""
 
-    operand: StaticQuantizer = aqt_utils.static_field()
+    quantizer: StaticQuantizer = aqt_utils.static_field()
     axes: tuple[int, ...] = aqt_utils.static_field()
 
     def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
         x_f32 = jax.lax.stop_gradient(x).astype(jnp.float32)
-        unsaturated = self.operand.rounding == "stochastic"
-        scale = rounding.scale_of(x_f32, context.grid, self.operand.kind, self.axes, unsaturated)
+        unsaturated = self.quantizer.rounding == "stochastic"
+        scale = rounding.scale_of(x_f32, context.grid, self.quantizer.kind, self.axes, unsaturated)
         # AQT multiplies by the inverse, which is flushed to zero for a larger scale.
         return [jnp.where(scale > rounding.LARGEST_INVERTIBLE, jnp.nan, scale)], [], None
 
@@ -126,18 +126,18 @@ def _required(key: jax.Array | None) -> jax.Array:
     return key
 
 
-def on_static_grid(x, operand: StaticQuantizer, axes: tuple[int, ...], grid: Grid, key):
-    group = operand.kind.block_size or group_size(operand.granularity)
-    return rounding.fake_quant_grid(x, grid, operand.kind, axes, group, operand.rounding, key)
+def on_static_grid(x, quantizer: StaticQuantizer, axes: tuple[int, ...], grid: Grid, key):
+    group = quantizer.kind.block_size or group_size(quantizer.granularity)
+    return rounding.fake_quant_grid(x, grid, quantizer.kind, axes, group, quantizer.rounding, key)
 
 
-def scale_axes(name: str, operand: StaticQuantizer, ndim: int, contracting: Sequence[int]) -> tuple[int, ...]:
+def scale_axes(name: str, quantizer: StaticQuantizer, ndim: int, contracting: Sequence[int]) -> tuple[int, ...]:
     """Axes over which one scale is shared, or that are split into groups."""
-    if operand.kind.block_size is not None or operand.granularity == "vector" or group_size(operand.granularity):
+    if quantizer.kind.block_size is not None or quantizer.granularity == "vector" or group_size(quantizer.granularity):
         return tuple(contracting)
-    if operand.granularity == "tensor":
+    if quantizer.granularity == "tensor":
         return tuple(range(ndim))
-    return SCALE_AXES[name][operand.granularity]
+    return SCALE_AXES[name][quantizer.granularity]
 
 
 def _dot(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
@@ -153,26 +153,26 @@ def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_
 
 
 def _set_product(raw, sides, grids: Grids, key, wide: bool) -> None:
-    """Sets how AQT computes one product; sides: (name, Operand or None, ndim, contracted axes) of left and right."""
+    """Sets how AQT computes one product; sides: (name, quantizer or None, ndim, contracted axes) of left and right."""
     raw.dot_general = _dot_float32 if wide else _dot
-    native = all(operand is not None and operand.container for _, operand, _, _ in sides)
+    native = all(quantizer is not None and quantizer.container for _, quantizer, _, _ in sides)
     if native:
-        integers = all(operand.container == "int8" for _, operand, _, _ in sides)
+        integers = all(quantizer.container == "int8" for _, quantizer, _, _ in sides)
         raw.dg_accumulator_dtype = jnp.int32 if integers else jnp.float32
-    quantizers = (raw.lhs, raw.dg_quantizer.lhs), (raw.rhs, raw.dg_quantizer.rhs)
-    for (name, operand, ndim, contracting), (tensor, quantizer) in zip(sides, quantizers, strict=True):
-        if operand is None:
+    aqt_quantizers = (raw.lhs, raw.dg_quantizer.lhs), (raw.rhs, raw.dg_quantizer.rhs)
+    for (name, quantizer, ndim, contracting), (tensor, aqt_quantizer) in zip(sides, aqt_quantizers, strict=True):
+        if quantizer is None:
             continue
-        axes = scale_axes(name, operand, ndim, contracting)
+        axes = scale_axes(name, quantizer, ndim, contracting)
         if native:
-            quantizer.numerics = CodeNumerics(operand=operand)
-            quantizer.calibration = functools.partial(GridScale, operand=operand, axes=axes)
+            aqt_quantizer.numerics = CodeNumerics(quantizer=quantizer)
+            aqt_quantizer.calibration = functools.partial(GridScale, quantizer=quantizer, axes=axes)
         else:
-            quantizer.numerics = GridNumerics(operand=operand, axes=axes)
-            quantizer.calibration = UnitScale
+            aqt_quantizer.numerics = GridNumerics(quantizer=quantizer, axes=axes)
+            aqt_quantizer.calibration = UnitScale
             tensor.dequant_mode = DequantMode.THIS_INPUT
-        own_key = fold_in(key, INDEX[name]) if operand.rounding == "stochastic" else None
-        quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name])
+        own_key = fold_in(key, INDEX[name]) if quantizer.rounding == "stochastic" else None
+        aqt_quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name])
 
 
 def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, static: StaticPrecision, grids, key=None):
@@ -229,14 +229,14 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
 
 
 def _show(observe: Callable, x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:
-    operand = static.get(name)
-    if operand is None:
+    quantizer = static.get(name)
+    if quantizer is None:
         observe(name, x, x, None)
         return
     if any(name in pair and pair[0] in static.wide for pair in PRODUCTS):
         x = x.astype(jnp.float32)
-    operand = dataclasses.replace(operand, rounding="nearest")
-    axes = scale_axes(name, operand, x.ndim, contracting)
-    group = operand.kind.block_size or group_size(operand.granularity)
-    saturated = rounding.saturated(x, grids[name], operand.kind, axes, group)
-    observe(name, x, on_static_grid(x, operand, axes, grids[name], None), saturated)
+    quantizer = dataclasses.replace(quantizer, rounding="nearest")
+    axes = scale_axes(name, quantizer, x.ndim, contracting)
+    group = quantizer.kind.block_size or group_size(quantizer.granularity)
+    saturated = rounding.saturated(x, grids[name], quantizer.kind, axes, group)
+    observe(name, x, on_static_grid(x, quantizer, axes, grids[name], None), saturated)

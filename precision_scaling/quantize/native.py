@@ -17,18 +17,18 @@ def container_of(fmt: Format) -> str | None:
 
 
 def check_products(precision: Precision) -> None:
-    """Raises ConfigError where a spec asks for products that no hardware has."""
+    """Raises ConfigError where a precision asks for products that no hardware has."""
 
     def refuse(value: str, allowed: str):
         raise ConfigError("precision.mode", f"native with {value}", allowed)
 
-    for name, setting in precision.quantizers:
-        text = f"{OPTIONS[name]} = {setting.format.name}/{setting.granularity}"
+    for name, quantizer in precision.quantizers:
+        text = f"{OPTIONS[name]} = {quantizer.format.name}/{quantizer.granularity}"
         if name == "e":
             refuse(text, "bf16, a look-up is no product")
-        if container_of(setting.format) is None:
+        if container_of(quantizer.format) is None:
             refuse(text, "int2 to int8, e4m3fn, e5m2, or mode simulated")
-        if not operands.output_scaled(name, setting.granularity):
+        if not operands.output_scaled(name, quantizer.granularity):
             refuse(text, "a granularity whose scale is constant along the contraction")
     for left, right in operands.PRODUCTS:
         pairs = [(left, right)]
@@ -38,8 +38,8 @@ def check_products(precision: Precision) -> None:
                 pairs.append((f"g_{x}", saved))
                 if x in precision.exact:
                     refuse(f"{OPTIONS[f's_{x}']} = exact", "forward or a format, as its gradient has one")
-                quantizer = precision.get(saved)
-                if saved == partner(x) and quantizer and quantizer.granularity != "tensor":
+                other_quantizer = precision.get(saved)
+                if saved == partner(x) and other_quantizer and other_quantizer.granularity != "tensor":
                     text = f"{OPTIONS[f'g_{x}']} = {gradient.format.name} and {OPTIONS[f's_{x}']} = forward"
                     refuse(text, f"granularity tensor for {OPTIONS[saved]}, or a format for the saved operand")
             elif precision.get(f"s_{x}"):
@@ -51,20 +51,22 @@ def check_products(precision: Precision) -> None:
             if any(found) and not all(found):
                 missing = one if precision.get(other) else other
                 refuse(f"{OPTIONS[missing]} = bf16", f"formats for both {OPTIONS[one]} and {OPTIONS[other]}")
-            kinds = {container_of(setting.format) == "int8" for setting in found if setting}
+            kinds = {container_of(quantizer.format) == "int8" for quantizer in found if quantizer}
             if len(kinds) > 1:
                 refuse(f"{OPTIONS[one]} and {OPTIONS[other]} of two kinds", "both integers, or both fp8")
 
 
 def check_device(precision: Precision, device: jax.Device | None = None) -> None:
-    """Raises ConfigError where the device has no native product of the spec's formats.
+    """Raises ConfigError where the device has no native product of the precision's formats.
 
     int8 products exist on CPUs, GPUs and TPUs; fp8 on GPUs of compute capability 8.9 and above.
     """
     device = device or jax.devices()[0]
     if not precision.native:
         return
-    fp8 = sorted({setting.format.name for _, setting in precision.quantizers if container_of(setting.format) != "int8"})
+    fp8 = sorted(
+        {quantizer.format.name for _, quantizer in precision.quantizers if container_of(quantizer.format) != "int8"}
+    )
     capability = getattr(device, "compute_capability", "0")
     if fp8 and not (device.platform == "gpu" and tuple(map(int, str(capability).split("."))) >= (8, 9)):
         raise ConfigError(

@@ -15,7 +15,7 @@ from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS
 
 
 def from_options(options: Mapping[str, Any], preset: str | None = None, **replaced: str) -> Precision:
-    """The spec that the config's `precision` section describes.
+    """The precision that the config's `precision` section describes.
 
     options: as in configs/base.py; an empty leaf takes the preset's value. preset: another preset than the section's.
     replaced: formats by operand that take the place of the section's, with "/granularity" and "/rounding" if need be.
@@ -46,7 +46,7 @@ def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[s
         value = (options[section] if section else options)[leaf]
         return (PRESETS[preset][key], False) if value == "" else (value, True)
 
-    settings, exact = {}, []
+    quantizers, exact = {}, []
     for name in FORWARD + BACKWARD:
         value = replaced.get(name, chosen(OPTIONS[name])[0])
         granularity, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
@@ -54,23 +54,23 @@ def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[s
         if name.startswith("s_") and value in SOURCES:
             exact += [name.removeprefix("s_")] * (value == "exact")
             continue
-        setting = _setting(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
-        if setting.format.family != "none":
-            settings[name] = setting
+        quantizer = _quantizer(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
+        if quantizer.format.family != "none":
+            quantizers[name] = quantizer
     for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
     return Precision(
-        quantizers=tuple(settings.items()),
+        quantizers=tuple(quantizers.items()),
         # The exact saved operand is the forward one where that is not quantized.
-        exact=tuple(name for name in exact if partner(name) in settings),
-        rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(settings)),
-        native=chosen("mode")[0] == "native" and bool(settings),
+        exact=tuple(name for name in exact if partner(name) in quantizers),
+        rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(quantizers)),
+        native=chosen("mode")[0] == "native" and bool(quantizers),
     )
 
 
 def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precisions") -> Precision:
-    """The spec of a grid's shorthand; what it leaves out is as in the config's `precision` section.
+    """The precision of a grid's shorthand; what it leaves out is as in the config's `precision` section.
 
     text: "bf16" (nothing is quantized), a preset, or parts with formats joined by "_": w, a, kv, g (incoming gradients
     of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
@@ -93,13 +93,13 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
         names = parts[match[1]]
         if replaced.keys() & set(names):
             raise ConfigError(key, text, f"each part once, {match[1]} is there twice (kv is k and v)")
-        _setting(key, names[0], match[2], ("tensor", False), ("nearest", False), text)
+        _quantizer(key, names[0], match[2], ("tensor", False), ("nearest", False), text)
         replaced |= dict.fromkeys(names, match[2])
     return from_options(options, preset, **replaced)
 
 
-def _setting(key: str, name: str, value: object, granularity, rounding, shown: str = "") -> Quantizer:
-    """One operand's setting, from "FORMAT[/GRANULARITY][/ROUNDING]" and the group's (value, given by the user).
+def _quantizer(key: str, name: str, value: object, granularity, rounding, shown: str = "") -> Quantizer:
+    """One operand's quantizer, from "FORMAT[/GRANULARITY][/ROUNDING]" and the group's (value, given by the user).
 
     shown: what stands for the value in errors, the shorthand that it is a part of.
     """

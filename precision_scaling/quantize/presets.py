@@ -1,4 +1,4 @@
-"""Named settings of the config's `precision` section."""
+"""Named values of the config's `precision` section."""
 
 from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPTIONS
 
@@ -25,7 +25,7 @@ _UNQUANTIZED = {
     "rotation": "none",
     "mode": "simulated",
 }
-# Presets by name: every option's value. Each starts from the paper's setting, in which nothing is quantized yet.
+# Presets by name: every option's value. Each starts from the paper's, in which nothing is quantized yet.
 PRESETS = {
     "paper": _UNQUANTIZED,
     # Weights only, forward only (the paper's quantization-aware training).

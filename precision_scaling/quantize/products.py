@@ -15,8 +15,8 @@ def _rotation_signs(width: int) -> jax.Array:
 
 def on_grid(x, name: str, static: StaticPrecision, grids: Grids):
     """An operand of a projection ("a" or "w", contracted over its last or first axis) as the product sees it."""
-    operand = static.get(name)
-    if operand is None:
+    quantizer = static.get(name)
+    if quantizer is None:
         return x
     weights = name.endswith("w")
     x_2d = x.reshape(x.shape[0], -1) if weights else x.reshape(-1, x.shape[-1])
@@ -24,7 +24,7 @@ def on_grid(x, name: str, static: StaticPrecision, grids: Grids):
     signs = _rotation_signs(x_2d.shape[contracting]) if static.rotated else None
     if signs is not None:
         x_2d = hadamard.rotate(x_2d, signs, contracting)
-    x_2d = on_static_grid(x_2d, operand, scale_axes(name, operand, 2, (contracting,)), grids[name], None)
+    x_2d = on_static_grid(x_2d, quantizer, scale_axes(name, quantizer, 2, (contracting,)), grids[name], None)
     if signs is not None:
         x_2d = hadamard.unrotate(x_2d, signs, contracting)
     return x_2d.reshape(x.shape)
@@ -54,8 +54,8 @@ def attention_values(p_BxHxSxS, v_BxSxHxK, static: StaticPrecision, grids: Grids
 
 def embedding_table(table_VxD, static: StaticPrecision, grids: Grids, key=None):
     """The embedding's table as it is looked up; gradients pass straight through."""
-    operand = static.get("e")
-    if operand is None:
+    quantizer = static.get("e")
+    if quantizer is None:
         return table_VxD
-    own_key = fold_in(key, INDEX["e"]) if operand.rounding == "stochastic" else None
-    return on_static_grid(table_VxD, operand, scale_axes("e", operand, 2, (1,)), grids["e"], own_key)
+    own_key = fold_in(key, INDEX["e"]) if quantizer.rounding == "stochastic" else None
+    return on_static_grid(table_VxD, quantizer, scale_axes("e", quantizer, 2, (1,)), grids["e"], own_key)

@@ -1,6 +1,6 @@
 """Learning-rate schedules as data: one formula serves cosine, linear, constant and WSD, of any length, all traced.
 
-`experiment` makes a run's `Schedule`; `step` asks it for the rate. Runs of different schedules share a program.
+`experiment` makes a run's `Schedule`; `step` asks it for the rate. Runs of different schedules share a compiled step.
 """
 
 import math
