@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 BITS = (2, 3, 4, 8)
 
 
-def problem(seed=0, rows=64, outputs=24, spread=1.5):
+def problem(seed=0, rows=64, outputs=40, spread=1.5):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(512, rows)) @ rng.normal(size=(rows, rows)) / np.sqrt(rows)
     x = (x * np.exp(spread * rng.normal(size=rows))).astype(np.float32)

@@ -1,6 +1,6 @@
 """What quantization did to each layer of a run: a file beside the run's rows, and a figure of error by layer.
 
-`runs` writes the file from what `apply` reports; the command draws it.
+`study.ptq` writes the file from what `apply` reports; the command draws it.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Quantized checkpoints: kernels as densely packed integers with their scales, on disk through Orbax.
 
-`runs` saves what it has evaluated under a run's `quantized/`; `load` gives back a decoder with the same kernels, bit
+`study.ptq` saves what it has evaluated under a run's `quantized/`; `load` returns a decoder with the same kernels, bit
 for bit. Scales are float32, as the methods found them: in 16 bits they would make another kernel than the one whose
 loss is in the table, and per output channel they are less than a tenth of a bit per weight.
 """

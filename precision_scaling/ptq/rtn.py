@@ -1,4 +1,4 @@
-"""Round to nearest: the post-training quantization that looks at the kernel alone, and the yardstick for the others."""
+"""Round to nearest: the post-training quantization that looks at the kernel alone, and the baseline of the others."""
 
 import functools
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling.config import options as options_lib
+from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
@@ -19,8 +19,8 @@ from precision_scaling.ptq.registry import planned
 from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
-from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
+from precision_scaling.study.evaluate import evaluator
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training.run import WHOLE, Cohort, Run, Shard
 from precision_scaling.training.step import StepConfig
@@ -64,7 +64,7 @@ def quantize_missing(
     """
     chosen = {**workspace.experiment.config.ptq, **(options or {})}
     chosen |= {"methods": tuple(methods), "bits": tuple(bits), "formats": tuple(formats)}
-    options_lib.check_ptq(chosen)
+    check_ptq(chosen)
     schemes, todo = planned(chosen), []
     for scheme, _ in schemes if save else ():
         if scheme.format:
@@ -139,7 +139,7 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
         )
         if np.isfinite(report.error).any():
             layers.write(directory, scheme.name, job.bits, report)
-    evaluate = evaluate_lib.evaluator(workspace, job.group.shape, static)
+    evaluate = evaluator(workspace, job.group.shape, static)
     rows = []
     for k, b in enumerate(job.bits):
         post = {**grids, **{name: parse(b).grid() for name in scheme.method.operands}}
