@@ -69,7 +69,7 @@ import jax, numpy as np, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 jax.config.update("jax_disable_most_optimizations", True)
 from precision_scaling.numerics.formats import parse
-from precision_scaling.model.decoder import ModelConfig
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.training import schedule, step
 from precision_scaling.training.optimizer import OptimizerConfig
