@@ -32,9 +32,10 @@ __all__ = [
 ]
 
 
-def from_columns(columns: Mapping[str, ArrayLike], source: str = "memory") -> Table:
-    """A Table from arrays or lists, checked as a file is."""
-    return check(pd.DataFrame({k: np.ravel(v) for k, v in columns.items() if k not in (MODEL, BASE)}), source, "")
+def from_columns(columns: Mapping[str, ArrayLike], source: str = "memory", measured: bool = True) -> Table:
+    """A Table from arrays or lists, checked as a file is; measured: as for `load`."""
+    frame = pd.DataFrame({k: np.ravel(v) for k, v in columns.items() if k not in (MODEL, BASE)})
+    return check(frame, source, "", measured)
 
 
 def load(path: str | Path, measured: bool = True) -> Table:

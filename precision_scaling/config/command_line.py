@@ -65,7 +65,7 @@ class _Directory(flags.ArgumentParser):
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """The config that a file's get_config() returns; "FILE:TEXT" passes it a text.
+    """A config by `load_config`, with the names of its overrides checked.
 
     arguments: filled with those of the command line.
     """
@@ -77,13 +77,7 @@ class _ConfigFile(flags.ArgumentParser):
         self._arguments[:] = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
         if sum(bool(re.match(r"--?config(=|$)", given)) for given in self._arguments) > 1:
             raise UserError("--config is there twice; allowed is one config")
-        path, *text = argument.split(":", 1)
-        config = _load(path, text)
-        if not isinstance(config, ml_collections.ConfigDict):
-            found = type(config).__name__
-            raise UserError(f"get_config() returns a {found}: allowed is a ConfigDict made from configs/base.py")
-        options.check_names(config)
-        config.lock()
+        config = load_config(argument)
         for given in self._arguments:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", given):
                 _check_override(config, match[1])
@@ -91,6 +85,18 @@ class _ConfigFile(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def load_config(argument: str) -> ml_collections.ConfigDict:
+    """The config that a file's get_config() returns; "FILE:TEXT" passes it a text. Raises UserError."""
+    path, *text = argument.split(":", 1)
+    config = _load(path, text)
+    if not isinstance(config, ml_collections.ConfigDict):
+        found = type(config).__name__
+        raise UserError(f"get_config() returns a {found}: allowed is a ConfigDict made from configs/base.py")
+    options.check_names(config)
+    config.lock()
+    return config
 
 
 def _load(path: str, arguments: list[str]) -> Any:

@@ -17,6 +17,7 @@ from precision_scaling.huggingface import config_json, reading
 from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
 from precision_scaling.runtime import files, sharding
 from precision_scaling.study import evaluate, results
+from precision_scaling.study.generate import trained_run
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
 from precision_scaling.training import checkpoint
 from precision_scaling.training.run import Run
@@ -93,15 +94,7 @@ def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: there is something already; allowed is a new or an empty directory")
     workspace = reopen_workspace(workdir)
-    trained = {}
-    for group in workspace.experiment.cohorts:
-        for run in group.runs:
-            if any(row["status"] == "ok" for row in results.read_rows(workspace.directory(run), "trained")):
-                trained[run.id] = run
-    if run_id not in trained and (run_id or len(trained) != 1):
-        allowed = f"one of {', '.join(trained)}" if trained else "the workdir of a run that is trained"
-        raise UserError(f"--run={run_id}: allowed is {allowed}")
-    run = trained[run_id] if run_id else next(iter(trained.values()))
+    _, run = trained_run(workspace, run_id)
     decoder = run.shape.model
     params = workspace.parameters(run)
     write_pretrained(
