@@ -75,7 +75,7 @@ def measured(decoder, text, **options):
     spec = parsing.parse(text, base.get_config().precision)
     config = dataclasses.replace(CONFIG, **options)
     static = static_of([spec], config.dtype).evaluation()
-    found = layer_stats.measure(config, static, decoder[0], spec.table(static), decoder[1])
+    found = layer_stats.measure(config, static, decoder[0], static.grids(spec), decoder[1])
     return found, layer_stats.rows(spec, found)
 
 

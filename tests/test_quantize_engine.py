@@ -417,19 +417,19 @@ def test_native_fp8_products_equal_the_simulated_ones():
 SHARDED = """
 import functools, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from precision_scaling import quantize
 from precision_scaling.numerics.formats import parse
-from precision_scaling.quantize import Operand, Program
+from precision_scaling.quantize.products import linear
+from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
-def program(fmt, rounding, container=None, **granularity):
+def static_precision(fmt, rounding, container=None, **granularity):
     kind = parse(fmt).kind
     names = ("a", "w", "g_a", "g_w", "s_a", "s_w")
-    operand = lambda name: Operand(kind, granularity.get(name[0], "vector"), rounding, container)
-    return Program(tuple((name, operand(name)) for name in names))
+    quantizer = lambda name: StaticQuantizer(kind, granularity.get(name[0], "vector"), rounding, container)
+    return StaticPrecision(tuple((name, quantizer(name)) for name in names))
 
 @functools.partial(jax.jit, static_argnames="static")
-def products(x, kernel, g, table, key, program):
-    out, pullback = jax.vjp(lambda x, kernel: quantize.linear(x, kernel, program, table, key), x, kernel)
+def products(x, kernel, g, grids, key, static):
+    out, pullback = jax.vjp(lambda x, kernel: linear(x, kernel, static, grids, key), x, kernel)
     return out, *pullback(g)
 
 rng = np.random.default_rng(0)
@@ -437,16 +437,16 @@ x, kernel, g = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 64)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
 place = lambda array, *axes: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
 for fmt, chosen in (
-    ("int4", program("int4", "nearest", a="tensor", w="channel", g="tensor", s="tensor")),
-    ("e4m3", program("e4m3", "stochastic", a="token", w="channel")),
-    ("int6", program("int6", "nearest", a="group:16", w="group:16", g="group:16", s="group:16")),
-    ("mxfp4", program("mxfp4", "stochastic", a="tensor", w="tensor")),
-    ("int8", program("int8", "stochastic", "int8", a="token", w="channel")),
+    ("int4", static_precision("int4", "nearest", a="tensor", w="channel", g="tensor", s="tensor")),
+    ("e4m3", static_precision("e4m3", "stochastic", a="token", w="channel")),
+    ("int6", static_precision("int6", "nearest", a="group:16", w="group:16", g="group:16", s="group:16")),
+    ("mxfp4", static_precision("mxfp4", "stochastic", a="tensor", w="tensor")),
+    ("int8", static_precision("int8", "stochastic", "int8", a="token", w="channel")),
 ):
-    table, key = {name: parse(fmt).grid() for name, _ in chosen.operands}, jax.random.key(0)
-    one = products(x, kernel, g, table, key, chosen)
+    grids, key = {name: parse(fmt).grid() for name, _ in chosen.quantizers}, jax.random.key(0)
+    one = products(x, kernel, g, grids, key, chosen)
     placed = place(x, "data", None), place(kernel, None, "tensor"), place(g, "data", "tensor")
-    many = products(*placed, table, key, chosen)
+    many = products(*placed, grids, key, chosen)
     print(fmt, len(many[0].devices()), *(float(np.max(np.abs(a - b))) for a, b in zip(one, map(np.asarray, many))))
 """
 
