@@ -9,11 +9,12 @@ import sys
 
 from absl import flags
 
-from precision_scaling.config import command_line, options
+from precision_scaling.config import command_line, experiment, options
 from precision_scaling.errors import ConfigError
 from precision_scaling.runtime import cli, hosts, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
-from precision_scaling.study import results, run_missing
+from precision_scaling.study import results, run_missing, topology
+from precision_scaling.study.plan import plan_text
 from precision_scaling.study.workspace import open_workspace
 from precision_scaling.training import trackers
 from precision_scaling.training.run import WHOLE
@@ -21,6 +22,8 @@ from precision_scaling.training.run import WHOLE
 FLAGS = flags.FlagValues()
 _CONFIG = command_line.define_config(FLAGS)
 _WORKDIR = command_line.define_workdir(FLAGS, "Directory of the run: checkpoint, metrics and runs.csv.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the run (parameters, tokens, FLOPs) and stop.", flag_values=FLAGS)
+topology.define_flag(FLAGS)
 _TIME_LIMIT = stopping.define_flag(FLAGS)
 _PROFILE = profiling.define_flag(FLAGS)
 hosts.define_flags(FLAGS)
@@ -32,6 +35,12 @@ def main() -> None:
     options.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
+    target = topology.asked_for(FLAGS)
+    if _DRY_RUN.value:
+        print(plan_text(experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))))
+        if target:
+            print(topology.report(config, target))
+        return
     trackers.check(config.train.trackers)
     hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)

@@ -58,6 +58,11 @@ class Corpus:
         return tokenizers.load(self.meta["tokenizer"], self.directory / "tokenizer.json")
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of the ids in a token file."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def prepare(
     *,
     name: str,
@@ -166,7 +171,7 @@ def _write(
             if text:
                 files.atomic_write(partial / "tokenizer.json", text)
             tokenizer = tokenizers.load(spec, partial / "tokenizer.json")
-            dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+            dtype = token_dtype(tokenizer.vocab_size)
             parts = tokenize.write(texts, plan, spec, partial, dtype, run, progress)
         meta = {
             **options,

@@ -67,6 +67,11 @@ class Layout:
         return dict(self.mesh.shape)
 
     @property
+    def platform(self) -> str:
+        """Of its devices: "cpu", "gpu", "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def spans_hosts(self) -> bool:
         """Whether other processes hold a part of it."""
         return any(device.process_index != jax.process_index() for device in self.mesh.devices.flat)

@@ -15,7 +15,7 @@ from precision_scaling.config import command_line, experiment, options
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.runtime import cli, files, hosts, patterns, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
-from precision_scaling.study import measured, results
+from precision_scaling.study import measured, results, topology
 from precision_scaling.study.plan import parse_shard, plan_text
 from precision_scaling.study.run_missing import at_work, quantize_run, quantize_shard, train_missing
 from precision_scaling.study.workspace import open_workspace
@@ -37,6 +37,7 @@ _ONLY = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the plan (runs, cohorts, parameters, tokens, FLOPs) and stop.", flag_values=FLAGS
 )
+topology.define_flag(FLAGS)
 _SETTINGS = flags.DEFINE_string(
     "settings",
     "",
@@ -61,6 +62,7 @@ def main() -> None:
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     shard = parse_shard(_SHARD.value, _ONLY.value)
+    target = topology.asked_for(FLAGS)
     if _DRY_RUN.value or shard.only:  # else the workspace resolves the config, with the corpus at hand
         resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
         patterns.check("--only", shard.only, (run.id for run in resolved.runs))
@@ -72,6 +74,8 @@ def main() -> None:
                 rows = [row for run in shard.of(resolved.runs) for row in results.planned_rows(config, run)]
                 results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
+            if target:
+                print(topology.report(config, target))
             return
     trackers.check(config.train.trackers)
     hosts.start(FLAGS)

@@ -52,9 +52,11 @@ def compiled_cohort(config: StepConfig, layout: Layout, lanes: int) -> CompiledC
     spread = lambda one: jax.tree.map(lambda x: jnp.repeat(x[None], lanes, axis=0), one)
     return CompiledCohort(
         one,
-        initialize=compilation.jit(functools.partial(step.init_state, config), level=1, out_shardings=single),
+        initialize=compilation.jit(
+            functools.partial(step.init_state, config), level=1, platform=layout.platform, out_shardings=single
+        ),
         spread=jax.jit(spread, out_shardings=many),
-        train=compilation.jit(train, donate_argnums=0, out_shardings=(many, layout.place())),
+        train=compilation.jit(train, platform=layout.platform, donate_argnums=0, out_shardings=(many, layout.place())),
         parameters=jax.jit(take, out_shardings=single.params),
         pick=jax.jit(take, out_shardings=single),
         put=jax.jit(put, donate_argnums=0, out_shardings=many),
@@ -113,7 +115,11 @@ def _bytes(config: StepConfig, layout: Layout, lanes: int, inputs: RunInputs, to
     """What each device holds while the program runs."""
     these = compiled_cohort(config, layout, lanes)
     state = layout.abstract(stacked(these.one, lanes), lanes=True)
-    used = these.train.lower(state, inputs, tokens, 1).compile().memory_analysis()
+    return bytes_in_use(these.train.lower(state, inputs, tokens, 1).compile().memory_analysis())
+
+
+def bytes_in_use(used: Any) -> int:
+    """What each device holds while a program runs. used: its `memory_analysis()`."""
     return (
         used.argument_size_in_bytes
         + used.output_size_in_bytes

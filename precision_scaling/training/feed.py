@@ -24,6 +24,14 @@ class Chunk(NamedTuple):
     steps: int
 
 
+def abstract_tokens(
+    layout: Layout, steps: int, lanes: int, microbatches: int, sequences: int, seq_len: int, dtype
+) -> jax.ShapeDtypeStruct:
+    """(T, R, M, B, S + 1), placed on the devices: what a dispatch of so many steps is given."""
+    shape = (steps, lanes, microbatches, sequences, seq_len + 1)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.of_shape(shape, None, "run", None, BATCH))
+
+
 class Prefetcher:
     """Chunks as arrays on the devices, of a fixed number of steps T: (T, R, M, B, S + 1).
 
@@ -33,13 +41,12 @@ class Prefetcher:
 
     def __init__(self, loader: Loader, layout: Layout, lanes: int, microbatches: int, max_steps: int):
         sequences = loader.batch_size // microbatches
-        tail = (lanes, microbatches, sequences, loader.seq_len + 1)
-        step_bytes = int(np.prod(tail)) * loader.corpus.train.itemsize // jax.process_count()
+        dtype = loader.corpus.train.dtype
+        step_bytes = lanes * microbatches * sequences * (loader.seq_len + 1) * dtype.itemsize // jax.process_count()
         self.lanes = lanes
         self.max_steps = min(max_steps, max(1, CHUNK_BYTES // step_bytes))
-        self.shape = (self.max_steps, *tail)
-        self.sharding = layout.of_shape(self.shape, None, "run", None, BATCH)
-        self.abstract = jax.ShapeDtypeStruct(self.shape, loader.corpus.train.dtype, sharding=self.sharding)
+        self.abstract = abstract_tokens(layout, self.max_steps, lanes, microbatches, sequences, loader.seq_len, dtype)
+        self.shape, self.sharding = self.abstract.shape, self.abstract.sharding
         self.wait_seconds = 0.0  # that `take` has waited for tokens, in all
         self._loader = loader
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "feed")

@@ -1,0 +1,200 @@
+"""What is read from a compiled program, against collectives, loops and products that were counted by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precision_scaling.config import base, experiment
+from precision_scaling.errors import UserError
+from precision_scaling.model.accounting import count_parameters
+from precision_scaling.runtime import hlo, targets
+from precision_scaling.study import topology
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """HloModule toy
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%async_collective_fusion.1 (p: bf16[8,4]) -> bf16[32,4] {
+  %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.2 = bf16[32,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%body (t: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %t = (s32[], bf16[8,4]{1,0}, /*index=2*/f32[3]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%t), index=1
+  %gather.1 = bf16[32,4]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  %fused = bf16[32,4]{1,0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.1
+  %kernel = s8[4,6]{1,0} constant({...})
+  %codes = s8[32,4]{1,0} convert(%fused)
+  %product = s32[32,6]{1,0} dot(%codes, %kernel), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %kept = bf16[8,4]{0,1} copy(%x)
+  ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %kept)
+}
+
+%condition (t: (s32[], bf16[8,4])) -> pred[] {
+  %t.1 = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[10] {
+  %x.1 = bf16[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[8,4]{1,0}) tuple(%zero, %x.1)
+  %loop = (s32[], bf16[8,4]{1,0}) while(%start), condition=%condition, body=%body
+  %grads = f32[10]{0} constant({...})
+  %reduced = f32[10]{0} all-reduce(%grads), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %both = (f32[10]{0}, f32[2]{0}) all-reduce(%grads, %grads), channel_id=10, replica_groups=mesh['a'=4,'b'=2] {'b'}
+  %shard = f32[10]{0} reduce-scatter(%grads), channel_id=11, replica_groups={}, dimensions={0}, to_apply=%add
+  %begin = (f32[10]{0}, f32[40]{0}) all-gather-start(%grads), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %end = f32[40]{0} all-gather-done(%begin)
+}
+"""
+
+
+def test_a_program_counted_by_hand():
+    counts = hlo.count(PROGRAM, devices=8)
+    found = {(one.kind, one.devices, one.times): (one.sent, one.overlapped) for one in counts.collectives}
+    assert found == {
+        # Five turns of 32 x 4 values in bf16 over four devices; in two pieces of one channel, so that it overlaps.
+        ("all-gather", 4, 5): (5 * 32 * 4 * 2 * 3 / 4, True),
+        ("all-reduce", 8, 1): (2 * 40 * 7 / 8, False),
+        ("all-reduce", 2, 1): (2 * 48 * 1 / 2, False),
+        ("reduce-scatter", 8, 1): (80 * 4 * 7 / 8, False),
+        ("all-gather", 4, 1): (160 * 3 / 4, True),
+    }
+    assert counts.blocking == 3 and counts.sent == sum(sent for sent, _ in found.values())
+    assert counts.products == {"s8 x s8": 5}
+    assert (counts.copies, counts.copied_bytes) == (5, 5 * 8 * 4 * 2)
+    with pytest.raises(ValueError, match="no HLO"):
+        hlo.count("nothing", 8)
+
+
+def test_the_products_of_a_compiled_loop():
+    def program(x_BxI, kernels_LxIxI):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_BxI, kernels_LxIxI)[0]
+
+    compiled = jax.jit(program).lower(np.zeros((4, 8), np.float32), np.zeros((7, 8, 8), np.float32)).compile()
+    counts = hlo.count(compiled.as_text(), 1)
+    assert counts.products == {"f32 x f32": 7} and counts.collectives == () and counts.sent == 0
+
+
+def test_sizes_of_types_and_groups():
+    assert hlo.shapes("(s32[], bf16[2,3]{1,0:T(8,128)})") == [("s32", ()), ("bf16", (2, 3))]
+    assert [hlo.bytes_of(*one) for one in (("s4", (3,)), ("f8e4m3fn", (3,)), ("pred", ()), ("f32", (2, 2)))] == [
+        2,
+        3,
+        1,
+        16,
+    ]
+    assert hlo.group_size("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a','b'}, x", 64) == 8
+    assert hlo.group_size("channel_id=1", 64) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("v9:2x2", "allowed is"), ("h100:9", "allowed is"), ("v5e", "allowed is"), ("cpu:0", "allowed is")],
+)
+def test_a_target_that_there_is_not(name, said):
+    with pytest.raises(UserError, match=said):
+        targets.target(name)
+
+
+def aot(*arguments: str) -> list[dict]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.aot",
+        "--size=25k",
+        "--config.train.microbatches=1",
+        "--config.data.tokenizer=bytes",
+        *arguments,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_gradients_are_the_traffic_of_data_parallel_training():
+    arguments = ("--target=cpu:4", "--config.train.batch_size=4", "--config.model.sequence_length=16")
+    (case,) = aot(*arguments, "--config.mesh.data=4", "--config.model.dtype=float32")
+    # Every parameter's gradient is reduced once over four devices, in float32; its norm and the losses are scalars.
+    gradients = 2 * 3 / 4 * 4 * case["parameters"]
+    assert gradients <= case["bytes_sent"] <= 1.001 * gradients
+    assert set(case["collectives"]) == {"all-reduce"} and case["devices"] == 4
+    assert case["bytes"]["arguments"] >= 12 * case["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("target", "options", "products"),
+    [
+        ("v5e:2x4", ("--config.mesh.fsdp=8", "--config.precision.mode=native", "--precision=int8_full"), "s8 x s8"),
+        ("v5e:2x4", ("--config.mesh.fsdp=8", "--precision=w4_a8_kv8"), "bf16 x bf16"),
+        ("h100", ("--config.precision.mode=native", "--precision=fp8"), "f8e4m3fn x f8e4m3fn"),
+        ("h100", ("--config.precision.mode=native", "--precision=int8_full"), "s8 x s8"),
+    ],
+)
+def test_what_the_compilers_of_accelerators_say(target, options, products):
+    if why := targets.missing(target):
+        pytest.skip(why)
+    options = ("--config.train.batch_size=8", "--config.model.sequence_length=128", *options)
+    for case in aot(f"--target={target}", "--program=train,evaluate", *options):
+        assert case["products"][products] > 0 and case["fits"] and case["memory"] >= 16 * 2**30
+        assert 0 < case["bytes"]["arguments"] < case["bytes"]["peak"] < case["memory"]
+        assert ("all-gather" in case["collectives"]) == (case["devices"] > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does(run_command, tmp_path):
+    if why := targets.missing("v5e:2x2"):
+        pytest.skip(why)
+    options = ("--config.model.size=25k", "--config.model.sequence_length=1024", "--config.mesh.fsdp=4")
+    command = ("precision_scaling.train", "--config=configs/base.py", f"--workdir={tmp_path / 'none'}", *options)
+    done = run_command(
+        *command, "--dry_run", "--topology=v5e:2x2", "--config.train.batch_size=4096", "--config.train.tokens=1e8"
+    )
+    assert done.returncode == 2 and not (tmp_path / "none").exists()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: 25k on 4 x v5e, by its compiler: ") and "nearest that fits: --config.mesh" in last
+    done = run_command(*command, "--topology=v5e:2x2")
+    assert done.returncode == 2 and "--dry_run" in done.stderr
+
+
+def test_settings_are_tried_from_the_least_traffic_on():
+    config = base.get_config()
+    config.train.batch_size = 8
+    (cohort,) = experiment.resolve(config, 257).cohorts
+    target = targets.Target("v5e:4x4", range(16), 16 * 2**30)
+    tried = list(topology.settings(config.train.batch_size, cohort, target))
+    assert tried[0] == topology.Setting(8, 1, "none") and {one.fsdp for one in tried} == {8}
+    assert [(one.microbatches, one.remat) for one in tried[1:]] == [
+        (1, "dots"),
+        (1, "full"),
+        (2, "full"),
+        (4, "full"),
+        (8, "full"),
+    ]
+    changed = tried[3].applied(config)
+    assert (changed.mesh.fsdp, changed.mesh.data, changed.train.microbatches) == (8, -1, 2)
+    _, parameters = count_parameters(cohort.shape.model)
+    small = targets.Target("toy", range(16), 2 * 12 * parameters // 8 - 1)  # whose half has no room for an eighth
+    assert next(topology.settings(8, cohort, small)).fsdp == 16
