@@ -172,7 +172,9 @@ def _few_optimizations():
     from precision_scaling.runtime import compilation
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "jit", lambda function, level=0, **options: jax.jit(function, **options))
+        patch.setattr(
+            compilation, "jit", lambda function, level=0, platform=None, **options: jax.jit(function, **options)
+        )
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
