@@ -119,7 +119,7 @@ def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
-    compilation.jit = lambda function, level=0, **options: jax.jit(function, **options)
+    compilation.jit = lambda function, level=0, platform=None, **options: jax.jit(function, **options)
     for text in sys.argv[2:]:
         sizes = tuple(map(int, text.split(",")))
         print(json.dumps({"mesh": text, **train(sizes, Path(sys.argv[1]) / text)}), flush=True)

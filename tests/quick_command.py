@@ -12,6 +12,6 @@ from precision_scaling.runtime import compilation
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
-    compilation.jit = lambda function, level=0, **options: jax.jit(function, **options)
+    compilation.jit = lambda function, level=0, platform=None, **options: jax.jit(function, **options)
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
