@@ -28,7 +28,7 @@ from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.static import StaticPrecision, static_of
-from precision_scaling.runtime import cli, compilation, files
+from precision_scaling.runtime import cli, compilation, files, paths
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training.run import Run
 
@@ -197,7 +197,7 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def _trained(workspace: Workspace, wanted: str | None) -> list[Run]:
     """The runs with a checkpoint, or the one of that name."""
-    trained = [run for run in workspace.experiment.runs if (workspace.directory(run) / "checkpoint").exists()]
+    trained = [run for run in workspace.experiment.runs if (workspace.directory(run) / paths.CHECKPOINT).exists()]
     chosen = [run for run in trained if wanted in (None, run.id)]
     if not chosen:
         names = ", ".join(run.id for run in trained) or "of which there is none"
@@ -231,8 +231,7 @@ def main() -> None:
     if not jobs:
         raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
     for run, precision in jobs:
-        name = "layer-stats" + ("" if _PRECISION.value is None else f"-{_PRECISION.value.replace('/', '.')}")
-        path = workspace.directory(run) / f"{name}.csv"
+        path = paths.layer_stats(workspace.directory(run), (_PRECISION.value or "").replace("/", "."))
         lines = of_run(workspace, run, precision, sequences)
         files.atomic_write(path, to_csv(lines))
         draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))

@@ -11,7 +11,7 @@ from absl import flags
 
 from precision_scaling.config import command_line, experiment, options
 from precision_scaling.errors import ConfigError
-from precision_scaling.runtime import cli, hosts, profiling, stopping
+from precision_scaling.runtime import cli, hosts, paths, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.study import results, run_missing, topology
 from precision_scaling.study.plan import plan_text
@@ -44,7 +44,7 @@ def main() -> None:
     trackers.check(config.train.trackers)
     hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)
-    profile = Profile(workdir / "profile", _PROFILE.value)
+    profile = Profile(workdir / paths.PROFILE, _PROFILE.value)
     with run_missing.at_work(workdir, WHOLE, _TIME_LIMIT.value) as stop, contextlib.closing(profile):
         run_missing.train_missing(workspace, stop=stop, profile=profile)
     if not hosts.primary():
@@ -54,7 +54,7 @@ def main() -> None:
     (row,) = results.read_rows(workspace.directory(run), "trained")
     outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
     print("".join(f"{line}\n" for line in profile.report()), end="")
-    print(f"{run.id}: {outcome}; row in {workdir / 'runs.csv'}, everything else in {workspace.directory(run)}")
+    print(f"{run.id}: {outcome}; row in {workdir / paths.TABLE}, everything else in {workspace.directory(run)}")
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))

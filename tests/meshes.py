@@ -24,7 +24,7 @@ from precision_scaling.data.tokens import Corpus
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import UNQUANTIZED
-from precision_scaling.runtime import compilation, sharding
+from precision_scaling.runtime import compilation, paths, sharding
 from precision_scaling.runtime.stopping import Stop
 from precision_scaling.training import cohort, step
 from precision_scaling.training.compiled import compiled_cohort
@@ -72,20 +72,14 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
     options = cohort.Options(lanes=4, log_every=1, checkpoint_seconds=1e9, steps_per_dispatch=5)
     cohort.train_cohort(
         group,
-        resolved.optimizer,
         loader,
-        layout,
-        workdir,
-        "0of1",
-        options,
+        cohort.Context(resolved.optimizer, layout, workdir, "0of1", options, tqdm(disable=True, total=0), Stop()),
         lambda ended: finished.update({ended.run: ended.params}),
-        tqdm(disable=True, total=0),
-        Stop(),
     )
     assert all(leaf.sharding.mesh == layout.mesh for leaf in jax.tree.leaves(list(finished.values())))
     losses = {}
     for run in group.runs:
-        lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
+        lines = (paths.run(workdir, run.id) / "metrics.jsonl").read_text().splitlines()
         losses[run.precision.short] = [json.loads(line)["loss"] for line in lines]
     return {
         "losses": losses,

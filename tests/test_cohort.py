@@ -16,6 +16,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.model import decoder
 from precision_scaling.model.decoder import Decoder
 from precision_scaling.numerics import formats
+from precision_scaling.runtime import paths
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.training import checkpoint, cohort, metrics_log
 from precision_scaling.training import feed as feed_lib
@@ -29,7 +30,7 @@ OPTIONS = Options(lanes=2, log_every=1, checkpoint_seconds=1e9, steps_per_dispat
 
 
 def losses_of(workdir, run):
-    lines = (cohort.run_directory(workdir, run) / "metrics.jsonl").read_text().splitlines()
+    lines = (paths.run(workdir, run.id) / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
@@ -45,15 +46,17 @@ def train(finished_study):
         ended = {} if ended is None else ended
         cohort.train_cohort(
             dataclasses.replace(group, runs=tuple(runs)),
-            workspace.experiment.optimizer,
             loader or workspace.loader(group.shape),
-            workspace.layout,
-            workdir,
-            "0of1",
-            dataclasses.replace(OPTIONS, **options),
+            cohort.Context(
+                workspace.experiment.optimizer,
+                workspace.layout,
+                workdir,
+                "0of1",
+                dataclasses.replace(OPTIONS, **options),
+                tqdm(disable=True, total=0),
+                stop or Stop(),
+            ),
             lambda finished: ended.update({finished.run: finished}) or then(finished),
-            tqdm(disable=True, total=0),
-            stop or Stop(),
         )
         return ended
 
@@ -182,7 +185,7 @@ def test_a_run_goes_back_and_on_without_the_batch_that_is_not_finite(finished_st
         with contextlib.suppress(Stopped):
             left = [run for run in (w4, other) if run not in ended]
             train(left, tmp_path / "bad", Stop(minutes=1e-6 if stops else 0), ended, bad, rewinds=1)
-        record = cohort.run_directory(tmp_path / "bad", w4) / "rewinds.json"
+        record = paths.run(tmp_path / "bad", w4.id) / "rewinds.json"
         if stops == "and loses" and record.exists() and "is lost" not in caplog.text:
             record.unlink()
     assert (
@@ -203,7 +206,7 @@ def test_a_run_that_no_rewind_helps_ends_there(finished_study, train, tmp_path):
     bad = dataclasses.replace(by_name(workspace.experiment.runs, "D768-wint4-s0"), peak_lr=1e38)
     (found,) = train([bad], tmp_path, rewinds=2).values()
     assert found.left_out == 2 and 1 <= found.diverged_step < 12
-    rewinds = json.loads((cohort.run_directory(tmp_path, bad) / "rewinds.json").read_text())["rewinds"]
+    rewinds = json.loads((paths.run(tmp_path, bad.id) / "rewinds.json").read_text())["rewinds"]
     assert len({one["batch"] for one in rewinds}) == len(rewinds) == 2
 
 
@@ -252,7 +255,7 @@ def test_a_dispatch_is_as_long_as_its_steps_allow(finished_study, train, tmp_pat
     run = by_name(workspace.experiment.runs, "D768-bf16")
 
     def lengths(name, seconds):
-        monkeypatch.setattr(cohort, "DISPATCH_SECONDS", seconds)
+        monkeypatch.setattr("precision_scaling.training.lanes.DISPATCH_SECONDS", seconds)
         train([run], tmp_path / name)
         # Lines of one dispatch have one speed.
         lines = (tmp_path / name / "runs" / run.id / "metrics.jsonl").read_text().splitlines()

@@ -25,7 +25,7 @@ from precision_scaling.data import tokenize, tokens
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import codes, layers, packed
 from precision_scaling.ptq.apply import Report
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results, run_missing
 from precision_scaling.study.ptq import quantize_missing
@@ -189,7 +189,7 @@ def test_the_report_of_errors_by_layer(tmp_path, n):
     numbers = lambda: rng.random((2, 3, len(layers.PROJECTIONS)))
     report = Report(numbers() > 0.5, numbers() * np.nan, numbers(), numbers())
     layers.write(tmp_path / "run", "gptq", (3, 4), report)
-    read = lambda run: layers._read(layers.path_of(run, "gptq"))
+    read = lambda run: layers._read(paths.layer_errors(run, "gptq"))
     assert suffer(tmp_path / "run", read, n, tmp_path)["refused"] > n / 2
 
 
@@ -236,11 +236,11 @@ def test_a_packed_model(tmp_path, n):
 @often(25, 150)
 def test_metrics_are_cut_back_and_followed(tmp_path, n):
     found = [np.linspace(5, 4, 40), np.ones(40), np.full(40, 0.01)]
-    metrics_log.append(tmp_path / "run" / metrics_log.FILE, step_lib.StepMetrics(*found), 1, 40, 1, 64, {})
+    metrics_log.append(tmp_path / "run" / paths.METRICS, step_lib.StepMetrics(*found), 1, 40, 1, 64, {})
     seen = []
 
     def read(run):
-        path = run / metrics_log.FILE
+        path = run / paths.METRICS
         metrics_log.truncate(path, 30)
         lines = [trackers.scalars(json.loads(line)) for line in path.read_bytes().splitlines()]
         seen.append(len(lines))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.runtime import compilation, files, patterns
+from precision_scaling.runtime import compilation, files, paths, patterns
 from precision_scaling.study import locks, results
 from precision_scaling.training import metrics_log, step
 
@@ -34,7 +34,7 @@ def test_a_write_never_goes_through_a_link_and_what_it_pointed_to_stays(tmp_path
     with pytest.raises(FileExistsError):
         files.atomic_write(target, "newer")
     assert victim.read_text() == "kept" and target.read_text() == "new"
-    metrics = tmp_path / "workdir" / metrics_log.FILE
+    metrics = tmp_path / "workdir" / paths.METRICS
     metrics.symlink_to(victim)
     with pytest.raises(files.NotAFile, match="is a link"), files.appending(metrics):
         pass

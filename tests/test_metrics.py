@@ -76,16 +76,18 @@ def trained(finished_study, quick_compile, tmp_path_factory):
     profile = Profile(workdir / "profile", 1)
     cohort.train_cohort(
         dataclasses.replace(group, runs=runs),
-        workspace.experiment.optimizer,
         workspace.loader(group.shape),
-        workspace.layout,
-        workdir,
-        "0of1",
-        cohort.Options(2, 1, 1e9, 4, trackers=("tensorboard",)),
+        cohort.Context(
+            workspace.experiment.optimizer,
+            workspace.layout,
+            workdir,
+            "0of1",
+            cohort.Options(2, 1, 1e9, 4, trackers=("tensorboard",)),
+            tqdm(disable=True, total=0),
+            Stop(),
+            profile,
+        ),
         lambda finished: None,
-        tqdm(disable=True, total=0),
-        Stop(),
-        profile,
     )
     profile.close()
     return workdir, runs, profile

@@ -15,7 +15,7 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, packed
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.step import StepConfig
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_one_line(quantized, tmp_path):
         packed.load(tmp_path / "nothing")
     path = tmp_path / "q"
     packed.save(path, quantized("rtn")[3], "rtn", 3)
-    description = path / packed.DESCRIPTION
+    description = path / paths.DESCRIPTION
     text, record = description.read_text(), files.read_sealed(description)
     files.write_sealed(description, {**record, "version": 99})
     with pytest.raises(UserError, match="version 99"):

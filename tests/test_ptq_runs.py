@@ -17,9 +17,10 @@ from precision_scaling.ptq import __main__, apply, codes, layers, packed
 from precision_scaling.ptq.apply import LINEARS, Report
 from precision_scaling.ptq.registry import of_method, scheme_of
 from precision_scaling.quantize import fake_quant
+from precision_scaling.runtime import paths
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results
-from precision_scaling.study.ptq import packed_directory, quantize_missing
+from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -143,7 +144,7 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     row = next(row for row in results.read_rows(workspace.directory(run), "rtn") if row["P_post"] == 3)
     quantize_missing(workspace, ("rtn",), (3,), save=True)  # the row is there, the model is not
     assert row in results.read_rows(workspace.directory(run), "rtn")
-    path = packed_directory(workspace.directory(run), scheme_of("rtn"), 3)
+    path = paths.packed(workspace.directory(run), "rtn", 3)
     loaded = packed.load(path)
     assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
     static = scheme_of("rtn").static(group.static)
@@ -164,7 +165,7 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     quantize_missing(workspace, ("smoothquant",), (4,), save=True)
     (row,) = results.read_rows(workspace.directory(run), "smoothquant")
     assert row["post_parts"] == "wa" and row["P_post"] == 4
-    loaded = packed.load(packed_directory(workspace.directory(run), scheme_of("smoothquant"), 4))
+    loaded = packed.load(paths.packed(workspace.directory(run), scheme_of("smoothquant").name, 4))
     assert loaded.operands == ("a",)
     (group,) = workspace.experiment.cohorts
     static = scheme_of("smoothquant").static(group.static)
@@ -172,7 +173,7 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     grids = {**static.grids(run.precision, w=parse("bf16")), "a": parse(4).grid()}
     assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
     assert evaluate(codes.parameters(loaded.model), {**grids, "a": parse(16).grid()}) != row["loss"]
-    found = json.loads(layers.path_of(workspace.directory(run), "smoothquant").read_text())
+    found = json.loads(paths.layer_errors(workspace.directory(run), "smoothquant").read_text())
     assert found["projections"] == ["attention/qkv", "attention/out", "mlp/gate_up", "mlp/down"]
     errors = np.array(found["bits"]["4"]["error"])
     assert errors.shape == (2, 4) and np.all((errors > 1e-4) & (errors < 0.1))
@@ -194,7 +195,7 @@ def test_layers_that_no_input_reaches_are_rounded_to_nearest_and_named(one_run):
     assert warnings == [f"{run.id} at 3 bits: {name} {told}" for name in names]
     (row,) = results.read_rows(workspace.directory(run), "gptq")
     assert row["fallback_layers"] == 2
-    found = json.loads(layers.path_of(workspace.directory(run), "gptq").read_text())["bits"]["3"]
+    found = json.loads(paths.layer_errors(workspace.directory(run), "gptq").read_text())["bits"]["3"]
     assert found["fell_back"] == [[False] * 4, [True, True, False, False]]
     assert found["error"][1][:2] == [0, 0] and min(found["error"][0]) > 0
 
@@ -233,7 +234,7 @@ def report(widths, error):
 def test_reports_at_other_bits_are_added_and_at_the_same_replaced(tmp_path):
     layers.write(tmp_path, "gptq", (4, 3), report(2, 0.5))
     layers.write(tmp_path, "gptq", (8, 4), report(2, 0.25))
-    bits = json.loads(layers.path_of(tmp_path, "gptq").read_text())["bits"]
+    bits = json.loads(paths.layer_errors(tmp_path, "gptq").read_text())["bits"]
     assert {b: values["error"][2][3] for b, values in bits.items()} == {"3": 0.5, "4": 0.25, "8": 0.25}
     assert list(bits) == ["3", "4", "8"]
     assert bits["3"]["damping"][0] == [None] * 4 and bits["3"]["rtn_error"][0] == [1.0] * 4
@@ -250,7 +251,7 @@ def test_figure_is_drawn_when_the_report_is_new(tmp_path):
     assert layers.draw(tmp_path, "gptq").stat().st_mtime_ns == written
     layers.write(tmp_path, "gptq", (4,), report(1, 0.1))
     assert layers.draw(tmp_path, "gptq").read_bytes() != first
-    layers.path_of(tmp_path, "gptq").write_text("{}")
+    paths.layer_errors(tmp_path, "gptq").write_text("{}")
     with pytest.raises(UserError, match="not a file of errors by layer"):
         layers.write(tmp_path, "gptq", (5,), report(1, 0.1))
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import paths
 from precision_scaling.training import rewind
 
 
@@ -22,11 +23,11 @@ def test_rewinds_are_kept_and_count_in_batches_of_the_stream(tmp_path):
     assert rewind.left_out(tmp_path) == ()
     assert [rewind.leave_out(tmp_path, step) for step in (5, 5, 2)] == [5, 6, 2]
     assert rewind.left_out(tmp_path) == (2, 5, 6)
-    assert json.loads((tmp_path / rewind.FILE).read_text())["rewinds"][1] == {"step": 5, "batch": 6}
+    assert json.loads((tmp_path / paths.REWINDS).read_text())["rewinds"][1] == {"step": 5, "batch": 6}
 
 
 @pytest.mark.parametrize("text", ["", "{}}", '[{"step": 3}]', "7"])
 def test_a_damaged_file_is_one_line(tmp_path, text):
-    (tmp_path / rewind.FILE).write_text(text)
+    (tmp_path / paths.REWINDS).write_text(text)
     with pytest.raises(UserError, match="not a list of rewinds"):
         rewind.left_out(tmp_path)

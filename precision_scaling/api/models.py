@@ -16,6 +16,7 @@ from precision_scaling.config.base import grid
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.numerics.formats import register as register_format
 from precision_scaling.quantize import fake_quant
+from precision_scaling.runtime import paths
 from precision_scaling.study import generate as sampling
 from precision_scaling.study import locks, results, run_missing
 from precision_scaling.study.evaluate import evaluator
@@ -89,7 +90,7 @@ def run_study(config: ConfigDict, workdir: str | Path) -> pd.DataFrame:
         run_missing.train_missing(workspace)
         quantize_missing(workspace, config.ptq.methods, config.ptq.bits, formats=config.ptq.formats)
         results.gather(workdir)
-    return pd.read_csv(workdir / "runs.csv")
+    return pd.read_csv(workdir / paths.TABLE)
 
 
 def quantize_model(
@@ -113,7 +114,7 @@ def quantize_model(
     with locks.hold(workdir, (0, 1)):
         quantize_missing(workspace, [method], bits, everything=True, options=options, save=save, formats=formats)
         results.gather(workdir)
-    return pd.read_csv(workdir / "runs.csv")
+    return pd.read_csv(workdir / paths.TABLE)
 
 
 def evaluate(workdir: str | Path, run: str = "") -> float:

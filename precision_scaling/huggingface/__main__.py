@@ -12,7 +12,7 @@ from absl import flags
 from precision_scaling.config import command_line, pretrained
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import workdir as workdir_lib
-from precision_scaling.runtime import cli, files
+from precision_scaling.runtime import cli, files, paths
 from precision_scaling.study import results
 
 FLAGS = flags.FlagValues()
@@ -49,7 +49,7 @@ def _import() -> str:
     if _TOKENS.value is None:
         raise UserError("--tokens is missing: the tokens that the model was trained on (D), which its files do not say")
     run = workdir_lib.import_model(directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value)
-    (row,) = results.read_rows(workdir / "runs" / run.id, "trained")
+    (row,) = results.read_rows(paths.run(workdir, run.id), "trained")
     return (
         f"{run.id}: validation loss {row['loss']:.4f} nats per token; quantize it with\n"
         f"  python -m precision_scaling.ptq --workdir={workdir} --method=gptq --bits=3,4,5,6"

@@ -15,7 +15,7 @@ from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, reading
 from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
-from precision_scaling.runtime import files, sharding
+from precision_scaling.runtime import files, paths, sharding
 from precision_scaling.study import evaluate, results
 from precision_scaling.study.generate import trained_run
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
@@ -48,7 +48,7 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     loss = evaluate.evaluator(workspace, group.shape, static, progress=True)(params, static.grids(run.precision))
     if not math.isfinite(loss):
         raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
-    checkpoint.save(workspace.directory(run) / "checkpoint", params)
+    checkpoint.save(workspace.directory(run) / paths.CHECKPOINT, params)
     results.write_rows(workspace.directory(run), "trained", [results.row(workspace, run, loss)])
     results.gather(workdir)
     return run

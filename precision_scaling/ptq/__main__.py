@@ -14,9 +14,9 @@ from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import layers, packed, registry
 from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
-from precision_scaling.runtime import cli
+from precision_scaling.runtime import cli, paths
 from precision_scaling.study import locks, results
-from precision_scaling.study.ptq import packed_directory, quantize_missing
+from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 
 FLAGS = flags.FlagValues()
@@ -83,8 +83,8 @@ def _sizes(workspace: Workspace, scheme: Scheme, bits: list[int]) -> list[str]:
     lines = []
     for run in workspace.experiment.runs:
         for b in bits:
-            path = packed_directory(workspace.directory(run), scheme, b)
-            if (path / packed.DESCRIPTION).exists():
+            path = paths.packed(workspace.directory(run), scheme.name, b)
+            if (path / paths.DESCRIPTION).exists():
                 arrays = packed.packed_bytes(packed.load(path).model, b)
                 lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
     return lines
@@ -108,7 +108,7 @@ def main() -> None:
     figures = [layers.draw(workspace.directory(run), name) for run in workspace.experiment.runs for name in names]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
     sizes = _sizes(workspace, scheme, bits) if _SAVE.value else []
-    print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
+    print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / paths.TABLE}"]))
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("workdir",))

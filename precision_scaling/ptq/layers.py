@@ -12,14 +12,9 @@ import numpy as np
 
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.apply import LINEARS, Report
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 
 PROJECTIONS = tuple("/".join(linear) for linear in LINEARS)
-
-
-def path_of(run_directory: Path, name: str) -> Path:
-    """Where the report of a scheme of that name is kept."""
-    return run_directory / f"layers-{name}.json"
 
 
 def write(run_directory: Path, name: str, bits: Sequence[float], report: Report) -> None:
@@ -28,7 +23,7 @@ def write(run_directory: Path, name: str, bits: Sequence[float], report: Report)
     The file: {"projections": [name], "bits": {"4": {"error": [layer][projection], ...}}} with the fields of
     `apply.Report`, null where there is no number.
     """
-    path = path_of(run_directory, name)
+    path = paths.layer_errors(run_directory, name)
     found = _read(path)["bits"] if path.exists() else {}
     for k, b in enumerate(bits):
         found[str(b)] = {field: _plain(getattr(report, field)[k]) for field in Report._fields}
@@ -42,7 +37,7 @@ def draw(run_directory: Path, name: str) -> Path | None:
     A panel for each projection: relative output error by layer, a colour for each bit-width, rounding to nearest on the
     same inputs dashed. Layers that fell back to it are crossed.
     """
-    path = path_of(run_directory, name)
+    path = paths.layer_errors(run_directory, name)
     if not path.exists():
         return None
     figure = path.with_suffix(".png")

@@ -15,10 +15,9 @@ import numpy as np
 
 from precision_scaling.errors import UserError
 from precision_scaling.ptq.codes import Codes, QuantizedModel, each, is_codes
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 from precision_scaling.training import checkpoint
 
-DESCRIPTION = "quantized.json"
 VERSION = 1
 _KEYS = {"version", "method", "bits", "operands", "shapes", "arrays"}
 
@@ -82,7 +81,7 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
     shutil.rmtree(path, ignore_errors=True)
     arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=is_codes)}
     arrays["rest"] = jax.tree.map(np.asarray, model.rest)
-    checkpoint.save(path / "arrays", arrays)
+    checkpoint.save(path / paths.ARRAYS, arrays)
     description = {
         "version": VERSION,
         "method": method,
@@ -92,13 +91,13 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
         "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays),
     }
     # Last: without it the directory does not count.
-    files.write_sealed(path / DESCRIPTION, description)
+    files.write_sealed(path / paths.DESCRIPTION, description)
 
 
 def load(path: Path) -> Loaded:
     """The model in a directory that `save` wrote. UserError, one line, where it cannot be read."""
     try:
-        found = files.read_sealed(path / DESCRIPTION, older=lambda found: set(found) == _KEYS)
+        found = files.read_sealed(path / paths.DESCRIPTION, older=lambda found: set(found) == _KEYS)
         if found["version"] != VERSION:
             raise UserError(f"{path}: quantized model of version {found['version']}; allowed is {VERSION}")
         abstract, shapes = jax.tree.map(_abstract, found["arrays"]), found["shapes"]
@@ -108,8 +107,8 @@ def load(path: Path) -> Loaded:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / DESCRIPTION}: not the description of a quantized model ({error})") from None
-    arrays = checkpoint.restore(path / "arrays", abstract)
+        raise UserError(f"{path / paths.DESCRIPTION}: not the description of a quantized model ({error})") from None
+    arrays = checkpoint.restore(path / paths.ARRAYS, abstract)
     kernels = {
         module: {name: _unpack_codes(arrays["kernels"][module][name], bits, shape) for name, shape in names.items()}
         for module, names in shapes.items()

@@ -13,7 +13,7 @@ from absl import flags
 
 from precision_scaling.config import command_line, experiment, options
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.runtime import cli, files, hosts, patterns, profiling, stopping
+from precision_scaling.runtime import cli, files, hosts, paths, patterns, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.study import measured, results, topology
 from precision_scaling.study.plan import parse_shard, plan_text
@@ -80,7 +80,7 @@ def main() -> None:
     trackers.check(config.train.trackers)
     hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)
-    profile = Profile(workdir / "profile", _PROFILE.value)
+    profile = Profile(workdir / paths.PROFILE, _PROFILE.value)
     warnings: list[str] = []
     with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
         if _ROWS.value and hosts.primary():
@@ -99,7 +99,7 @@ def main() -> None:
         finally:
             rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
-        print("\n".join([*profile.report(), *warnings, f"{rows} measured losses in {workdir / 'runs.csv'}"]))
+        print("\n".join([*profile.report(), *warnings, f"{rows} measured losses in {workdir / paths.TABLE}"]))
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from absl import logging
 
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 
 _NAME = re.compile(r"(0|[1-9]\d*)of([1-9]\d*)")
 
@@ -25,7 +25,7 @@ def hold(workdir: Path, shard: tuple[int, int]) -> Iterator[None]:
 
     Files of other names are not ours and left alone; NotAFile for anything else under a name of ours.
     """
-    directory = workdir / "locks"
+    directory = workdir / paths.LOCKS
     with contextlib.ExitStack() as stack:
         own = directory / f"{shard[0]}of{shard[1]}"
         if not _lock(stack.enter_context(files.open_lock(own)), fcntl.LOCK_EX):

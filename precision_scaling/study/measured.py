@@ -52,7 +52,7 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         if not set(results.COLUMNS) - {"post_format"} <= set(reader.fieldnames or ()):  # older tables lack it
             raise ValueError
         for row in reader:
-            row = {name: _value(name, text) for name, text in row.items()}
+            row = {name: _value(name, text) for name, text in row.items() if name in results.COLUMNS}
             rows = found.setdefault(row["run"], {}).setdefault(row["method"] or TRAINED, [])
             if row in rows:
                 continue

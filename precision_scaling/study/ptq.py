@@ -17,6 +17,7 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
 from precision_scaling.ptq.registry import planned
 from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.runtime import paths
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results
@@ -34,11 +35,6 @@ class _Job:
     run: Run
     scheme: Scheme
     bits: tuple[float, ...]
-
-
-def packed_directory(run_directory: Path, scheme: Scheme, bits: float) -> Path:
-    """Where a run's packed model is kept."""
-    return run_directory / "quantized" / f"{scheme.name}-{bits}"
 
 
 def quantize_missing(
@@ -100,7 +96,7 @@ def quantize_missing(
 
 
 def _is_missing(directory: Path, scheme: Scheme, bits: float, save: bool) -> bool:
-    if save and not (packed_directory(directory, scheme, bits) / packed.DESCRIPTION).exists():
+    if save and not (paths.packed(directory, scheme.name, bits) / paths.DESCRIPTION).exists():
         return True
     return bits not in {row["P_post"] for row in results.read_rows(directory, scheme.name)}
 
@@ -157,7 +153,7 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool) -> list[str]:
         }
         rows.append(results.row(workspace, run, loss, **post_training))
         if save and models:
-            packed.save(packed_directory(directory, scheme, b), models[k], scheme.name, int(b), scheme.method.operands)
+            packed.save(paths.packed(directory, scheme.name, b), models[k], scheme.name, int(b), scheme.method.operands)
     kept = [row for row in results.read_rows(directory, scheme.name) if row["P_post"] not in job.bits]
     results.write_rows(directory, scheme.name, [*kept, *rows])
     return warnings

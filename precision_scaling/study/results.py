@@ -15,49 +15,80 @@ import jax
 from precision_scaling.errors import UserError
 from precision_scaling.model.accounting import count_parameters, training_flops_per_token
 from precision_scaling.ptq.registry import planned
-from precision_scaling.runtime import files
+from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.files import atomic_write
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training.run import Run
 
-# The contract's columns first; readers ignore those they don't know.
-COLUMNS = (
-    *("run", "N", "D", "P_w", "P_a", "P_kv", "P_post", "loss"),
-    *(
-        "status",
-        "diverged_step",
-        "batches_left_out",
-        "method",
-        "fallback_layers",
-        "seed",
-        "size",
-        "epochs",
-        "training_flops",
-    ),
-    *("width", "depth", "heads", "sequence_length", "batch_size", "peak_rate", "warmup_fraction", "schedule"),
-    *("w_format", "a_format", "q_format", "k_format", "v_format", "p_format"),
-    *("w_granularity", "a_granularity", "attention_granularity", "precision"),
-    *("ptq_granularity", "ptq_options", "post_parts", "post_format", "stored_bits"),
-    *("validation_tokens", "vocab_size", "corpus", "device", "jax_version", "imported"),
-)
-ROW_FILES = "rows-*.json"
+# {column: meaning}, in the order of the table. The contract's columns come first; readers ignore those they don't know.
+COLUMNS = {
+    "run": "id of the training run",
+    "N": "non-embedding parameters",
+    "D": "training tokens",
+    "P_w": "bits of the weights in training; 16 is bf16, unquantized",
+    "P_a": "bits of the activations in training",
+    "P_kv": "bits of keys and values in training, the fewer of the two",
+    "P_post": "bits after quantization after training; empty for the loss before it",
+    "loss": "nats per token on the held-out documents; empty where the run diverged",
+    "status": "`ok` or `diverged`",
+    "diverged_step": "the first step whose loss was not finite",
+    "batches_left_out": "batches that `train.rewinds` left out",
+    "method": "how it was quantized after training, with options that are not the default, e.g. `gptq-group32`",
+    "fallback_layers": "kernels that were rounded to nearest, as their calibration was unusable",
+    "seed": "of initialization, data order and stochastic rounding",
+    "size": "name of the size",
+    "epochs": "times the training text was seen",
+    "training_flops": "FLOPs of training, as docs/metrics.md counts them",
+    "width": "of the residual stream",
+    "depth": "layers",
+    "heads": "attention heads",
+    "sequence_length": "tokens per sequence",
+    "batch_size": "sequences per step",
+    "peak_rate": "peak learning rate",
+    "warmup_fraction": "share of the steps with a rising rate",
+    "schedule": "of the learning rate",
+    "w_format": "number format of the weights in training",
+    "a_format": "of the activations",
+    "q_format": "of the queries",
+    "k_format": "of the keys",
+    "v_format": "of the values",
+    "p_format": "of the attention probabilities",
+    "w_granularity": "what shares a scale in the weights",
+    "a_granularity": "in the activations",
+    "attention_granularity": "in queries, keys, values and probabilities",
+    "precision": "all of the training precision in one line",
+    "ptq_granularity": "what shares a scale after training",
+    "ptq_options": "other options of the quantization after training",
+    "post_parts": "what it quantized: `w`, `wa` (activations, too) or `kv`",
+    "post_format": "format of the weights after training, where it is not integers",
+    "stored_bits": "bits per weight on disk, scales and zero points included",
+    "validation_tokens": "held-out tokens in the loss",
+    "vocab_size": "of the tokenizer",
+    "corpus": "hash of the token files",
+    "device": "kind of device that measured the loss",
+    "jax_version": "of JAX",
+    "imported": "the model, where it was trained elsewhere",
+}
 
 
 def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Records the rows of one measurement ("trained", "gptq", ...) of a run."""
-    files.write_sealed(_path(run_directory, measurement), {"rows": list(rows)})
+    """Records the rows of one measurement ("trained", "gptq", ...) of a run, with columns of COLUMNS alone."""
+    rows = list(rows)
+    for row in rows:
+        _check_columns(row)
+    files.write_sealed(paths.rows(run_directory, measurement), {"rows": rows})
 
 
 def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
     """The rows of one measurement; none where it was not made. UserError for a file that is not what was written."""
-    path = _path(run_directory, measurement)
+    path = paths.rows(run_directory, measurement)
     return _load(path) if path.exists() else []
 
 
 def gather(workdir: Path) -> int:
     """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number."""
-    rows = [row for path in sorted(workdir.glob(f"runs/*/{ROW_FILES}")) for row in _load(path)]
-    write_table(workdir / "runs.csv", rows)
+    rows = [row for path in paths.all_rows(workdir) for row in _load(path)]
+    write_table(workdir / paths.TABLE, rows)
     return len(rows)
 
 
@@ -67,12 +98,9 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=lambda row: (row["N"], row["D"], row["run"], row["method"], -(row["P_post"] or 99))):
+        _check_columns(row)
         writer.writerow({name: cell(row.get(name)) for name in COLUMNS})
     atomic_write(path, text.getvalue())
-
-
-def _path(run_directory: Path, measurement: str) -> Path:
-    return run_directory / f"rows-{measurement}.json"
 
 
 def _load(path: Path) -> list[dict[str, Any]]:
@@ -80,8 +108,9 @@ def _load(path: Path) -> list[dict[str, Any]]:
         rows = files.read_sealed_list(path, "rows")
         if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
             raise ValueError("no list of rows")
-        measurement = path.stem.removeprefix("rows-")
+        measurement = paths.measurement(path)
         for row in rows:
+            _check_columns(row)
             _check(row, path.parent.name, "" if measurement == "trained" else measurement)
         if len({row["P_post"] for row in rows}) < len(rows):
             raise ValueError("two rows of one measurement")
@@ -91,6 +120,12 @@ def _load(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path}: not a file of rows ({reason}); delete it and run the study again to measure it anew"
         ) from None
+
+
+def _check_columns(row: Mapping[str, Any]) -> None:
+    """ValueError for a column that the table lacks: its values would be lost without a word."""
+    if unknown := set(row) - set(COLUMNS):
+        raise ValueError(f"no column of runs.csv: {', '.join(sorted(unknown))}")
 
 
 def _check(row: dict[str, Any], run: str, method: str) -> None:

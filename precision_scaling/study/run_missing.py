@@ -12,7 +12,7 @@ import jax
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.quantize.static import StaticPrecision
-from precision_scaling.runtime import hosts, sharding
+from precision_scaling.runtime import hosts, paths, sharding
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop
@@ -52,7 +52,7 @@ def train_missing(
         rewinds=config.train.rewinds,
         trackers=tuple(config.train.trackers),
     )
-    todo: list[tuple[Cohort, cohort.Options]] = []
+    todo: list[tuple[Cohort, int]] = []
     for group in workspace.experiment.cohorts:
         missing = tuple(
             run for run in shard.of(group.runs) if not results.read_rows(workspace.directory(run), "trained")
@@ -65,33 +65,33 @@ def train_missing(
             # Runs of one trunk follow each other.
             trunks = len({run.trunk for run in group.runs})
             lanes = min(config.study.lanes, -(-trunks // spread) * spread)
-            todo.append((dataclasses.replace(group, runs=missing), dataclasses.replace(options, lanes=lanes)))
+            todo.append((dataclasses.replace(group, runs=missing), lanes))
         else:  # of a process that was killed between the last row and this
             cohort.cohort_checkpoints(workspace.workdir, group, shard.name).clear()
     total = sum(run.tokens for group, _ in todo for run in group.runs)
     if not todo:
         return
-    bar = {"unit": " tokens", "unit_scale": True, "desc": "training", "smoothing": 0.05}
-    with progress_bar(total=total, disable=not hosts.primary(), **bar) as progress:
-        for group, group_options in todo:
+    with progress_bar(
+        total=total, disable=not hosts.primary(), unit=" tokens", unit_scale=True, desc="training", smoothing=0.05
+    ) as progress:
+        context = cohort.Context(
+            workspace.experiment.optimizer,
+            workspace.layout,
+            workspace.workdir,
+            shard.name,
+            options,
+            progress,
+            stop,
+            profile,
+            between,
+        )
+        for group, lanes in todo:
             progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
             static = group.static.evaluation()
             evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
             record = functools.partial(_record, workspace, static, evaluate, written)
-            cohort.train_cohort(
-                group,
-                workspace.experiment.optimizer,
-                workspace.loader(group.shape),
-                workspace.layout,
-                workspace.workdir,
-                shard.name,
-                group_options,
-                record,
-                progress,
-                stop,
-                profile,
-                between,
-            )
+            with_lanes = dataclasses.replace(context, options=dataclasses.replace(options, lanes=lanes))
+            cohort.train_cohort(group, workspace.loader(group.shape), with_lanes, record)
             if hosts.primary():
                 results.gather(workspace.workdir)
 
@@ -109,7 +109,7 @@ def _record(
         end_save = lambda: None
     else:
         loss = evaluate(finished.params, static.grids(run.precision))
-        end_save = checkpoint.begin_save(workspace.directory(run) / "checkpoint", finished.params)
+        end_save = checkpoint.begin_save(workspace.directory(run) / paths.CHECKPOINT, finished.params)
         finite = math.isfinite(loss)
         row = results.row(workspace, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)
 

@@ -20,11 +20,10 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import native
-from precision_scaling.runtime import compilation, files, hosts, patterns, sharding
+from precision_scaling.runtime import compilation, files, hosts, paths, patterns, sharding
 from precision_scaling.runtime.sharding import Layout
 from precision_scaling.training import checkpoint, compiled, optimizer
 from precision_scaling.training import run as run_lib
-from precision_scaling.training.cohort import run_directory
 from precision_scaling.training.run import Run
 
 # Options that change no measured number: a workdir may be used again with others. Whether two roots hold the same
@@ -51,12 +50,12 @@ class Workspace:
 
     def directory(self, run: Run) -> Path:
         """Where everything about a run is kept."""
-        return run_directory(self.workdir, run)
+        return paths.run(self.workdir, run.id)
 
     def parameters(self, run: Run) -> Any:
         """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
         abstract = self.layout.abstract(_abstract_parameters(run.shape.model))
-        return checkpoint.restore(self.directory(run) / "checkpoint", abstract)
+        return checkpoint.restore(self.directory(run) / paths.CHECKPOINT, abstract)
 
 
 @functools.lru_cache(maxsize=8)
@@ -98,7 +97,7 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
 def _claim(workdir: Path, config, corpus: Corpus) -> None:
     """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
     now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
-    path = workdir / "config.json"
+    path = workdir / paths.CONFIG
     if path.exists():
         then, new = _flatten(_read_claim(workdir)), _flatten(now)
         for key in sorted(set(new) | set(then)):
@@ -117,14 +116,14 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
 
 
 def _read_claim(workdir: Path) -> dict[str, Any]:
-    path = workdir / "config.json"
+    path = workdir / paths.CONFIG
     try:
         claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
         defaults = experiment.describe(base.get_config())
         return {"config": _filled(_renamed(claim["config"]), defaults), "corpus": claim["corpus"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"--workdir={workdir}: no config.json there; allowed is the --workdir of train or study"
+            f"--workdir={workdir}: no {paths.CONFIG} there; allowed is the --workdir of train or study"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

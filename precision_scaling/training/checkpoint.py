@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import cli, files, hosts
+from precision_scaling.runtime import cli, files, hosts, paths
 
 
 def save(path: Path, tree: Any) -> None:
@@ -191,10 +191,10 @@ class CohortCheckpoints:
         """Writes the next checkpoint and removes those beyond `keep`."""
         number = hosts.largest(max(self._numbers(), default=0)) + 1
         path = self._directory / str(number)
-        save(path / "state", state)
+        save(path / paths.STATE, state)
         if hosts.primary():
             # Last: without it the checkpoint does not count.
-            files.write_sealed(path / "lanes.json", {"lanes": lanes})
+            files.write_sealed(path / paths.LANES, {"lanes": lanes})
             for old in self._numbers()[: -self._keep]:
                 shutil.rmtree(self._directory / str(old))
 
@@ -207,8 +207,8 @@ class CohortCheckpoints:
             path = self._directory / str(number)
             found = None
             try:
-                lanes = _lanes(path / "lanes.json")
-                state = restore(path / "state", abstract_of_lanes(len(lanes)))
+                lanes = _lanes(path / paths.LANES)
+                state = restore(path / paths.STATE, abstract_of_lanes(len(lanes)))
                 _compare_steps(path, lanes, state.step)
                 found = lanes, state
             except UserError as error:
@@ -224,7 +224,7 @@ class CohortCheckpoints:
 
     def _numbers(self) -> list[int]:
         return sorted(
-            int(path.parent.name) for path in self._directory.glob("*/lanes.json") if path.parent.name.isdigit()
+            int(path.parent.name) for path in self._directory.glob(f"*/{paths.LANES}") if path.parent.name.isdigit()
         )
 
 

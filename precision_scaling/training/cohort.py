@@ -1,17 +1,16 @@
 """Trains the runs of a cohort together: one compiled program, so many lanes, the next run in each lane that is free.
 
-Takes runs from `experiment`, batches from `data`, steps from `step`; hands each finished run's parameters to the caller
-(`study`) and keeps metrics and checkpoints on the way. What is in the other lanes never changes a run.
+Takes batches from `data` and steps from `step`; hands each finished run's parameters to the caller (`study`) and keeps
+metrics and checkpoints on the way. What is in the other lanes never changes a run.
 
-Runs that differ in their length alone, and whose rate is constant until they decay, are trained once up to there: the
-longest is the trunk, and the others start from its state at their branch step.
+Runs that differ only in length, and whose rate is constant until they decay, share their prefix: the longest is the
+trunk, and the others start from its state at their branch step. What comes next is decided in `lanes`.
 """
 
 import dataclasses
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,20 @@ from tqdm import tqdm
 
 from precision_scaling.data.loader import Loader
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import files, hosts
+from precision_scaling.runtime import files, hosts, paths
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.runtime.sharding import Layout
 from precision_scaling.runtime.stopping import Stop, Stopped
-from precision_scaling.training import checkpoint, metrics, metrics_log, rewind, trackers
+from precision_scaling.training import checkpoint, lanes, metrics, metrics_log, rewind, trackers
 from precision_scaling.training import run as run_lib
 from precision_scaling.training import step as step_lib
 from precision_scaling.training.checkpoint import CohortCheckpoints
 from precision_scaling.training.compiled import compiled_cohort, lanes_that_fit, stacked
-from precision_scaling.training.feed import Chunk, Prefetcher
+from precision_scaling.training.feed import Prefetcher
+from precision_scaling.training.lanes import Lane, Lanes
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.run import Cohort, Run
 from precision_scaling.training.step import RunInputs, StepConfig, TrainState
-
-DISPATCH_SECONDS = 10.0  # that a dispatch should take at most: stops, saves and the progress bar wait for its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,39 +68,46 @@ class Finished:
     left_out: int = 0
 
 
-def train_cohort(
-    cohort: Cohort,
-    optimizer: OptimizerConfig,
-    loader: Loader,
-    layout: Layout,
-    workdir: Path,
-    worker: str,
-    options: Options,
-    on_finished: Callable[[Finished], Callable[[], None] | None],
-    progress: tqdm,
-    stop: Stop,
-    profile: Profile | None = None,
-    between: Callable[[], None] = lambda: None,
-) -> None:
-    """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end; what that
-    returns is called when the next steps are done, and whatever comes, so that files can be written beside training.
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the cohorts of a study are trained with.
 
-    cohort: its runs are those still to be trained. layout: the devices, over which lanes, batches and parameters are
-    spread. worker: names the checkpoints of this process among those that share a study. profile: is told of every
-    dispatch. between: is called between two dispatches, and after the last.
+    layout: the devices, over which lanes, batches and parameters are sharded. workdir: of the study. worker: names the
+    checkpoints of this process among those that share the study. profile: records the dispatches. between: is called
+    between two dispatches, and after the last.
+    """
+
+    optimizer: OptimizerConfig
+    layout: Layout
+    workdir: Path
+    worker: str
+    options: Options
+    progress: tqdm
+    stop: Stop
+    profile: Profile | None = None
+    between: Callable[[], None] = lambda: None
+
+
+def train_cohort(
+    cohort: Cohort, loader: Loader, context: Context, on_finished: Callable[[Finished], Callable[[], None] | None]
+) -> None:
+    """Trains every run of the cohort and calls `on_finished` once for each, in the order in which they end.
+
+    What that returns is called when the next steps are done, or in any case at the end, so that files can be written
+    beside training. cohort: its runs are those still to be trained.
     A killed call resumes from its checkpoints with the same bits. A run whose loss is no longer finite ends there, when
     it has no rewinds left; the others go on. Raises Stopped, after a checkpoint, as soon as `stop` asks for it.
     """
-    step_config = StepConfig(cohort.shape.model, cohort.static, optimizer, cohort.shape.microbatches)
-    profile = profile or Profile(workdir, 0)
-    feed = lambda lanes: Prefetcher(loader, layout, lanes, step_config.microbatches, options.steps_per_dispatch)
-    lanes = lanes_that_fit(
-        step_config, layout, options.lanes, lambda n: (_inputs(cohort, [None] * n), feed(n).abstract)
+    shape, options, stop = cohort.shape, context.options, context.stop
+    step_config = StepConfig(shape.model, cohort.static, context.optimizer, shape.microbatches)
+    feed = lambda n: Prefetcher(loader, context.layout, n, shape.microbatches, options.steps_per_dispatch)
+    number = lanes_that_fit(
+        step_config, context.layout, options.lanes, lambda n: (_inputs(cohort, [None] * n), feed(n).abstract)
     )
-    if lanes < options.lanes:
-        size, asked = cohort.shape.size, options.lanes
-        logging.warning("%s: %d runs at a time; the devices have too little memory for %d", size, lanes, asked)
-    trainer = _Trainer(step_config, cohort, feed(lanes), layout, workdir, worker, options, progress, profile)
+    if number < options.lanes:
+        asked = options.lanes
+        logging.warning("%s: %d runs at a time; the devices have too little memory for %d", shape.size, number, asked)
+    trainer = _Trainer(step_config, cohort, feed(number), context)
     to_end: list[Callable[[], None]] = []
     try:
         trainer.restore()
@@ -117,10 +122,10 @@ def train_cohort(
                 trainer.save()
             if asked == _STOP:
                 raise Stopped(stop.reason)
-            between()
+            context.between()
         _call_all(to_end)
         trainer.checkpoints.clear()
-        between()
+        context.between()
     finally:
         trainer.feed.close()
         trainer.followers.close()
@@ -136,67 +141,41 @@ def _call_all(calls: list[Callable[[], None]]) -> None:
 _GO_ON, _SAVE, _STOP = range(3)
 
 
-@dataclasses.dataclass
-class _Lane:
-    """A run under way, how many of its steps are done, and the batches of its stream that it leaves out."""
-
-    run: Run
-    step: int
-    left_out: tuple[int, ...] = ()
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """(seed, number of the next batch), which name its tokens."""
-        return self.run.seed, rewind.batch_of(self.step, self.left_out)
-
-
-def _inputs(cohort: Cohort, lanes: "Sequence[_Lane | None]") -> RunInputs:
+def _inputs(cohort: Cohort, held: Lanes) -> RunInputs:
     """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
-    runs = [lane.run if lane else cohort.runs[0] for lane in lanes]
+    runs = [lane.run if lane else cohort.runs[0] for lane in held]
     tables = [cohort.static.grids(run.precision) for run in runs]
     idle = lambda schedule: schedule._replace(peak_lr=np.float32(0))
-    schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, lanes, strict=True)]
+    schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, held, strict=True)]
     return RunInputs(
-        grids=jax.tree.map(lambda *grids: np.stack(grids), *tables),
-        schedule=jax.tree.map(lambda *lanes: np.stack(lanes), *schedules),
+        grids=jax.tree.map(lambda *leaves: np.stack(leaves), *tables),
+        schedule=jax.tree.map(lambda *leaves: np.stack(leaves), *schedules),
         seed=np.array([run.seed for run in runs], np.int32),
     )
 
 
-def _leads_to(lane: _Lane | None, run: Run) -> bool:
-    """Whether the run in a lane has the branch step of another before it, on the way they share."""
-    return (
-        lane is not None
-        and 0 < run.branch_step <= lane.run.branch_step
-        and lane.step <= run.branch_step
-        and lane.run.trunk == run.trunk
-    )
-
-
 class _Trainer:
-    """The state of a cohort under way: what is in which lane, and what still waits."""
+    """The state of a cohort under way: what is in which lane, and which runs still wait."""
 
-    def __init__(
-        self, step_config, cohort: Cohort, feed: Prefetcher, layout: Layout, workdir, worker, options, progress, profile
-    ):
-        self.static, self.cohort, self.layout = step_config, cohort, layout
-        self.workdir, self.options, self.progress, self.profile = workdir, options, progress, profile
-        self.followers = trackers.Followers(options.trackers if hosts.primary() else ())
+    def __init__(self, step_config: StepConfig, cohort: Cohort, feed: Prefetcher, context: Context):
+        self.cohort, self.layout, self.workdir = cohort, context.layout, context.workdir
+        self.options, self.progress = context.options, context.progress
+        self.profile = context.profile or Profile(context.workdir, 0)
+        self.followers = trackers.Followers(self.options.trackers if hosts.primary() else ())
         self._step_tokens = cohort.shape.tokens_per_step
         self.waiting: list[Run] = list(cohort.runs)
-        self.lanes: list[_Lane | None] = [None] * feed.lanes
+        self.lanes: list[Lane | None] = [None] * feed.lanes
         self.feed = feed
-        self.compiled = compiled_cohort(step_config, layout, feed.lanes)
+        self.compiled = compiled_cohort(step_config, self.layout, feed.lanes)
         # One lane's state, repeated; `fill` replaces it.
         self.state: TrainState = self.compiled.spread(self.compiled.initialize(0))
-        self.checkpoints = cohort_checkpoints(workdir, cohort, worker)
+        self.checkpoints = cohort_checkpoints(self.workdir, cohort, context.worker)
         self.saved_at = time.monotonic()
         self.most_steps = 1  # of a dispatch; the first one shows how long a step takes
 
     def restore(self) -> None:
         """Puts the runs of the newest checkpoint back into lanes."""
-        one = self.compiled.one
-        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(one, n), lanes=True))
+        found = self._newest()
         if found is None:
             return
         saved, state = found
@@ -206,14 +185,14 @@ class _Trainer:
             run = wanted.get(entry["run"])
             if run is None:
                 continue
-            left_out = rewind.left_out(run_directory(self.workdir, run))
+            left_out = rewind.left_out(self._directory(run))
             if not set(entry.get("left_out", ())) <= set(left_out):
-                logging.warning("%s is lost for %s; training it from its first step", rewind.FILE, run.id)
+                logging.warning("%s is lost for %s; training it from its first step", paths.REWINDS, run.id)
                 continue
             if (lane := next(free, None)) is None:
                 continue
             self.state = self.compiled.put(self.state, lane, self.compiled.pick(state, i))
-            self.lanes[lane] = _Lane(run, entry["step"], left_out)
+            self.lanes[lane] = Lane(run, entry["step"], left_out)
             self.waiting.remove(run)
             self._truncate_metrics(run, entry["step"])
             self.progress.update(entry["step"] * self._step_tokens)
@@ -221,22 +200,17 @@ class _Trainer:
     def fill(self) -> bool:
         """Starts waiting runs in free lanes; False when there is nothing left to do."""
         for i, lane in enumerate(self.lanes):
-            if lane is None and (run := self._next(self.lanes, self.waiting)) is not None:
+            if lane is None and (run := lanes.next_run(self.lanes, self.waiting, self._has_branch)) is not None:
                 self.waiting.remove(run)
                 step = self._begin(i, run)
                 self.progress.total -= step * self._step_tokens
         return any(lane is not None for lane in self.lanes)
 
-    def _next(self, lanes: "list[_Lane | None]", waiting: list[Run]) -> Run | None:
-        """The first waiting run whose branch step is there already, or that no lane under way will bring to it."""
-        awaited = lambda run: any(_leads_to(lane, run) for lane in lanes) and not self._branch_path(run).exists()
-        return next((run for run in waiting if not awaited(run)), None)
-
     def _begin(self, i: int, run: Run, back: tuple[int, TrainState] | None = None) -> int:
         """Puts a run in a lane, at its start or where it goes back to; returns the step."""
         step, state = back or self._start(run)
         self.state = self.compiled.put(self.state, i, state)
-        self.lanes[i] = _Lane(run, step, rewind.left_out(run_directory(self.workdir, run)))
+        self.lanes[i] = Lane(run, step, rewind.left_out(self._directory(run)))
         self._truncate_metrics(run, step)
         return step
 
@@ -255,59 +229,66 @@ class _Trainer:
 
     def branch(self) -> None:
         """Keeps the states that waiting runs start from, on disk, as the trunks under way pass them."""
-        for i, lane in enumerate(self.lanes):
-            for run in self.waiting if lane else ():
-                if _leads_to(lane, run) and lane.step == run.branch_step and not self._branch_path(run).exists():
-                    if hosts.primary():
-                        self._copy_history(lane.run, run)
-                    # Last: with it, the run has what it starts from.
-                    checkpoint.save(self._branch_path(run), self.compiled.pick(self.state, i))
+        for i, lane, run in lanes.branches(self.lanes, self.waiting, self._has_branch):
+            if hosts.primary():
+                self._copy_history(lane.run, run)
+            # Last: with it, the run has what it starts from.
+            checkpoint.save(self._branch_path(run), self.compiled.pick(self.state, i))
 
     def advance(self) -> list[Finished]:
         """Trains all lanes until the next one ends, or as far as one dispatch goes; returns the runs that ended."""
-        active = [(i, lane) for i, lane in enumerate(self.lanes) if lane is not None]
-        chunk = self._chunk(self.lanes)
+        steps, found, speed = self._dispatch()
+        ended, trained, losses = [], 0, []
+        for i, lane in enumerate(self.lanes):
+            if lane is None:
+                continue
+            of_lane = jax.tree.map(lambda x, i=i: x[i], found)
+            losses.append(of_lane.loss[-1])
+            finite = np.isfinite(of_lane.loss)
+            if len(lane.left_out) < self.options.rewinds:
+                usable = finite & np.isfinite(of_lane.grad_norm)
+                if not usable.all():
+                    self._rewind(i, lane, lane.step + int(np.argmin(usable)))
+                    continue
+            diverged = None if finite.all() else lane.step + int(np.argmin(finite))
+            self._log(lane, of_lane, speed)
+            trained += steps
+            self.lanes[i] = lane.after(steps) if diverged is None else None
+            if self.lanes[i] is None:
+                params = self.compiled.parameters(self.state.params, i)
+                ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
+                self.progress.total -= (lane.run.steps - lane.step - steps) * self._step_tokens
+                if hosts.primary():
+                    shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
+                self.followers.end(self._metrics_path(lane.run))
+        self.progress.set_postfix(loss=f"{np.mean(losses):.3f}", refresh=False)
+        self.progress.update(trained * self._step_tokens)
+        return ended
+
+    def _dispatch(self) -> tuple[int, step_lib.StepMetrics, dict[str, float]]:
+        """Trains all lanes for some steps: (how many, metrics of each lane and step, speed)."""
+        chunk = lanes.next_chunk(self.lanes, self.waiting, self.most_steps)
         steps = chunk.steps
         with self.profile.dispatch():
             started, waited = time.monotonic(), self.feed.wait_seconds
             tokens = self.feed.take(chunk)
-            if (expected := self._chunk(self._expected(steps))).steps:
-                self.feed.read_ahead(expected)
+            then = lanes.expected(self.lanes, self.waiting, steps, self._has_branch)
+            if (ahead := lanes.next_chunk(then, self.waiting, self.most_steps)).steps:
+                self.feed.read_ahead(ahead)
             self.state, found = self.compiled.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
             seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
-        self._set_most_steps(seconds / steps)
-        speed = self._speed(len(active), steps, seconds, waited)
-        ended, trained = [], 0
-        for i, lane in active:
-            if len(lane.left_out) < self.options.rewinds:
-                finite = np.isfinite(found.loss[i]) & np.isfinite(found.grad_norm[i])
-                if not finite.all():
-                    self._rewind(i, lane.step + int(np.argmin(finite)))
-                    continue
-            finite = np.isfinite(found.loss[i])
-            diverged = None if finite.all() else lane.step + int(np.argmin(finite))
-            self._log(lane, jax.tree.map(lambda x, i=i: x[i], found), speed)
-            lane.step += steps
-            trained += steps
-            if diverged is not None or lane.step == lane.run.steps:
-                params = self.compiled.parameters(self.state.params, i)
-                ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
-                self.progress.total -= (lane.run.steps - lane.step) * self._step_tokens
-                if hosts.primary():
-                    shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
-                self.followers.end(self._metrics_path(lane.run))
-                self.lanes[i] = None
-        self.progress.set_postfix(loss=f"{np.mean(found.loss[[i for i, _ in active], -1]):.3f}", refresh=False)
-        self.progress.update(trained * self._step_tokens)
-        return ended
+        # The same for all processes.
+        self.most_steps = -hosts.largest(-lanes.steps_within(seconds / steps, self.feed.max_steps))
+        model, devices = self.cohort.shape.model, self.layout.mesh.devices
+        active = sum(lane is not None for lane in self.lanes)
+        return steps, found, metrics.speed(model, devices, active, steps * self._step_tokens, seconds, waited)
 
-    def _rewind(self, i: int, step: int) -> None:
+    def _rewind(self, i: int, lane: Lane, step: int) -> None:
         """Takes the run in a lane back to its newest checkpoint, or its start, to do this step without its batch."""
-        lane, directory = self.lanes[i], run_directory(self.workdir, self.lanes[i].run)
         batch = rewind.batch_of(step, lane.left_out)
         if hosts.primary():
-            rewind.leave_out(directory, step)
+            rewind.leave_out(self._directory(lane.run), step)
         hosts.wait_for_all("left out a batch")
         # Those before the step are good: they were made by finite gradients.
         back = self._saved(lane.run, step)
@@ -319,12 +300,16 @@ class _Trainer:
             *(lane.run.id, step + 1, begun, batch, len(lane.left_out) + 1, self.options.rewinds),
         )
 
+    def _newest(self) -> tuple[list[dict[str, Any]], TrainState] | None:
+        """(lanes, state) of the newest checkpoint."""
+        return self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.compiled.one, n), lanes=True))
+
     def _saved(self, run: Run, step: int) -> tuple[int, TrainState] | None:
         """(step, state) of a run in the newest checkpoint, where it is there and not after `step`."""
-        found = self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.compiled.one, n), lanes=True))
-        for i, entry in enumerate(found[0] if found else ()):
+        saved, state = self._newest() or ([], None)
+        for i, entry in enumerate(saved):
             if entry["run"] == run.id and entry["step"] <= step:
-                return entry["step"], self.compiled.pick(found[1], i)
+                return entry["step"], self.compiled.pick(state, i)
         return None
 
     def save_is_due(self) -> bool:
@@ -335,59 +320,33 @@ class _Trainer:
         """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
         if any(self.lanes):
             described = lambda lane: {"run": lane.run.id, "step": lane.step, "left_out": lane.left_out}
-            lanes = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
-            self.checkpoints.save(lanes, self.state)
+            entries = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
+            self.checkpoints.save(entries, self.state)
         self.saved_at = time.monotonic()
-
-    def _chunk(self, lanes: list[_Lane | None]) -> Chunk:
-        """What is trained on next: all lanes go on until the next one ends or is branched from, or as far as one
-        dispatch goes."""
-        ends = [lane.run.steps - lane.step for lane in lanes if lane is not None]
-        branches = [run.branch_step - lane.step for lane in lanes for run in self.waiting if _leads_to(lane, run)]
-        in_a_row = [rewind.steps_in_a_row(lane.step, lane.left_out) for lane in lanes if lane is not None]
-        steps = min([*ends, *in_a_row, *(left for left in branches if left)], default=0)
-        return Chunk(tuple(lane and lane.position for lane in lanes), min(self.most_steps, steps))
-
-    def _set_most_steps(self, seconds: float) -> None:
-        """So many that a dispatch keeps to DISPATCH_SECONDS at these seconds per step; the same for all processes."""
-        # A power of two, which small changes of speed leave as it is: other batches would have to be read.
-        steps = 2 ** int(math.log2(max(1.0, DISPATCH_SECONDS / seconds)))
-        self.most_steps = -hosts.largest(-min(self.feed.max_steps, steps))
-
-    def _expected(self, steps: int) -> list[_Lane | None]:
-        """The lanes after these steps, unless a run diverges in them."""
-        waiting, after = list(self.waiting), []
-        for lane in self.lanes:
-            goes_on = lane is not None and lane.step + steps < lane.run.steps
-            after.append(dataclasses.replace(lane, step=lane.step + steps) if goes_on else None)
-        for i, lane in enumerate(after):
-            if lane is None and (run := self._next(after, waiting)) is not None:
-                waiting.remove(run)
-                after[i] = _Lane(run, run.branch_step if self._branch_path(run).exists() else 0)
-        return after
 
     def _copy_history(self, trunk: Run, run: Run) -> None:
         """What is known of the steps that a run shares with its trunk."""
-        there = run_directory(self.workdir, run)
-        for path in (self._metrics_path(trunk), run_directory(self.workdir, trunk) / rewind.FILE):
-            if path.exists():
-                files.copy(path, there / path.name)
+        for name in (paths.METRICS, paths.REWINDS):
+            if (path := self._directory(trunk) / name).exists():
+                files.copy(path, self._directory(run) / name)
+
+    def _directory(self, run: Run) -> Path:
+        return paths.run(self.workdir, run.id)
 
     def _branch_path(self, run: Run) -> Path:
-        return run_directory(self.workdir, run) / "branch"
+        return self._directory(run) / paths.BRANCH
+
+    def _has_branch(self, run: Run) -> bool:
+        return self._branch_path(run).exists()
 
     def _metrics_path(self, run: Run) -> Path:
-        return run_directory(self.workdir, run) / metrics_log.FILE
-
-    def _speed(self, active: int, steps: int, seconds: float, waited: float) -> dict[str, float]:
-        model, devices = self.cohort.shape.model, self.layout.mesh.devices
-        return metrics.speed(model, devices, active, steps * self._step_tokens, seconds, waited)
+        return self._directory(run) / paths.METRICS
 
     def _truncate_metrics(self, run: Run, step: int) -> None:
         if hosts.primary():
             metrics_log.truncate(self._metrics_path(run), step)
 
-    def _log(self, lane: _Lane, found: step_lib.StepMetrics, speed: dict[str, float]) -> None:
+    def _log(self, lane: Lane, found: step_lib.StepMetrics, speed: dict[str, float]) -> None:
         """Writes the steps that a run has done to its metrics.jsonl, and passes them on."""
         if hosts.primary():
             path, every, tokens = self._metrics_path(lane.run), self.options.log_every, self._step_tokens
@@ -395,16 +354,10 @@ class _Trainer:
             self.followers.follow(path)
 
 
-def run_directory(workdir: Path, run: Run) -> Path:
-    """Where everything about a run is kept."""
-    return workdir / "runs" / run.id
+def cohort_checkpoints(directory: Path, cohort: Cohort, worker: str) -> CohortCheckpoints:
+    """The checkpoints of a cohort under way in a workdir.
 
-
-def cohort_checkpoints(workdir: Path, cohort: Cohort, worker: str) -> CohortCheckpoints:
-    """The checkpoints of a cohort under way; those of workers that share a study lie side by side."""
-    return CohortCheckpoints(workdir / "cohorts" / f"{cohort_name(cohort)}-{worker}")
-
-
-def cohort_name(cohort: Cohort) -> str:
-    """Name of a cohort's checkpoints: the same for the same shape and static precision, whichever runs are left."""
-    return f"{cohort.shape.size}-{run_lib.digest((cohort.shape, cohort.static))}"
+    Their name is the same for the same shape and static precision, whichever runs are left.
+    """
+    name = f"{cohort.shape.size}-{run_lib.digest((cohort.shape, cohort.static))}"
+    return CohortCheckpoints(paths.cohort(directory, name, worker))

@@ -9,8 +9,6 @@ from absl import logging
 from precision_scaling.runtime import files
 from precision_scaling.training.step import StepMetrics
 
-FILE = "metrics.jsonl"
-
 
 def append(path: Path, found: StepMetrics, first: int, last: int, every: int, step_tokens: int, speed: dict) -> None:
     """Adds a line for every so many steps, and for the last of the run.

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import files
-
-FILE = "rewinds.json"
+from precision_scaling.runtime import files, paths
 
 
 def left_out(run_directory: Path) -> tuple[int, ...]:
@@ -20,7 +18,7 @@ def left_out(run_directory: Path) -> tuple[int, ...]:
 
 def leave_out(run_directory: Path, step: int) -> int:
     """Records that a run goes back to do a step (counted from 0) without its batch; returns the batch's number."""
-    path = run_directory / FILE
+    path = run_directory / paths.REWINDS
     rewinds = _read(run_directory)
     batch = batch_of(step, _batches(rewinds))
     files.write_sealed(path, {"rewinds": [*rewinds, {"step": step, "batch": batch}]})
@@ -32,7 +30,7 @@ def _batches(rewinds: list[dict[str, Any]]) -> tuple[int, ...]:
 
 
 def _read(run_directory: Path) -> list[dict[str, Any]]:
-    path = run_directory / FILE
+    path = run_directory / paths.REWINDS
     if not path.exists():
         return []
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from precision_scaling.errors import ConfigError
+from precision_scaling.runtime import paths
 
 # The package that each needs.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -31,7 +32,7 @@ class TensorBoard:
     def __init__(self, run_directory: Path):
         from tensorboardX import SummaryWriter
 
-        directory = run_directory / "tensorboard"
+        directory = run_directory / paths.TENSORBOARD
         shutil.rmtree(directory, ignore_errors=True)
         self._writer = SummaryWriter(str(directory))
 

@@ -1,0 +1,68 @@
+"""Every path below a workdir: what train, study and ptq leave on disk. docs/workdir.md shows it as a tree.
+
+A workdir holds a directory for each run, named by the run's id.
+"""
+
+from pathlib import Path
+
+# Directly below the workdir
+CONFIG = "config.json"  # the options, and the corpus's hash; sealed
+TABLE = "runs.csv"  # gathered from the rows of all runs
+LOCKS = "locks"  # a file for each shard that a process works on
+PROFILE = "profile"  # traces of --profile
+RUNS = "runs"
+COHORTS = "cohorts"  # checkpoints of runs that train together, removed when all have ended
+
+# Below a run's directory
+CHECKPOINT = "checkpoint"  # parameters at its end
+BRANCH = "branch"  # the state that it starts from, left by its trunk; removed at its end
+METRICS = "metrics.jsonl"
+REWINDS = "rewinds.json"  # batches that it left out; sealed
+TENSORBOARD = "tensorboard"
+QUANTIZED = "quantized"  # packed models, see `packed`
+
+# Below a cohort's checkpoint and a packed model
+STATE = "state"
+LANES = "lanes.json"  # which run is in which lane, and at which step; sealed
+ARRAYS = "arrays"
+DESCRIPTION = "quantized.json"  # what the arrays are; sealed
+
+
+def run(workdir: Path, run_id: str) -> Path:
+    """Where everything about a run is kept."""
+    return workdir / RUNS / run_id
+
+
+def cohort(workdir: Path, name: str, worker: str) -> Path:
+    """Checkpoints of a cohort under way; those of workers that share a study lie side by side."""
+    return workdir / COHORTS / f"{name}-{worker}"
+
+
+def rows(run_directory: Path, measurement: str) -> Path:
+    """The rows of one measurement of a run: "trained", or the name of a scheme of quantization; sealed."""
+    return run_directory / f"rows-{measurement}.json"
+
+
+def measurement(rows_file: Path) -> str:
+    """The one whose rows a file holds, by its name."""
+    return rows_file.stem.removeprefix("rows-")
+
+
+def all_rows(workdir: Path) -> list[Path]:
+    """The files of rows of all runs, in a fixed order."""
+    return sorted(workdir.glob(f"{RUNS}/*/rows-*.json"))
+
+
+def layer_errors(run_directory: Path, scheme: str) -> Path:
+    """The error of each kernel under a scheme of quantization; sealed."""
+    return run_directory / f"layers-{scheme}.json"
+
+
+def layer_stats(run_directory: Path, precision: str = "") -> Path:
+    """The table of `layer_stats`, for the run's own precision or another; its figure lies beside it, as .png."""
+    return run_directory / f"layer-stats{precision and f'-{precision}'}.csv"
+
+
+def packed(run_directory: Path, scheme: str, bits: float) -> Path:
+    """The directory of a packed model."""
+    return run_directory / QUANTIZED / f"{scheme}-{bits}"
