@@ -29,6 +29,7 @@ from precision_scaling.model import sizes
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize import aqt
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli, compilation, files
 from precision_scaling.training import optimizer, schedule
@@ -76,17 +77,19 @@ def activations(config: ModelConfig, params, initial_head, tokens_BxS) -> tuple[
     Learned logits are those by what has been added to the initial head: that alone, which is random, gives logits that
     fall with the root of the width by design.
     """
-    apply = functools.partial(Decoder(config).apply, {"params": params})
+    apply, exact = functools.partial(Decoder(config).apply, {"params": params}), Products()
 
     def layer(x_BxSxD, block):
         seen = {}
         with aqt.observed(lambda name, x, x_q, saturated: seen.update({name: x})):
-            x_BxSxD = Block(config, UNQUANTIZED).apply({"params": block}, x_BxSxD, None)
+            x_BxSxD = Block(config).apply({"params": block}, x_BxSxD, exact)
         return x_BxSxD, jnp.tril(jnp.einsum("blhk,bmhk->bhlm", seen["q"], seen["k"]))
 
-    x_BxSxD, scores_LxBxHxSxS = jax.lax.scan(layer, apply(tokens_BxS, method="embed"), params["layers"]["block"])
-    logits_BxSxV = apply(x_BxSxD, method="unembed")
-    initial_BxSxV = Decoder(config).apply({"params": {**params, "head": initial_head}}, x_BxSxD, method="unembed")
+    x_BxSxD, scores_LxBxHxSxS = jax.lax.scan(layer, apply(tokens_BxS, exact, method="embed"), params["layers"]["block"])
+    logits_BxSxV = apply(x_BxSxD, exact, method="unembed")
+    initial_BxSxV = Decoder(config).apply(
+        {"params": {**params, "head": initial_head}}, x_BxSxD, exact, method="unembed"
+    )
     return x_BxSxD, scores_LxBxHxSxS, logits_BxSxV, logits_BxSxV - initial_BxSxV
 
 

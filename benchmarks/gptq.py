@@ -29,6 +29,7 @@ from precision_scaling.model.decoder import Block
 from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.error import output_error
 from precision_scaling.ptq.registry import scheme_of
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import cli
 from precision_scaling.runtime.sharding import local_layout
@@ -122,19 +123,19 @@ def whole_model(size: str, sequences: int, length: int) -> None:
         """The inputs of the four projections, as quantization makes them."""
 
         def call(method, *streams):
-            return Block(config, UNQUANTIZED).apply({"params": block}, *streams, method=method)
+            return Block(config).apply({"params": block}, *streams, method=method)
 
         def one(x_BxSxD):
             qkv = call(Block.before_qkv, x_BxSxD)
-            out = call(Block.before_out, qkv, {})
-            x_BxSxD, gate_up = call(Block.before_gate_up, x_BxSxD, out, {})
-            down = call(Block.before_down, gate_up, {})
-            return (qkv, out, gate_up, down), call(Block.after_down, x_BxSxD, down, {})
+            out = call(Block.before_out, qkv, Products())
+            x_BxSxD, gate_up = call(Block.before_gate_up, x_BxSxD, out, Products())
+            down = call(Block.before_down, gate_up, Products())
+            return (qkv, out, gate_up, down), call(Block.after_down, x_BxSxD, down, Products())
 
         return jax.lax.map(one, x_CxBxSxD)
 
     def hessians(inputs):
-        return [apply.statistics(UNQUANTIZED, {}, x_CxBxSxI)[0] for x_CxBxSxI in inputs]
+        return [apply.statistics(Products(), x_CxBxSxI)[0] for x_CxBxSxI in inputs]
 
     def solved(kernels, hessians):
         return [gptq.solve(k, h, 4).codes for k, h in zip(kernels, hessians, strict=True)]

@@ -27,6 +27,7 @@ from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, static_of
 from precision_scaling.runtime import cli, compilation, files, paths
 from precision_scaling.study.workspace import Workspace, reopen_workspace
@@ -94,7 +95,7 @@ def _quantized(static: StaticPrecision) -> list[Place]:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(config: ModelConfig, static: StaticPrecision):
-    block = Block(config, static)
+    block = Block(config)
 
     def layer(grids, x_BxSxD, params):
         seen: list[tuple[str, Sums]] = []
@@ -104,13 +105,14 @@ def _compiled(config: ModelConfig, static: StaticPrecision):
                 seen.append((name, sums(x, x_q, saturated)))
 
         with aqt.observed(observe):
-            x_BxSxD = block.apply({"params": params}, x_BxSxD, grids)
+            x_BxSxD = block.apply({"params": params}, x_BxSxD, Products(static, grids))
         assert [name for name, _ in seen] == [name for _, name in _quantized(static)]
         return x_BxSxD, tuple(found for _, found in seen)
 
     def stats(params, grids, tokens_CxBxS):
         def of_batch(tokens_BxS):
-            x_BxSxD = Decoder(config, static).apply({"params": params}, tokens_BxS, grids, method=Decoder.embed)
+            products = Products(static, grids)
+            x_BxSxD = Decoder(config).apply({"params": params}, tokens_BxS, products, method=Decoder.embed)
             return jax.lax.scan(functools.partial(layer, grids), x_BxSxD, params["layers"]["block"])[1]
 
         return jax.lax.map(of_batch, tokens_CxBxS)

@@ -23,6 +23,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.registry import scheme_of
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime import compilation, paths, sharding
 from precision_scaling.runtime.stopping import Stop
@@ -102,7 +103,7 @@ def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -
     @jax.jit
     def hessian(x_CxBxSxI):
         with sharding.splitting(layout):
-            return apply.statistics(step_config.static, {}, x_CxBxSxI)[0]
+            return apply.statistics(Products(step_config.static), x_CxBxSxI)[0]
 
     x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)
     h_IxI = hessian(x_CxBxSxI)

@@ -12,8 +12,9 @@ from precision_scaling import layer_stats, quantize
 from precision_scaling.model import decoder as decoder_lib
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats, rounding
-from precision_scaling.quantize import aqt, parsing, products
-from precision_scaling.quantize.static import UNQUANTIZED, static_of
+from precision_scaling.quantize import aqt, parsing
+from precision_scaling.quantize.products import Products
+from precision_scaling.quantize.static import static_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -131,8 +132,8 @@ def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
     x, kernel = jnp.ones((2, 8)), jnp.full((8, 3), 0.3)
     seen = []
     with aqt.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
-        looked_at = products.linear(x, kernel, UNQUANTIZED, None)
-    np.testing.assert_array_equal(looked_at, products.linear(x, kernel, UNQUANTIZED, None))
+        looked_at = Products().linear(x, kernel)
+    np.testing.assert_array_equal(looked_at, Products().linear(x, kernel))
     assert seen == [("a", (2, 8), None), ("w", (8, 3), None)]
 
 

@@ -16,6 +16,7 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.numerics.formats import parse
 from precision_scaling.quantize import operands
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -181,15 +182,15 @@ def test_a_block_cut_at_its_projections_is_the_block(name):
     config = variant(name)
     params = jax.tree.map(lambda x: x[1], initial(config)["layers"]["block"])
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 16)), jnp.float32)
-    grids = grids_of(w=4, a=5, q=6, k=4, v=4, p=5)
+    products = Products(QUANTIZED, grids_of(w=4, a=5, q=6, k=4, v=4, p=5))
 
     @jax.jit
     def both(params):
-        step = lambda method, *args: Block(config, QUANTIZED).apply({"params": params}, *args, method=method)
+        step = lambda method, *args: Block(config).apply({"params": params}, *args, method=method)
         h = step(Block.before_qkv, x)
-        stream, h = step(Block.before_gate_up, x, step(Block.before_out, h, grids), grids)
-        cut = step(Block.after_down, stream, step(Block.before_down, h, grids), grids)
-        return cut, Block(config, QUANTIZED).apply({"params": params}, x, grids)
+        stream, h = step(Block.before_gate_up, x, step(Block.before_out, h, products), products)
+        cut = step(Block.after_down, stream, step(Block.before_down, h, products), products)
+        return cut, Block(config).apply({"params": params}, x, products)
 
     cut, whole = both(params)
     np.testing.assert_allclose(cut, whole, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from precision_scaling.ptq import apply, gptq, rtn
 from precision_scaling.ptq.codes import parameters
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize import operands
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training import step
@@ -209,9 +210,10 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
         if kernel is not None:
             kernel = jnp.asarray(kernel).reshape(block["attention"]["qkv"]["kernel"].shape)
             block = {**block, "attention": {**block["attention"], "qkv": {"kernel": kernel}}}
-        apply_block = functools.partial(Block(MODEL, PROGRAM).apply, {"params": block})
-        o = apply_block(apply_block(x, method=Block.before_qkv), grids_of(), method=Block.before_out)
-        return np.asarray(apply_block(x, o, grids_of(), method=Block.before_gate_up)[0])
+        apply_block = functools.partial(Block(MODEL).apply, {"params": block})
+        products = Products(PROGRAM, grids_of())
+        o = apply_block(apply_block(x, method=Block.before_qkv), products, method=Block.before_out)
+        return np.asarray(apply_block(x, o, products, method=Block.before_gate_up)[0])
 
     for bits in BITS:
         awq, rtn = (kernel_of(at_bits(quantized(method), bits), 0, "attention", "qkv") for method in ("awq", "rtn"))

@@ -12,7 +12,7 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.ptq.smoothquant import smoothing_scales
-from precision_scaling.quantize import products
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training import step
@@ -134,10 +134,10 @@ def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, 
         return np.rint(x / scale) * scale
 
     scores = np.einsum("blhk,bmhk->bhlm", q, on_grid(np.asarray(k)))
-    np.testing.assert_allclose(products.attention_scores(q, k, static, grids), scores, atol=1e-4)
+    np.testing.assert_allclose(Products(static, grids).attention_scores(q, k), scores, atol=1e-4)
     p = jax.nn.softmax(jnp.asarray(scores, jnp.float32), axis=-1)
     values = np.einsum("bhlm,bmhk->blhk", p, on_grid(np.asarray(v)))
-    np.testing.assert_allclose(products.attention_values(p, v, static, grids), values, atol=1e-4)
+    np.testing.assert_allclose(Products(static, grids).attention_values(p, v), values, atol=1e-4)
     whole = loss_of(params, scheme_of("rtn"), 16)
     assert loss_of(params, scheme, 16) == whole
     assert 0 < abs(loss_of(params, scheme, 8) - whole) < abs(loss_of(params, scheme, 2) - whole)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.numerics.formats import parse
-from precision_scaling.quantize import products
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision, StaticQuantizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -58,13 +58,13 @@ def grids_of(**bits):
 
 @functools.partial(jax.jit, static_argnames=("product", "static"))
 def forward_and_gradients(lhs, rhs, cotangent, grids, product, static):
-    out, pullback = jax.vjp(lambda lhs, rhs: getattr(products, product)(lhs, rhs, static, grids), lhs, rhs)
+    out, pullback = jax.vjp(lambda lhs, rhs: getattr(Products(static, grids), product)(lhs, rhs), lhs, rhs)
     return out, *pullback(cotangent.astype(out.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="static")
 def linear(x, kernel, static, grids):
-    return products.linear(x, kernel, static, grids)
+    return Products(static, grids).linear(x, kernel)
 
 
 def cotangent_of(product, lhs, rhs):
@@ -115,10 +115,10 @@ def test_high_precision_is_bit_for_bit_the_plain_product(product):
 def test_unquantized_program_is_lax_dot_general_and_needs_no_table():
     lhs, rhs = operands("linear")
     dimensions = (((2,), (0,)), ((), ()))
-    text = str(jax.make_jaxpr(lambda x, w: products.linear(x, w, UNQUANTIZED, None))(lhs, rhs))
+    text = str(jax.make_jaxpr(lambda x, w: Products().linear(x, w))(lhs, rhs))
     assert "dot_general" in text and "round" not in text and "custom_vjp" not in text
     np.testing.assert_allclose(
-        products.linear(lhs, rhs, UNQUANTIZED, None),
+        Products().linear(lhs, rhs),
         jax.lax.dot_general(lhs, rhs, dimensions),
         rtol=1e-5,
         atol=1e-6,
@@ -130,7 +130,7 @@ def test_an_operand_absent_from_the_program_stays_exact():
     y = linear(x, kernel, static_of("w"), grids_of(w=3))
     np.testing.assert_allclose(y, np.einsum("bli,ifg->blfg", x, rounded(kernel, 3, (0,))), rtol=1e-5, atol=1e-5)
     q, k = operands("attention_scores")
-    scores = jax.jit(lambda q, k, grids: products.attention_scores(q, k, static_of("k"), grids))(q, k, grids_of(k=3))
+    scores = jax.jit(lambda q, k, grids: Products(static_of("k"), grids).attention_scores(q, k))(q, k, grids_of(k=3))
     np.testing.assert_allclose(scores, np.einsum("blhk,bmhk->bhlm", q, rounded(k, 3)), rtol=1e-5, atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_traced_formats_give_the_same_bits_as_formats_compiled_in():
     static = static_of("wa")
     for bits in (2, 5, 16):
         grids = grids_of(w=bits, a=bits)
-        step_config = jax.jit(lambda x, kernel, grids=grids: products.linear(x, kernel, static, grids))
+        step_config = jax.jit(lambda x, kernel, grids=grids: Products(static, grids).linear(x, kernel))
         traced = linear(x, kernel, static, grids)
         np.testing.assert_allclose(traced, step_config(x, kernel), rtol=1e-6, atol=1e-6)
 
@@ -171,7 +171,7 @@ def test_vmap_over_formats_equals_a_loop():
 def test_floats_and_integers_share_a_program():
     x, kernel = map(jnp.asarray, operands("linear"))
     static = StaticPrecision((("w", StaticQuantizer(parse("e2m1").kind, "channel")),))
-    traced = jax.jit(lambda kernel, grids: products.linear(x, kernel, static, grids))
+    traced = jax.jit(lambda kernel, grids: Products(static, grids).linear(x, kernel))
     scale = np.max(np.abs(kernel), axis=0, keepdims=True) / 6  # e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = np.concatenate([-positive[:0:-1], positive])
@@ -188,6 +188,6 @@ def test_floats_and_integers_share_a_program():
 def test_on_grid_is_the_operand_that_the_product_multiplies():
     x, kernel = operands("linear")
     static, grids = static_of("wa"), grids_of(w=3, a=5)
-    np.testing.assert_allclose(products.on_grid(x, "a", static, grids), rounded(x, 5), atol=1e-6)
-    np.testing.assert_allclose(products.on_grid(kernel, "w", static, grids), rounded(kernel, 3, (0,)), atol=1e-6)
-    assert products.on_grid(x, "q", static, grids) is x
+    np.testing.assert_allclose(Products(static, grids).on_grid(x, "a"), rounded(x, 5), atol=1e-6)
+    np.testing.assert_allclose(Products(static, grids).on_grid(kernel, "w"), rounded(kernel, 3, (0,)), atol=1e-6)
+    assert Products(static, grids).on_grid(x, "q") is x

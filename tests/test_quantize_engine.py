@@ -16,8 +16,8 @@ from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import rounding
 from precision_scaling.numerics.formats import FormatError, parse
-from precision_scaling.quantize import products as products_lib
 from precision_scaling.quantize.operands import BACKWARD, OPERANDS
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.training import optimizer, schedule
 from precision_scaling.training import step as step_lib
@@ -59,7 +59,7 @@ def grids_of(**formats):
 
 @functools.partial(jax.jit, static_argnames=("product", "static"))
 def forward_and_gradients(lhs, rhs, g, grids, key=None, *, product, static):
-    function = lambda lhs, rhs: getattr(products_lib, product)(lhs, rhs, static, grids, key)
+    function = lambda lhs, rhs: getattr(Products(static, grids, key), product)(lhs, rhs)
     out, pullback = jax.vjp(function, lhs, rhs)
     return out, *pullback(g.astype(out.dtype))
 
@@ -166,7 +166,7 @@ def test_block_formats_bring_their_own_groups():
     x, kernel = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=(64, 5)).astype(np.float32)
     kind = parse("mxfp4").kind
     static = StaticPrecision((("a", StaticQuantizer(kind)), ("w", StaticQuantizer(kind, "channel"))))
-    y = jax.jit(lambda x, w: products_lib.linear(x, w, static, grids_of(a="mxfp4", w="mxfp4")))(x, kernel)
+    y = jax.jit(lambda x, w: Products(static, grids_of(a="mxfp4", w="mxfp4")).linear(x, w))(x, kernel)
     levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
     def mxfp4(rows):  # blocks of 32 along the last axis, scale 2^(floor(log2 max) - 2)
@@ -215,7 +215,7 @@ def test_products_with_stochastic_operands_are_unbiased_in_both_directions():
 def test_stochastic_rounding_without_a_key_is_refused():
     x, kernel, _ = map(jnp.asarray, arrays("linear"))
     with pytest.raises(FormatError, match="without a key"):
-        products_lib.linear(x, kernel, stochastic("w"), grids_of(w=4))
+        Products(stochastic("w"), grids_of(w=4)).linear(x, kernel)
 
 
 TINY = ModelConfig(
@@ -333,7 +333,7 @@ def test_rotation_leaves_exact_products_alone_and_spreads_outliers():
     errors = [np.std(run(grids_of(a=4, w=16), static=static)[0] - x @ kernel) for static in (plain, rotated)]
     assert errors[1] < errors[0] / 3
     grids = grids_of(a=4, w=5)
-    operands = [products_lib.on_grid(array, name, rotated, grids) for array, name in ((x, "a"), (kernel, "w"))]
+    operands = [Products(rotated, grids).on_grid(array, name) for array, name in ((x, "a"), (kernel, "w"))]
     close(run(grids, static=rotated)[0], np.asarray(operands[0]) @ np.asarray(operands[1]), rtol=1e-3, atol=1e-2)
 
 
@@ -418,7 +418,7 @@ SHARDED = """
 import functools, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from precision_scaling.numerics.formats import parse
-from precision_scaling.quantize.products import linear
+from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 def static_precision(fmt, rounding, container=None, **granularity):
@@ -429,7 +429,7 @@ def static_precision(fmt, rounding, container=None, **granularity):
 
 @functools.partial(jax.jit, static_argnames="static")
 def products(x, kernel, g, grids, key, static):
-    out, pullback = jax.vjp(lambda x, kernel: linear(x, kernel, static, grids, key), x, kernel)
+    out, pullback = jax.vjp(lambda x, kernel: Products(static, grids, key).linear(x, kernel), x, kernel)
     return out, *pullback(g)
 
 rng = np.random.default_rng(0)
@@ -479,11 +479,13 @@ def test_float32_products_multiply_in_bf16_models_what_twelve_bits_make_of_the_o
     equal = {}
     for wide in ((), ("a",)):
         compute = jax.jit(
-            functools.partial(products_lib.linear, static=dataclasses.replace(static, wide=wide)),
+            lambda x, kernel, grids, wide=wide: Products(dataclasses.replace(static, wide=wide), grids).linear(
+                x, kernel
+            ),
             # A CPU has no bf16 products, and would keep the digits that the hardware this is for drops.
             compiler_options={"xla_allow_excess_precision": False},
         )
-        y = compute(x, kernel, grids=grids_of(a=12, w=12))
+        y = compute(x, kernel, grids_of(a=12, w=12))
         assert y.dtype == jnp.bfloat16
         equal[wide] = np.mean(np.asarray(y) == intended)
     assert equal["a",] > 0.99 and equal[()] < 0.9

@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from precision_scaling.model import rope
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.quantize import aqt, products
-from precision_scaling.quantize.static import UNQUANTIZED, StaticPrecision
+from precision_scaling.quantize.products import Products
+from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision
 from precision_scaling.runtime.sharding import split_batch
 
 # What the backward pass keeps of a block instead of recomputing it; "none": everything.
@@ -59,19 +59,18 @@ def _norm(config: ModelConfig) -> nn.Module:
 class Linear(nn.Module):
     """Quantized projection of the last axis. The kernel has shape (in, *features).
 
-    names: of input and kernel in `static`. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
+    names: of the operands input and kernel. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
     """
 
     features: tuple[int, ...]
-    static: StaticPrecision
     names: tuple[str, str] = ("a", "w")
     fan_in: int = 0
 
     @nn.compact
-    def __call__(self, x, grids, key=None):
+    def __call__(self, x, products: Products):
         deviation = 1 / math.sqrt(self.fan_in or x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(deviation), (x.shape[-1], *self.features), jnp.float32)
-        return products.linear(x, kernel.astype(x.dtype), self.static, grids, key, self.names)
+        return products.linear(x, kernel.astype(x.dtype), self.names)
 
 
 def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
@@ -86,28 +85,26 @@ def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; q, k, v and the probabilities are each quantized as `static` says."""
+    """Causal self-attention; q, k, v and the probabilities are each quantized as `products` says."""
 
     config: ModelConfig
-    static: StaticPrecision
 
     def setup(self):
         c = self.config
         # Queries, keys and values, head by head, from one product.
-        self.qkv = Linear((c.heads + 2 * c.key_heads, c.head_dim), self.static)
-        self.out = Linear((c.width,), self.static)
+        self.qkv = Linear((c.heads + 2 * c.key_heads, c.head_dim))
+        self.out = Linear((c.width,))
         if c.qk_norm != "none":
             self.q_norm, self.k_norm = _norm(c), _norm(c)
         if c.qkv_bias:
             shape = (c.heads + 2 * c.key_heads, c.head_dim)
             self.qkv_bias = self.param("qkv_bias", nn.initializers.zeros, shape, jnp.float32)
 
-    def __call__(self, x_BxSxD, grids, key=None):
-        # Every product of a layer has a key of its own, by the number it goes by here.
-        keys = [aqt.fold_in(key, i) for i in range(4)]
-        return self.out(self.mix(self.qkv(x_BxSxD, grids, keys[0]), grids, keys[1], keys[2]), grids, keys[3])
+    def __call__(self, x_BxSxD, products: Products):
+        mixed_BxSxO = self.mix(self.qkv(x_BxSxD, products.part(0)), products)
+        return self.out(mixed_BxSxO, products.part(3))
 
-    def mix(self, qkv_BxSxAxK, grids, score_key=None, value_key=None):
+    def mix(self, qkv_BxSxAxK, products: Products):
         """What the heads read, side by side: (B, S, H·K). A: heads of queries, then of keys, then of values."""
         c = self.config
         batch, length = qkv_BxSxAxK.shape[:2]
@@ -123,11 +120,11 @@ class Attention(nn.Module):
         shared = c.heads // c.key_heads
         q_BxSxGxQxK = q_BxSxHxK.reshape(batch, length, c.key_heads, shared, c.head_dim)
         q_BxSQxGxK = q_BxSxGxQxK.swapaxes(2, 3).reshape(batch, length * shared, c.key_heads, c.head_dim)
-        score_BxGxSQxS = products.attention_scores(q_BxSQxGxK, k_BxSxGxK, self.static, grids, score_key)
+        score_BxGxSQxS = products.part(1).attention_scores(q_BxSQxGxK, k_BxSxGxK)
         score_BxGxSQxS = score_BxGxSQxS.astype(jnp.float32)
         causal_SQxS = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
         p_BxGxSQxS = jax.nn.softmax(jnp.where(causal_SQxS, score_BxGxSQxS, -1e30), axis=-1).astype(v_BxSxGxK.dtype)
-        o_BxSQxGxK = products.attention_values(p_BxGxSQxS, v_BxSxGxK, self.static, grids, value_key)
+        o_BxSQxGxK = products.part(2).attention_values(p_BxGxSQxS, v_BxSxGxK)
         o_BxSxQxGxK = o_BxSQxGxK.reshape(batch, length, shared, c.key_heads, c.head_dim)
         return o_BxSxQxGxK.swapaxes(2, 3).reshape(batch, length, -1)
 
@@ -141,15 +138,13 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate) * up)."""
 
     config: ModelConfig
-    static: StaticPrecision
 
     def setup(self):
-        self.gate_up = Linear((2, self.config.mlp_width), self.static)
-        self.down = Linear((self.config.width,), self.static)
+        self.gate_up = Linear((2, self.config.mlp_width))
+        self.down = Linear((self.config.width,))
 
-    def __call__(self, x_BxSxD, grids, key=None):
-        up_key, down_key = (aqt.fold_in(key, i) for i in range(2))
-        return self.down(self.activate(self.gate_up(x_BxSxD, grids, up_key)), grids, down_key)
+    def __call__(self, x_BxSxD, products: Products):
+        return self.down(self.activate(self.gate_up(x_BxSxD, products.part(0))), products.part(1))
 
     def activate(self, gate_up_BxSx2xF):
         """silu(gate) * up: (B, S, F)."""
@@ -165,40 +160,38 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    static: StaticPrecision
 
     def setup(self):
         c = self.config
         self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
-        self.attention, self.mlp = Attention(c, self.static), MLP(c, self.static)
+        self.attention, self.mlp = Attention(c), MLP(c)
 
-    def __call__(self, x_BxSxD, grids, key=None):
-        attention_key, mlp_key = (aqt.fold_in(key, i) for i in range(2))
-        h_BxSxD = self.attention(self._read(self.attention_norm, x_BxSxD), grids, attention_key)
+    def __call__(self, x_BxSxD, products: Products):
+        h_BxSxD = self.attention(self._read(self.attention_norm, x_BxSxD), products.part(0))
         x_BxSxD = self._add(self.attention_norm, x_BxSxD, h_BxSxD)
-        h_BxSxD = self.mlp(self._read(self.mlp_norm, x_BxSxD), grids, mlp_key)
+        h_BxSxD = self.mlp(self._read(self.mlp_norm, x_BxSxD), products.part(1))
         return self._add(self.mlp_norm, x_BxSxD, h_BxSxD)
 
     def before_qkv(self, x_BxSxD):
         """Input of the qkv projection."""
         return self._read(self.attention_norm, x_BxSxD)
 
-    def before_out(self, h_BxSxD, grids):
+    def before_out(self, h_BxSxD, products: Products):
         """Input of attention's out projection, from that of qkv."""
-        return self.attention.mix(self.attention.qkv(h_BxSxD, grids), grids)
+        return self.attention.mix(self.attention.qkv(h_BxSxD, products), products)
 
-    def before_gate_up(self, x_BxSxD, o_BxSxO, grids):
+    def before_gate_up(self, x_BxSxD, o_BxSxO, products: Products):
         """The residual stream after attention and the input of the gate_up projection, from that of out."""
-        x_BxSxD = self._add(self.attention_norm, x_BxSxD, self.attention.out(o_BxSxO, grids))
+        x_BxSxD = self._add(self.attention_norm, x_BxSxD, self.attention.out(o_BxSxO, products))
         return x_BxSxD, self._read(self.mlp_norm, x_BxSxD)
 
-    def before_down(self, h_BxSxD, grids):
+    def before_down(self, h_BxSxD, products: Products):
         """Input of the down projection, from that of gate_up."""
-        return self.mlp.activate(self.mlp.gate_up(h_BxSxD, grids))
+        return self.mlp.activate(self.mlp.gate_up(h_BxSxD, products))
 
-    def after_down(self, x_BxSxD, h_BxSxF, grids):
+    def after_down(self, x_BxSxD, h_BxSxF, products: Products):
         """The block's output, from the residual stream after attention and the input of down."""
-        return self._add(self.mlp_norm, x_BxSxD, self.mlp.down(h_BxSxF, grids))
+        return self._add(self.mlp_norm, x_BxSxD, self.mlp.down(h_BxSxF, products))
 
     def _read(self, norm, x_BxSxD):
         return norm(x_BxSxD) if self.config.norm_placement == "pre" else x_BxSxD
@@ -220,7 +213,7 @@ class _ScannedBlock(nn.Module):
         if policy is not None:
             # The scan over layers keeps the recomputation from being merged with the forward pass, without barriers.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        return block(self.config, self.static, name="block")(split_batch(x_BxSxD), grids, key), None
+        return block(self.config, name="block")(split_batch(x_BxSxD), Products(self.static, grids, key)), None
 
 
 class Decoder(nn.Module):
@@ -247,30 +240,32 @@ class Decoder(nn.Module):
         )(c, self.static)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
-            self.head = Linear((c.vocab_size,), self.static, _HEAD, fan_in=c.base_width)
+            self.head = Linear((c.vocab_size,), _HEAD, fan_in=c.base_width)
 
-    def embed(self, tokens_BxS, grids=None, key=None):
+    def embed(self, tokens_BxS, products: Products):
         """Residual stream before the first block, (B, S, D)."""
-        if self.static.get("e") is None:
+        if products.static.get("e") is None:
             return self.embedding(tokens_BxS)
-        embedding_VxD = products.embedding_table(self.embedding.embedding, self.static, grids, key)
+        embedding_VxD = products.embedding_table(self.embedding.embedding)
         return jnp.take(embedding_VxD, tokens_BxS, axis=0).astype(self.config.dtype)
 
-    def unembed(self, x_BxSxD, grids=None, key=None):
+    def unembed(self, x_BxSxD, products: Products):
         """Logits in float32, (B, S, V)."""
         h_BxSxD = self.final_norm(x_BxSxD)
         if self.config.tie_embeddings:
             kernel_DxV = self.embedding.embedding.T.astype(h_BxSxD.dtype)
-            logits_BxSxV = products.linear(h_BxSxD, kernel_DxV, self.static, grids, key, _HEAD)
+            logits_BxSxV = products.linear(h_BxSxD, kernel_DxV, _HEAD)
         else:
-            logits_BxSxV = self.head(h_BxSxD, grids, key)
+            logits_BxSxV = self.head(h_BxSxD, products)
         return split_batch(logits_BxSxV * self.config.logit_scale).astype(jnp.float32)
 
-    def __call__(self, tokens_BxS, grids=None, key=None):
-        embed_key, head_key, layers_key = (aqt.fold_in(key, i) for i in range(3))
-        layer_keys = None if key is None else jax.random.split(layers_key, self.config.depth)
-        x_BxSxD, _ = self.layers(self.embed(tokens_BxS, grids, embed_key), grids, layer_keys)
-        return self.unembed(x_BxSxD, grids, head_key)
+    def __call__(self, tokens_BxS, grids: Grids | None = None, key: jax.Array | None = None):
+        """Logits in float32, (B, S, V). grids: of the operands that `static` names."""
+        products = Products(self.static, grids or {}, key)
+        x_BxSxD = self.embed(tokens_BxS, products.part(0))
+        layer_keys = None if key is None else jax.random.split(products.part(2).key, self.config.depth)
+        x_BxSxD, _ = self.layers(x_BxSxD, products.grids, layer_keys)
+        return self.unembed(x_BxSxD, products.part(1))
 
 
 def init(config: ModelConfig, key) -> Any:

@@ -19,8 +19,7 @@ from precision_scaling.ptq import rtn
 from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.scheme import Calibration, Rounded, Scheme
-from precision_scaling.quantize import products
-from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.quantize.products import Products
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
 from precision_scaling.training.step import StepConfig
@@ -156,11 +155,11 @@ def _round_layers(scheme: Scheme, layers: Any, levels: formats.Grid, kind: forma
     return jax.vmap(block)(layers), Report(jnp.zeros(shape, bool), unknown, unknown, unknown)
 
 
-def statistics(static: StaticPrecision, grids, x_CxBxSxI):
+def statistics(products: Products, x_CxBxSxI):
     """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
 
     def add(total, x_BxSxI):
-        x = products.on_grid(x_BxSxI, "a", static, grids).astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
+        x = products.on_grid(x_BxSxI, "a").astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
         hessian_IxI = split_hessian(total[0] + jnp.matmul(x.T, x, precision="highest"))
         return (hessian_IxI, total[1] + jnp.sum(jnp.abs(x), axis=0)), None
 
@@ -193,18 +192,18 @@ def _calibrated_layers(
     damping,
     batch_size: int,
 ):
-    method, module = scheme.method, Block(step_config.model, step_config.static)
+    method, module = scheme.method, Block(step_config.model)
     assert method.solve is not None, "what leaves kernels alone is not applied"
     solve = method.solve
-    decoder = Decoder(step_config.model, step_config.static)
-    embedded: Any = decoder.apply({"params": params}, tokens_NxS, grids, method=Decoder.embed)
+    products = Products(step_config.static, grids)
+    embedded: Any = Decoder(step_config.model).apply({"params": params}, tokens_NxS, products, method=Decoder.embed)
 
     def each(block, function, *streams_CxB):
         """A method of the block with these parameters, calibration batch by calibration batch."""
         apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=function)
         return jax.lax.map(apply, streams_CxB)
 
-    with_grids = lambda function: lambda block, *args: function(block, *args, grids)
+    multiplied = lambda function: lambda block, *args: function(block, *args, products)
 
     def branch_error(block, linear, inputs_CxBxSxI):
         """Of kernels that begin a branch (the whole attention or MLP), the squared error of what it adds."""
@@ -212,10 +211,10 @@ def _calibrated_layers(
 
         def added(block):
             if linear == LINEARS[0]:
-                inputs = each(block, with_grids(Block.before_out), inputs_CxBxSxI)
-                return each(block, with_grids(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
-            inputs = each(block, with_grids(Block.before_down), inputs_CxBxSxI)
-            return each(block, with_grids(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
+                inputs = each(block, multiplied(Block.before_out), inputs_CxBxSxI)
+                return each(block, multiplied(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
+            inputs = each(block, multiplied(Block.before_down), inputs_CxBxSxI)
+            return each(block, multiplied(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
 
         kernel, before = _kernel(block, linear), added(block)
 
@@ -234,7 +233,7 @@ def _calibrated_layers(
             if method.input_scales and linear in NORMS:
                 block, inputs_CxBxSxI, unusable = _move_scales(scheme, block, linear, inputs_CxBxSxI)
             kernel = _kernel(block, linear)
-            hessian_IxI, magnitude_I = statistics(step_config.static, grids, inputs_CxBxSxI)
+            hessian_IxI, magnitude_I = statistics(products, inputs_CxBxSxI)
             begins = method.branch_error and linear in NORMS
             objective = branch_error(block, linear, inputs_CxBxSxI) if begins else None
             calibration = Calibration(hessian_IxI, magnitude_I, damping, objective)
@@ -247,13 +246,13 @@ def _calibrated_layers(
             return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI
 
         block, inputs = quantized(block, LINEARS[0], each(block, Block.before_qkv, x_CxBxSxD))
-        inputs = each(block, with_grids(Block.before_out), inputs)
+        inputs = each(block, multiplied(Block.before_out), inputs)
         block, inputs = quantized(block, LINEARS[1], inputs)
-        x_CxBxSxD, inputs = each(block, with_grids(Block.before_gate_up), x_CxBxSxD, inputs)
+        x_CxBxSxD, inputs = each(block, multiplied(Block.before_gate_up), x_CxBxSxD, inputs)
         block, inputs = quantized(block, LINEARS[2], inputs)
-        inputs = each(block, with_grids(Block.before_down), inputs)
+        inputs = each(block, multiplied(Block.before_down), inputs)
         block, inputs = quantized(block, LINEARS[3], inputs)
-        x_CxBxSxD = each(block, with_grids(Block.after_down), x_CxBxSxD, inputs)
+        x_CxBxSxD = each(block, multiplied(Block.after_down), x_CxBxSxD, inputs)
         report = jax.tree.map(lambda *values: jnp.stack(values), *notes)
         return x_CxBxSxD, (_split(block, codes), report)
 
