@@ -64,7 +64,15 @@ ALLOWED = {
 }
 
 
+def _given(flag: flags.FlagHolder) -> float:
+    """The number of a flag that has one by default. Raises BudgetError."""
+    value = _number_of(flag)
+    assert value is not None, f"--{flag.name} has a default"
+    return value
+
+
 def _number_of(flag: flags.FlagHolder) -> float | None:
+    """The number of a flag; None where it is not given. Raises BudgetError."""
     low, high = ALLOWED[flag.name]
     value = flag.value
     if value is None or (value == 0 and flag.default == 0) or low <= value <= high:
@@ -81,11 +89,11 @@ def _bits(flag: flags.FlagHolder) -> float | None:
 
 def _serving_of_flags() -> memory.Serving:
     return memory.Serving(
-        context=_number_of(_CONTEXT),
-        batch=_number_of(_BATCH),
+        context=_given(_CONTEXT),
+        batch=_given(_BATCH),
         kv_bits=_bits(_KV_BITS),
-        group_size=_number_of(_SERVE_GROUP),
-        vocabulary=_number_of(_VOCAB),
+        group_size=int(_given(_SERVE_GROUP)),
+        vocabulary=int(_given(_VOCAB)),
         layout=None if _LAYOUT.value is None else memory.Layout.parse(_LAYOUT.value),
     )
 
@@ -97,7 +105,7 @@ def _budget_of_flags() -> Budget:
         d=_number_of(_TOKENS),
         p=_bits(_PRECISION),
         serve_bits=_number_of(_SERVE_BITS),
-        inference_tokens=_number_of(_INFERENCE),
+        inference_tokens=_given(_INFERENCE),
         memory_bytes=None if _MEMORY.value is None else memory.parse_bytes(_MEMORY.value),
         serving=_serving_of_flags(),
         cost=CostModel.parse(_SPEEDS.value),

@@ -48,8 +48,16 @@ def main() -> None:
     table = tables.load(_RUNS.value).where(**pairs("where", _WHERE.value))
     line = shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]])
     processes = min(_PROCESSES.value, os.cpu_count() or 1)
-    options = {"bootstrap": _BOOTSTRAP.value, "seed": _SEED.value, "names": _LAWS.value, "processes": processes}
-    write(table, out, line=line, tell=print, **options)
+    write(
+        table,
+        out,
+        line=line,
+        tell=print,
+        bootstrap=_BOOTSTRAP.value,
+        seed=_SEED.value,
+        names=_LAWS.value,
+        processes=processes,
+    )
     print(f"report: {out / 'index.html'}")
 
 

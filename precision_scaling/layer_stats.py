@@ -28,7 +28,7 @@ from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.products import Products
-from precision_scaling.quantize.static import StaticPrecision, static_of
+from precision_scaling.quantize.static import StaticPrecision, static_of_one
 from precision_scaling.runtime import cli, compilation, files, paths
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training.run import Run
@@ -74,8 +74,14 @@ class Sums(NamedTuple):
 def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
     """The sums over all elements of an operand."""
     x, x_q = x.astype(jnp.float32), x_q.astype(jnp.float32)
-    counts = (jnp.sum(where, dtype=jnp.int32) for where in (x != 0, saturated, (x != 0) & (x_q == 0)))
-    return Sums(*counts, jnp.sum(jnp.square(x)), jnp.sum(jnp.square(x - x_q)))
+    count = lambda where: jnp.sum(where, dtype=jnp.int32)
+    return Sums(
+        count(x != 0),
+        count(saturated),
+        count((x != 0) & (x_q == 0)),
+        jnp.sum(jnp.square(x)),
+        jnp.sum(jnp.square(x - x_q)),
+    )
 
 
 def measure(config: ModelConfig, static: StaticPrecision, params: Any, grids: Any, tokens_CxBxS) -> dict[Place, Sums]:
@@ -129,7 +135,8 @@ def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]
     """A row with `COLUMNS` for each layer and operand; shares are of the elements that are not zero."""
     lines = []
     for (product, name), one in found.items():
-        setting = precision.get(name)
+        quantizer = precision.get(name)
+        assert quantizer is not None, f"{name} is measured, so it is quantized"
         for layer in range(len(one.signal)):
             elements, saturated, zeroed, signal, error = (float(field[layer]) for field in one)
             lines.append(
@@ -137,8 +144,8 @@ def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]
                     "layer": layer,
                     "product": product,
                     "operand": name,
-                    "format": setting.format.name,
-                    "granularity": setting.granularity,
+                    "format": quantizer.format.name,
+                    "granularity": quantizer.granularity,
                     "elements": int(elements),
                     "saturated": saturated / elements if elements else None,
                     "zeroed": zeroed / elements if elements else None,
@@ -151,7 +158,7 @@ def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]
 def of_run(workspace: Workspace, run: Run, precision: Precision, sequences: int) -> list[dict[str, Any]]:
     """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
     config, batch = run.shape.model, min(sequences, workspace.experiment.config.evaluate.batch_size)
-    static = static_of([precision], config.dtype).evaluation().simulated()
+    static = static_of_one(precision, config.dtype).evaluation().simulated()
     params = workspace.parameters(run)
     windows_NxS1 = workspace.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)

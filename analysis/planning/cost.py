@@ -66,7 +66,8 @@ class CostModel:
         """`"bf16:1,fp8:1.6"` to a cost model; an empty text is the linear one. Raises CostError."""
         if not text.strip():
             return cls()
-        speeds, seen = [], {}
+        speeds: list[tuple[str, float]] = []
+        seen: dict[float, str] = {}
         for entry in text.split(","):
             name, separator, value = entry.partition(":")
             try:

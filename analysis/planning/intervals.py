@@ -38,7 +38,9 @@ def intervals(plan: Option, options: Sequence[Option], budget: Budget) -> Interv
     for index in chosen:
         drawn = surface.draw(index)
         at_plan.append(evaluate(drawn, plan.budget, best.n, best.d, best.p).loss)
-        at_options.append(np.concatenate([_losses(group, several.draw(index)) for group, several in groups] or [[]]))
+        at_options.append(
+            np.concatenate([_losses(group, several.draw(index)) for group, several in groups] or [np.array([])])
+        )
         try:
             optima.append(minimize(drawn, budget))
         except BudgetError:
@@ -81,7 +83,7 @@ def _groups(options: Sequence[Option]) -> list[tuple[list[Option], Surface]]:
         some = [option for option in options if (option.fmt is not None) == formatted]
         if some:
             base = some[0].surface
-            groups.append((some, base.in_formats([option.fmt for option in some]) if formatted else base))
+            groups.append((some, base.in_formats([option.fmt for option in some if option.fmt]) if formatted else base))
     return groups
 
 

@@ -96,7 +96,7 @@ def best_point(surface: Surface, budget: Budget, best: Point) -> Point | None:
         if budget.flops is not None:
             point = minimize(surface, budget)
         else:
-            point = evaluate(surface, budget, best.n, best.d, budget.p)
+            point = evaluate(surface, budget, best.n, best.d, best.p if budget.p is None else budget.p)
             if not budget.fits_memory(point.n, point.p):
                 return None
     except (BudgetError, CostError):

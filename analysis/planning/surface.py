@@ -122,8 +122,8 @@ class Surface:
         columns = _precisions(bits, self.parts)
         for part in self.parts:
             columns |= dict.fromkeys(FORMAT_COLUMNS[part], texts)
-        derivable = {name: derived.column(name, columns) for name in self._of_formats if name not in self.columns}
-        return dataclasses.replace(self, of_format=derivable)
+        found = {name: derived.column(name, columns) for name in self._of_formats if name not in self.columns}
+        return dataclasses.replace(self, of_format={name: x for name, x in found.items() if x is not None})
 
     def in_format(self, fmt: Format) -> "Surface":
         """The surface of models trained in one format, for arguments of any shape."""

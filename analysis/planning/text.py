@@ -23,6 +23,7 @@ def advice(plan: Plan) -> str:
     best, turning, bits = plan.best, plan.critical_tokens, plan.chosen.budget.serve_bits
     if bits is None:
         return "Served as trained: more tokens always help."
+    assert turning is not None  # found for every plan that is served in few bits
     at = f"At N = {count_label(best.n)} trained in {best.p:.3g} bits and served in {bits:g}"
     if math.isinf(turning):
         return f"{at}, more data never hurts in this law: no D_crit."
@@ -87,7 +88,9 @@ def _formats(plan: Plan) -> list[str]:
         return []
     title = "at the same cost, each with its own best N and D" if plan.budget.flops else "at the same N and D"
     reads = "relative step or error of each" if plan.surface.reads_formats else "nominal bits alone"
-    rows = [("format", "bits", "N", "D", "loss", "above the plan", "N for 16-bit loss", "memory", "")]
+    rows: list[tuple[str, ...]] = [
+        ("format", "bits", "N", "D", "loss", "above the plan", "N for 16-bit loss", "memory", "")
+    ]
     rows += [_format_row(row) for row in plan.formats]
     if any(row["seen"] is None for row in plan.formats):
         reads += "; the fit does not say which formats its table held"
@@ -112,7 +115,7 @@ def _format_row(row: dict) -> tuple[str, ...]:
 
 
 def _serving(plan: Plan) -> list[str]:
-    if not plan.serving:
+    if not plan.serving or plan.budget.memory_bytes is None:
         return []
     best = min(plan.serving, key=lambda option: option.point.loss)
     rows = [("served in", "trained in", "N", "D", "loss", "of it δ", "weights", "KV cache", "")]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Evidence:
         return _by_method(self.every_row.deltas(), self.main_method)
 
     @cached_property
-    def memo(self) -> dict[object, object]:
+    def memo(self) -> dict[object, Any]:
         """What several findings and figures work out of this evidence, so that it is done once."""
         return {}
 

@@ -302,7 +302,7 @@ def _comparison(comparison: Comparison | None) -> str:
             gap = "–" if row is not rows[0] else "best"
             if row.difference is not None:
                 mean, low, high = row.difference
-                ends = "(few runs)" if low is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+                ends = "(few runs)" if low is None or high is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
                 gap = f"{100 * mean:+.2f} {ends}"
             cells = [str(row.k), fixed(row.r2, 4), f"{row.aic:.1f}", f"{row.bic:.1f}", *held, gap]
             numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)

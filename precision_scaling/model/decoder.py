@@ -263,7 +263,8 @@ class Decoder(nn.Module):
         """Logits in float32, (B, S, V). grids: of the operands that `static` names."""
         products = Products(self.static, grids or {}, key)
         x_BxSxD = self.embed(tokens_BxS, products.part(0))
-        layer_keys = None if key is None else jax.random.split(products.part(2).key, self.config.depth)
+        layers_key = products.part(2).key
+        layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.depth)
         x_BxSxD, _ = self.layers(x_BxSxD, products.grids, layer_keys)
         return self.unembed(x_BxSxD, products.part(1))
 

@@ -90,6 +90,13 @@ def is_wide(fmt: Format) -> bool:
     return fmt.family in ("int", "float", "wide", "block") and fmt.mantissa_bits >= 7
 
 
+def static_of_one(precision: Precision, dtype: str) -> StaticPrecision:
+    """What is compiled for one precision. dtype: compute dtype of the model."""
+    static = static_of([precision], dtype)
+    assert static is not None, "one precision does not differ from itself"
+    return static
+
+
 def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | None:
     """What one compiled step has to fix to serve all precisions through their grids; None where they differ in that.
 

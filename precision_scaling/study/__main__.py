@@ -97,9 +97,9 @@ def main() -> None:
                 train_missing(workspace, shard, stop, profile, quantize)
             warnings += quantize_shard(workspace, config.ptq.methods, config.ptq.bits, shard, stop)
         finally:
-            rows = results.gather(workdir) if hosts.primary() else 0
+            measured_rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
-        print("\n".join([*profile.report(), *warnings, f"{rows} measured losses in {workdir / paths.TABLE}"]))
+        print("\n".join([*profile.report(), *warnings, f"{measured_rows} measured losses in {workdir / paths.TABLE}"]))
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))

@@ -135,7 +135,7 @@ def quantize_shard(workspace: Workspace, methods, bits, shard: Shard, stop: Stop
     if workspace.layout.spans_hosts:
         workspace = dataclasses.replace(workspace, layout=sharding.local_layout())
         index = shard.index + shard.count * jax.process_index()
-        shard = shard._replace(index=index, count=shard.count * jax.process_count())
+        shard = dataclasses.replace(shard, index=index, count=shard.count * jax.process_count())
     formats = workspace.experiment.config.ptq.formats
     warnings = quantize_missing(workspace, methods, bits, shard, stop=stop, formats=formats)
     hosts.wait_for_all("quantized")

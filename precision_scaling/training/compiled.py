@@ -27,7 +27,7 @@ class CompiledCohort:
     one: Any  # abstract state of a run
     initialize: Callable  # seed -> state of one run
     spread: Callable  # state of one run -> that state in all lanes
-    train: Callable  # (state, inputs, tokens, steps) -> (state, metrics)
+    train: jax.stages.Wrapped  # (state, inputs, tokens, steps) -> (state, metrics)
     parameters: Callable  # (parameters of all lanes, lane) -> those of one
     pick: Callable  # (state of any number of lanes, lane) -> that of one
     put: Callable  # (state, lane, state of one run) -> state

@@ -71,7 +71,8 @@ class Prefetcher:
     def _read(self, chunk: Chunk) -> jax.Array:
         parts: dict[tuple[range, range], np.ndarray] = {}  # devices along the axis tensor have the same
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # JAX has None for arrays of no dimension
             lanes, rows = (range(*index[axis].indices(self.shape[axis])) for axis in (1, 3))
             if (lanes, rows) not in parts:
                 parts[lanes, rows] = self._windows(chunk, lanes, rows)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Format
@@ -114,7 +114,8 @@ class Cohort:
     runs: tuple[Run, ...]
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shard:
     """A part of a study: the index-th of `count` shards, and of that the runs whose id the regex `only` finds."""
 
     index: int = 0

@@ -38,7 +38,7 @@ class RunInputs(NamedTuple):
 
     grids: Any
     schedule: Schedule
-    seed: jax.Array | None = None
+    seed: jax.typing.ArrayLike | None = None
 
 
 class StepMetrics(NamedTuple):

@@ -18,8 +18,10 @@ from precision_scaling.runtime import paths
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """Takes the lines of one run, in order."""
+
+    def __init__(self, run_directory: Path): ...
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -68,7 +70,7 @@ class Wandb:
         self._run.finish()
 
 
-_TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+_TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: Sequence[str]) -> None:
@@ -86,7 +88,7 @@ class Followers:
 
     def __init__(self, names: Sequence[str]):
         self._names = tuple(names)
-        self._open: dict[Path, tuple[tuple[Sink, ...], int]] = {}  # and how much of the file they have seen
+        self._open: dict[Path, tuple[tuple[Tracker, ...], int]] = {}  # and how much of the file they have seen
 
     def follow(self, path: Path) -> None:
         """Passes on what is new in a run's metrics.jsonl; of a run not seen before, all of it."""

@@ -1,5 +1,6 @@
 """What every curve of a fit carries: the 95 % band of its bootstrap samples, and shade where it leaves the table."""
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,15 +37,20 @@ def beyond(axis, low: float, high: float, which: str = "x") -> None:
     axis.set(**{f"{which}lim": limits})
 
 
+# What is true of a figure as it was drawn, which its general caption cannot know.
+_CAPTIONS: weakref.WeakKeyDictionary[Figure, str] = weakref.WeakKeyDictionary()
+
+
 def say(figure: Figure, *sentences: str) -> Figure:
     """Adds to the caption what is true of this very figure."""
-    told = " ".join(sentence for sentence in sentences if sentence)
-    figure.said = f"{getattr(figure, 'said', '')} {told}".strip()
+    words = " ".join(sentence for sentence in sentences if sentence)
+    _CAPTIONS[figure] = f"{said(figure)} {words}".strip()
     return figure
 
 
 def said(figure: Figure) -> str:
-    return getattr(figure, "said", "")
+    """What `say` has added to the caption of a figure."""
+    return _CAPTIONS.get(figure, "")
 
 
 def band_words(fits: Sequence[Fit | None]) -> str:

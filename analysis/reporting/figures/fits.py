@@ -2,6 +2,8 @@
 and the held-out errors of competing laws.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -59,7 +61,7 @@ def _kinds(table: Table) -> tuple[list[str], np.ndarray]:
 
 def predicted_against_measured(evidence: Evidence) -> Figure:
     """Predicted against measured for the law of PTQ, of training precision and of both."""
-    shown = []
+    shown: list[tuple[Fit, Table, np.ndarray]] = []
     for name in ("ptq", "precision", "unified", "chinchilla"):
         fit = evidence.fits.get(name)
         if fit is None or (name == "chinchilla" and len(shown) == 3):
@@ -74,6 +76,7 @@ def predicted_against_measured(evidence: Evidence) -> Figure:
     for axis, (fit, table, measured) in zip(axes.flat, shown, strict=True):
         values = predicted(fit, table)
         delta = laws.get(fit.law).target == "delta"
+        colors: Sequence = CATEGORIES
         if delta:
             groups = thin(table["P_post"], 6)
             labels, index = (
@@ -83,10 +86,9 @@ def predicted_against_measured(evidence: Evidence) -> Figure:
             colors = ramp(len(groups))
         elif fit.law == "unified":
             quantized = table.quantized.astype(int)
-            labels, index, colors = ["before PTQ", "after PTQ"], quantized, CATEGORIES
+            labels, index = ["before PTQ", "after PTQ"], quantized
         else:
             labels, index = _kinds(table)
-            colors = CATEGORIES
         for series, label in enumerate(labels):
             mine = index == series
             axis.plot(measured[mine], values[mine], marker(series), color=colors[series], mec=INK, ms=3.8, label=label)

@@ -71,7 +71,7 @@ def loss_by_bits(evidence: Evidence) -> Figure:
             x, y = np.minimum(table[part][mine][order], SHOWN_BITS), table["loss"][mine][order]
             curve = fit is not None and informs(fit, part)
             axis.plot(x, y, marker(series), color=colors[key], mec=INK, ls="" if curve else ":", lw=0.8)
-            if curve:
+            if fit is not None and curve:
                 p = np.linspace(x.min(), SHOWN_BITS, 150)
                 law = lambda fit, p=p, key=key, part=part: laws.predict(
                     fit.law, fit.values, N=key[0], D=key[1], **{part: p}
@@ -141,11 +141,11 @@ def capacity_by_part(evidence: Evidence) -> Figure:
         if fit is not None and informs(fit, part):
             x = np.linspace(table[part].min(), SHOWN_BITS, 200)
             name = part.removeprefix("P_")
-            share = lambda fit, x=x, name=name: fraction(
+            factor = lambda fit, x=x, name=name: fraction(
                 x, fit.values[f"gamma_{name}"], fit.values.get(f"n_{name}", 0.0)
             )
-            axis.plot(x, share(fit), color=color, ls=style)
-            band(axis, x, share, [fit], color)
+            axis.plot(x, factor(fit), color=color, ls=style)
+            band(axis, x, factor, [fit], color)
             drawn = True
         curve = fit is not None and informs(fit, part)
         axis.plot([], [], mark, color=color, mec=INK, ls=style if curve else "", label=label)

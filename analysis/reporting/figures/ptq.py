@@ -2,6 +2,8 @@
 loses least, and what training in low precision changes.
 """
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -31,7 +33,7 @@ from analysis.wording import count_label
 
 MOST_PANELS = 6  # sizes shown side by side; more are thinned evenly
 MOST_SERIES = 6
-STAR = {"color": "#D55E00", "mec": INK, "ms": 9, "zorder": 5}
+STAR: dict[str, Any] = {"color": "#D55E00", "mec": INK, "ms": 9, "zorder": 5}
 CONSTANT = "constant"
 
 
@@ -94,8 +96,8 @@ def degradation(evidence: Evidence) -> Figure:
         handles.append(Line2D([], [], color=INK, ls=(0, (1, 2)), lw=0.8, label="noise, 95 %"))
     figure.legend(handles=handles, title="P_post", loc="outside right center")
     law = "" if fit is None else "Lines are the fitted law δ = C_T D^γ_D / N^γ_N · exp(-P_post/γ_post)."
-    noise = "Dotted: what a δ must exceed to be told from the noise between seeds."
-    return say(figure, law, band_words([fit]), noise if any(noises) else "", edge_words(hidden))
+    dotted = "Dotted: what a δ must exceed to be distinguished from the noise between seeds."
+    return say(figure, law, band_words([fit]), dotted if any(noises) else "", edge_words(hidden))
 
 
 def after_ptq(evidence: Evidence) -> Figure:
@@ -104,7 +106,6 @@ def after_ptq(evidence: Evidence) -> Figure:
     if len(set(deltas["D"])) < 2:
         raise Skipped("only one D among the models that were quantized")
     ptq, before = evidence.fit_of("ptq"), evidence.fit_of("chinchilla", "precision", "unified")
-    both = ptq is not None and before is not None
     sizes, bits = _sizes(deltas), thin(deltas["P_post"], MOST_SERIES - 1)
     rows, columns = grid_of(len(sizes), 3)
     figure, axes = panels(rows, columns, 2.7)
@@ -127,7 +128,7 @@ def after_ptq(evidence: Evidence) -> Figure:
         for series, p_post in enumerate(bits):
             mine = here & (deltas["P_post"] == p_post)
             axis.plot(deltas["D"][mine], deltas["loss"][mine], marker(series + 1), color=colors[series], mec=INK)
-            if both:
+            if before is not None and ptq is not None:
                 curve = lambda before, ptq, n=n, x=x, p=p_post, base=unquantized: (
                     base(before) + laws.predict("ptq", ptq.values, N=n, D=x, P_post=p)
                 )
@@ -139,8 +140,8 @@ def after_ptq(evidence: Evidence) -> Figure:
                     marked = True
                     at_turn = float(np.interp(np.log(turn), np.log(x), served))
                     axis.plot(turn, at_turn, "|", color=colors[series], ms=13, mew=2.0)
-        for series in (s for s in turned if s.n == n and s.p_post in bits):
-            axis.plot(series.tokens[series.lowest], series.losses[series.lowest], "*", **STAR)
+        for one in (s for s in turned if s.n == n and s.p_post in bits):
+            axis.plot(one.tokens[one.lowest], one.losses[one.lowest], "*", **STAR)
         axis.set_title(f"N = {count_label(n)}")
         log_axis(axis, "x", d, counts=True)
         axis.set_xlim(x[0], x[-1])
@@ -148,6 +149,7 @@ def after_ptq(evidence: Evidence) -> Figure:
         axis.set_xlabel("tokens D")
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss\n(nats per token)")
+    both = ptq is not None and before is not None
     handles = [
         Line2D([], [], marker="o", color=INK, mfc="white", mec=INK, ls="-" if before else "", label="before PTQ")
     ]
@@ -193,8 +195,8 @@ def methods(evidence: Evidence) -> Figure:
     colors = ramp(len(bits))
     drawn, hidden = False, 0
     for axis, other in zip(axes.flat, others, strict=True):
-        pairs = [(key[2], m[reference], m[other]) for key, m in by_key.items() if reference in m and other in m]
-        pairs = np.array(pairs).reshape(-1, 3)
+        measured = [(key[2], m[reference], m[other]) for key, m in by_key.items() if reference in m and other in m]
+        pairs = np.array(measured).reshape(-1, 3)
         better, every = np.mean(pairs[:, 2] < pairs[:, 1]) if len(pairs) else 0.0, len(pairs)
         pairs = pairs[(pairs[:, 1:] > 0).all(axis=1)]
         hidden += every - len(pairs)

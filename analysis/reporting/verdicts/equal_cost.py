@@ -44,8 +44,8 @@ def tied_cells(losses: Table, noise: Noise | None) -> list[Cell]:
         groups.setdefault((losses["N"][i], losses["D"][i], bits[0, i]), []).append(losses["loss"][i])
     sd = lambda n, d, p: 0.0 if noise is None else float(noise.at(N=n, D=d, P_w=p, P_a=p, P_kv=p))
     return [
-        Cell(*map(float, key), float(np.mean(found)), sd(*key) / math.sqrt(len(found)))
-        for key, found in sorted(groups.items())
+        Cell(float(n), float(d), float(p), float(np.mean(found)), sd(n, d, p) / math.sqrt(len(found)))
+        for (n, d, p), found in sorted(groups.items())
     ]
 
 
@@ -62,7 +62,7 @@ class Match:
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=self.losses.get)
+        return min(self.losses, key=lambda bits: self.losses[bits])
 
 
 def matches(evidence: Evidence) -> tuple[list[Match], list[Match]]:

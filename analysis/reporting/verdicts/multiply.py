@@ -98,7 +98,7 @@ def forecast(law: str, losses: Table, seed: int = 0) -> Forecast:
         error(fitted.values, joint),
         (float(low), float(high)),
         math.sqrt(float(np.mean(own**2))),
-        float(fitted.starts_at_best),
+        math.nan if fitted.starts_at_best is None else fitted.starts_at_best,
     )
 
 

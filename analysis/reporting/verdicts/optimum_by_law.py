@@ -43,7 +43,8 @@ def best_bits(loss: Callable, flops: float, bits: np.ndarray) -> float:
         at = int(np.argmin(best))
         if rounds > 1:
             step = bits[1] - bits[0]
-            found, bits = bits[at], np.linspace(*np.clip((bits[at] - step, bits[at] + step), 2.0, 16.0), 21)
+            low, high = np.clip((bits[at] - step, bits[at] + step), 2.0, 16.0)
+            found, bits = bits[at], np.linspace(low, high, 21)
     return float(found if rounds > 1 else bits[at])
 
 

@@ -38,7 +38,7 @@ class Matched:
     @property
     def exponents(self) -> tuple[float, float]:
         """Of D, under decay and under a constant rate; NaN where fewer than two D or a δ of 0 or less."""
-        return tuple(_exponent(self.tokens, deltas) for deltas in (self.decayed, self.constant))
+        return _exponent(self.tokens, self.decayed), _exponent(self.tokens, self.constant)
 
     @property
     def ratios(self) -> np.ndarray:
@@ -83,12 +83,12 @@ def _matched(evidence: Evidence, method: str, decaying: str, decay: Table, const
     found = []
     for n, s, p_post in sorted({key[:3] for key in shared}):
         keys = [key for key in shared if key[:3] == (n, s, p_post)]
-        deltas = [np.array([values[key] for key in keys]) for values in by_setting]
+        decayed, unchanged = (np.array([values[key] for key in keys]) for values in by_setting)
         noise = evidence.noise_after_ptq(method, p_post)
         tokens = np.array([key[3] for key in keys])
         floor = 0.0 if noise is None else noise.t * noise.at(N=n, D=tokens)
-        above = bool(np.all(np.minimum(*deltas) > floor))
-        found.append(Matched(method, decaying, n, s, p_post, tokens, *deltas, above))
+        above = bool(np.all(np.minimum(decayed, unchanged) > floor))
+        found.append(Matched(method, decaying, n, s, p_post, tokens, decayed, unchanged, above))
     return found
 
 
@@ -136,7 +136,8 @@ def shares(found: Sequence[Matched], method: str) -> list[Shares]:
                 decaying,
                 len(mine),
                 len(units),
-                *map(float, exponents.mean(axis=0)),
+                float(exponents[:, 0].mean()),
+                float(exponents[:, 1].mean()),
                 int(np.sum(exponents[:, 0] > exponents[:, 1])),
                 _share_interval(exponents, index) if len(units) >= LEAST_UNITS else None,
             )
@@ -177,11 +178,12 @@ def schedule_or_data(evidence: Evidence) -> Finding:
 
 
 def _verdict(told: Sequence[Shares]) -> str:
-    if any(s.share_ci is None for s in told):
+    spans = [s.share_ci for s in told if s.share_ci is not None]
+    if len(spans) < len(told):
         return UNDECIDED
-    if all(s.share_ci[1] < LITTLE for s in told):
+    if all(high < LITTLE for _, high in spans):
         return SUPPORTED
-    return CONTRADICTED if all(s.share_ci[0] > MOST for s in told) else UNDECIDED
+    return CONTRADICTED if all(low > MOST for low, _ in spans) else UNDECIDED
 
 
 def _ratio_words(found: Sequence[Matched], method: str) -> str:

@@ -78,7 +78,7 @@ def _pairs(evidence: Evidence, method: str, deltas: Table) -> list[Pair]:
     base: dict[tuple, list[int]] = {}
     keys = list(zip(deltas["N"], deltas["D"], deltas["P_post"], strict=True))
     for i in np.flatnonzero(deltas.high_precision):
-        base.setdefault(keys[i], []).append(i)
+        base.setdefault(keys[i], []).append(int(i))
     found = []
     for i in np.flatnonzero(deltas["P_w"] < HIGH_PRECISION_BITS):
         if keys[i] not in base:
@@ -218,8 +218,10 @@ def one_law(evidence: Evidence) -> Finding:
     said += "" if relative is None else f" Seeds alone: {100 * relative:.1f} %."
     numbers = {row.law: dict(row.held_out) for row in rows}
     if "unified" not in near_best(evidence.comparison, "both"):
-        low, high = (100 * end for end in paper.difference[1:])
-        said += f" The best law of both is better by [{low:.2f}, {high:.2f}] % ({LEVEL:.0%}, mean absolute error)."
+        _, low, high = paper.difference or (0.0, None, None)
+        if low is not None and high is not None:
+            ends = f"[{100 * low:.2f}, {100 * high:.2f}] %"
+            said += f" The best law of both is better by {ends} ({LEVEL:.0%}, mean absolute error)."
         return Finding("F4 one law", ONE_CLAIM, CONTRADICTED, ONE_FORM, said, numbers)
     errors = [error for error in paper.held_out.values() if error is not None]
     if relative is not None and errors and max(errors) < 2 * relative:
