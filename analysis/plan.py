@@ -7,6 +7,7 @@ outside the data of the fit.
 
 import functools
 import sys
+from typing import TypeVar
 
 from absl import flags
 
@@ -50,6 +51,8 @@ _COLUMNS = _list("columns", [], "other columns the law reads, such as group_size
 _OUT = _text("out", None, "file for the plan as JSON")
 
 
+Number = TypeVar("Number", int, float, float | None)
+
 # What a flag can be: beyond it there is no model, and sums of costs would leave float64.
 ALLOWED = {
     "flops": (1.0, 1e40),
@@ -64,15 +67,7 @@ ALLOWED = {
 }
 
 
-def _given(flag: flags.FlagHolder) -> float:
-    """The number of a flag that has one by default. Raises BudgetError."""
-    value = _number_of(flag)
-    assert value is not None, f"--{flag.name} has a default"
-    return value
-
-
-def _number_of(flag: flags.FlagHolder) -> float | None:
-    """The number of a flag; None where it is not given. Raises BudgetError."""
+def _number_of(flag: flags.FlagHolder[Number]) -> Number:
     low, high = ALLOWED[flag.name]
     value = flag.value
     if value is None or (value == 0 and flag.default == 0) or low <= value <= high:

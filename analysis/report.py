@@ -51,11 +51,11 @@ def main() -> None:
     write(
         table,
         out,
-        line=line,
-        tell=print,
         bootstrap=_BOOTSTRAP.value,
         seed=_SEED.value,
         names=_LAWS.value,
+        line=line,
+        tell=print,
         processes=processes,
     )
     print(f"report: {out / 'index.html'}")

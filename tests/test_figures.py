@@ -14,8 +14,8 @@ from analysis.fitting.comparison import Comparison, Row
 from analysis.fitting.fit import Fit
 from analysis.laws import paper
 from analysis.reporting.evidence import Evidence, main_rows
+from analysis.reporting.figures import degradation, planning, precision, ptq, style
 from analysis.reporting.figures import fits as fit_figures
-from analysis.reporting.figures import planning, precision, ptq, style
 from analysis.reporting.figures.gallery import GALLERY, draw_all
 from analysis.reporting.figures.precision import effective_share
 from analysis.table import from_columns
@@ -123,7 +123,7 @@ def test_a_bare_chinchilla_table_skips_what_it_cannot_give_and_says_why(tmp_path
 
 def test_points_and_lines_of_degradation_are_the_table_and_the_law(evidence):
     with style.house_style():
-        figure = ptq.degradation(evidence)
+        figure = degradation.degradation(evidence)
     axis = next(a for a in figure.axes if a.get_title("left") == "N = 30M")
     points = axis.lines[0]  # 3 bits, the lowest, is drawn first
     expected = [float(laws.predict("ptq", laws.published("ptq"), N=30e6, D=d, P_post=3)) for d in BUDGETS]
@@ -237,7 +237,7 @@ def test_schedules_are_drawn_where_there_are_two(evidence):
         {**r, "run": f"c-{r['run']}", "loss": r["loss"] + 0.1} for r in paper_rows(schedule="constant")
     ]
     with style.house_style():
-        figure = ptq.schedules(Evidence(table_of(rows)))
+        figure = degradation.schedules(Evidence(table_of(rows)))
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"cosine", "constant"}
 
 

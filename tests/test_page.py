@@ -10,7 +10,7 @@ from analysis import laws
 from analysis.fitting.fit import Fit
 from analysis.reporting import page
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.figures import ptq
+from analysis.reporting.figures import degradation
 from analysis.reporting.figures.bands import band, band_words, beyond, said
 from analysis.reporting.verdicts.finding import FORCED, Finding
 from analysis.table import from_columns
@@ -83,7 +83,7 @@ def test_a_delta_of_zero_or_less_is_shown_and_counted():
     ]
     run, d, post, loss = map(list, zip(*rows, strict=True))
     table = from_columns({"run": run, "N": [1e5] * 5, "D": d, "P_post": post, "loss": loss})
-    figure = ptq.degradation(Evidence(table))
+    figure = degradation.degradation(Evidence(table))
     assert "1 δ of 0 or less" in said(figure)
     edge = figure.axes[0].get_ylim()[0]
     assert edge > 0 and any(line.get_ydata()[0] == edge for line in figure.axes[0].lines if len(line.get_ydata()) == 1)

@@ -11,6 +11,7 @@ import pytest
 
 from analysis import laws
 from analysis.fitting.comparison import Comparison, Row
+from analysis.fitting.differences import Difference
 from analysis.fitting.fit import Fit
 from analysis.fitting.multiplicativity import Multiplicativity
 from analysis.planning.surface import build
@@ -256,7 +257,7 @@ def compared(*laws_with_low, kind="loss"):
     """A comparison of laws, best first: (name, low end of the difference from the best)."""
     made = []
     for i, (law, low) in enumerate(laws_with_low):
-        gap = None if i == 0 else (low + 0.01, low, low + 0.02)
+        gap = None if i == 0 else Difference(low + 0.01, low, low + 0.02)
         held = dict.fromkeys(("N", "D", "P", "compute", "largest_N"), 0.01 + 0.01 * i)
         quality = {"r2": 0.9, "mse": 0.1, "objective": 0.1, "aic": 0.0, "bic": 0.0, "r2_held_out": 0.9}
         shares = {"starts_at_best": 1.0, "condition": 1.0, "seconds": 0.0, "unidentified": ()}

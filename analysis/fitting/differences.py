@@ -2,13 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from analysis.fitting.multistart import LEAST_RUNS
 
 Errors = dict[tuple[int, str], float]  # absolute held-out log error by (row of the table, scheme)
-Difference = tuple[float, float | None, float | None]  # mean, and the ends of its interval
+
+
+class Difference(NamedTuple):
+    """Mean and the ends of its 95 % interval; None where too few runs give one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def text(self, form: str = "{:.2f}") -> str:
+        """The interval in percent."""
+        if self.low is None or self.high is None:
+            return "(few runs)"
+        return f"[{form.format(100 * self.low)}, {form.format(100 * self.high)}]"
 
 
 def order_and_differences(
@@ -32,7 +46,7 @@ def order_and_differences(
         if at != order[0] and shared:
             gap = np.array([errors[at][key] - errors[order[0]][key] for key in shared])
             run = np.unique(model_n[[row for row, _ in shared]], return_inverse=True)[1]
-            difference = (float(gap.mean()), *_mean_interval(gap, run, resamples, seed))
+            difference = Difference(float(gap.mean()), *_mean_interval(gap, run, resamples, seed))
         out.append((at, difference))
     return out
 

@@ -78,12 +78,12 @@ def loss_interval(surface: Surface, at: Point, serve_bits: float | None) -> Inte
 
 def _groups(options: Sequence[Option]) -> list[tuple[list[Option], Surface]]:
     """Neighbours in the list that one surface can evaluate together: those of bits, and those of formats."""
-    groups: list[tuple[list[Option], Surface]] = []
-    for formatted in (False, True):
-        some = [option for option in options if (option.fmt is not None) == formatted]
-        if some:
-            base = some[0].surface
-            groups.append((some, base.in_formats([option.fmt for option in some if option.fmt]) if formatted else base))
+    of_bits = [option for option in options if option.fmt is None]
+    of_formats = [option for option in options if option.fmt is not None]
+    groups = [(of_bits, of_bits[0].surface)] if of_bits else []
+    if of_formats:
+        named = [option.fmt for option in of_formats if option.fmt is not None]
+        groups.append((of_formats, of_formats[0].surface.in_formats(named)))
     return groups
 
 

@@ -119,7 +119,7 @@ def plan(
         far,
         [],
     )
-    without = [one.name for one in listed if one.name not in {option.fmt.name for option in near if option.fmt}]
+    without = [fmt.name for fmt in listed if fmt not in {option.fmt for option in near}]
     uninformed = surface.of_loss.uninformed if parts is None else ()
     words = warnings(chosen, budget, far, uninformed, spans.loss is not None)
     return dataclasses.replace(found, warnings=[*words, *about_formats(budget, without)])

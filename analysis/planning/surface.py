@@ -122,8 +122,9 @@ class Surface:
         columns = _precisions(bits, self.parts)
         for part in self.parts:
             columns |= dict.fromkeys(FORMAT_COLUMNS[part], texts)
-        found = {name: derived.column(name, columns) for name in self._of_formats if name not in self.columns}
-        return dataclasses.replace(self, of_format={name: x for name, x in found.items() if x is not None})
+        asked = {name: derived.column(name, columns) for name in self._of_formats if name not in self.columns}
+        known = {name: value for name, value in asked.items() if value is not None}
+        return dataclasses.replace(self, of_format=known)
 
     def in_format(self, fmt: Format) -> "Surface":
         """The surface of models trained in one format, for arguments of any shape."""

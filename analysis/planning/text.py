@@ -21,7 +21,7 @@ def describe(plan: Plan) -> str:
 def advice(plan: Plan) -> str:
     """The line on how long to train a model that will be served in few bits."""
     best, turning, bits = plan.best, plan.critical_tokens, plan.chosen.budget.serve_bits
-    if bits is None:
+    if bits is None or turning is None:
         return "Served as trained: more tokens always help."
     assert turning is not None  # found for every plan that is served in few bits
     at = f"At N = {count_label(best.n)} trained in {best.p:.3g} bits and served in {bits:g}"
@@ -115,7 +115,8 @@ def _format_row(row: dict) -> tuple[str, ...]:
 
 
 def _serving(plan: Plan) -> list[str]:
-    if not plan.serving or plan.budget.memory_bytes is None:
+    limit = plan.budget.memory_bytes
+    if limit is None or not plan.serving:
         return []
     best = min(plan.serving, key=lambda option: option.point.loss)
     rows = [("served in", "trained in", "N", "D", "loss", "of it δ", "weights", "KV cache", "")]
@@ -135,7 +136,7 @@ def _serving(plan: Plan) -> list[str]:
             )
         )
     free = ", P free" if plan.budget.p is None else ""
-    return [f"Bits to serve in within {bytes_label(plan.budget.memory_bytes)}{free}:", *_table(rows)]
+    return [f"Bits to serve in within {bytes_label(limit)}{free}:", *_table(rows)]
 
 
 def _spread(plan: Plan) -> list[str]:

@@ -1,9 +1,9 @@
 """The table and the fits that figures, findings and report all draw on, with the cuts of the table they share."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from analysis.fitting.fit import Fit
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.table import PRECISIONS, Table
 from analysis.table.seed_noise import Noise, noise_of
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +74,27 @@ class Evidence:
         return _by_method(self.every_row.deltas(), self.main_method)
 
     @cached_property
-    def memo(self) -> dict[object, Any]:
-        """What several findings and figures work out of this evidence, so that it is done once."""
+    def _made(self) -> dict[Callable, Any]:
+        return {}
+
+    def once(self, make: Callable[["Evidence"], Made]) -> Made:
+        """`make` of this evidence, which several findings and figures need, computed at the first call."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
+
+    @cached_property
+    def _noise_by_setting(self) -> dict[tuple[str, str, float], Noise | None]:
         return {}
 
     def noise_after_ptq(self, method: str, p_post: float, column: str = "delta") -> Noise | None:
         """How far δ (or, by column="loss", the losses as served) of two seeds lie apart at these bits."""
         key = (column, method, p_post)
-        if key not in self.memo:
+        known = self._noise_by_setting
+        if key not in known:
             rows = self._after_ptq.get(method)
-            rows = None if rows is None else rows.select(rows["P_post"] == p_post)
-            self.memo[key] = None if rows is None else noise_of(rows, column)
-        return self.memo[key]
+            known[key] = None if rows is None else noise_of(rows.select(rows["P_post"] == p_post), column)
+        return known[key]
 
     def part_alone(self, part: str) -> Table:
         """Rows before PTQ in which no part but `part` (P_w, P_a, P_kv) was trained below 16 bits; 16-bit rows

@@ -301,9 +301,7 @@ def _comparison(comparison: Comparison | None) -> str:
             held = ["–" if v is None else f"{100 * v:.2f}" for v in map(row.held_out.get, HELD_OUT)]
             gap = "–" if row is not rows[0] else "best"
             if row.difference is not None:
-                mean, low, high = row.difference
-                ends = "(few runs)" if low is None or high is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-                gap = f"{100 * mean:+.2f} {ends}"
+                gap = f"{100 * row.difference.mean:+.2f} {row.difference.text('{:+.2f}')}"
             cells = [str(row.k), fixed(row.r2, 4), f"{row.aic:.1f}", f"{row.bic:.1f}", *held, gap]
             numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
             body.append(f'<tr><td class="name"><code>{_escape(row.law)}</code></td>{numbers}</tr>')

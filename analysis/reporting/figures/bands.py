@@ -43,14 +43,14 @@ _CAPTIONS: weakref.WeakKeyDictionary[Figure, str] = weakref.WeakKeyDictionary()
 
 def say(figure: Figure, *sentences: str) -> Figure:
     """Adds to the caption what is true of this very figure."""
-    words = " ".join(sentence for sentence in sentences if sentence)
-    _CAPTIONS[figure] = f"{said(figure)} {words}".strip()
+    told = " ".join(sentence for sentence in sentences if sentence)
+    figure.set_label(f"{said(figure)} {told}".strip())
     return figure
 
 
 def said(figure: Figure) -> str:
-    """What `say` has added to the caption of a figure."""
-    return _CAPTIONS.get(figure, "")
+    """What was added, which Matplotlib's own label of a figure keeps."""
+    return str(figure.get_label())
 
 
 def band_words(fits: Sequence[Fit | None]) -> str:

@@ -59,6 +59,17 @@ def _kinds(table: Table) -> tuple[list[str], np.ndarray]:
     return [str(words[i]) for i in present], np.searchsorted(present, index)
 
 
+def _groups(fit: Fit, table: Table) -> tuple[list[str], np.ndarray, Sequence]:
+    """Labels of the series of a law's panel, the index of each row's series, and their colours."""
+    if laws.get(fit.law).target == "delta":
+        bits = thin(table["P_post"], 6)
+        index = np.searchsorted(bits, table["P_post"]).clip(max=len(bits) - 1)
+        return [f"{p:g} bits" for p in bits], index, ramp(len(bits))
+    if fit.law == "unified":
+        return ["before PTQ", "after PTQ"], table.quantized.astype(int), CATEGORIES
+    return *_kinds(table), CATEGORIES
+
+
 def predicted_against_measured(evidence: Evidence) -> Figure:
     """Predicted against measured for the law of PTQ, of training precision and of both."""
     shown: list[tuple[Fit, Table, np.ndarray]] = []
@@ -76,19 +87,7 @@ def predicted_against_measured(evidence: Evidence) -> Figure:
     for axis, (fit, table, measured) in zip(axes.flat, shown, strict=True):
         values = predicted(fit, table)
         delta = laws.get(fit.law).target == "delta"
-        colors: Sequence = CATEGORIES
-        if delta:
-            groups = thin(table["P_post"], 6)
-            labels, index = (
-                [f"{p:g} bits" for p in groups],
-                np.searchsorted(groups, table["P_post"]).clip(max=len(groups) - 1),
-            )
-            colors = ramp(len(groups))
-        elif fit.law == "unified":
-            quantized = table.quantized.astype(int)
-            labels, index = ["before PTQ", "after PTQ"], quantized
-        else:
-            labels, index = _kinds(table)
+        labels, index, colors = _groups(fit, table)
         for series, label in enumerate(labels):
             mine = index == series
             axis.plot(measured[mine], values[mine], marker(series), color=colors[series], mec=INK, ms=3.8, label=label)

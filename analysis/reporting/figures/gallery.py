@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.figures import comparison, fits, planning, precision, ptq
+from analysis.reporting.figures import comparison, degradation, fits, planning, precision, ptq
 from analysis.reporting.figures.bands import said
 from analysis.reporting.figures.style import Skipped, house_style, save
 
@@ -42,13 +42,13 @@ GALLERY = (
         "Loss added by PTQ against training length",
         "Loss added by post-training quantization (δ) against tokens per parameter, by model size and bits; points are "
         "measured.",
-        ptq.degradation,
+        degradation.degradation,
     ),
     Entry(
         "loss_after_ptq",
         "Loss after PTQ against training tokens",
         "Loss before (open circles) and after quantization.",
-        ptq.after_ptq,
+        degradation.after_ptq,
     ),
     Entry(
         "ptq_methods",
@@ -120,7 +120,7 @@ GALLERY = (
         "schedules",
         "δ by learning-rate schedule",
         "δ of runs matched in N, D, seed and bits: whether it grows with data, or with how far the rate has decayed.",
-        ptq.schedules,
+        degradation.schedules,
     ),
     Entry(
         "residuals",

@@ -69,15 +69,15 @@ def loss_by_bits(evidence: Evidence) -> Figure:
             mine = (table["N"] == key[0]) & (table["D"] == key[1])
             order = np.argsort(table[part][mine])
             x, y = np.minimum(table[part][mine][order], SHOWN_BITS), table["loss"][mine][order]
-            curve = fit is not None and informs(fit, part)
-            axis.plot(x, y, marker(series), color=colors[key], mec=INK, ls="" if curve else ":", lw=0.8)
-            if fit is not None and curve:
+            drawn = fit if fit is not None and informs(fit, part) else None
+            axis.plot(x, y, marker(series), color=colors[key], mec=INK, ls="" if drawn else ":", lw=0.8)
+            if drawn is not None:
                 p = np.linspace(x.min(), SHOWN_BITS, 150)
                 law = lambda fit, p=p, key=key, part=part: laws.predict(
                     fit.law, fit.values, N=key[0], D=key[1], **{part: p}
                 )
-                axis.plot(p, law(fit), color=colors[key], ls=line(series))
-                band(axis, p, law, [fit], colors[key])
+                axis.plot(p, law(drawn), color=colors[key], ls=line(series))
+                band(axis, p, law, [drawn], colors[key])
         axis.set_title(PARTS[part][0])
         axis.set_xlabel(f"{part}, training precision (bits)")
         bits_axis(axis.xaxis, np.append(table[part], SHOWN_BITS).clip(max=SHOWN_BITS))
@@ -141,14 +141,14 @@ def capacity_by_part(evidence: Evidence) -> Figure:
         if fit is not None and informs(fit, part):
             x = np.linspace(table[part].min(), SHOWN_BITS, 200)
             name = part.removeprefix("P_")
-            factor = lambda fit, x=x, name=name: fraction(
+            curve = lambda fit, x=x, name=name: fraction(
                 x, fit.values[f"gamma_{name}"], fit.values.get(f"n_{name}", 0.0)
             )
-            axis.plot(x, factor(fit), color=color, ls=style)
-            band(axis, x, factor, [fit], color)
+            axis.plot(x, curve(fit), color=color, ls=style)
+            band(axis, x, curve, [fit], color)
             drawn = True
-        curve = fit is not None and informs(fit, part)
-        axis.plot([], [], mark, color=color, mec=INK, ls=style if curve else "", label=label)
+        fitted = fit is not None and informs(fit, part)
+        axis.plot([], [], mark, color=color, mec=INK, ls=style if fitted else "", label=label)
     if not drawn:
         raise Skipped("no measured loss lies above what the fit leaves for infinite N")
     axis.axhline(1, color="#888888", lw=0.8)

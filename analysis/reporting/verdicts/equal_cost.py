@@ -62,7 +62,7 @@ class Match:
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=lambda bits: self.losses[bits])
+        return min(self.losses, key=self.losses.__getitem__)
 
 
 def matches(evidence: Evidence) -> tuple[list[Match], list[Match]]:

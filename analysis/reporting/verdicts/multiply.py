@@ -93,12 +93,13 @@ def forecast(law: str, losses: Table, seed: int = 0) -> Forecast:
         means.append(np.mean(drawn[rng.integers(len(drawn), size=len(drawn))]))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     own = error(fitted.values, single)
+    assert fitted.starts_at_best is not None  # as it is in a fit read from a file that lacks it
     return Forecast(
         law,
         error(fitted.values, joint),
         (float(low), float(high)),
         math.sqrt(float(np.mean(own**2))),
-        math.nan if fitted.starts_at_best is None else fitted.starts_at_best,
+        fitted.starts_at_best,
     )
 
 

@@ -26,7 +26,7 @@ def near_best(comparison: Comparison | None, kind: str = "loss") -> tuple[str, .
 
 def _may_be_best(row: Row) -> bool:
     """Whether its paired interval reaches 0; with too few runs for an interval it may."""
-    return row.difference is not None and (row.difference[1] is None or row.difference[1] <= 0)
+    return row.difference is not None and (row.difference.low is None or row.difference.low <= 0)
 
 
 def allowed(surface: Surface) -> np.ndarray:
@@ -119,14 +119,16 @@ def budgets_of(evidence: Evidence) -> tuple[float, ...]:
 
 def optima(evidence: Evidence) -> list[Optimum]:
     """P* by every fitted law near the best and by the paper's, where the table informs all three parts."""
-    if optima not in evidence.memo:
-        near = near_best(evidence.comparison)
-        evidence.memo[optima] = [
-            _optimum(surface, budgets_of(evidence), name in near)
-            for name in dict.fromkeys((*near, "precision"))
-            if name in evidence.fits and (surface := build([evidence.fits[name]])).parts == PARTS
-        ]
-    return evidence.memo[optima]
+    return evidence.once(_optima)
+
+
+def _optima(evidence: Evidence) -> list[Optimum]:
+    near = near_best(evidence.comparison)
+    return [
+        _optimum(surface, budgets_of(evidence), name in near)
+        for name in dict.fromkeys((*near, "precision"))
+        if name in evidence.fits and (surface := build([evidence.fits[name]])).parts == PARTS
+    ]
 
 
 def _optimum(surface: Surface, budgets: tuple[float, ...], near: bool) -> Optimum:

@@ -83,12 +83,12 @@ def _matched(evidence: Evidence, method: str, decaying: str, decay: Table, const
     found = []
     for n, s, p_post in sorted({key[:3] for key in shared}):
         keys = [key for key in shared if key[:3] == (n, s, p_post)]
-        decayed, unchanged = (np.array([values[key] for key in keys]) for values in by_setting)
+        decayed, steady = (np.array([values[key] for key in keys]) for values in by_setting)
         noise = evidence.noise_after_ptq(method, p_post)
         tokens = np.array([key[3] for key in keys])
         floor = 0.0 if noise is None else noise.t * noise.at(N=n, D=tokens)
-        above = bool(np.all(np.minimum(decayed, unchanged) > floor))
-        found.append(Matched(method, decaying, n, s, p_post, tokens, decayed, unchanged, above))
+        above = bool(np.all(np.minimum(decayed, steady) > floor))
+        found.append(Matched(method, decaying, n, s, p_post, tokens, decayed, steady, above))
     return found
 
 

@@ -217,11 +217,8 @@ def one_law(evidence: Evidence) -> Finding:
     said = f"Rms error of the loss on held-out rows, before and after PTQ: {shown}."
     said += "" if relative is None else f" Seeds alone: {100 * relative:.1f} %."
     numbers = {row.law: dict(row.held_out) for row in rows}
-    if "unified" not in near_best(evidence.comparison, "both"):
-        _, low, high = paper.difference or (0.0, None, None)
-        if low is not None and high is not None:
-            ends = f"[{100 * low:.2f}, {100 * high:.2f}] %"
-            said += f" The best law of both is better by {ends} ({LEVEL:.0%}, mean absolute error)."
+    if paper.difference is not None and "unified" not in near_best(evidence.comparison, "both"):
+        said += f" The best law of both is better by {paper.difference.text()} % ({LEVEL:.0%}, mean absolute error)."
         return Finding("F4 one law", ONE_CLAIM, CONTRADICTED, ONE_FORM, said, numbers)
     errors = [error for error in paper.held_out.values() if error is not None]
     if relative is not None and errors and max(errors) < 2 * relative:
