@@ -68,6 +68,7 @@ ALLOWED = {
 
 
 def _number_of(flag: flags.FlagHolder[Number]) -> Number:
+    """The number of a flag; None where it is not given and has no default. Raises BudgetError."""
     low, high = ALLOWED[flag.name]
     value = flag.value
     if value is None or (value == 0 and flag.default == 0) or low <= value <= high:
@@ -84,11 +85,11 @@ def _bits(flag: flags.FlagHolder) -> float | None:
 
 def _serving_of_flags() -> memory.Serving:
     return memory.Serving(
-        context=_given(_CONTEXT),
-        batch=_given(_BATCH),
+        context=_number_of(_CONTEXT),
+        batch=_number_of(_BATCH),
         kv_bits=_bits(_KV_BITS),
-        group_size=int(_given(_SERVE_GROUP)),
-        vocabulary=int(_given(_VOCAB)),
+        group_size=_number_of(_SERVE_GROUP),
+        vocabulary=_number_of(_VOCAB),
         layout=None if _LAYOUT.value is None else memory.Layout.parse(_LAYOUT.value),
     )
 
@@ -100,7 +101,7 @@ def _budget_of_flags() -> Budget:
         d=_number_of(_TOKENS),
         p=_bits(_PRECISION),
         serve_bits=_number_of(_SERVE_BITS),
-        inference_tokens=_given(_INFERENCE),
+        inference_tokens=_number_of(_INFERENCE),
         memory_bytes=None if _MEMORY.value is None else memory.parse_bytes(_MEMORY.value),
         serving=_serving_of_flags(),
         cost=CostModel.parse(_SPEEDS.value),

@@ -23,7 +23,6 @@ def advice(plan: Plan) -> str:
     best, turning, bits = plan.best, plan.critical_tokens, plan.chosen.budget.serve_bits
     if bits is None or turning is None:
         return "Served as trained: more tokens always help."
-    assert turning is not None  # found for every plan that is served in few bits
     at = f"At N = {count_label(best.n)} trained in {best.p:.3g} bits and served in {bits:g}"
     if math.isinf(turning):
         return f"{at}, more data never hurts in this law: no D_crit."

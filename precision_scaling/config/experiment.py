@@ -201,7 +201,7 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
                 groups.append([precision])
         for group in groups:
             static = static_of(group, shape.model.dtype)
-            assert static is not None  # a group grows only while one step can serve it
+            assert static is not None  # checked precision by precision
             cohorts.append(Cohort(shape, static, tuple(run for run in members if run.precision in group)))
     return tuple(cohorts)
 

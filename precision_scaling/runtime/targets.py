@@ -143,10 +143,10 @@ def _h100(name: str, count: int) -> Target:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     _stay_on_cpu()
     try:
-        xla_bridge.discover_pjrt_plugins = lambda: None
-        xla_bridge.register_plugin("cuda", library_path=str(library), options={})
-        others = xla_bridge.canonicalize_platform
-        xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform in ("gpu", "cuda") else others(platform)
+        bridge.discover_pjrt_plugins = lambda: None
+        bridge.register_plugin("cuda", library_path=str(library), options={})
+        canonical = bridge.canonicalize_platform
+        bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonical(name)
         devices = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=_H100
         ).devices

@@ -1,6 +1,5 @@
 """What every curve of a fit carries: the 95 % band of its bootstrap samples, and shade where it leaves the table."""
 
-import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -35,10 +34,6 @@ def beyond(axis, low: float, high: float, which: str = "x") -> None:
         if end > start:
             span(start, end, **BEYOND)
     axis.set(**{f"{which}lim": limits})
-
-
-# What is true of a figure as it was drawn, which its general caption cannot know.
-_CAPTIONS: weakref.WeakKeyDictionary[Figure, str] = weakref.WeakKeyDictionary()
 
 
 def say(figure: Figure, *sentences: str) -> Figure:

@@ -91,7 +91,7 @@ def degradation(evidence: Evidence) -> Figure:
         handles.append(Line2D([], [], color=INK, ls=(0, (1, 2)), lw=0.8, label="noise, 95 %"))
     figure.legend(handles=handles, title="P_post", loc="outside right center")
     law = "" if fit is None else "Lines are the fitted law δ = C_T D^γ_D / N^γ_N · exp(-P_post/γ_post)."
-    dotted = "Dotted: what a δ must exceed to be told from the noise between seeds." if any(noises) else ""
+    dotted = "Dotted: what a δ must exceed to be distinguished from the noise between seeds." if any(noises) else ""
     return say(figure, law, band_words([fit]), dotted, edge_words(hidden))
 
 

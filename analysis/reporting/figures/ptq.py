@@ -1,7 +1,5 @@
 """Figures of PTQ methods: which of them loses least, and what training in low precision changes."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

@@ -93,7 +93,7 @@ def forecast(law: str, losses: Table, seed: int = 0) -> Forecast:
         means.append(np.mean(drawn[rng.integers(len(drawn), size=len(drawn))]))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     own = error(fitted.values, single)
-    assert fitted.starts_at_best is not None  # as it is in a fit read from a file that lacks it
+    assert fitted.starts_at_best is not None  # only a fit that was read from a file can lack it
     return Forecast(
         law,
         error(fitted.values, joint),
