@@ -43,8 +43,12 @@ setup(
         "beam": ["apache-beam>=2.70"],  # prepares Dolma from its shards
         "tensorboard": ["tensorboardX>=2.6"],  # config.train.trackers; it needs no TensorFlow
         "wandb": ["wandb>=0.20"],
+        "text": ["zstandard>=0.22", "pyarrow>=16"],  # .zst and .parquet files of config.data.name="text"
         "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15", "setuptools>=70.1", "tensorboardX>=2.6"],
+        "dev": [
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15", "setuptools>=70.1"),
+            *("tensorboardX>=2.6", "zstandard>=0.22", "pyarrow>=16"),
+        ],
     },
     # For directories that have an analysis/ or configs/ of their own, which `python -m` would take for ours.
     entry_points={

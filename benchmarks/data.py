@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from precision_scaling.config import base
-from precision_scaling.data import source_files, tokens
+from precision_scaling.data import python_sources, tokens
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.parts import TokenParts, digests
@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure_tokenizer(tokenizer: tokenizers.LearnedTokenizer) -> None:
     """Every eighth source of the standard library, by words and by the library."""
-    documents = [content for _, content in source_files.source_files(sysconfig.get_path("stdlib"))][::8]
+    documents = [content for _, content in python_sources.source_files(sysconfig.get_path("stdlib"))][::8]
     documents = [document for document in documents if document.decode("utf-8", "replace").encode() == document]
     size = sum(map(len, documents)) / 1e6
     texts = [document.decode() for document in documents]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from precision_scaling.data import DataError, corpora, source_files
+from precision_scaling.data import DataError, corpora, python_sources
 
 
 @pytest.fixture
@@ -31,21 +31,23 @@ def read(source):
 
 def test_packages_are_the_library_and_all_that_is_installed_each_content_once(installed):
     cache = installed / "cache"
-    library = corpora.find(corpora.PYTHON_STDLIB, root="", cache_dir=cache, tfds_dir="")
-    packages = corpora.find(corpora.PACKAGES, root="", cache_dir=cache, tfds_dir="")
+    library = corpora.find(python_sources.NAME, root="", cache_dir=cache, tfds_dir="")
+    packages = corpora.find(python_sources.PACKAGES, root="", cache_dir=cache, tfds_dir="")
     assert read(library) == [b"x = 1\n", b"y = 2\n"]
     assert read(packages) == [b"x = 1\n", b"y = 2\n", b"z = 3\n"]
     assert library.fingerprint != packages.fingerprint and library.dataset_dir != packages.dataset_dir
     (installed / "lib" / "site-packages" / "pkg" / "own.py").write_text("z = 4\n")
-    assert corpora.find(corpora.PACKAGES, root="", cache_dir=cache, tfds_dir="").fingerprint != packages.fingerprint
+    assert (
+        corpora.find(python_sources.PACKAGES, root="", cache_dir=cache, tfds_dir="").fingerprint != packages.fingerprint
+    )
 
 
 def test_copies_within_one_tree_stay(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("same\n")
-    assert [path for path, _ in source_files.source_files(tmp_path)] == ["a.py", "b.py"]
+    assert [path for path, _ in python_sources.source_files(tmp_path)] == ["a.py", "b.py"]
 
 
 def test_packages_take_no_root(installed):
     with pytest.raises(DataError, match=r"data\.root='elsewhere'"):
-        corpora.find(corpora.PACKAGES, root="elsewhere", cache_dir=Path("cache"), tfds_dir="")
+        corpora.find(python_sources.PACKAGES, root="elsewhere", cache_dir=Path("cache"), tfds_dir="")

@@ -18,14 +18,15 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     # Corpus: the sources of Python's standard library on this machine, with those of all installed packages
-    # ("python_stdlib/packages"), "dolma", or any TFDS name, e.g. "lm1b".
+    # ("python_stdlib/packages"), "text" (files of one's own), "dolma", or any TFDS name, e.g. "lm1b".
     c.data.name = "python_stdlib"
-    # python_stdlib: a directory of Python sources instead of the standard library. dolma: a directory or pattern of its
-    # json.gz shards, or a .txt file with a path or URL in each line.
+    # text: a file, a directory or a pattern of .txt, .md, .jsonl(.gz, .zst), .json.gz, .parquet. python_stdlib: a
+    # directory of Python sources instead of the standard library. dolma: a directory or pattern of its json.gz shards,
+    # or a .txt file with a path or URL in each line.
     c.data.root = ""
     c.data.split = "train"  # TFDS split that holds the documents
     c.data.validation_split = ""  # TFDS split of validation documents; empty: held out of `split` by document
-    c.data.feature = "text"  # name of the text feature
+    c.data.feature = "text"  # name of the text feature, or of the field in .jsonl, .json.gz and .parquet
     # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=ID" where
     # its end-of-text has none of the usual names.
     c.data.tokenizer = "bytes"

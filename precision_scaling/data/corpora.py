@@ -5,103 +5,51 @@ TFDS is imported only where a dataset is built or read: a corpus that is already
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
-import io
 import json
 import logging
 import os
-import platform
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from precision_scaling.data import DataError, shards
-from precision_scaling.data.source_files import files_digest, source_files
+from precision_scaling.data import DataError, python_sources, shards, text_files
+from precision_scaling.data.source import Kind, Request, Source, exclusive, one_line_errors
 from precision_scaling.runtime import files
 
-PYTHON_STDLIB = "python_stdlib"
-PACKAGES = f"{PYTHON_STDLIB}/packages"
-DOLMA = "dolma"
+# {data.name: how it is found and built}; every other name is a dataset of TFDS.
+KINDS: dict[str, Kind] = {
+    python_sources.NAME: python_sources.TREE_KIND,
+    python_sources.PACKAGES: python_sources.PACKAGES_KIND,
+    shards.NAME: shards.KIND,
+    text_files.NAME: text_files.KIND,
+}
 _READ_BLOCK = 256  # documents fetched from ArrayRecord at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A dataset and what identifies its content.
-
-    Attributes:
-      name: TFDS name, e.g. "python_stdlib/stdlib-py3.11.7-0123456789ab:1.0.0".
-      fingerprint: hex digest of the content; equal content has equal fingerprints on every machine.
-      dataset_dir: where TFDS keeps the prepared dataset (of the project's own builders it may not exist yet).
-      root: what the project's own builders read: python_stdlib's directory of sources, dolma's shards.
-    """
-
-    name: str
-    fingerprint: str
-    dataset_dir: str
-    root: str = ""
-
-
-def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str) -> Source:
+def find(name: str, *, root: str, cache_dir: Path, tfds_dir: str, feature: str = "text") -> Source:
     """Identifies the corpus `name`; a TFDS dataset that is not prepared yet is downloaded and prepared first.
 
     Args:
-      name: "python_stdlib", "python_stdlib/packages" (the sources of everything installed), "dolma", or any TFDS name
-        ("lm1b", "wiki40b/en:1.3.0").
-      root: for python_stdlib, a directory whose .py files stand in for this interpreter's library ("": the library);
-        for dolma, a directory or pattern of json.gz shards, or a .txt file that lists them.
-      cache_dir: where python_stdlib and notes are kept.
+      name: one of KINDS, or any TFDS name ("lm1b", "wiki40b/en:1.3.0").
+      root: what a corpus of KINDS reads, as docs/data.md says for each.
+      cache_dir: where notes, and the datasets of this machine's files are kept.
       tfds_dir: TFDS data_dir of other datasets ("": cache_dir/tfds).
+      feature: that holds the text.
 
     Raises:
       DataError: unknown name, no sources, or a dataset that cannot be prepared.
     """
-    if name == PYTHON_STDLIB:
-        return _find_python_sources(root, cache_dir / "tfds")
-    if name == PACKAGES and not root:
-        return _find_installed_packages(cache_dir / "tfds")
-    if name == DOLMA:
-        return _find_dolma(root, tfds_dir or os.fspath(cache_dir / "tfds"))
+    directory = tfds_dir or os.fspath(cache_dir / "tfds")
+    if kind := KINDS.get(name):
+        return kind.find(Request(root, feature, directory, cache_dir))
     if root:
-        raise DataError(
-            f"data.root={root!r} is for data.name={PYTHON_STDLIB!r} or {DOLMA!r}, not {name!r}: leave it empty"
-        )
-    dataset_dir = _resolve_tfds(name, cache_dir, tfds_dir or os.fspath(cache_dir / "tfds"))
+        named = ", ".join(repr(known) for known in KINDS if known != python_sources.PACKAGES)
+        raise DataError(f"data.root={root!r} is for data.name={named}, not {name!r}: leave it empty")
+    dataset_dir = _resolve_tfds(name, cache_dir, directory)
     return Source(_dataset_name(dataset_dir), _dataset_fingerprint(dataset_dir), os.fspath(dataset_dir))
-
-
-def _find_python_sources(root: str, tfds_dir: Path) -> Source:
-    directory = (files.expanded(root, "data.root") if root else Path(sysconfig.get_path("stdlib"))).resolve()
-    return _python_source(
-        "tree" if root else f"stdlib-py{platform.python_version()}", os.fspath(directory), root, tfds_dir
-    )
-
-
-def _find_installed_packages(tfds_dir: Path) -> Source:
-    directories = (Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib"))
-    return _python_source("packages", os.pathsep.join(dict.fromkeys(map(os.fspath, directories))), "", tfds_dir)
-
-
-def _python_source(kind: str, directories: str, root: str, tfds_dir: Path) -> Source:
-    fingerprint, count = files_digest(source_files(directories))
-    if count == 0:
-        raise DataError(f"data.root={root!r}: no .py file below {directories}; name a directory of Python sources")
-    # The content stands in the config's name, so another interpreter or an edited file never meets a stale dataset.
-    config = f"{kind}-{fingerprint[:12]}"
-    dataset_dir = os.path.join(tfds_dir, PYTHON_STDLIB, config, "1.0.0")
-    return Source(f"{PYTHON_STDLIB}/{config}:1.0.0", fingerprint, dataset_dir, directories)
-
-
-def _find_dolma(root: str, tfds_dir: str) -> Source:
-    if not root:
-        raise DataError(f"data.root='': for data.name={DOLMA!r} it names the json.gz shards")
-    _, fingerprint = shards.find_files(root)
-    config = f"shards-{fingerprint[:12]}"
-    return Source(f"{DOLMA}/{config}:1.7.0", fingerprint, f"{tfds_dir}/{DOLMA}/{config}/1.7.0", root)
 
 
 def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
@@ -118,7 +66,7 @@ def _resolve_tfds(name: str, cache_dir: Path, tfds_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
     with exclusive(note.with_suffix(".lock")):  # of several processes, one downloads
-        with _one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
+        with one_line_errors(f"data.name={name!r}"), contextlib.redirect_stdout(sys.stderr):
             builder = tfds.builder(name, data_dir=tfds_dir, file_format="array_record", try_gcs=False)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         files.write_sealed(note, {"name": name, "dataset_dir": os.fspath(builder.data_dir)})
@@ -158,13 +106,7 @@ def prepared(source: Source, lock_dir: Path, beam_options: str = "") -> Source:
             if dataset_dir.parent.exists():
                 for leftover in dataset_dir.parent.glob("incomplete.*"):  # of a process that was killed
                     leftover.rmtree()
-            if source.name.startswith(DOLMA):
-                from precision_scaling.data import dolma
-
-                with _one_line_errors(f"data.name={DOLMA!r}"), contextlib.redirect_stdout(sys.stderr):
-                    dolma.prepare(source.dataset_dir, shards.find_files(source.root)[0], beam_options)
-            else:
-                _build_python_sources(source)
+            KINDS[source.name.partition("/")[0]].build(source, beam_options)
             _seal(source.dataset_dir)
     return dataclasses.replace(source, root="")
 
@@ -212,13 +154,13 @@ class Documents:
     def __init__(self, source: Source, split: str, feature: str, *, split_option: str = "data.split"):
         import tensorflow_datasets as tfds
 
-        with _one_line_errors(f"data.name={source.name!r}"):
+        with one_line_errors(f"data.name={source.name!r}"):
             builder = tfds.builder_from_directory(source.dataset_dir)
         features = dict(builder.info.features)
         text_features = sorted(key for key, kind in features.items() if isinstance(kind, tfds.features.Text))
         if feature not in text_features:
             raise DataError(f"data.feature={feature!r}: {source.name} has the text features {text_features}")
-        with _one_line_errors(f"{split_option}={split!r}: {source.name} has the splits {sorted(builder.info.splits)}"):
+        with one_line_errors(f"{split_option}={split!r}: {source.name} has the splits {sorted(builder.info.splits)}"):
             self._records = builder.as_data_source(split=split)
         self._feature = feature
         self._where = f"data.name={source.name!r}: cannot read {source.dataset_dir} (delete it to prepare it again)"
@@ -231,56 +173,7 @@ class Documents:
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """Documents start to stop - 1."""
         for first in range(start, stop, _READ_BLOCK):
-            with _one_line_errors(self._where):
+            with one_line_errors(self._where):
                 records = self._records.__getitems__(list(range(first, min(first + _READ_BLOCK, stop))))
             for record in records:
                 yield record[self._feature]
-
-
-def _build_python_sources(source: Source) -> None:
-    import tensorflow_datasets as tfds
-
-    from precision_scaling.data.python_stdlib import PythonStdlib, SourceTree
-
-    directory = Path(source.dataset_dir)
-    config = SourceTree(name=directory.parent.name, root=source.root, fingerprint=source.fingerprint)
-    with _quiet_tfds():
-        builder = PythonStdlib(data_dir=os.fspath(directory.parents[2]), config=config, file_format="array_record")
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock among the processes of a machine, so that one does the work and the others find it done."""
-    with files.open_lock(path) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # freed by the kernel when the holder dies
-        yield
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Nothing is downloaded and it takes a second: TFDS's bars and banners would only mislead."""
-    import tensorflow_datasets as tfds
-    from absl import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    """TFDS raises errors of many kinds and lengths: keeps the first line, and the rest as its cause."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DataError(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error

@@ -3,12 +3,15 @@
 A document has "id", "source" and "text". Beam is imported when shards are read: a dataset that is prepared needs none.
 """
 
+import contextlib
 import dataclasses
 import shlex
+import sys
 
 import tensorflow_datasets as tfds
 
 from precision_scaling.data import DataError, shards
+from precision_scaling.data.source import Source, one_line_errors
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,3 +60,9 @@ def prepare(dataset_dir: str, files: tuple[str, ...], beam_options: str) -> None
             beam_options=PipelineOptions(flags=shlex.split(beam_options)),
         )
     )
+
+
+def build(source: Source, beam_options: str) -> None:
+    """Writes the dataset of the shards that `data.root` names."""
+    with one_line_errors(f"data.name={shards.NAME!r}"), contextlib.redirect_stdout(sys.stderr):
+        prepare(source.dataset_dir, shards.find_files(source.root)[0], beam_options)

@@ -1,4 +1,4 @@
-"""Shards of Dolma (Soldaini et al. 2024): finds json.gz files and reads their documents. Used by `corpora` and `dolma`.
+"""The corpus Dolma (Soldaini et al. 2024): finds its json.gz shards and reads their documents.
 
 Files, or URLs of any kind that fsspec knows. No TFDS here: it is not needed where a corpus is already tokenized.
 """
@@ -12,7 +12,10 @@ from collections.abc import Iterator
 import fsspec
 
 from precision_scaling.data import DataError
+from precision_scaling.data.source import Kind, Request, Source
 from precision_scaling.runtime import files
+
+NAME = "dolma"
 
 _SUFFIX = ".json.gz"
 _ALLOWED = "a directory of *.json.gz files, a pattern of such files, or a .txt file with a path or URL in each line"
@@ -72,3 +75,16 @@ def _size(file: str) -> int:
     if found["type"] != "file":
         raise ValueError(f"{file}: is no file")
     return found["size"]
+
+
+def find(request: Request) -> Source:
+    """The shards that `data.root` names. Raises DataError."""
+    if not request.root:
+        raise DataError(f"data.root='': for data.name={NAME!r} it names the json.gz shards")
+    _, fingerprint = find_files(request.root)
+    config = f"shards-{fingerprint[:12]}"
+    dataset_dir = f"{request.tfds_dir}/{NAME}/{config}/1.7.0"
+    return Source(f"{NAME}/{config}:1.7.0", fingerprint, dataset_dir, request.root, request.feature)
+
+
+KIND = Kind(find, "precision_scaling.data.dolma")

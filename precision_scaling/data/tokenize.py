@@ -20,6 +20,7 @@ import numpy as np
 from precision_scaling.data import DataError, corpora
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.data.parts import TokenFile
+from precision_scaling.data.source import Source
 from precision_scaling.runtime import files
 from precision_scaling.runtime.progress import progress_bar
 
@@ -43,7 +44,7 @@ class Texts:
     All go to `side`, or, where that is None, a `fraction` to validation, by a hash of their content and `salt`.
     """
 
-    source: corpora.Source
+    source: Source
     split: str
     option: str
     feature: str

@@ -109,7 +109,7 @@ def prepare(
     cache = files.expanded(cache_dir, option) if cache_dir and not far else files.user_cache(option)
     salt = f"split/{split_seed}".encode()
     try:
-        source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir)
+        source = corpora.find(name, root=root, cache_dir=cache, tfds_dir=tfds_dir, feature=feature)
         held_out = [validation_split] if validation_split else [validation_fraction, split_seed]
         identity = json.dumps([_LAYOUT, source.fingerprint, split, feature, held_out, tokenizer_id])
         key = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
