@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.fitting.multistart import LEAST_RUNS
+from analysis.fitting.statistics import interval
 
 Errors = dict[tuple[int, str], float]  # absolute held-out log error by (row of the table, scheme)
 
@@ -60,5 +61,4 @@ def _mean_interval(
         return None, None
     counts = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1 / len(count)), size=resamples)
     draws = (counts @ total) / np.maximum(counts @ count, 1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    return interval(draws)

@@ -13,7 +13,7 @@ from analysis.fitting.levenberg_marquardt import residuals
 from analysis.fitting.multistart import bootstrap, search
 from analysis.fitting.options import FitError, Options
 from analysis.fitting.setup import Setup, Stage, set_up
-from analysis.fitting.statistics import r_squared, rms
+from analysis.fitting.statistics import interval, r_squared, rms
 from analysis.laws import paper
 from analysis.laws.law import Parameter, log_power_law, log_sum
 from analysis.table import Table
@@ -85,8 +85,7 @@ def multiplicativity(
     best = search(setup, starts, seed)
     draws = bootstrap(setup, best.theta_F, resamples, seed)
     at = setup.free.index("kappa")
-    kappa = float(best.theta_F[at])
-    low, high = (float(v) for v in np.quantile(draws[:, at], [0.025, 0.975]))
+    kappa, span = float(best.theta_F[at]), interval(draws[:, at])
     plain = best.theta_F.copy()
     plain[at] = 1.0
     error_n = residuals(setup.problem, plain)
@@ -94,14 +93,14 @@ def multiplicativity(
     observed = setup.observed_n[joint_n]
     return Multiplicativity(
         kappa,
-        (low, high),
+        span,
         float(error_n[joint_n].mean()),
         rms(error_n[joint_n]),
         rms(error_n[~joint_n]),
         r_squared(observed, setup.predicted(plain)[joint_n]),
         int(np.sum(~joint_n)),
         int(np.sum(joint_n)),
-        _words(kappa, low, high),
+        _words(kappa, *span),
     )
 
 

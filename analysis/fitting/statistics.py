@@ -6,6 +6,11 @@ from typing import Any
 
 import numpy as np
 
+LEVEL = 0.95  # of an interval where no other is asked for
+LEAST_DRAWS = 20  # draws below which a report gives no interval of them
+
+Interval = tuple[float, float]
+
 
 def rms(error_n: np.ndarray) -> float | None:
     """Root mean square of the errors; NaN marks rows that cannot be predicted, and None is returned where all are NaN.
@@ -25,7 +30,23 @@ def r_squared(observed: np.ndarray, predicted: np.ndarray) -> float | None:
 
 def percentiles(draws: Sequence[float] | np.ndarray, level: float) -> np.ndarray:
     """The ends (2, ...) of the central interval of this level, over the first axis of the draws."""
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.quantile(draws, ends(level), axis=0)
+
+
+def ends(level: float) -> tuple[float, float]:
+    """The quantiles between which the central interval of this level lies."""
+    return (1 - level) / 2, (1 + level) / 2
+
+
+def interval(draws: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """The central interval of this level of the draws of one number."""
+    low, high = percentiles(draws, level)
+    return float(low), float(high)
+
+
+def interval_of_enough(draws: Sequence[float] | np.ndarray) -> Interval | None:
+    """Their interval; None of fewer than LEAST_DRAWS."""
+    return interval(draws) if len(draws) >= LEAST_DRAWS else None
 
 
 def finite_or_null(value: Any) -> Any:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.fitting.multistart import least_resamples
+from analysis.fitting.statistics import LEVEL, Interval, interval
 from analysis.planning.minimize import Budget, BudgetError, Point, evaluate, minimize
 from analysis.planning.options import Option
 from analysis.planning.surface import Surface
 
 MOST_DRAWS = 200  # bootstrap samples whose own optimum is found
-LEVEL = (2.5, 97.5)  # percentiles of the intervals
-
-Interval = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +55,9 @@ def intervals(plan: Option, options: Sequence[Option], budget: Budget) -> Interv
 def samples(surface: Surface, of_delta: bool) -> np.ndarray | None:
     """Which bootstrap samples to use; None where there are too few for an interval."""
     count = (surface if of_delta else surface.of_loss).draws
-    if count < least_resamples((LEVEL[1] - LEVEL[0]) / 100):
+    if count < least_resamples(LEVEL):
         return None
     return np.linspace(0, count - 1, min(count, MOST_DRAWS)).round().astype(int)
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The 95 % interval of draws."""
-    low, high = np.percentile(values, LEVEL)
-    return float(low), float(high)
 
 
 def loss_interval(surface: Surface, at: Point, serve_bits: float | None) -> Interval | None:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 from analysis.fitting.fit import Fit
+from analysis.fitting.statistics import Interval
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning import options, served, spread
-from analysis.planning.intervals import Interval, intervals
+from analysis.planning.intervals import intervals
 from analysis.planning.minimize import Budget, Point, minimize, turning_point
 from analysis.planning.options import Option
 from analysis.planning.reach import Reach, reaches

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from analysis.fitting.statistics import Interval
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.planning.cost import CostError
-from analysis.planning.intervals import Interval, loss_interval
+from analysis.planning.intervals import loss_interval
 from analysis.planning.minimize import Budget, BudgetError, Point, minimize
 from analysis.planning.options import Option
 from analysis.planning.surface import Surface, SurfaceError

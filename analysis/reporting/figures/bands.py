@@ -6,22 +6,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.fitting.fit import Fit
+from analysis.fitting.statistics import LEAST_DRAWS, LEVEL, ends
 from analysis.planning.surface import Surface
 
 MOST_DRAWS = 100
-LEAST_DRAWS = 20
-ENDS = (0.025, 0.975)
 BEYOND = {"color": "#E9E9E9", "zorder": -1, "lw": 0}
 
 
 def band(axis, x, curve: Callable[..., np.ndarray], fits: Sequence[Fit | Surface], color) -> bool:
-    """Fills between the 2.5 and 97.5 % quantiles of `curve(*fits)` over bootstrap samples; False where none are."""
+    """Fills the 95 % interval of `curve(*fits)` over bootstrap samples; False where these are too few."""
     count = min([fit.draws for fit in fits] or [0])
     if count < LEAST_DRAWS:
         return False
     with np.errstate(all="ignore"):
         drawn = np.array([curve(*(fit.draw(i) for fit in fits)) for i in range(min(count, MOST_DRAWS))])
-        low, high = np.nanquantile(np.where(np.isfinite(drawn), drawn, np.nan), ENDS, axis=0)
+        low, high = np.nanquantile(np.where(np.isfinite(drawn), drawn, np.nan), ends(LEVEL), axis=0)
     axis.fill_between(x, low, high, color=color, alpha=0.16, lw=0, zorder=1)
     return True
 

@@ -27,7 +27,7 @@ from analysis.table import PRECISIONS, Table
 from analysis.wording import fixed
 
 MOST_PARAMETERS = 8  # of a corner plot; amplitudes, then exponents make room for constants of precision
-LEAST_DRAWS = 50  # bootstrap samples worth a density
+LEAST_OF_DENSITY = 50  # bootstrap samples worth a density
 
 
 def rows_of(evidence: Evidence, fit: Fit) -> tuple[Table, np.ndarray]:
@@ -153,8 +153,8 @@ def _corner(fit: Fit | None, name: str) -> Figure:
         raise Skipped(f"the law {name} was not fitted")
     names = [p for p in fit.samples if p not in fit.unidentified and np.ptp(fit.samples[p]) > 0]
     draws = min((len(fit.samples[p]) for p in names), default=0)
-    if draws < LEAST_DRAWS:
-        raise Skipped(f"the fit of {name} carries {draws} bootstrap samples, want {LEAST_DRAWS}")
+    if draws < LEAST_OF_DENSITY:
+        raise Skipped(f"the fit of {name} carries {draws} bootstrap samples, want {LEAST_OF_DENSITY}")
     for spare in ("A", "B", "beta", "alpha", "E"):
         names = [p for p in names if p != spare] if len(names) > MOST_PARAMETERS else names
     names = names[:MOST_PARAMETERS]

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.fitting.statistics import interval_of_enough
 from analysis.laws.law import HIGH_PRECISION_BITS, PARTS
 from analysis.planning.surface import build
 from analysis.reporting.evidence import Evidence
 from analysis.reporting.verdicts.equal_cost import Factor, size_factors
-from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
+from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECIDED, Finding, undecided
 from analysis.wording import count_label, interval_text
 
 CLAIM = "Training below 4 bits needs more than 4 times the parameters."
@@ -47,8 +48,7 @@ def _factor_by_fit(evidence: Evidence) -> str:
         return ""
     factor = lambda surface: float(np.divide(*surface.share(np.array([HIGH_PRECISION_BITS, 4.0]))))
     drawn = [factor(surface.draw(i)) for i in range(surface.draws)]
-    span = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) >= 20 else None
-    interval = interval_text(span, "{:.1f}".format)
+    interval = interval_text(interval_of_enough(drawn), "{:.1f}".format)
     return f"The fitted law of precision says {factor(surface):.1f}{interval and ' '}{interval} at 4 bits."
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 FORCED = "forced by the form"  # the law could not have said anything else: the table has not been asked
-LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)

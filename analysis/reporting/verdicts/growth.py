@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.fitting.statistics import interval
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
+from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECIDED, Finding, undecided
 from analysis.reporting.verdicts.series import FALLS, FLAT, RISES, Series, all_series
 from analysis.wording import count_label, interval_text
 
@@ -42,8 +43,7 @@ def common_exponent(
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) < DRAWS / 2:
         return None
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return slope(np.ones(len(x))), (float(low), float(high))
+    return slope(np.ones(len(x))), interval(drawn)
 
 
 def _slope_within(x, y, group, weight) -> float:

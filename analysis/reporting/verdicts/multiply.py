@@ -17,9 +17,10 @@ from analysis import laws
 from analysis.fitting import fit
 from analysis.fitting.multiplicativity import is_joint, require_marginals
 from analysis.fitting.options import FitError
+from analysis.fitting.statistics import LEVEL, interval
 from analysis.laws.law import HIGH_PRECISION_BITS, LawError
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
+from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECIDED, Finding, undecided
 from analysis.table import PRECISIONS, Table
 from analysis.table.seed_noise import Noise
 from analysis.wording import interval_text
@@ -91,13 +92,12 @@ def forecast(law: str, losses: Table, seed: int = 0) -> Forecast:
     for i in range(RESAMPLES):
         drawn = error({name: values[i] for name, values in fitted.samples.items()}, joint)
         means.append(np.mean(drawn[rng.integers(len(drawn), size=len(drawn))]))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     own = error(fitted.values, single)
     assert fitted.starts_at_best is not None  # only a fit that was read from a file can lack it
     return Forecast(
         law,
         error(fitted.values, joint),
-        (float(low), float(high)),
+        interval(means),
         math.sqrt(float(np.mean(own**2))),
         fitted.starts_at_best,
     )

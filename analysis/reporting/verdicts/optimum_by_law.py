@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 
 from analysis.fitting.comparison import Comparison, Row
+from analysis.fitting.statistics import interval_of_enough
 from analysis.laws.law import FIXED_OPTIMUM, HIGH_PRECISION_BITS, PARTS
 from analysis.planning.cost import FLOPS_PER_PARAMETER_TOKEN, CostModel
 from analysis.planning.surface import Surface, build
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.verdicts.finding import LEVEL
 from analysis.table import PRECISIONS
 from analysis.wording import interval_text
 
@@ -78,19 +78,12 @@ class Optimum:
     starts_at_best: float | None
 
     def interval(self, at: int) -> tuple[float, float] | None:
-        if len(self.drawn) < 20:
-            return None
-        low, high = np.quantile(self.drawn[:, at], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
+        return interval_of_enough(self.drawn[:, at])
 
     @property
     def rise(self) -> tuple[float, float] | None:
         """Interval of P* at the largest measured budget minus P* at the smallest."""
-        if len(self.drawn) < 20:
-            return None
-        gap = self.drawn[:, -1] - self.drawn[:, 0]
-        low, high = np.quantile(gap, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
+        return interval_of_enough(self.drawn[:, -1] - self.drawn[:, 0])
 
     @property
     def words(self) -> str:

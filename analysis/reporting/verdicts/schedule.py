@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.fitting.statistics import interval
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
+from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECIDED, Finding, undecided
 from analysis.table import Table
 from analysis.wording import count_label, interval_text
 
@@ -149,8 +150,7 @@ def _share_interval(exponents: np.ndarray, unit: np.ndarray) -> tuple[float, flo
     units = unit.max() + 1
     counts = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=DRAWS)[:, unit]
     sums = counts @ exponents
-    low, high = np.quantile(sums[:, 1] / sums[:, 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return interval(sums[:, 1] / sums[:, 0])
 
 
 def schedule_or_data(evidence: Evidence) -> Finding:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from analysis.fitting.statistics import LEVEL
 from analysis.laws.law import HIGH_PRECISION_BITS
 from analysis.reporting.evidence import Evidence
-from analysis.reporting.verdicts.finding import CONTRADICTED, LEVEL, SUPPORTED, UNDECIDED, Finding, undecided
+from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECIDED, Finding, undecided
 from analysis.reporting.verdicts.optimum_by_law import near_best
 from analysis.table import Table
 
