@@ -1,8 +1,8 @@
 """Compares every law that a table allows: `python -m analysis.compare --runs=runs.csv --out=DIR`.
 
-Laws of one kind (loss before PTQ, δ, both) are fitted to the same rows and judged by fit, information criteria and
-held-out error, laws of δ by the loss as served, too; differences carry paired bootstrap intervals, and laws that hold a
-smaller one a likelihood-ratio test. Writes compare.csv and compare.json.
+Laws of one kind (loss before PTQ, δ, both) are fitted to the same rows and compared by fit, information criteria and
+held-out error, laws of δ also by the loss after PTQ. Differences carry paired bootstrap intervals, nested laws a
+likelihood-ratio test. Writes compare.csv and compare.json.
 """
 
 import functools
@@ -28,25 +28,25 @@ _text("out", None, "Directory for compare.csv and compare.json.")
 flags.DEFINE_list(
     "laws",
     [],
-    f"Laws to compare (all that the table allows); NAME{UNBIASED}: without biases, NAME{OUTER}: with g free.",
+    f"Laws to compare (default: all that the table allows); NAME{UNBIASED}: without biases, NAME{OUTER}: with g free.",
     flag_values=FLAGS,
 )
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 flags.DEFINE_list(
-    "tied", [], "Parameters that follow another, in the laws that have both: beta=alpha,...", flag_values=FLAGS
+    "tied", [], "Parameters set equal to another, in the laws that have both: beta=alpha,...", flag_values=FLAGS
 )
-_text("fit_where", None, "One more hold-out: rows to fit, an expression on columns such as 'N < 3e5'.")
-_text("test_where", None, "One more hold-out: rows to predict (those that --fit_where leaves).")
+_text("fit_where", None, "A further hold-out: rows to fit, an expression on columns such as 'N < 3e5'.")
+_text("test_where", None, "A further hold-out: rows to predict (default: those that --fit_where leaves).")
 how_to_fit = define(FLAGS)
 _count = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_count("starts", None, "Starts of every search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
+_count("starts", None, "Starts of each search (default: 512).", lower_bound=1, upper_bound=MOST_REPEATS)
 _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
-    """Compares by the flags, writes the files and prints the tables. Raises UserError."""
+    """Compares the laws, writes the files and prints the tables. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, FILES, reads=[FLAGS.runs])
     for name in FLAGS.laws:

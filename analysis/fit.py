@@ -1,6 +1,6 @@
 """Fits a scaling law to a table of measured losses: `python -m analysis.fit --runs=runs.csv --law=NAME --out=fit.json`.
 
-fit.json holds the constants, their intervals, what the table does not identify, and all that is needed to repeat it.
+fit.json holds the constants, their intervals, which of them the table does not identify, and how to repeat the fit.
 """
 
 import functools
@@ -31,33 +31,33 @@ _text("runs", None, "Table of measured losses (runs.csv).")
 _text("law", None, f"Law to fit: {', '.join(laws.LAWS)}.")
 _text("out", None, "Where to write fit.json.")
 _count("bootstrap", 0, "Bootstrap resamples of the runs for the intervals.", lower_bound=0, upper_bound=MOST_REPEATS)
-_count("starts", None, "Starts of the search (512 by default).", lower_bound=1, upper_bound=MOST_REPEATS)
+_count("starts", None, "Starts of the search (default: 512).", lower_bound=1, upper_bound=MOST_REPEATS)
 flags.DEFINE_multi_string(
     "where", [], "Keep rows with COLUMN=VALUE (or VALUE|VALUE); may be repeated.", flag_values=FLAGS
 )
 _many("fixed", [], "Parameters held at a value: name=value,...")
-_many("tied", [], "Parameters that follow another: beta=alpha,...")
+_many("tied", [], "Parameters set equal to another: beta=alpha,...")
 _switch("biased", True, "The biased form, as the paper fits; --nobiased sets the n_x to 0.")
 how_to_fit = define(FLAGS)
 _text("fit_where", None, "Rows to fit: an expression on columns, such as 'N < 3e5 and P_w == 16'.")
-_text("test_where", None, "Rows to judge the fit by, which it does not see (those that --fit_where leaves).")
-_many("test", [], "Constants held at a value in a smaller fit: a likelihood-ratio test against it. name=value,...")
-_many("sweep_huber", [], "More values of --huber_delta (or inf) to refit with.")
+_text("test_where", None, "Rows to test the fit on (default: those that --fit_where leaves).")
+_many("test", [], "Constants held in a nested fit, for a likelihood-ratio test: name=value,...")
+_many("sweep_huber", [], "Further values of --huber_delta (or inf) to refit with.")
 _count(
     "drop_worst",
     0,
-    "Refits without the 1, 2, ... up to this many rows of largest residual.",
+    "Refit without the 1, 2, ... up to this many rows of largest residual.",
     lower_bound=0,
     upper_bound=1000,
 )
 _choice("stages", "joint", STAGES, "All parameters at once, or the 16-bit rows first (the paper's way).")
 _number("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999)
-_switch("profile", True, "Profile likelihoods: intervals and verdicts on what is identified.")
+_switch("profile", True, "Profile likelihoods: intervals, and which constants are identified.")
 _count("seed", 0, "Seed of the starts and the bootstrap.", lower_bound=0)
 
 
 def main() -> None:
-    """Fits by the flags, writes fit.json and prints the summary. Raises UserError."""
+    """Fits the law, writes fit.json and prints the summary. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, reads=[FLAGS.runs])
     laws.get(FLAGS.law)

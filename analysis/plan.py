@@ -1,8 +1,8 @@
 """Plans the next run: `python -m analysis.plan --fit=fit.json|paper --flops=1e21 [--serve_bits=4] --out=plan.json`.
 
-Reads fits, minimizes the loss they predict under a budget, and says which formats there are near the best precision,
-what serving takes in memory, when to stop training on more data, what other laws would say, and how far the answer lies
-outside the data of the fit.
+Reads fits, minimizes the loss they predict under a budget, and reports the number formats near the best precision, the
+memory of the served model, past how many tokens more data hurts, what other laws predict, and how far the plan
+extrapolates.
 """
 
 import functools
@@ -37,23 +37,23 @@ _PARAMS = _number("params", None, "fix N, non-embedding parameters")
 _TOKENS = _number("tokens", None, "fix D, training tokens")
 _PRECISION = _text("precision", None, "fix P: bits, or a format to train in (nvfp4; fp8 is e4m3fn)")
 _SERVE_BITS = _number("serve_bits", None, "bits of the weights after PTQ; without it the model is served as trained")
-_SERVE_GROUP = _whole("serve_group", 0, "weights that share a scale of 16 bits as served; 0: an output channel does")
-_INFERENCE = _number("inference_tokens", 0.0, "tokens to serve that the budget must also pay for (2 N per token)")
-_MEMORY = _text("memory", None, "what weights, KV cache and embeddings may take as served, such as 24GiB or 80GB")
+_SERVE_GROUP = _whole("serve_group", 0, "weights that share a 16-bit scale when served; 0: those of an output channel")
+_INFERENCE = _number("inference_tokens", 0.0, "tokens to serve, at 2 N FLOPs each, as part of the budget")
+_MEMORY = _text("memory", None, "memory for weights, KV cache and embeddings when served, such as 24GiB or 80GB")
 _CONTEXT = _number("context", 0.0, "tokens of context in the KV cache; 0 leaves the cache out")
-_BATCH = _number("batch", 1.0, "sequences served at once, each with a cache of its own")
-_KV_BITS = _text("kv_bits", None, "bits or format of the cache as served (default: as trained, else 16)")
+_BATCH = _number("batch", 1.0, "sequences served at once, each with its own cache")
+_KV_BITS = _text("kv_bits", None, "bits or format of the served cache (default: as trained, else 16)")
 _LAYOUT = _text("layout", None, "layers x KV heads x head width, such as 32x8x128 (default: width of 100 x layers)")
-_VOCAB = _whole("vocab", 0, "entries of an embedding and a head, held in 16 bits; 0 leaves them out")
+_VOCAB = _whole("vocab", 0, "vocabulary of a 16-bit embedding and head in memory; 0 leaves them out")
 _SPEEDS = _text("speeds", "", "measured speeds such as bf16:1,fp8:1.6; without it cost is linear in bits")
-_PARTS = _list("parts", None, "parts trained at P: w, a, kv (default: those that the fit's table informs)")
-_COLUMNS = _list("columns", [], "other columns the law reads, such as group_size:128")
+_PARTS = _list("parts", None, "parts trained at P: w, a, kv (default: those that the fit's table identifies)")
+_COLUMNS = _list("columns", [], "other columns that the law needs, such as group_size:128")
 _OUT = _text("out", None, "file for the plan as JSON")
 
 
 Number = TypeVar("Number", int, float, float | None)
 
-# What a flag can be: beyond it there is no model, and sums of costs would leave float64.
+# Ranges of flags: no model lies beyond them, and costs stay within float64.
 ALLOWED = {
     "flops": (1.0, 1e40),
     "params": (1.0, 1e20),

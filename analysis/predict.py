@@ -36,7 +36,7 @@ flags.DEFINE_enum(
     "before",
     MEASURED,
     (MEASURED, PREDICTED),
-    "Loss before PTQ that delta is added to: measured where the table has it, or predicted by the fit of the loss.",
+    "Loss before PTQ to which delta is added: measured where the table has it, or predicted by the fit of the loss.",
     flag_values=FLAGS,
 )
 flags.DEFINE_float("level", 0.95, "Level of the intervals.", lower_bound=0.5, upper_bound=0.999, flag_values=FLAGS)
@@ -44,7 +44,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the noise in the intervals.", lower_bou
 
 
 def main() -> None:
-    """Predicts by the flags, writes the table and prints the errors. Raises UserError."""
+    """Predicts the rows, writes the table and prints the errors. Raises UserError."""
     stay_off_accelerators()
     out = output("out", FLAGS.out, reads=[FLAGS.runs, *FLAGS.fit])
     given = [fit.load(path) for path in FLAGS.fit]

@@ -1,7 +1,7 @@
-"""Everything a table of losses says: `python -m analysis.report --runs=runs.csv --out=DIR`.
+"""Writes the report of a table of losses: `python -m analysis.report --runs=runs.csv --out=DIR`.
 
 Fits the laws (fit_LAW.json), compares them on held-out rows (compare.csv), draws the figures (figures/*.png, *.svg),
-puts the paper's findings to the table (findings.json) and writes one self-contained index.html.
+tests the paper's findings on the table (findings.json) and writes one self-contained index.html.
 """
 
 import functools
@@ -29,9 +29,9 @@ _BOOTSTRAP = _whole(
     upper_bound=MOST_REPEATS,
 )
 _SEED = _whole("seed", 0, "seed of starts and bootstrap", lower_bound=0)
-_PROCESSES = _whole("processes", 2, "processes that fit side by side; no more than there are CPUs", lower_bound=1)
+_PROCESSES = _whole("processes", 2, "processes that fit in parallel; at most one per CPU is used", lower_bound=1)
 _LAWS = flags.DEFINE_list(
-    "laws", list(LAWS), "laws to fit, besides those near the best on held-out rows", flag_values=FLAGS
+    "laws", list(LAWS), "laws to fit, in addition to those near the best on held-out rows", flag_values=FLAGS
 )
 _WHERE = flags.DEFINE_multi_string("where", [], "keep rows with COLUMN=VALUE; may be repeated", flag_values=FLAGS)
 

@@ -1,4 +1,4 @@
-"""How numbers are said, alike in the plan, the figures and the report."""
+"""Numbers as text, for the plan, the figures and the report."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,12 @@ PART_NAMES = {"w": "weights", "a": "activations", "kv": "KV cache"}
 
 
 def parts_text(parts: Iterable[str]) -> str:
-    """The parts of a model in words: weights, KV cache."""
+    """The names of parts of a model: weights, KV cache."""
     return ", ".join(PART_NAMES[part] for part in parts) or "nothing"
 
 
 def count_label(value: float) -> str:
-    """A count as people say it: 30M, 1.5B, 820k."""
+    """A count with its unit: 30M, 1.5B, 820k."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit * 0.9995:
             scaled = value / unit

@@ -271,7 +271,7 @@ def cases_of_arguments():
     yield "plan", ("--memory=1kB", "--vocab=32000"), "no model meets --flops=1e+15 --memory=1kB"
     yield "plan", ("--fit=loss.json,loss.json,delta.json",), "the same fit of the loss twice"
     yield "plan", ("--fit=loss.json,delta.json,delta.json",), "more than one law of δ"
-    yield "plan", ("--precision=nvfp4",), "knows training in 16 bits only"
+    yield "plan", ("--precision=nvfp4",), "describes training in 16 bits only"
     yield "predict", ("--before=guessed",), "before"
 
 

@@ -216,7 +216,7 @@ def test_zero_and_negative_deltas_are_counted_or_kept_by_the_other_residual():
     table["loss"][after[0]] = before[table["run"][after[0]]]
     table["loss"][after[1]] = before[table["run"][after[1]]] - 0.001
     log_delta = fit("ptq", table, profile=False)
-    assert log_delta.left_out["delta is zero or negative, which log delta cannot hold"] == 2
+    assert log_delta.left_out["delta is zero or negative and has no log"] == 2
     assert any("2 rows with delta <= 0" in note for note in log_delta.notes)
     log_loss = fit("ptq", table, Options(delta_residual="log_loss"), profile=False)
     assert log_loss.n == log_delta.n + 2

@@ -190,7 +190,7 @@ def test_only_informed_parts_are_planned_and_unknown_bits_are_errors():
     half = dataclasses.replace(of("noise", CPU), unidentified={"c_kv": "only s_kv = 0", "c_a": "only s_a = 0"})
     assert surface.build([half]).parts == ("w",)
     result = plan([half], Budget(flops=1e12))
-    assert result.parts == ("w",) and "activations, KV cache costs" in result.warnings[0]
+    assert result.parts == ("w",) and "low precision in activations, KV cache" in result.warnings[0]
     gmse = of(
         "capacity_gmse", {**dict.fromkeys("AB", 100.0), "alpha": 0.3, "beta": 0.3, "E": 1, "L": 1, "F": 0.4, "C": 1}
     )

@@ -245,7 +245,7 @@ def test_runs_of_added_noise_contradict_the_product(monkeypatch):
     ]
     finding = multiply.effects_multiply(evidence(rows, comparison=kappa(1.0, 0.9, 1.1)))
     product, noise = finding.numbers["precision"], finding.numbers["noise"]
-    assert finding.verdict == CONTRADICTED and "although κ's interval holds 1" in finding.by_table
+    assert finding.verdict == CONTRADICTED and "although κ's interval contains 1" in finding.by_table
     assert product["too_high"] > 0.8 * product["joint_runs"] and product["mean_log_error_ci"][0] > 0
     assert abs(noise["mean_log_error"]) < 0.002 < product["mean_log_error"]
 
@@ -376,10 +376,10 @@ def low_models(below, at, above, method="gptq"):
 def test_f4_is_told_apart_below_at_and_above_the_bits_of_training():
     found = evidence(low_models(0.2, 0.0, 0.05))
     assert served_low.low_precision_loses_less(found).verdict == SUPPORTED
-    home = served_low.served_at_home(found)
+    home = served_low.nothing_lost_when_served_as_trained(found)
     assert home.verdict == CONTRADICTED  # above P_w they lose .05, which the 16-bit models do not
     assert home.numbers == {"gptq, P_post = P_w": 0.0, "gptq, P_post > P_w": 1.0}
-    assert served_low.served_at_home(evidence(low_models(0.2, 0.0, 0.0))).verdict == SUPPORTED
+    assert served_low.nothing_lost_when_served_as_trained(evidence(low_models(0.2, 0.0, 0.0))).verdict == SUPPORTED
     assert served_low.low_precision_loses_less(evidence(low_models(0.4, 0.0, 0.0))).verdict == CONTRADICTED
     assert served_low.low_precision_loses_less(evidence(low_models(0.3001, 0.0, 0.0))).verdict == UNDECIDED  # noise
 
@@ -394,7 +394,7 @@ def test_f4_does_not_count_what_noise_alone_puts_beyond_its_limit():
 
 def test_f4_is_told_method_by_method():
     rtn = [[row for row in rows if row["method"]] for rows in low_models(0.2, 0.0, 0.0, "rtn")]
-    home = served_low.served_at_home(evidence([*low_models(0.2, 0.37, 0.0), *rtn]))
+    home = served_low.nothing_lost_when_served_as_trained(evidence([*low_models(0.2, 0.37, 0.0), *rtn]))
     assert home.verdict == CONTRADICTED
     assert home.numbers["rtn, P_post = P_w"] == 0.0 and home.numbers["gptq, P_post = P_w"] == 1.0
     assert "GPTQ at P_post = P_w" in home.by_table and "RTN at" not in home.by_table

@@ -46,19 +46,19 @@ def shared_names(setup: Setup) -> tuple[str, ...]:
         return ()
     which = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
     return (
-        f"run names of several models ({len(shared)}: {which}): models are told apart by {', '.join(PLACE)} "
+        f"run names of several models ({len(shared)}: {which}): models are distinguished by {', '.join(PLACE)} "
         "and seed, and rows that differ in D alone count as one",
     )
 
 
 def dropped_deltas(setup: Setup) -> tuple[str, ...]:
-    """A note on rows that a fit of log δ cannot hold."""
+    """A note on rows that have no log δ."""
     dropped = sum(count for reason, count in setup.left_out.items() if reason.startswith("delta is zero"))
     if not dropped:
         return ()
     return (
-        f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 cannot enter a fit of log delta, which favours "
-        "large delta: --delta_residual=floored or log_loss keeps them",
+        f"{dropped} row{'s' if dropped > 1 else ''} with delta <= 0 have no log: without them the fit is biased "
+        "towards large delta; --delta_residual=floored or log_loss keeps them",
     )
 
 

@@ -143,7 +143,7 @@ def compare(
 
 
 def _notes(fitted: Sequence[Judged], options: Options, low: bool) -> tuple[str, ...]:
-    """What a reader must know of the comparison; `low`: the table has rows of low precision."""
+    """Notes on the comparison; `low`: the table has rows of low precision."""
     notes = []
     setups = [entry.setup for entry in fitted]
     for name in dict.fromkeys(setup.law.name for setup in setups if setup.law.baseline and low):
@@ -151,7 +151,7 @@ def _notes(fitted: Sequence[Judged], options: Options, low: bool) -> tuple[str, 
     if any(entry.row.kind == "high" for entry in fitted):
         notes.append("laws that describe 16 bits alone are judged on those rows")
     if options.loss == "huber":
-        notes.append("AIC and BIC take log residuals as Laplace distributed, which Huber's sum with a small delta fits")
+        notes.append("AIC and BIC take log residuals as Laplace distributed, as Huber's loss with a small delta does")
     notes.append("AIC and BIC count rows as independent; rows after PTQ of one run are not")
     notes += dict.fromkeys(note for setup in setups for note in (*mixed_rows(setup), *shared_names(setup)))
     notes.append("mean |error| is over the held-out rows that every law of the kind can predict")
@@ -167,17 +167,17 @@ def _judge(
     seed: int,
     wheres: tuple[str | None, str | None],
 ) -> Judged:
-    """Fits the form and predicts held-out rows. Raises FitError where the table makes it another, smaller form."""
+    """Fits the form and predicts held-out rows. Raises FitError where on this table it equals a smaller form."""
     began = time.monotonic()
     law, of_form = form.law, form.options(options)
     setup = set_up(law, table, of_form)
     more = (crossval.chosen(setup, *wheres),) if any(wheres) else ()
     if law.effects and law.family is None and all(name in setup.constants for name in law.effects):
-        raise FitError("no parameter beyond those of chinchilla is informed: on this table it is chinchilla")
+        raise FitError("no parameter beyond those of chinchilla is identified: on this table it is chinchilla")
     if not form.biased:
         with_biases = set_up(law, table, dataclasses.replace(of_form, biased=True))
         if set(law.biases) <= set(with_biases.unidentified):
-            raise FitError("no bias is informed: on this table the form with biases has none either")
+            raise FitError("no bias is identified: on this table the form with biases has none either")
     best = search(setup, starts, seed)
     verdict = identify(setup, best.theta_F, profile=False)
     held = crossval.held_out(setup, best.theta_F, seed=seed, more=more)

@@ -21,7 +21,7 @@ CHOSEN = "chosen"  # the scheme of fit_where and test_where
 MOST_FOLDS = 8  # distinct values above this are cut into as many bins of equal count
 MOST_SETTINGS = 32  # folds by precision; with more settings some share a fold
 LARGEST_SHARE = 0.2  # share of the runs, the largest, that the compute scheme holds out
-STARTS_PER_FOLD = 8  # with 4, a law of many optima may stop at a worse one
+STARTS_PER_FOLD = 8  # with 4, a law with many local optima may end at a worse one
 UNSEEN = 1e-7  # of the largest singular value: directions below it leave the kept rows as they are
 
 

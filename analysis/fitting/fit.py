@@ -35,9 +35,8 @@ class Fit:
     """A fitted law. The first ten fields are the contract of fit.json, in its order.
 
     `params` holds None for a constant that the table does not identify: `unidentified` (`refused` in the file) says
-    why, and `values` holds the number that stood in for it, so that predictions at the table's own settings remain
-    right. An end of `ci` is None where the bootstrap runs into the bound of the parameter; `ci` is empty without a
-    bootstrap.
+    why, and `values` holds the value it was held at, so that predictions at the table's own settings remain right. An
+    end of `ci` is None where the bootstrap runs into the bound of the parameter; `ci` is empty without a bootstrap.
     """
 
     law: str

@@ -1,4 +1,4 @@
-"""The forms in which a comparison takes a law: with or without its biases, with its outer exponent free, by kind."""
+"""The forms in which laws are compared: with or without its biases, with its outer exponent free, by kind."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """Which parameters of a law a table identifies, from the curvature at the optimum and from profile likelihoods.
 
-A parameter that no row informs would keep its start value, so that no fit reports it; a weakly identified one is named
-in a note.
+A parameter that no row identifies would keep its start value, so it is not reported; a weakly identified one gets a
+note.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from analysis.fitting.setup import Setup, Stage
 
 NOISE_FLOOR = 1e-8  # of a log loss: the precision to which tables are printed
 USELESS = 1e3  # factor between estimate and end of its interval past which a positive parameter is unidentified
-INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row informs a parameter
+INFORMED = 1e-7  # share of the largest sensitivity of a log prediction below which no row identifies a parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Identifiability:
-    """Verdicts on the free parameters: condition number of the scaled curvature, profiles, refusals, and notes in
-    words.
+    """Verdicts on the free parameters: condition number of the scaled curvature, profiles, unidentified parameters
+    and notes.
     """
 
     condition: float
@@ -123,16 +123,16 @@ def identify(setup: Setup, theta_F: np.ndarray, profile: bool = True, level: flo
             weak.append(name)
             known, end = ("below", span.high) if span.low is None else ("above", span.low)
             notes.append(
-                f"{name} is weakly identified: the rows only say that it is {known} {end:.4g} ({level:.0%} profile)"
+                f"{name} is weakly identified: the rows only show that it is {known} {end:.4g} ({level:.0%} profile)"
             )
         elif parameter.log and span.high / span.low > parameter.wide:
             weak.append(name)
             notes.append(
-                f"{name} is weakly identified: {span.low:.4g} to {span.high:.4g} fit alike ({level:.0%} profile)"
+                f"{name} is weakly identified: {span.low:.4g} to {span.high:.4g} fit equally well ({level:.0%} profile)"
             )
     confounded = [name for name in unidentified if name in intervals]
     if len(confounded) > 1:
-        notes.append(f"{', '.join(confounded)} cannot be told apart by these rows: fix or tie some of them")
+        notes.append(f"{', '.join(confounded)} are not separately identified by these rows: fix or tie some of them")
     return Identifiability(condition, intervals, tuple(at_bound), tuple(weak), unidentified, tuple(notes))
 
 

@@ -26,7 +26,7 @@ LEAST_DAMPING, FINE_DAMPING, MOST_DAMPING = 1e-13, 1e-6, 1e9
 
 
 def stay_off_accelerators() -> None:
-    """For commands, before anything runs: JAX would otherwise reserve the memory of a GPU that a training may need."""
+    """For commands, before anything runs: JAX would otherwise reserve GPU memory that a training run may need."""
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -64,7 +64,7 @@ def start_grid(setup: Setup, count: int | None = None, seed: int = 0) -> np.ndar
 def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool = False) -> Best:
     """The best optimum over all starts, stage by stage.
 
-    Where the table is larger than SEARCH_ROWS, starts first run on a sample of its rows that holds every setting; the
+    Where the table is larger than SEARCH_ROWS, starts first run on a sample of its rows with every setting; the
     distinct ends of that race then run on all rows.
     """
     starts_SxF = start_grid(setup, count, seed)
@@ -89,7 +89,8 @@ def search(setup: Setup, count: int | None = None, seed: int = 0, progress: bool
 
 
 def plainest(setup: Setup, found: Solution, at_best: np.ndarray) -> np.ndarray:
-    """theta_F of the best optimum: of the ends there, those with the fewest f_x at their floor, then the lowest.
+    """theta_F of the best optimum: among starts that ended there, the fewest f_x at their floor, then the least
+    objective.
 
     A part without effect has either f_x = 1 at every precision, or f_x at its floor at every precision and A or B
     scaled to match. The predictions are the same; only the first gives the constants their meaning.
@@ -148,8 +149,8 @@ def bootstrap(setup: Setup, theta_F: np.ndarray, resamples: int, seed: int = 0, 
     together).
 
     Deviations from theta are multiplied by `spread`. Where runs are fewer than ten per parameter, runs get exponential
-    weights instead (Rubin's Bayesian bootstrap), since drawing few runs with replacement leaves out whole sizes. Tables
-    of more than LARGE_TABLE rows take one Newton step per draw.
+    weights instead (Rubin's Bayesian bootstrap), since drawing few runs with replacement can leave out whole sizes.
+    Tables of more than LARGE_TABLE rows take one Newton step per draw.
     """
     rng = np.random.default_rng(seed)
     runs = int(setup.run_n.max()) + 1
@@ -202,8 +203,9 @@ def too_few_runs(setup: Setup) -> str | None:
 def spread(setup: Setup, theta_F: np.ndarray) -> float:
     """sqrt(1 + q F / (runs - F)), q the share of residuals within Huber's delta.
 
-    Residuals of least squares (q = 1) are smaller than the errors by sqrt(1 - F / runs). Of absolute values (q = 0) the
-    resampled optima, like resampled medians, lie that much too far apart already: see docs/analysis.md for both.
+    Residuals of least squares (q = 1) are smaller than the errors by sqrt(1 - F / runs). With absolute values (q = 0)
+    the resampled optima, like resampled medians, already scatter too widely by about as much (docs/analysis.md has
+    both).
     """
     runs, free = int(setup.run_n.max()) + 1, len(setup.free)
     quadratic = np.mean(np.abs(residuals(setup.problem, theta_F)) <= setup.problem.huber_delta)

@@ -1,4 +1,4 @@
-"""Likelihood-ratio test of a law within a larger one that holds it: is the gain more than the noise of the rows?"""
+"""Likelihood-ratio test of a law that is nested in a larger one."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from analysis.fitting.setup import Setup, Stage
 
 @dataclasses.dataclass(frozen=True)
 class NestedTest:
-    """`within` has `freedom` free parameters more than `law`; p: how often noise alone would gain as much."""
+    """`within` has `freedom` more free parameters than `law`; p: probability of such a gain by noise alone."""
 
     law: str
     within: str
@@ -32,8 +32,8 @@ def ratio_test(small: Setup, small_F: np.ndarray, large: Setup, large_F: np.ndar
 
     Twice the difference of the objectives over the scale of the scores is chi-square under any distribution of errors
     (the tau test of robust regression). The scale counts rows of one trained model as dependent, and the statistic over
-    its freedom is put to F(freedom, models - parameters). names: of the two laws. Raises FitError where the rows or the
-    parameters do not nest.
+    its freedom is compared with F(freedom, models - parameters). names: of the two laws. Raises FitError where the rows
+    or the parameters do not nest.
     """
     freedom = len(large.free) - len(small.free)
     if freedom < 1 or small.problem.rows != large.problem.rows:

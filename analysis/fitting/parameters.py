@@ -1,4 +1,4 @@
-"""Which parameters of a law are free: what the options hold or tie, and what the design of a table leaves open."""
+"""Which parameters of a law are free: not fixed or tied by the options, and identified by the design of the table."""
 
 from collections.abc import Mapping
 
@@ -45,7 +45,7 @@ def given(law: Law, options: Options) -> tuple[dict[str, float], dict[str, str]]
 def uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta_rows: Table | None) -> dict[str, str]:
     """Parameters that the design of the table does not identify, with the reason.
 
-    A tied group is informed by any of its members.
+    Any member identifies a tied group.
     """
     unknown: dict[str, str] = {}
     for need in law.needs:
@@ -56,7 +56,7 @@ def uninformed(law: Law, tied: Mapping[str, str], loss_rows: Table | None, delta
             seen += " in training below 16 bits" * (need.rows == "low")
             for name in need.params:
                 unknown.setdefault(
-                    name, f"the rows hold {seen}; {need.levels} different values are needed to tell {name}"
+                    name, f"the rows have {seen}; {need.levels} different values are needed to identify {name}"
                 )
     for leader in set(tied.values()):
         group = [leader, *(f for f, to in tied.items() if to == leader)]

@@ -210,7 +210,7 @@ def _described(out: Predictions, fit: Fit, rows: Table) -> Table:
     method = fit.reporting.get("ptq_method")
     reasons = []
     if law.high_precision_only:
-        reasons.append((~rows.high_precision, f"trained below 16 bits, of which law {law.name} says nothing"))
+        reasons.append((~rows.high_precision, f"trained below 16 bits, which law {law.name} does not describe"))
     if method and rows.methods is not None:
         other = rows.quantized & (rows.methods != method)
         reasons.append((other, f"PTQ by another method than {method}, the fit's"))
@@ -246,7 +246,7 @@ def _notes(given: Sequence[Fit], table: Table) -> tuple[str, ...]:
     notes = []
     for fit in given:
         if table.sha256 and fit.reporting.get("table_sha256") == table.sha256:
-            notes.append(f"the fit of {fit.law} was made from rows of this table: their errors are not of predictions")
+            notes.append(f"the fit of {fit.law} was made from rows of this table: their errors are in-sample")
         if not fit.samples:
             notes.append(f"the fit of {fit.law} has no bootstrap: its predictions have no intervals")
         elif not fit.residuals:

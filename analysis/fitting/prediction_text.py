@@ -1,4 +1,4 @@
-"""Predictions as the table that `analysis.predict` writes, and in words."""
+"""Predictions as the table that `analysis.predict` writes, and as a summary."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def _cell(value) -> str:
 
 
 def summary(found: Predictions) -> str:
-    """How many rows each law predicted, and where they are measured how well: rms error, share within the interval."""
+    """How many rows each law predicted and, of measured rows, the rms error and the share within the interval."""
     lines = []
     for law in dict.fromkeys(found.law[found.law != ""]):
         for after, what in ((False, "before PTQ"), (True, "after PTQ")):
@@ -49,7 +49,7 @@ def summary(found: Predictions) -> str:
     far = [names for names in found.outside if names]
     if far:
         seen = ", ".join(dict.fromkeys(name for names in far for name in names.split()))
-        lines.append(f"{len(far)} rows lie outside the rows of their fit in {seen} (column outside)")
+        lines.append(f"{len(far)} rows lie outside the range of their fit in {seen} (column outside)")
     lines += [tables.describe(found.table.left_out), *(f"note: {note}" for note in found.notes)]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ def with_derived(law: Law, table: Table) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """The rows before and after PTQ that a law is fitted to, those after PTQ that its residual cannot hold, and the
+    """The rows before and after PTQ that a law is fitted to, those after PTQ that have no residual, and the
     counts of all rows left out.
     """
 
@@ -52,11 +52,11 @@ class Chosen:
 def choose(law: Law, table: Table, options: Options) -> Chosen:
     """The rows that the law describes and the options choose. Raises FitError where none is left."""
     if law.high_precision_only:
-        table = table.select(table.high_precision, f"trained below 16 bits, of which law {law.name} says nothing")
+        table = table.select(table.high_precision, f"trained below 16 bits, which law {law.name} does not describe")
     if options.serve_bits is not None:
         table = _served(law, table, options.serve_bits)
     elif law.log_loss is not None and law.log_delta is None:
-        table = table.select(~table.quantized, f"after PTQ, of which law {law.name} says nothing")
+        table = table.select(~table.quantized, f"after PTQ, which law {law.name} does not describe")
     table = _usable(law, table, options.sigma_column)
     if law.log_delta is not None:
         table = table.one_method()
@@ -70,7 +70,7 @@ def choose(law: Law, table: Table, options: Options) -> Chosen:
         left_out |= dropped
     unheld = None
     if delta_rows is not None and options.delta_residual_of(law) == "log_delta":
-        why = "delta is zero or negative, which log delta cannot hold"
+        why = "delta is zero or negative and has no log"
         positive = delta_rows["delta"] > 0
         unheld, delta_rows = delta_rows.select(~positive), delta_rows.select(positive)
         left_out |= {why: len(unheld)} if len(unheld) else {}
@@ -87,7 +87,7 @@ def choose(law: Law, table: Table, options: Options) -> Chosen:
 
 
 def _usable(law: Law, table: Table, sigma_column: str | None) -> Table:
-    """The rows whose columns hold what the law and its residuals read."""
+    """The rows with a usable value in every column that the law and its residuals read."""
     for name in law.columns:
         if name not in AFTER_PTQ:
             if table[name].dtype == object:

@@ -51,7 +51,7 @@ class Setup:
     run_n: np.ndarray  # index of the trained model of each row
     left_out: Mapping[str, int]
     floor: float | None = None  # noise of δ in nats, of "floored"
-    unheld: Table | None = None  # rows after PTQ that the law describes but log δ cannot hold
+    unheld: Table | None = None  # rows after PTQ that the law describes but that have no log δ
 
     @property
     def delta_rows(self) -> int:
@@ -99,7 +99,7 @@ class Setup:
 
     @property
     def every_row(self) -> Table:
-        """The rows fitted, then those that the residual cannot hold."""
+        """The rows fitted, then those that have no residual."""
         return self.rows if self.unheld is None else concatenated(self.rows, self.unheld)
 
     def log_errors(self, theta_F: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ LAWS: dict[str, Law] = {law.name: law for law in (*paper.LAWS, *published_laws.L
 
 
 def get(name: str | Law) -> Law:
-    """The law of that name; a Law is handed back as it is."""
+    """The law of that name; a Law is returned unchanged."""
     if isinstance(name, Law):
         return name
     if name not in LAWS:

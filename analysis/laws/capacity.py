@@ -1,5 +1,5 @@
-"""Laws in which a precision is worth a share of N (or of D): free for every combination seen, or predicted from the
-error that a format makes on Gaussian data.
+"""Laws in which precision multiplies N (or D) by a capacity: a free constant for every combination of precisions, or
+predicted from the error of a format on Gaussian data.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Columns that a table need not hold because its number formats determine them: errors on Gaussian data, relative
-steps, exponent and mantissa bits, and 16 bits for the backward pass where nothing else is said.
+"""Columns derived from others: errors on Gaussian data, relative steps, exponent and mantissa bits of the number
+formats, and 16 bits for the backward pass by default.
 """
 
 import functools
@@ -73,7 +73,7 @@ def _format_error(name: str) -> float:
         raise LawError(str(error)) from None
 
 
-# The column that names what shares a scale in a part, and what does where it is empty (the paper's setting).
+# The column with the granularity of a part, and its granularity where that is empty (the paper's).
 GRANULARITY_COLUMNS = {"w": "w_granularity", "a": "a_granularity", "kv": "attention_granularity"}
 USUAL_GRANULARITY = {"w": "channel", "a": "tensor", "kv": "tensor"}
 
@@ -102,7 +102,7 @@ def _steps(part: str, columns: Values, strict: bool) -> np.ndarray:
 
 
 def _vector_lengths(part: str, columns: Values, shape: tuple[int, ...]) -> np.ndarray:
-    """How many values the contraction has: the width of the model, or of a head; 0 where the table does not say."""
+    """Length of the contraction: the width of the model, or of a head; 0 where it is unknown."""
     try:
         width = np.asarray(columns.get("width", 0.0), np.float64)
         heads = np.asarray(columns.get("heads", 1.0), np.float64) if part == "kv" else 1.0

@@ -1,7 +1,7 @@
-"""What a scaling law is to this package: named parameters, the columns it reads, and log L or log δ as pure functions.
+"""A scaling law: named parameters, the columns it reads, and log L or log δ as pure functions.
 
 The functions are written against an array namespace `xp` (numpy or jax.numpy), so that prediction, fitting and planning
-share one definition. All that other code must know of a law is a field or a property of `Law`: nothing else asks for
+share one definition. All that other code needs to know about a law is a field or property of `Law`: nothing branches on
 its name. analysis/laws/__init__.py is the registry.
 """
 
@@ -30,11 +30,11 @@ class LawError(UserError):
 class Parameter:
     """One constant of a law.
 
-    log: positive, and fitted as its logarithm. grid: the values that starts are drawn from. default: the value where a
-    set of constants leaves the parameter out. held: the value that switches its effect off, used where no row informs
-    it. fit: False for a parameter that stays at its default unless a fit frees it (`Options.freed`), because it is
-    redundant or most tables do not identify it. wide: a positive parameter is weakly identified where the ends of its
-    interval lie further apart than this ratio.
+    log: positive, and fitted as its logarithm. grid: the values that starts are drawn from. default: its value where a
+    set of constants leaves it out. held: the value at which it has no effect, used where no row identifies it. fit:
+    False for a parameter that stays at its default unless a fit frees it (`Options.freed`), because it is redundant or
+    most tables do not identify it. wide: a positive parameter is weakly identified where the ends of its interval lie
+    further apart than this ratio.
     """
 
     name: str
@@ -78,7 +78,7 @@ class LawStage:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Laws with one parameter for each label that a table holds, such as a capacity for each training precision.
+    """Laws with one parameter for each label in a table, such as a capacity for each training precision.
 
     prefix: how the names of those parameters begin. law: the law with these parameters. labels: their names for
     complete columns.
@@ -116,7 +116,7 @@ class Law:
     check: Callable[[Values], str | None] | None = None  # why the law does not apply to these columns, or None
     family: Family | None = None
     baseline: bool = False  # compared on rows of every precision, too, as the law without an effect of precision
-    # What a plan must know. `share` is N_eff/N; `share_varies`: with N or D, not with precision alone.
+    # What a plan needs. `share` is N_eff/N; `share_varies`: with N or D, not with precision alone.
     share: LogFunction | None = None
     share_varies: bool = False
     bits: tuple[float, ...] = ()  # the only training precisions that the law knows; () for any number of bits
@@ -169,7 +169,7 @@ class Law:
         return bool(_part_columns(part) & set(self.columns))
 
     def part_params(self, part: str) -> tuple[str, ...]:
-        """The parameters that by `needs` only rows of low precision in that part inform before PTQ; amplitude first."""
+        """The parameters that, before PTQ, only rows with that part in low precision identify; the amplitude first."""
         needs = [n for n in self.needs if set(n.columns) <= _part_columns(part) and n.rows != "delta"]
         return tuple(dict.fromkeys(name for need in needs for name in need.params))
 
@@ -192,7 +192,7 @@ class Law:
         for p in self.params:
             value = params.get(p.name, p.default)
             if value is None:
-                why = "is null (the fit's table does not inform it)" if p.name in params else "is missing"
+                why = "is null (the fit's table does not identify it)" if p.name in params else "is missing"
                 raise LawError(f"parameter {p.name} of law {self.name} {why}")
             out[p.name] = value
         return out
@@ -228,7 +228,7 @@ def log_power_law(amplitude, exponent, count, xp=np):
 
 
 def log_sum(xp, *log_terms):
-    """log Σ exp(term). Bounds keep terms far from float64's overflow, so no shift is needed (it costs twice)."""
+    """log Σ exp(term). Bounds keep the terms far from overflow, so they are not shifted (twice as slow)."""
     total = xp.exp(log_terms[0])
     for term in log_terms[1:]:
         total = total + xp.exp(term)
@@ -244,7 +244,9 @@ def log_chinchilla(p: Values, n, d, xp=np):
 
 
 # `by_form` of laws in which precision multiplies N or D by a factor f.
-FIXED_OPTIMUM = "the best P is the largest f(P) per cost, f the product of the factors on N and D: one for all budgets"
+FIXED_OPTIMUM = (
+    "the best P maximizes f(P) per cost, f the product of the factors on N and D, and is the same at every budget"
+)
 
 
 def chinchilla_parameters(published: Mapping[str, float]) -> tuple[Parameter, ...]:
@@ -269,7 +271,7 @@ def outer_exponent(fit: bool = True) -> Parameter:
 
 CHINCHILLA_NAMES = frozenset(p.name for p in chinchilla_parameters({})) | {OUTER_EXPONENT}
 CHINCHILLA_NEEDS = (Need("N", 2, ("A", "alpha")), Need("D", 2, ("B", "beta")))
-# A power of one term alone is a power law, so that the outer exponent takes several values of both.
+# A power of one term is a power law, so the outer exponent is identified only by several values of both.
 OUTER_NEEDS = (*CHINCHILLA_NEEDS, Need("N", 2, (OUTER_EXPONENT,)), Need("D", 2, (OUTER_EXPONENT,)))
 
 
@@ -286,7 +288,7 @@ def fraction_parameters(
 
 
 def fraction_needs(parts: tuple[str, ...] = PARTS, suffix: str = "") -> tuple[Need, ...]:
-    """Two precisions of a part inform one of gamma_x and n_x, three inform both."""
+    """Two precisions of a part identify one of gamma_x and n_x, three both."""
     one = tuple(Need(f"P_{x}", 2, (f"gamma_{x}{suffix}", f"n_{x}{suffix}")) for x in parts)
     two = tuple(Need(f"P_{x}", 3, (f"n_{x}{suffix}",)) for x in parts)
     return one + two

@@ -1,10 +1,9 @@
-"""The relative step of a number format: how coarse its grid is on Gaussian data, on the one scale that integers set.
+"""The relative step of a number format: how coarse its grid is on Gaussian data, in terms of the integers.
 
-The symmetric integers of b bits divide their largest value into 2^(b-1) - 1 equal steps, so that their relative step is
-1/(2^(b-1) - 1). Any other format has the step of the integers, thought continuous in b, that make the same root mean
-square error on Gaussian data; each has the scales that it is used with, the integers those that are usual for the part.
-A law of rounding noise then needs one constant for a part of the model, whatever the format, and the scales of blocks
-count.
+Symmetric integers of b bits have 2^(b-1) - 1 equal steps up to their largest value, a relative step of 1/(2^(b-1) - 1).
+Any other format has the relative step of the integers, interpolated in b, with the same root mean square error on
+Gaussian data. Each format keeps its own scales; the integers have those usual for the part. A law of rounding noise
+then needs one constant for each part of the model, whatever the format, and the scales of blocks count.
 """
 
 import functools
@@ -17,7 +16,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.gaussian import gaussian_mse
 
-MANY = 2**20  # values that share a scale where a whole tensor does
+MANY = 2**20  # values of a tensor that shares one scale
 USUAL_LENGTH = 1024  # of a contraction, where the table has no width
 REFERENCE_BITS = np.arange(2, 9)  # at 8 bits the error is step/sqrt(12), so that finer grids go in proportion
 
@@ -36,7 +35,7 @@ def relative_step(name: str, granularity: str = "", length: float = 0, usual: st
 
     granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values; "": as usual.
     length: values along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
-    usual: what shares a scale of the integers that it is compared with.
+    usual: granularity of the integers that it is compared with.
     Raises LawError for formats and granularities that do not exist.
     """
     try:

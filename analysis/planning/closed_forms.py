@@ -1,8 +1,8 @@
 """What the laws say in closed form: compute-optimal sizes, cost-optimal precision, and the tokens past which PTQ loses.
 
-The report quotes them with intervals, `analysis.plan` minimizes the laws themselves, and the tests hold one against the
-other. Symbols as in Scaling Laws for Precision (arXiv 2411.04330); `params` are those of a fit, arrays of bootstrap
-samples included.
+The report quotes them with intervals, `analysis.plan` minimizes the laws themselves, and the tests compare the two.
+Symbols as in Scaling Laws for Precision (arXiv 2411.04330); `params` are those of a fit, arrays of bootstrap samples
+included.
 """
 
 import math

@@ -25,11 +25,11 @@ class CostError(UserError):
     """A cost that cannot be computed: an unknown format, a speed that is not positive, a precision without a speed."""
 
 
-USUAL_FLOATS = {"fp8": "e4m3fn", "fp6": "e2m3", "fp4": "e2m1"}  # the floats that machines multiply by these names
+USUAL_FLOATS = {"fp8": "e4m3fn", "fp6": "e2m3", "fp4": "e2m1"}  # what hardware means by these names
 
 
 def named_format(name: str) -> Format | None:
-    """The number format of that name; None for a bare number and for names that say no more than the bits."""
+    """The number format of that name; None for a bare number and for names that give only the bits."""
     text = name.strip().lower()
     try:
         return None if finite(text) is not None else formats.parse(USUAL_FLOATS.get(text, text))
@@ -84,8 +84,8 @@ class CostModel:
                 raise CostError(f"--speeds={text}: {error}") from None
             if bits in seen:
                 raise CostError(
-                    f"--speeds={text}: {name.strip()!r} and {seen[bits]!r} both have {bits:g} bits; laws tell formats "
-                    "apart by bits alone, so give one of them"
+                    f"--speeds={text}: {name.strip()!r} and {seen[bits]!r} both have {bits:g} bits; laws distinguish "
+                    "formats by bits alone, so give one of them"
                 )
             seen[bits] = name.strip()
             speeds.append((name.strip(), speed))

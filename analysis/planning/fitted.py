@@ -1,4 +1,4 @@
-"""Fits as a plan takes them: the law of each resolved once, with what the fit's table informs of it."""
+"""Fits as a plan uses them: the law of each resolved once, and which parts the fit's table identifies."""
 
 import dataclasses
 import functools
@@ -82,7 +82,7 @@ class FittedLaw:
 
     @functools.cached_property
     def informed(self) -> tuple[str, ...]:
-        """The parts whose training precision the law reads and the fit's table informs, in the order w, a, kv."""
+        """The parts whose training precision the law reads and the fit's table identifies, in the order w, a, kv."""
         if self.own_capacities:
             every = (tuple(bits) for bits in self.own_capacities)
             return max(every, key=lambda parts: (len(self.tied(parts)), len(parts)))
@@ -98,7 +98,7 @@ class FittedLaw:
 
     @property
     def uninformed(self) -> tuple[str, ...]:
-        """The parts that the law reads and the fit's table does not inform."""
+        """The parts that the law reads and the fit's table does not identify."""
         if self.own_capacities:
             return ()
         return tuple(x for x in PARTS if self.law.reads_part(x) and x not in self.informed)

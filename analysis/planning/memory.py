@@ -1,6 +1,6 @@
 """Memory of a served model: weights with their scales, KV cache, embeddings.
 
-Weights alone mislead: with long contexts and large batches the cache is the larger part (Kim et al., arXiv 2510.10964).
+With long contexts and large batches the cache takes more than the weights (Kim et al., arXiv 2510.10964).
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def parse_bytes(text: str) -> float:
 
 
 def bytes_label(value: float) -> str:
-    """Bytes as people say them: 13.5 GB, in powers of 1000."""
+    """Bytes with a unit in powers of 1000: 13.5 GB."""
     for unit in ("TB", "GB", "MB", "kB"):
         if value >= UNITS[unit] * 0.9995:
             return f"{value / UNITS[unit]:.3g} {unit}"

@@ -1,8 +1,7 @@
-"""Minimizes a fitted loss over N, D and P under a budget of training and serving, by the law itself and no closed
-form.
+"""Minimizes a fitted loss over N, D and P under a budget of training and serving, numerically.
 
-A `Surface` (surface.py) is the loss as one or two fits say; a `Budget` says what is spent and what is fixed;
-`minimize` gives the point.
+A `Surface` (surface.py) is the loss by one or two fits; a `Budget` is what may be spent and what is fixed; `minimize`
+finds the best point.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from analysis.planning.surface import Surface
 from precision_scaling.errors import UserError
 
 LINEAR_COST, WEIGHTS_ALONE = CostModel(), Serving()
-SMALLEST_N = 1e3  # parameters; below anything a law was fitted on, so that the bound never shapes a plan
+SMALLEST_N = 1e3  # parameters; smaller than any fitted model, so that no plan ends at this bound
 P_RANGE = (2.0, 16.0)  # bits searched where P is free; a precision given by hand may be higher
 GRID = {0: 1, 1: 41, 2: 25, 3: 13}  # free quantities -> points of each per round of the search
 ROUNDS = 60  # at most
@@ -40,7 +39,7 @@ class Budget:
     serving: Serving = WEIGHTS_ALONE
     cost: CostModel = LINEAR_COST
     p_range: tuple[float, float] = P_RANGE
-    p_choices: tuple[float, ...] = ()  # the only precisions to choose from, where the law knows no others
+    p_choices: tuple[float, ...] = ()  # the only precisions to choose from; () for any
 
     def spent(self, n, d, p):
         """Training plus serving; without PTQ the model is served at the precision it was trained in."""
@@ -91,7 +90,7 @@ class Point:
 
 def precisions(budget: Budget) -> tuple[float, ...]:
     """The precisions to choose from where P is free: those with a speed and a law; empty where any number of bits
-    will do.
+    are allowed.
     """
     if not budget.p_choices:
         return budget.cost.precisions
@@ -124,7 +123,7 @@ def minimize(surface: Surface, budget: Budget) -> Point:
         if budget.serve_bits is not None and budget.p_range[0] <= budget.serve_bits <= budget.p_range[1]:
             choices.append(
                 (budget.serve_bits, budget.serve_bits)
-            )  # δ falls to zero at this very point: a search steps over it
+            )  # δ drops to zero at exactly this point, which a grid would miss
     found = [point for choice in choices if (point := _search(surface, budget, choice)) is not None]
     if not found:
         raise BudgetError(_why_impossible(budget))
@@ -132,12 +131,11 @@ def minimize(surface: Surface, budget: Budget) -> Point:
 
 
 def _search(surface: Surface, budget: Budget, p_range: tuple[float, float]) -> Point | None:
-    """A grid over P, log of the share of the largest N and log of the share of the affordable tokens, drawn in around
-    its best point until it is tight. Shares make every constraint a side of the box, where a grid finds an optimum
-    exactly.
+    """A grid over P, log of the share of the largest N and log of the share of the affordable tokens, narrowed around
+    its best point. In shares every constraint is a side of the box, so that a grid finds an optimum on it exactly.
     """
-    sizes_free = budget.n is None and budget.d is None  # with D given a larger model never hurts
-    tokens_free = budget.d is None and budget.serve_bits is not None  # without PTQ more tokens never hurt
+    sizes_free = budget.n is None and budget.d is None  # at a given D a larger model is never worse
+    tokens_free = budget.d is None and budget.serve_bits is not None  # without PTQ more tokens are never worse
     smallest = np.log(SMALLEST_N / _largest(budget, p_range)) if sizes_free else 0.0
     if smallest > 0:
         return None
@@ -159,7 +157,7 @@ def _search(surface: Surface, budget: Budget, p_range: tuple[float, float]) -> P
                 continue
             reach = (axis[1] - axis[0]) * 2.0
             if index in (0, len(axis) - 1) and limits[row, 0] < axis[index] < limits[row, 1]:
-                reach = (axis[-1] - axis[0]) / 2.0  # the optimum lies outside the box: follow it before drawing in
+                reach = (axis[-1] - axis[0]) / 2.0  # the optimum lies outside the box: follow it before narrowing
             boxes[row] = np.clip((axis[index] - reach, axis[index] + reach), *limits[row])
         if np.all(boxes[:, 1] - boxes[:, 0] < TOLERANCE):
             break
@@ -215,8 +213,8 @@ def _why_impossible(budget: Budget) -> str:
 
 
 def turning_point(surface: Surface, n: float, p: float, serve_bits: float) -> float:
-    """D_crit in tokens by the law itself: where loss after PTQ to `serve_bits` is least in D; infinite if it never
-    turns.
+    """D_crit in tokens by the law itself: where loss after PTQ to `serve_bits` is least in D; infinite where
+    it has no minimum.
     """
     low, high = np.log(1.0), np.log(1e30)
     for _ in range(ROUNDS):

@@ -17,7 +17,7 @@ from precision_scaling.numerics.formats import Format
 
 WHOLE_BITS = tuple(float(bits) for bits in range(4, 17))  # compared at the same cost
 STANDARD_FLOATS = ("e2m1", "e2m3", "e3m2", "e4m3fn", "e5m2")  # of OCP MX and OFP8; the registry has the others by name
-# Integers that no machine multiplies and no file of weights holds, and formats that pass through beside bf16.
+# Integers without hardware or a file format, and formats that pass through like bf16.
 ONLY_SIMULATED = {f"int{bits}" for bits in (7, *range(9, 17))} | {"fp16", "fp32"}
 NEAR = 2.0  # formats are listed from P*/2 to 2 P*
 
@@ -59,8 +59,8 @@ def whole_bits(surface: Surface, budget: Budget, best: Point) -> list[Option]:
 
 
 def existing_formats(surface: Surface, budget: Budget, p: float) -> list[Format]:
-    """The formats that exist near a precision, and bf16; of rising bits. None where the law knows 16 bits alone, or one
-    precision.
+    """The formats that exist near a precision, and bf16; by increasing bits. Empty where the law describes 16 bits or
+    one precision alone.
     """
     if not surface.parts or surface.law.bits_given:
         return []
@@ -91,7 +91,7 @@ def trained_in(surface: Surface, budget: Budget, fmt: Format) -> tuple[Surface, 
 
 
 def best_point(surface: Surface, budget: Budget, best: Point) -> Point | None:
-    """The best N and D at the budget's precision, or the plan's where nothing else bounds them; None where none is."""
+    """The best N and D at the budget's precision, or the plan's where nothing bounds them; None where none fits."""
     try:
         if budget.flops is not None:
             point = minimize(surface, budget)
@@ -105,7 +105,7 @@ def best_point(surface: Surface, budget: Budget, best: Point) -> Point | None:
 
 
 def row(option: Option, best: Option, ci: dict) -> dict:
-    """What plan.json says of an option; `ci`: its intervals."""
+    """An option as plan.json has it; `ci`: its intervals."""
     point, surface, budget = option.point, option.surface, option.budget
     outside = [reach.name for reach in reaches(surface, point, point.flops, budget.serve_bits) if reach.outside]
     found = {
@@ -137,8 +137,8 @@ def row(option: Option, best: Option, ci: dict) -> dict:
 
 
 def _make_up_factor(surface: Surface, at: Point, p: float) -> float | None:
-    """Factor on N that makes a model trained at p bits as good as one of 16 at the plan's N and D (as trained, before
-    PTQ).
+    """Factor on N that gives a model trained at p bits the loss of one trained in 16 bits at the plan's N and D, before
+    PTQ.
     """
     target = float(surface.in_16_bits.loss(at.n, at.d, HIGH_PRECISION_BITS))
     gap = lambda log_factor: float(surface.loss(at.n * math.exp(log_factor), at.d, p)) - target

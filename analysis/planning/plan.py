@@ -20,14 +20,15 @@ from precision_scaling.numerics.formats import Format
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A plan and what to know before acting on it; N in parameters, D in tokens, P in bits, losses in nats a token.
+    """A plan with its intervals, alternatives and warnings; N in parameters, D in tokens, P in bits, losses in nats a
+    token.
 
     alternatives: whole bits, and formats: those that exist near P, each at its best N and D under the same budget, as
-    in plan.json. serving: bits to serve in under the memory.
+    in plan.json. serving: plans for each number of bits served, within the memory.
     """
 
     chosen: Option
-    budget: Budget  # as asked for: what the plan chose is None
+    budget: Budget  # as requested: what the plan chose is None
     loss_ci: Interval | None
     intervals: dict[str, Interval]
     alternatives: list[dict]
@@ -127,21 +128,20 @@ def plan(
 
 
 def _with_choices(surface: Surface, budget: Budget) -> Budget:
-    """The budget with the precisions that the law knows. Raises SurfaceError for what it cannot plan."""
+    """The budget with the precisions that the law describes. Raises SurfaceError for what it cannot plan."""
     law, bits = surface.name, budget.serve_bits
     if bits is not None and surface.of_delta is None:
         raise SurfaceError(f"--serve_bits needs a law of δ: give --fit={law}.json,ptq.json or a fit of unified")
     if bits is not None and (rounded := surface.of_loss.fit.serve_bits) is not None:
         raise SurfaceError(
-            f"--serve_bits={bits:g}: law {law} is one of losses after PTQ to {rounded:g} bits already; leave the flag "
-            "out"
+            f"--serve_bits={bits:g}: law {law} was fitted to losses after PTQ to {rounded:g} bits; leave the flag out"
         )
     serving = dataclasses.replace(budget.serving, cache_trained_low="kv" in surface.parts)
     budget = dataclasses.replace(budget, serving=serving)
     if budget.p is None:
         return dataclasses.replace(budget, p_choices=surface.precisions or ())
     if budget.p < HIGH_PRECISION_BITS and not surface.parts and not surface.law.bits_given:
-        raise SurfaceError(f"--precision={budget.p:g}: law {law} as fitted knows training in 16 bits only")
+        raise SurfaceError(f"--precision={budget.p:g}: law {law} as fitted describes training in 16 bits only")
     return budget
 
 

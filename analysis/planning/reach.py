@@ -9,12 +9,12 @@ from analysis.planning.surface import Surface
 from analysis.wording import count_label
 
 SLACK = 0.01  # of a range, within which a value counts as inside
-TIMES = ("N", "D", "budget")  # quantities whose distance is said as a factor
+TIMES = ("N", "D", "budget")  # quantities whose distance is a factor
 
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """One quantity of a plan beside the least and the most of it in the fit's table."""
+    """One quantity of a plan and its range in the fit's table."""
 
     name: str
     value: float

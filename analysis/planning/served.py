@@ -1,4 +1,4 @@
-"""Bits to serve in under a memory: fewer bits hold more parameters, and lose more to PTQ."""
+"""Bits to serve in within a memory: fewer bits allow more parameters, and lose more to PTQ."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ SERVED_BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # that PTQ methods write
 
 def by_bits(surface: Surface, budget: Budget) -> list[Option]:
     """The best plan for every number of bits that the law of δ has rows of, and for serving as trained; each within the
-    memory. Those that no model meets are left out.
+    memory. Those that no model fits are left out.
     """
     span = surface.data_range("P_post")
     known = [bits for bits in SERVED_BITS if span and span[0] <= bits <= span[1]]

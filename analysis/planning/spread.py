@@ -1,5 +1,5 @@
-"""What other laws say of a plan. A bootstrap shows how far the constants of one law may be off; which law to believe is
-another question, and often the larger one.
+"""What other laws predict for a plan. A bootstrap gives the uncertainty of one law's constants; the choice of the law
+is often the larger uncertainty.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from analysis.planning.surface import Surface, SurfaceError
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """One law of the loss on the plan: its loss there, and its own best plan. None, and why, where it is silent."""
+    """The prediction of one law for the plan, and its own best plan; None, with the reason, where it makes none."""
 
     law: str
     parts: tuple[str, ...]
@@ -42,7 +42,7 @@ class Opinion:
 
 
 def opinions(plan: Option, others: Sequence[Surface], budget: Budget) -> list[Opinion]:
-    """Of each other surface, with those parts of the plan that its table informs. `budget`: what was asked for."""
+    """Of each other surface, with those parts of the plan that its table informs. `budget`: what was requested."""
     return [_opinion(plan, _as_planned(surface, plan), budget) for surface in others]
 
 
@@ -66,7 +66,7 @@ def _opinion(plan: Option, surface: Surface, budget: Budget) -> Opinion:
     loss = float(surface.served(at.n, at.d, at.p, bits)) if speaks else np.nan
     if not np.isfinite(loss):
         levels = ", ".join(f"{p:g}" for p in known or ())
-        why = f"as fitted it knows training in {levels} bits only"
+        why = f"as fitted it describes training in {levels} bits only"
         return Opinion(surface.name, surface.parts, None, None, own, why)
     return Opinion(surface.name, surface.parts, loss, loss_interval(surface, at, bits), own)
 

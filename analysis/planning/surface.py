@@ -1,7 +1,7 @@
-"""The loss of (N, D, P, P_post) that fits make: what `analysis.plan` and the figures plan with.
+"""The loss as a function of N, D, P and P_post by fits, for `analysis.plan` and the figures.
 
 A fit of L alone (`chinchilla`, `precision`, ...) becomes a loss as trained; with a fit of δ (`ptq`, `qid`) or a law
-of both (`unified`) it becomes a loss as served. A surface is built once and answers for its fits.
+of both (`unified`) it becomes a loss as served. A surface is built once.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class SurfaceError(UserError):
 class Surface:
     """The loss that a fit predicts with `parts` trained at P bits: as trained and, with a law of δ, as served.
 
-    `of_delta` is `of_loss` itself where one law predicts both. `columns` are what else the law reads (group_size, ...),
-    `of_format` what a number format makes of the columns that follow from the bits: its own relative step, say.
+    `of_delta` is `of_loss` itself where one law predicts both. `columns` are what else the law needs (group_size, ...),
+    `of_format` the columns that a number format determines, such as its relative step.
     Arguments are arrays that broadcast: N (count), D (tokens), P (bits) and bits after PTQ.
     """
 
@@ -67,8 +67,8 @@ class Surface:
     def delta(self, n, d, p, bits):
         """What PTQ of the weights to `bits` adds; 0 where that is not below P, as the model is then served as trained.
 
-        A law of δ that knows only models trained in 16 bits is given `N f(P)/f(16)` for N, as N_eff stands in law 4:
-        with the C_x unknown (infinite) that is the most that the unified law can lose.
+        A law of δ that describes only models trained in 16 bits is given `N f(P)/f(16)` for N, as N_eff stands in law
+        4: with the C_x unknown (infinite) that is the most that the unified law can lose.
         """
         if self.of_delta is None:
             raise SurfaceError(f"no law of δ goes with law {self.name}")
@@ -90,7 +90,7 @@ class Surface:
         if self.law.share is None:
             return None
         if self.law.share_varies and (n is None or d is None):
-            raise SurfaceError(f"the share of N that law {self.name} leaves varies with N or D: give both")
+            raise SurfaceError(f"N_eff/N of law {self.name} varies with N or D: give both")
         columns = self._columns(1.0 if n is None else n, 1.0 if d is None else d, np.asarray(p, np.float64))
         return self.law.share(self.of_loss.values, laws.complete_columns(self.law, columns), np)
 
@@ -100,14 +100,14 @@ class Surface:
         return dataclasses.replace(self, parts=(), of_format={})
 
     def with_parts(self, parts: Sequence[str]) -> "Surface":
-        """The surface with just these parts trained at P bits. Raises SurfaceError where the table informs one of them
-        not.
+        """The surface with just these parts trained at P bits. Raises SurfaceError where the table does not
+        identify one of them.
         """
         if unread := [x for x in parts if not self.law.reads_part(x)]:
             raise SurfaceError(f"--parts: law {self.name} does not read the training precision of {parts_text(unread)}")
         if unknown := [x for x in parts if x in self.of_loss.uninformed]:
             raise SurfaceError(
-                f"--parts: the fit's table does not inform {parts_text(unknown)}; it informs "
+                f"--parts: the fit's table does not identify {parts_text(unknown)}; it identifies "
                 f"{parts_text(self.of_loss.informed)}"
             )
         return dataclasses.replace(self, parts=tuple(parts))
@@ -137,7 +137,7 @@ class Surface:
 
     @property
     def reads_formats(self) -> bool:
-        """Whether the law tells formats of the same bits apart."""
+        """Whether the law distinguishes formats of the same bits."""
         return bool(self._of_formats)
 
     def saw(self, fmt: Format) -> bool | None:
@@ -149,8 +149,8 @@ class Surface:
 
     @property
     def precisions(self) -> tuple[float, ...] | None:
-        """The only precisions that can be planned for: 16 where the law knows no other, those with a capacity of their
-        own; None for any.
+        """The only precisions that can be planned for: 16 where the law describes no other, those with a capacity of
+        their own; None for any.
 
         Raises SurfaceError for laws in which the precision is not a number of bits to choose.
         """
@@ -196,7 +196,7 @@ def build(fits: Sequence[Fit], columns: Mapping[str, float] | None = None) -> Su
 
 
 def build_all(fits: Sequence[Fit], columns: Mapping[str, float] | None = None) -> list[Surface]:
-    """A surface for every fit of the loss, in their order, each with the parts that its table informs.
+    """A surface for every fit of the loss, in their order, each with the parts that its table identifies.
 
     A law of both is its own law of δ; the others are served by the one law of δ alone that is given, if any.
     Raises SurfaceError where fits are missing, do not go together or need columns.

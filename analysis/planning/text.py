@@ -8,7 +8,7 @@ from analysis.planning.memory import bytes_label
 from analysis.planning.plan import Plan
 from analysis.wording import count_label, interval_text, parts_text
 
-OUTSIDE = "*"  # behind a number beyond the fit's table
+OUTSIDE = "*"  # marks a number outside the range of the fit's table
 
 
 def describe(plan: Plan) -> str:
@@ -19,13 +19,13 @@ def describe(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """The line on how long to train a model that will be served in few bits."""
+    """The line on how many tokens to train a model that is served in few bits."""
     best, turning, bits = plan.best, plan.critical_tokens, plan.chosen.budget.serve_bits
     if bits is None or turning is None:
-        return "Served as trained: more tokens always help."
+        return "Served as trained: more tokens always reduce the loss."
     at = f"At N = {count_label(best.n)} trained in {best.p:.3g} bits and served in {bits:g}"
     if math.isinf(turning):
-        return f"{at}, more data never hurts in this law: no D_crit."
+        return f"{at}, the loss never rises with data in this law: no D_crit."
     crit = f"D_crit = {count_label(turning)} tokens ({turning / best.n:.3g} per parameter)"
     if best.d > turning * 1.001:
         return f"DON'T TRAIN LONGER: {at}, loss rises past {crit}; this plan trains {best.d / turning:.3g} times that."
@@ -92,7 +92,7 @@ def _formats(plan: Plan) -> list[str]:
     ]
     rows += [_format_row(row) for row in plan.formats]
     if any(row["seen"] is None for row in plan.formats):
-        reads += "; the fit does not say which formats its table held"
+        reads += "; the formats in the fit's table are not on record"
     return [f"Formats near P {title} (law {plan.surface.name} reads the {reads}):", *_table(rows)]
 
 

@@ -1,4 +1,4 @@
-"""What a reader must hear before believing a plan: data left behind, constants not identified, bounds reached."""
+"""Warnings about a plan: extrapolation, constants that are not identified, bounds that were reached."""
 
 from collections.abc import Sequence
 
@@ -14,35 +14,35 @@ from analysis.wording import parts_text
 def warnings(
     plan: Option, budget: Budget, far: Sequence[Reach], uninformed: Sequence[str], has_interval: bool
 ) -> list[str]:
-    """In words. `budget` leaves free what the plan chose; `uninformed` are parts kept at 16 bits for want of data."""
+    """The warnings. `budget` leaves free what the plan chose; `uninformed` parts were kept at 16 bits."""
     surface, best, serve_bits = plan.surface, plan.point, plan.budget.serve_bits
     law, found = surface.law, []
     if uninformed:
         parts = parts_text(uninformed)
-        found.append(f"the fit's table does not say what low precision of {parts} costs: kept at 16 bits")
+        found.append(f"the fit's table does not identify the cost of low precision in {parts}: kept at 16 bits")
     if budget.p_choices == (HIGH_PRECISION_BITS,):
-        found.append(f"law {surface.name} as fitted knows training in 16 bits only: P is not chosen")
+        found.append(f"law {surface.name} as fitted describes training in 16 bits only: P is not chosen")
     found += [reach.words for reach in far if reach.outside]
     if plan.fmt is not None and surface.saw(plan.fmt) is False:
         found.append(f"the fit's table has no run trained in {plan.fmt.name}")
     if plan.fmt is not None and not surface.reads_formats:
         found.append(
-            f"law {surface.name} reads bits: it takes {plan.fmt.name} for any format of {plan.fmt.bits:g} bits"
+            f"law {surface.name} reads bits alone: {plan.fmt.name} is any format of {plan.fmt.bits:g} bits to it"
         )
     if serve_bits is not None and surface.of_delta is not surface.of_loss and best.p < HIGH_PRECISION_BITS:
         found.append(
             "δ comes from a law of models trained in 16 bits: below 16 bits it is the most that PTQ would cost"
         )
     if (rounded := surface.of_loss.fit.serve_bits) is not None:
-        found.append(f"law {surface.name} was fitted to losses after PTQ to {rounded:g} bits: this is one of these")
+        found.append(f"law {surface.name} was fitted to losses after PTQ to {rounded:g} bits: this loss is after PTQ")
     kv_bits = budget.serving.kv_bits
     if kv_bits is not None and kv_bits < (best.p if "kv" in surface.parts else HIGH_PRECISION_BITS):
-        found.append(f"no law here says what rounding the cache to {kv_bits:g} bits after training costs: not counted")
+        found.append(f"the cost of rounding the cache to {kv_bits:g} bits after training is not modelled")
     used = surface.fitted if serve_bits is not None else (surface.of_loss,)
     for one in used:
         if one.stand_ins:
             names = ", ".join(one.stand_ins)
-            found.append(f"{one.name}: the fit's table does not inform {names}; stand-ins were used")
+            found.append(f"{one.name}: the fit's table does not identify {names}; held values were used")
         found += [f"{one.name}: {note}" for note in one.fit.notes]
     given = (serve_bits, budget.p, budget.n, budget.d, budget.memory_bytes)
     if law.by_form and not any(given):
@@ -58,7 +58,7 @@ def warnings(
 
 
 def about_formats(budget: Budget, without: Sequence[str]) -> list[str]:
-    """What the list of formats does not show. `without`: those for which there is no plan."""
+    """Warnings about the list of formats. `without`: those for which there is no plan."""
     if not without or budget.memory_bytes is None:
         return []
     return [f"within {bytes_label(budget.memory_bytes)} there is no plan in {', '.join(without)}"]

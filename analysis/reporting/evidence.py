@@ -1,4 +1,4 @@
-"""The table and the fits that figures, findings and report all draw on, with the cuts of the table they share."""
+"""The table, its subsets and the fits that the figures, the findings and the report share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ class Evidence:
 
     @cached_property
     def loss_noise(self) -> Noise | None:
-        """How far losses before PTQ of two seeds lie apart."""
+        """The noise between seeds of losses before PTQ."""
         return noise_of(self.every_row.before_ptq())
 
     @cached_property
@@ -88,7 +88,7 @@ class Evidence:
         return {}
 
     def noise_after_ptq(self, method: str, p_post: float, column: str = "delta") -> Noise | None:
-        """How far δ (or, by column="loss", the losses as served) of two seeds lie apart at these bits."""
+        """The noise between seeds of δ (or, with column="loss", of the loss after PTQ) at these bits."""
         key = (column, method, p_post)
         known = self._noise_by_setting
         if key not in known:
@@ -109,7 +109,7 @@ class Evidence:
 
     @property
     def loss_fit(self) -> Fit | None:
-        """The fit that predicts loss before PTQ with the most precision in it."""
+        """The fit of the loss before PTQ, by the law of most precision effects."""
         return self.fit_of("precision", "unified", "chinchilla")
 
 
@@ -123,14 +123,14 @@ def _by_method(deltas: Table, first: str) -> dict[str, Table]:
 
 
 def main_rows(table: Table) -> tuple[Table, str | None]:
-    """The rows that one law can hold: of one learning-rate schedule and one kind of formats, before PTQ and after the
-    main method of PTQ of weights; and the name of that method. The others are counted as left out.
+    """The rows that one law can describe: of one learning-rate schedule and one kind of formats, before PTQ and after
+    the main method of PTQ of weights; and the name of that method. The others are counted as left out.
     """
     table = table.one_schedule().integer_formats()
     return table.one_method(), table.main_method
 
 
 def informs(fit: Fit, part: str) -> bool:
-    """Whether the fit's table told f of this part (P_w, P_a, P_kv): its γ is reported."""
+    """Whether the fit's table identifies f of this part (P_w, P_a, P_kv): its γ is reported."""
     name = f"gamma_{part.removeprefix('P_')}"
     return name in fit.values and name not in fit.unidentified

@@ -1,5 +1,5 @@
-"""The claims of Scaling Laws for Precision (arXiv 2411.04330) put to a table, in order; each has a module of its own in
-analysis/verdicts.
+"""The claims of Scaling Laws for Precision (arXiv 2411.04330) tested on a table, in order; each is a module of
+analysis/reporting/verdicts.
 """
 
 from analysis.reporting.evidence import Evidence
@@ -9,7 +9,11 @@ from analysis.reporting.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED,
 from analysis.reporting.verdicts.growth import degradation_grows, growth_sentence
 from analysis.reporting.verdicts.multiply import effects_multiply
 from analysis.reporting.verdicts.schedule import schedule_or_data
-from analysis.reporting.verdicts.served_low import low_precision_loses_less, one_law, served_at_home
+from analysis.reporting.verdicts.served_low import (
+    low_precision_loses_less,
+    nothing_lost_when_served_as_trained,
+    one_law,
+)
 from analysis.reporting.verdicts.turning import more_data_hurts
 
 __all__ = ["CONTRADICTED", "FORCED", "SUPPORTED", "UNDECIDED", "Finding", "all_findings", "growth_sentence"]
@@ -21,7 +25,7 @@ VERDICTS = (
     optimal_precision,
     few_bits_cost_parameters,
     low_precision_loses_less,
-    served_at_home,
+    nothing_lost_when_served_as_trained,
     one_law,
     schedule_or_data,
 )

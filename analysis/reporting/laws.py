@@ -1,4 +1,4 @@
-"""The laws of a report: which are fitted and which compared, side by side in processes of their own."""
+"""The laws of a report: which are fitted and which compared, in parallel processes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,15 @@ COMPARED = (
     ("ptq", "qid", "ptq_noise", "unified", "unified_noise"),
 )
 STARTS = 128  # of each search of the comparison
-MOST_CAPACITIES = 32  # combinations of precision past which a constant for each takes longer than all other laws
+MOST_CAPACITIES = (
+    32  # combinations of precision beyond which a constant for each takes longer to fit than all other laws
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What is computed from the table before anything is said: fits, why others could not be made, how laws compare on
-    held-out rows, and forecasts of joint runs (empty where there are none).
+    """What is computed from the table: fits, why others are missing, the comparison of laws on held-out rows, and
+    forecasts of joint runs (empty where there are none).
     """
 
     fits: Mapping[str, Fit]

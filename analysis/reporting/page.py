@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing beside it: figures inline, style inline, no script, made to print."""
+"""The report as one self-contained HTML file: figures and style inline, no script, printable."""
 
 import base64
 import html
@@ -62,15 +62,15 @@ ul { padding-left: 1.2rem; margin: .3rem 0; } li { max-width: 48rem; }
 SYMBOLS = (
     ("N, D", "parameters without embeddings, and training tokens (counts); D/N is tokens per parameter"),
     ("P_w, P_a, P_kv", "bits in training of weights, activations and keys and values; 16 stands for 16 and more"),
-    ("P_post", "bits of the weights after post-training quantization (PTQ); the model is served so"),
+    ("P_post", "bits of the weights after post-training quantization (PTQ)"),
     ("L", "validation loss, nats per token"),
     ("δ", "L after PTQ minus L of the same model before it; may be negative"),
     ("C", "training cost, 6/16 · N · D · P: FLOP-equivalents at 16 bits, linear in bits"),
     ("P*", "the P of all parts with the least loss for its cost, N and D being free"),
-    ("f(P), N_eff", "share of N that training at P bits leaves by a law, N_eff = N f_w f_a f_kv"),
+    ("f(P), N_eff", "effective share of N in training at P bits by a law, N_eff = N f_w f_a f_kv"),
     ("κ", "power of that product that fits runs with several low parts; 1: effects multiply"),
-    ("D_crit", "D past which more data makes the quantized model worse"),
-    ("rms, held out", "root mean square of log errors on rows that a fit has not seen"),
+    ("D_crit", "D beyond which more data makes the quantized model worse"),
+    ("rms, held out", "root mean square of log errors on rows that were left out of the fit"),
 )
 KIND = {SUPPORTED: "supported", CONTRADICTED: "contradicted", UNDECIDED: "open", FORCED: "forced"}
 
@@ -93,7 +93,7 @@ def page(
         ("Figures", "".join(map(_figure, shown)) or "<p>No figure could be drawn.</p>"),
         ("Fitted laws", _fits(evidence, not_fitted)),
         ("Laws compared", _comparison(evidence.comparison)),
-        ("What is not here", _missing([d for d in drawn if not d.paths], left_out)),
+        ("Left out", _missing([d for d in drawn if not d.paths], left_out)),
         ("Provenance", _pairs(provenance)),
     ]
     links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title, _ in sections)
@@ -133,9 +133,9 @@ def _symbols() -> str:
 
 
 def _noise(evidence: Evidence) -> str:
-    """What lies between seeds, before PTQ and after it by method and bits, and how many δ are not above 0."""
+    """The noise between seeds, before PTQ and after it by method and bits, and how many δ are not above 0."""
     if evidence.loss_noise is None:
-        before = "No setting was run with enough seeds to tell the noise of the loss; differences count as they are."
+        before = "No setting was run with enough seeds to estimate the noise of the loss; every difference counts."
     else:
         before = "Runs that differ in their seed alone have losses before PTQ that differ by "
         before += f"{evidence.loss_noise.words}, standard deviation."
@@ -143,7 +143,7 @@ def _noise(evidence: Evidence) -> str:
     for method, deltas in evidence.deltas_by_method.items():
         for p_post in sorted(set(deltas["P_post"])):
             here, noise = deltas["delta"][deltas["P_post"] == p_post], evidence.noise_after_ptq(method, float(p_post))
-            told = (
+            noise_cells = (
                 {} if noise is None else {"noise of δ (nats)": f"{noise.sd:.2g}", "degrees of freedom": noise.freedom}
             )
             beyond = None if noise is None else int(np.sum(np.abs(here) > noise.t * noise.sd))
@@ -153,8 +153,8 @@ def _noise(evidence: Evidence) -> str:
                     "P_post": float(p_post),
                     "δ": len(here),
                     "0 or less": int(np.sum(here <= 0)),
-                    **told,
-                    "told from 0": beyond,
+                    **noise_cells,
+                    "distinct from 0": beyond,
                 }
             )
     rows = _records([{k: v for k, v in record.items() if v is not None} for record in records]) if records else ""
@@ -163,11 +163,11 @@ def _noise(evidence: Evidence) -> str:
 
 def _findings(findings: Iterable[Finding]) -> str:
     return (
-        '<p class="soft">Claims of <em>Scaling Laws for Precision</em> (arXiv 2411.04330) put to this table. '
-        "By the form: what the law says whatever its constants are, so that no table can show it. By the table: "
-        "what the rows show. "
-        "Undecided: the table cannot tell either way. Noise is what lies between runs that differ in their seed alone; "
-        "a difference below its 95 % limit is called noise. Intervals are 95 %.</p>" + "".join(map(_finding, findings))
+        '<p class="soft">Claims of <em>Scaling Laws for Precision</em> (arXiv 2411.04330) tested on this table. '
+        "By the form: what follows from the law whatever its constants, which no table can test. By the table: what "
+        "the rows show. Undecided: the table supports neither side. Noise is the spread of runs that differ only in "
+        "their seed; a difference below its 95 % limit counts as noise. Intervals are 95 %.</p>"
+        + "".join(map(_finding, findings))
     )
 
 
@@ -220,7 +220,7 @@ def _fit(fit: Fit) -> str:
         parameter = law.parameter(name)
         published = "" if parameter.published is None else f"{parameter.published:.5g}"
         if value is None:
-            why = _escape(fit.unidentified.get(name, "not informed by this table"))
+            why = _escape(fit.unidentified.get(name, "not identified by this table"))
             rows.append(
                 f'<tr><td><code>{name}</code></td><td colspan="2">{why}</td><td class="number">{published}</td></tr>'
             )
@@ -250,7 +250,7 @@ def _kind_of_interval(fit: Fit) -> str:
 
 
 def _amplitude_row(fit: Fit) -> str:
-    """C_T e^b, the one amplitude of δ that data identify: C_T and b of two fits can only be compared through it."""
+    """C_T e^b, the amplitude of δ that data identify: two fits compare by it, not by C_T and b."""
     amplitude = lambda values: values["C_T"] * math.exp(values.get("b", 0.0))
     ends = interval_of(fit, "C_T")
     scale = math.exp(fit.values["b"])
@@ -262,7 +262,7 @@ def _amplitude_row(fit: Fit) -> str:
 
 
 def interval_of(fit: Fit, name: str) -> tuple[float | None, float | None] | None:
-    """The one interval of a constant that a report shows: of the bootstrap where there is one, else of its profile."""
+    """The interval of a constant that a report shows: of the bootstrap where there is one, else of its profile."""
     return fit.ci.get(name) if fit.ci else (fit.identifiability.get("profile") or {}).get(name)
 
 
@@ -285,7 +285,7 @@ def _comparison(comparison: Comparison | None) -> str:
     if comparison is None:
         return "<p>No law can be fitted to this table.</p>"
     parts = [
-        '<p class="soft">Laws of one kind on the same rows, the one with the least error on held-out rows first. '
+        '<p class="soft">Laws of one kind on the same rows, by increasing error on held-out rows. '
         "Held-out columns are rms errors of log values (%): a size, a token budget, a precision, the largest "
         "fifth of the runs, the joint runs or the largest size was left out of the fit; a dash means that the law "
         "cannot predict such rows. Last: mean absolute error (%) above that of the best law, with its paired bootstrap "

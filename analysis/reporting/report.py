@@ -35,7 +35,7 @@ class ReportError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a report says, apart from its files."""
+    """The content of a report."""
 
     evidence: Evidence
     findings: Sequence[Finding]
@@ -55,9 +55,9 @@ def write(
     tell: Callable[[str], None] = lambda text: None,
     processes: int = 1,
 ) -> Report:
-    """Writes the report of a table into `out` and returns what it says. `line` is the command, for the provenance.
+    """Writes the report of a table into `out` and returns it. `line` is the command, for the provenance.
 
-    `tell` is given what the report says before anything is written. With two or more `processes` the main module of
+    `tell` is called with the summary before anything is written. With two or more `processes` the main module of
     the caller is imported again in each. Raises ReportError where `out` cannot be written.
     """
     began = time.monotonic()
@@ -85,8 +85,8 @@ def write(
 
 
 def _write_files(report: Report, provenance: Mapping[str, str]) -> None:
-    """The fits, the comparison, the figures, the findings and the page; those of an earlier table that this one does
-    not give go."""
+    """Writes the fits, the comparison, the figures, the findings and the page, and removes earlier fits that this table
+    does not give."""
     out, evidence = report.index.parent, report.evidence
     out.mkdir(parents=True, exist_ok=True)
     for name in LAW_FILES:
@@ -128,7 +128,7 @@ def describe(report: Report) -> str:
         lines.append(f"{name}: R² {fixed(fit.r2, 4)} on {fit.n} rows")
         for parameter, value in fit.params.items():
             if value is None:
-                lines.append(f"  {parameter:<10} not told by this table: {fit.unidentified.get(parameter, '')}")
+                lines.append(f"  {parameter:<10} not identified by this table: {fit.unidentified.get(parameter, '')}")
             elif parameter not in (fit.reporting.get("fixed") or {}):
                 ends = interval_of(fit, parameter)
                 interval = "" if not ends else " to ".join("open" if e is None else f"{e:.4g}" for e in ends)

@@ -10,7 +10,7 @@ NUMERIC = (*COUNTS, *PRECISIONS, "P_post", "loss")
 SETTINGS = (*COUNTS, *PRECISIONS, "P_post", "seed", "group_size", "P_grad", "exponent_bits", "mantissa_bits")
 KNOWN = ("run", *NUMERIC, *SETTINGS, "status", "method")
 
-# Beyond these no count, number of bits or loss is one; squares of them stay far from the end of float64.
+# Plausible values; their squares stay far from the limits of float64.
 LEAST = {"N": 1.0, "D": 1.0, **dict.fromkeys((*PRECISIONS, "P_post"), 0.1)}
 MOST = {"N": 1e20, "D": 1e20, "loss": 1e6, **dict.fromkeys((*PRECISIONS, "P_post"), 256.0)}
 MOST_OF_OTHERS = 1e12

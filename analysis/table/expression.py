@@ -21,11 +21,11 @@ LONGEST = 10_000  # characters
 
 
 class ExpressionError(UserError):
-    """An expression that is not one, or that names no column."""
+    """An expression that is not allowed, or that names an unknown column."""
 
 
 def rows_where(text: str, table: Table) -> np.ndarray:
-    """True for the rows of the table that the expression holds for. Raises ExpressionError in one line."""
+    """True for the rows that satisfy the expression. Raises ExpressionError in one line."""
     if len(text) > LONGEST:
         raise ExpressionError(f"expression of {len(text)} characters: allowed are {LONGEST}")
     try:

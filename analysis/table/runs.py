@@ -93,7 +93,7 @@ def models(rows: pd.DataFrame, settings: Sequence[str]) -> tuple[np.ndarray, np.
 
 
 def _codes(column: pd.Series) -> np.ndarray:
-    """A number for every value; -1 where the cell is empty."""
+    """An integer code for every value; -1 where the cell is empty."""
     return pd.factorize(column if pd.api.types.is_numeric_dtype(column) else column.where(column != ""))[0]
 
 

@@ -12,15 +12,15 @@ from scipy import stats
 from analysis.table.columns import ALL_FORMAT_COLUMNS, HIGH_PRECISION_BITS, METHOD_COLUMNS, PRECISIONS
 from analysis.table.table import Table
 
-# What two runs must share to differ only in their seed; a column that the table lacks does not tell rows apart.
+# Columns in which runs that differ only in their seed agree; those that the table lacks are ignored.
 SAME = (
     *("N", "D", *PRECISIONS, "P_post", *METHOD_COLUMNS, "schedule", "precision"),
     *ALL_FORMAT_COLUMNS,
     *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity", "ptq_options", "post_parts"),
     *("group_size", "peak_rate", "batch_size", "corpus", "width", "depth"),
 )
-LEAST_FREEDOM = 3  # degrees of freedom that an estimate takes
-FREEDOM_PER_SLOPE = 10  # degrees of freedom for each way in which the noise may vary
+LEAST_FREEDOM = 3  # degrees of freedom below which there is no estimate
+FREEDOM_PER_SLOPE = 10  # degrees of freedom for each slope of the noise that is fitted
 LEVEL = 0.95
 
 
@@ -58,7 +58,7 @@ class Noise:
 
     @property
     def words(self) -> str:
-        """The noise in words, with what it varies with."""
+        """The noise as text, with its dependence on N, D and precision."""
         names = {"N": "N", "D": "D", "low": "training below 16 bits"}
         if not self.slopes:
             return f"{self.sd:.2g} nats ({self.freedom} degrees of freedom)"
@@ -97,7 +97,7 @@ def noise_of(table: Table, column: str = "loss") -> Noise | None:
 
 
 def noise_floor(deltas: Table) -> float | None:
-    """Standard deviation of δ between seeds at the largest P_post with repeats: the noise that is left as δ vanishes.
+    """Standard deviation of δ between seeds at the largest P_post with repeats: what remains as δ vanishes.
 
     deltas: rows after PTQ with `delta`. None where no row is repeated with another seed.
     """
@@ -123,7 +123,7 @@ def repeated(table: Table) -> list[np.ndarray]:
 
 
 def _terms(columns: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """What the log variance may vary with: log N, log D, and 1 where a part was trained below 16 bits."""
+    """Regressors of the log variance: log N, log D, and 1 where a part was trained below 16 bits."""
     terms = {name: np.log(np.asarray(columns[name], np.float64)) for name in ("N", "D") if name in columns}
     bits = [np.asarray(columns[name], np.float64) for name in PRECISIONS if name in columns]
     if bits:
@@ -132,7 +132,7 @@ def _terms(columns: Mapping[str, object]) -> dict[str, np.ndarray]:
 
 
 def _log_likelihood(log_variance, variance: np.ndarray, free: np.ndarray) -> float:
-    """Of variances with these degrees of freedom (chi-square), up to a constant."""
+    """Log likelihood of variances with these degrees of freedom (chi-square), up to a constant."""
     return float(-0.5 * np.sum(free * (log_variance + variance / np.exp(log_variance))))
 
 

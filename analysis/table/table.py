@@ -1,4 +1,4 @@
-"""Table: the usable rows of measured losses, and the selections of rows that every stage after it makes."""
+"""Table: the usable rows of measured losses, and the selections of rows that later stages make."""
 
 import dataclasses
 from collections import Counter
@@ -132,7 +132,7 @@ class Table:
     def integer_formats(self) -> "Table":
         """The rows trained in integers or in 16 bits and more; all rows where no integer format is named.
 
-        A floating-point format of as many bits rounds differently and costs differently.
+        A floating-point format of the same bits rounds differently and has another cost.
         """
         floating, integer = np.zeros(len(self), bool), np.zeros(len(self), bool)
         for part, names in FORMAT_COLUMNS.items():

@@ -1,4 +1,4 @@
-"""What every curve of a fit carries: the 95 % band of its bootstrap samples, and shade where it leaves the table."""
+"""What curves of fits have in common: bands of the bootstrap, shade beyond the table, sentences of a caption."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,18 +37,18 @@ def beyond(axis, low: float, high: float, which: str = "x") -> None:
 
 def say(figure: Figure, *sentences: str) -> Figure:
     """Adds to the caption what is true of this very figure."""
-    told = " ".join(sentence for sentence in sentences if sentence)
-    figure.set_label(f"{said(figure)} {told}".strip())
+    words = " ".join(sentence for sentence in sentences if sentence)
+    figure.set_label(f"{said(figure)} {words}".strip())
     return figure
 
 
 def said(figure: Figure) -> str:
-    """What was added, which Matplotlib's own label of a figure keeps."""
+    """The sentences added; they are the figure's label."""
     return str(figure.get_label())
 
 
 def band_words(fits: Sequence[Fit | None]) -> str:
-    """What the bands are, with the share of starts that agree, or why there are none."""
+    """The sentence on bands, with the share of starts that reached the best fit."""
     shown = [fit for fit in fits if fit is not None]
     if not shown:
         return ""
@@ -70,7 +70,7 @@ def at_the_edge(axis, x, y_edge: float, mark: str, color) -> int:
 
 
 def edge_words(count: int, noun: str = "δ") -> str:
-    """The sentence that tells of hollow marks."""
+    """The sentence on hollow marks."""
     if not count:
         return f"No {noun} is 0 or less."
     return f"Hollow marks at the lower edge: {count} {noun} of 0 or less, which a logarithmic axis cannot place."

@@ -1,4 +1,4 @@
-"""Figure of competing laws side by side: how well each predicts rows it never saw, and its information criteria."""
+"""Figure that compares laws: held-out error and information criteria."""
 
 import numpy as np
 from matplotlib import ticker

@@ -1,6 +1,4 @@
-"""Figures of how well the laws fit: predicted against measured, residuals by variable, the bootstrap of the constants
-and the held-out errors of competing laws.
-"""
+"""Figures of how well the laws fit: predicted against measured, residuals by variable, bootstrap of the constants."""
 
 from collections.abc import Sequence
 
@@ -31,7 +29,7 @@ LEAST_OF_DENSITY = 50  # bootstrap samples worth a density
 
 
 def rows_of(evidence: Evidence, fit: Fit) -> tuple[Table, np.ndarray]:
-    """The rows a law speaks of, and what was measured in them: δ for a law of δ, else the loss."""
+    """The rows that a law describes, and what was measured in them: δ for a law of δ, else the loss."""
     law = laws.resolve(fit.law, fit.values)
     if law.target == "delta":
         table = evidence.high_precision_deltas if law.high_precision_only else evidence.deltas
@@ -44,7 +42,7 @@ def rows_of(evidence: Evidence, fit: Fit) -> tuple[Table, np.ndarray]:
 
 
 def predicted(fit: Fit, table: Table) -> np.ndarray:
-    """What the fitted law says of every row."""
+    """The prediction of the fitted law for every row."""
     return laws.predict(fit.law, fit.values, **table.columns)
 
 

@@ -1,4 +1,4 @@
-"""The list of figures in the order of the report, and the loop that draws each or says why it cannot."""
+"""The figures in the order of the report, and the loop that draws each or records why it cannot."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from analysis.reporting.figures.style import Skipped, house_style, save
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A figure of the gallery: file name, title, and what it shows, in words: caption and alternative text."""
+    """A figure of the gallery: file name, title, and caption, which is its alternative text, too."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Drawn:
     entry: Entry
     paths: tuple[Path, ...] = ()
     skipped: str | None = None
-    said: str = ""  # what is true of this very figure
+    said: str = ""  # what the caption adds for this table
 
     @property
     def caption(self) -> str:
@@ -72,15 +72,14 @@ GALLERY = (
     Entry(
         "iso_loss",
         "Iso-loss contours over size and precision",
-        "Models along a contour are equally good: fewer bits are paid for in parameters. Along a dashed line training "
-        "costs the same (N·P at equal D), and a star is the best precision for that cost by the law, where it lies "
-        "inside.",
+        "Models on a contour have the same loss: fewer bits need more parameters. On a dashed line training costs the "
+        "same (N·P at equal D); a star is the best precision for that cost by the law, where it lies inside.",
         precision.iso_loss,
     ),
     Entry(
         "predicted_vs_measured",
         "Predicted against measured",
-        "Each fitted law at the rows it was fitted on. On the diagonal a prediction is exact.",
+        "Each fitted law at the rows it was fitted to; predictions on the diagonal are exact.",
         fits.predicted_against_measured,
     ),
     Entry(
@@ -99,7 +98,7 @@ GALLERY = (
     Entry(
         "compute_optimal",
         "Compute-optimal size, tokens and precision",
-        "What laws advise for a budget: N and D with precision free and held at 16 bits, and the best precision by "
+        "Optima by the laws for a budget: N and D with precision free and held at 16 bits, and the best precision by "
         "every law that predicts held-out rows as well as the best, and by the paper's.",
         planning.compute_optimal,
     ),
@@ -119,19 +118,19 @@ GALLERY = (
     Entry(
         "schedules",
         "δ by learning-rate schedule",
-        "δ of runs matched in N, D, seed and bits: whether it grows with data, or with how far the rate has decayed.",
+        "δ of runs matched in N, D, seed and bits: whether it grows with data, or with the decay of the learning rate.",
         degradation.schedules,
     ),
     Entry(
         "residuals",
         "Residuals by variable",
-        "Log of measured over predicted. Points are rows, the line their mean at each value; a trend is what the "
-        "law misses.",
+        "Log of measured over predicted. Points are rows, the line their mean at each value; a trend is an effect that "
+        "the law lacks.",
         fits.residuals,
     ),
     Entry(
         "law_comparison",
-        "Laws compared on rows they never saw",
+        "Laws compared on held-out rows",
         "Left: error of each law on rows held out of its fit, best law on top; a law without a mark cannot predict "
         "those rows. Right: information criteria above the lowest (k parameters).",
         comparison.law_comparison,
@@ -139,8 +138,8 @@ GALLERY = (
     Entry(
         "bootstrap_ptq",
         "Uncertainty of the law of PTQ",
-        "Refits on resampled runs; orange is the fit itself. A narrow diagonal band is a pair the table cannot "
-        "tell apart.",
+        "Refits on resampled runs; orange is the fit itself. Constants of a narrow diagonal band are not "
+        "separately identified.",
         fits.bootstrap_ptq,
     ),
     Entry(

@@ -1,5 +1,5 @@
-"""Figures of what the fitted laws advise: precisions at equal cost, the best precision of a fixed model,
-compute-optimal N, D and P, and the loss left after training and serving in any two precisions.
+"""Figures of optima by the fitted laws: precisions at equal cost, the best precision of a fixed model,
+compute-optimal N, D and P, and the loss after training and serving in any two precisions.
 """
 
 import numpy as np
@@ -36,7 +36,7 @@ COARSE = np.linspace(2.0, 24.0, 221)  # of P* for each bootstrap sample
 def _surface(fit: Fit) -> Surface:
     surface = build([fit])
     if not surface.parts:
-        raise Skipped("the table does not inform what low precision of any part costs")
+        raise Skipped("the table does not identify the cost of low precision in any part")
     return surface
 
 
@@ -46,7 +46,7 @@ def _planning_surface(evidence: Evidence) -> Surface:
         raise Skipped("no fitted law of training precision")
     surface = _surface(fit)
     if unknown := [name for name in ("alpha", "beta") if name in fit.unidentified]:
-        raise Skipped(f"the table does not tell {' and '.join(unknown)} of the law {fit.law}")
+        raise Skipped(f"the table does not identify {' and '.join(unknown)} of the law {fit.law}")
     return surface
 
 
@@ -106,7 +106,7 @@ def _visible(surface: Surface, bases: np.ndarray, d: float) -> float:
 
 
 def fixed_size_precision(evidence: Evidence) -> Figure:
-    """P* against D/N for models of a fixed N: the more tokens, the more bits are worth their cost."""
+    """P* against D/N for models of a fixed N: it rises with the tokens."""
     surface = _planning_surface(evidence)
     losses, law = evidence.losses, surface.name
     figure, axes = panels(1, 1, 3.0, width=5.2)

@@ -28,7 +28,7 @@ from analysis.table import PRECISIONS, Table
 from analysis.wording import count_label
 
 MOST_SERIES = 6
-COST, PAPER = CATEGORIES[1], "white"  # lines of equal cost and the rim that lifts them off the map
+COST, PAPER = CATEGORIES[1], "white"  # lines of equal cost and their outline
 SHOWN_BITS = 16.0  # where runs of 16 bits and more are drawn
 
 

@@ -55,7 +55,7 @@ def methods(evidence: Evidence) -> Figure:
     if not drawn:
         raise Skipped("no run was quantized to the same bits by two methods")
     axes[0, -1].legend(title="P_post", loc="lower right")
-    left = f"{hidden} pairs with a δ of 0 or less are counted in the titles, but have no place here." if hidden else ""
+    left = f"{hidden} pairs with a δ of 0 or less are counted in the titles but not shown." if hidden else ""
     return say(figure, left)
 
 

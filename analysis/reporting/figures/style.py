@@ -1,5 +1,5 @@
-"""How every figure looks: one palette safe for colour-blind readers, markers and line styles that also tell series
-apart in grey print, axes in powers of ten, and files written as png and svg that do not change when nothing changed.
+"""The style of every figure: a palette safe for colour-blind readers, markers and line styles that distinguish series
+in grey print, logarithmic axes, and png and svg files that are reproducible byte for byte.
 """
 
 import contextlib
@@ -64,12 +64,12 @@ STYLE = {
 
 
 class Skipped(Exception):
-    """A figure that this table cannot give; its text says which columns or rows are missing."""
+    """A figure that needs columns or rows that the table lacks, with the reason."""
 
 
 @contextlib.contextmanager
 def house_style():
-    """The project's look for figures made inside, leaving matplotlib's settings elsewhere as they were."""
+    """The style for figures made inside; Matplotlib's settings elsewhere stay."""
     with matplotlib.rc_context(STYLE):
         yield
 
@@ -81,15 +81,13 @@ def panels(rows: int, columns: int, height: float, width: float = WIDTH, **optio
 
 
 def grid_of(count: int, per_row: int = 4) -> tuple[int, int]:
-    """Rows and columns that hold `count` panels with no row much emptier than another."""
+    """Rows and columns for `count` panels, filled evenly."""
     rows = math.ceil(count / per_row)
     return rows, math.ceil(count / rows)
 
 
 def ramp(count: int) -> list:
-    """Colours for `count` ordered values, light to dark alike for every kind of colour vision, none too pale for
-    paper.
-    """
+    """Colours for `count` ordered values, from light to dark."""
     colormap = matplotlib.colormaps["viridis"]
     return [colormap(x) for x in np.linspace(0.82, 0.05, count)] if count > 1 else [colormap(0.25)]
 
@@ -127,7 +125,7 @@ def _plain(value: float, _) -> str:
 
 
 def words(text: str) -> str:
-    """Text of a table as it stands there: between two dollar signs Matplotlib would read mathematics."""
+    """Text of a table, verbatim: Matplotlib would read mathematics between two dollar signs."""
     return text.replace("$", r"\$")
 
 
@@ -149,13 +147,13 @@ def thin(values, most: int) -> list:
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Writes `name`.png (160 dpi) and `name`.svg without dates, so that equal data gives equal files.
 
-    The canvases are asked directly: `savefig` would lay out and draw everything twice for each file.
+    The canvases are called directly, since `savefig` lays out and draws everything twice for each file.
     """
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     figure.set_dpi(160)
     with files.replacing(paths[0]) as file:
         FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    figure.set_layout_engine("none")  # the panels stay where the first drawing put them
+    figure.set_layout_engine("none")  # keeps the layout of the first drawing
     with files.replacing(paths[1]) as file:
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     return paths

@@ -1,1 +1,1 @@
-"""The claims of Scaling Laws for Precision put to a table, one module a claim."""
+"""The claims of Scaling Laws for Precision tested on a table, one module a claim."""

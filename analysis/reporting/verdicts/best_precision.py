@@ -1,7 +1,8 @@
 """F3: is the cost-optimal training precision 7 to 8 bits at every budget?
 
 A law in which P acts through a share f(P) of N alone has argmax f(P)/P at every budget: by its form, not by the table.
-So every law that predicts held-out rows as well as the best is asked, and runs of equal cost are compared without any.
+So the verdict rests on every law that predicts held-out rows as well as the best, and on runs of equal cost without a
+law.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from analysis.wording import interval_text
 
 CLAIM = "Cost-optimal training precision is about 7 to 8 bits, whatever the budget."
 RANGE = (6.5, 8.5)  # bits that count as about 7 to 8
-ABOUT = (5.0, 12.0)  # bits among which a law can only tell the best if enough were measured
+ABOUT = (5.0, 12.0)  # bits of which enough must be measured for a law to find the best
 LEAST_BETWEEN = 3
 APART = 4.0  # factor between budgets that count as different
 
@@ -46,7 +47,7 @@ def few_between(evidence: Evidence) -> str:
     for name, alone in bits.items():
         near = sorted({b for b in (*alone, *together) if low <= b <= high})
         few += [f"{name} at {_bits_words(near)}"] if len(near) < LEAST_BETWEEN else []
-    said = f"Too few precisions between {low:g} and {high:g} bits were measured for a law to say where the best lies"
+    said = f"Too few precisions between {low:g} and {high:g} bits were measured for a law to find the best"
     return f"{said} ({'; '.join(few)})." if few else ""
 
 
@@ -71,7 +72,7 @@ def optimal_precision(evidence: Evidence) -> Finding:
     verdict, why = _by_runs(by_budget)
     if verdict is None:
         verdict, why = _by_laws([o for o in found if o.near_best], few_between(evidence))
-    said = [why, *(_law_words(found) if found else ["No fitted law says what lowering all three parts costs."])]
+    said = [why, *(_law_words(found) if found else ["No fitted law gives the cost of lowering all three parts."])]
     said += [_match_words(by_budget), gaps(evidence)]
     numbers = {
         "P_star": {o.law: dict(zip(map(str, o.budgets), o.bits, strict=True)) for o in found},
@@ -109,7 +110,7 @@ def _law_rows(found: Sequence[Optimum]) -> list[dict[str, object]]:
 
 def _match_words(groups: Sequence[Match]) -> str:
     if not groups:
-        return "No three precisions of all parts were measured at equal cost, so that no run says it without a law."
+        return "No three precisions of all parts were measured at equal cost, so no run shows it without a law."
     each = "; ".join(
         f"{m.best:g} bits at {m.cost:.1e} FLOPs ({', '.join(f'{p:g}' for p in m.good)} as good within noise)"
         for m in groups
@@ -134,15 +135,15 @@ def _by_runs(groups: Sequence[Match]) -> tuple[str | None, str]:
         return CONTRADICTED, "No precision is within noise of the best at every budget of runs of equal cost."
     if all(RANGE[0] - 1 <= p <= RANGE[1] + 1 for m in tested for p in m.good):
         return SUPPORTED, "At every budget of runs of equal cost the best precisions lie about 7 to 8 bits."
-    return UNDECIDED, "Runs of equal cost do not tell 7 to 8 bits from others within the noise."
+    return UNDECIDED, "Runs of equal cost do not distinguish 7 to 8 bits from others beyond the noise."
 
 
 def _by_laws(near: Sequence[Optimum], few: str) -> tuple[str, str]:
     """The verdict by the laws near the best, which must agree; `few` says which part was measured at too few bits for
-    them to say anything but their form.
+    them to be more than their form.
     """
     if not near:
-        return UNDECIDED, "No law near the best in held-out error says what all three parts cost."
+        return UNDECIDED, "No law near the best in held-out error gives the cost of all three parts."
     outside = [
         o
         for o in near
@@ -156,7 +157,7 @@ def _by_laws(near: Sequence[Optimum], few: str) -> tuple[str, str]:
     if len(outside) == len(near):
         return CONTRADICTED, "Every law near the best has a P* outside 6.5 to 8.5 bits at some measured budget."
     if any(o.constant for o in near):
-        why = "Of the laws near the best some force one P* and others do not: the table does not tell them apart."
+        why = "Of the laws near the best some force one P* and others do not: the table does not decide between them."
         return UNDECIDED, why
     rises = [o.rise for o in near]
     if all(rise is not None and rise[0] > 0 for rise in rises):

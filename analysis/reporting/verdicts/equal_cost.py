@@ -1,4 +1,4 @@
-"""What measured runs say about the best training precision, without any law: runs of equal training cost side by side,
+"""The best training precision of measured runs, without any law: runs of equal training cost compared,
 and the size of the 16-bit model that is as good as one of few bits.
 """
 

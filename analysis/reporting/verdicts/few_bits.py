@@ -13,12 +13,12 @@ from analysis.reporting.verdicts.finding import CONTRADICTED, SUPPORTED, UNDECID
 from analysis.wording import count_label, interval_text
 
 CLAIM = "Training below 4 bits needs more than 4 times the parameters."
-LEAST_TOLD = 2  # models that say something of the factor
+LEAST_INFORMATIVE = 2  # models that bound the factor
 FORM = "N_eff = N f(P) makes the factor f(16)/f(P) the same at every N and D; the rows need not."
 
 
 def few_bits_cost_parameters(evidence: Evidence) -> Finding:
-    """F3 on the size that makes up for few bits: the 16-bit model of equal loss and D, by interpolation in N."""
+    """F3 on the size that compensates for few bits: the 16-bit model of equal loss and D, by interpolation in N."""
     found = size_factors(evidence)
     below = [f for f in found if f.p < 4]
     shown = below or found
@@ -34,10 +34,10 @@ def few_bits_cost_parameters(evidence: Evidence) -> Finding:
     )
     said += f"; {bounds} are worse than the smallest 16-bit model, which gives a lower bound only." if bounds else "."
     said = f"{said} {_factor_by_fit(evidence)}".strip()
-    told = [f for f in shown if np.isfinite(f.value) or f.low > 4]  # a bound below 4 tells nothing
+    informative = [f for f in shown if np.isfinite(f.value) or f.low > 4]  # a bound below 4 is no evidence
     verdict = UNDECIDED
-    if below and len(told) >= LEAST_TOLD:
-        verdict = SUPPORTED if more == len(told) else CONTRADICTED if less > len(told) / 2 else UNDECIDED
+    if below and len(informative) >= LEAST_INFORMATIVE:
+        verdict = SUPPORTED if more == len(informative) else CONTRADICTED if less > len(informative) / 2 else UNDECIDED
     numbers = {"models": len(shown), "more_than_4": more, "less_than_4": less}
     return Finding("F3 few bits", CLAIM, verdict, FORM, said, numbers, _rows(found))
 

@@ -1,19 +1,19 @@
-"""What a finding holds: a claim, the verdict of a table on it, and apart from each other what follows from the form of
-the law whatever the data, and what the rows of the table show.
+"""A finding: a claim, the verdict of a table on it, and separately what follows from the form of the law whatever the
+data, and what the rows of the table show.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
-FORCED = "forced by the form"  # the law could not have said anything else: the table has not been asked
+FORCED = "forced by the form"  # follows from the law whatever the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """A claim and the verdict of the table on it.
 
-    by_form: what the law says whatever its constants are. by_table: what the rows show, a line for each sentence or
+    by_form: what follows from the law whatever its constants. by_table: what the rows show, a line for each sentence or
     method. rows: the numbers behind the verdict as a small table, one record a line. numbers: those of the sentences.
     """
 
@@ -27,7 +27,7 @@ class Finding:
 
 
 def undecided(key: str, claim: str, by_form: str, why: str) -> Finding:
-    """A claim of which the table says nothing, and why."""
+    """A claim that the table does not test, and why."""
     return Finding(key, claim, UNDECIDED, by_form, why)
 
 

@@ -1,4 +1,4 @@
-"""F1: the loss that PTQ adds grows with training length, read off the rows of every PTQ method."""
+"""F1: the loss that PTQ adds grows with training length, by the rows of every PTQ method."""
 
 import math
 from collections import Counter
@@ -103,14 +103,20 @@ def _growth_numbers(evidence: Evidence, method: str, series: Sequence[Series], f
 
 
 def _growth_words(evidence: Evidence, method: str, series: Sequence[Series], fitted) -> str:
-    told = _growth_numbers(evidence, method, series, fitted)
+    counts = _growth_numbers(evidence, method, series, fitted)
     name = method.upper() if method else "PTQ"
-    said = f"{name}: from least to most D δ rises beyond the noise in {told['rise_beyond_noise']} of {told['series']} "
-    said += f"series of one N and P_post, falls beyond it in {told['fall_beyond_noise']}"
-    said += f"; {told['rows_not_above_zero']} of {told['rows']} δ are 0 or less" if told["rows_not_above_zero"] else ""
+    said = (
+        f"{name}: from least to most D δ rises beyond the noise in {counts['rise_beyond_noise']} of {counts['series']} "
+    )
+    said += f"series of one N and P_post, falls beyond it in {counts['fall_beyond_noise']}"
+    said += (
+        f"; {counts['rows_not_above_zero']} of {counts['rows']} δ are 0 or less"
+        if counts["rows_not_above_zero"]
+        else ""
+    )
     if fitted is not None:
         said += (
-            f"; in the {told['series_above_noise']} series above the noise δ goes as D^{fitted[0]:.2f} "
+            f"; in the {counts['series_above_noise']} series above the noise δ goes as D^{fitted[0]:.2f} "
             f"{interval_text(fitted[1], '{:.2f}'.format)}"
         )
     return said + "."

@@ -1,9 +1,9 @@
 """F2: do the effects of weight, activation and KV precision multiply in N_eff, so that runs with one low part predict
 those with several?
 
-Three looks at it. Laws fitted to runs with at most one low part predict the others: a bias there, not scatter, says
-that effects compound or overlap. kappa (fitting/multiplicativity.py) is the size of that bias in N_eff. And without
-any law: shares of N that multiply cost at least the sum of what each costs alone, whatever alpha and f are.
+Three tests. Laws fitted to runs with at most one low part predict the others: a bias there, not scatter, shows that
+effects compound or overlap. kappa (fitting/multiplicativity.py) is the size of that bias in N_eff. And without any law:
+shares of N that multiply cost at least the sum of what each costs alone, whatever alpha and f are.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from analysis.wording import interval_text
 
 CLAIM = "The effects of weight, activation and KV precision multiply in N_eff: fits to single parts predict joint runs."
 FORM = (
-    "N_eff = N f_w f_a f_kv lets no part know of another. It follows, whatever the constants, that parts lowered "
+    "N_eff = N f_w f_a f_kv has no interaction of parts. It follows, whatever the constants, that parts lowered "
     "together cost at least the sum of what each costs alone."
 )
 PREDICTORS = ("precision", "noise")  # product of shares, and variances that add
@@ -68,7 +68,7 @@ class Forecast:
 
     @property
     def biased(self) -> bool:
-        """Whether both the sign test and the interval of the mean say so."""
+        """Whether both the sign test and the interval of the mean reject zero."""
         return self.sign_p < 1 - LEVEL and not self.mean_ci[0] <= 0 <= self.mean_ci[1]
 
     @property
@@ -197,17 +197,17 @@ def effects_multiply(evidence: Evidence) -> Finding:
         return undecided("F2", CLAIM, FORM, f"{str(error)[0].upper()}{str(error)[1:]}.")
     joint_runs = int(np.sum(is_joint(losses)))
     if joint_runs < LEAST_JOINT_RUNS:
-        return undecided("F2", CLAIM, FORM, f"{joint_runs} joint runs are too few to tell, want {LEAST_JOINT_RUNS}.")
+        return undecided("F2", CLAIM, FORM, f"{joint_runs} joint runs are too few, want at least {LEAST_JOINT_RUNS}.")
     made = forecasts(losses) if evidence.forecasts is None else evidence.forecasts
-    told = {law: found for law, found in made.items() if isinstance(found, Forecast)}
-    failed = {law: why for law, why in made.items() if law not in told}
+    fitted = {law: found for law, found in made.items() if isinstance(found, Forecast)}
+    failed = {law: why for law, why in made.items() if law not in fitted}
     sums = sums_of_parts(evidence)
-    said = [f"{f.words}." for f in told.values()]
+    said = [f"{f.words}." for f in fitted.values()]
     said += [f"{law} could not be fitted to runs with one low part: {why}." for law, why in failed.items()]
     said += [words for words in (_kappa_words(evidence), _sum_words(sums)) if words]
-    verdict, why = _verdict(told.get("precision"), _kappa(evidence), sums)
+    verdict, why = _verdict(fitted.get("precision"), _kappa(evidence), sums)
     return Finding(
-        "F2", CLAIM, verdict, FORM, "\n".join([*said, why]).strip(), _numbers(evidence, told, sums), _rows(told)
+        "F2", CLAIM, verdict, FORM, "\n".join([*said, why]).strip(), _numbers(evidence, fitted, sums), _rows(fitted)
     )
 
 
@@ -215,7 +215,7 @@ def _verdict(product: Forecast | None, kappa, sums: Sums) -> tuple[str, str]:
     against = []
     if product is not None and product.biased:
         how = "overlap" if product.mean > 0 else "compound"
-        inside = " although κ's interval holds 1" if kappa is not None and kappa.ci[0] <= 1 <= kappa.ci[1] else ""
+        inside = " although κ's interval contains 1" if kappa is not None and kappa.ci[0] <= 1 <= kappa.ci[1] else ""
         against.append(f"The product is biased{inside}: the effects {how}.")
     if sums.found and sums.mean[0] > sums.mean[1]:
         against.append("Together they cost less than the sum of their parts, which no product of shares allows.")
@@ -225,7 +225,7 @@ def _verdict(product: Forecast | None, kappa, sums: Sums) -> tuple[str, str]:
         return UNDECIDED, ""
     if kappa.ci[0] >= 1 - CLOSE and kappa.ci[1] <= 1 + CLOSE:
         return SUPPORTED, "The product is not biased, and κ is near 1."
-    return UNDECIDED, "The product shows no bias, but κ's interval is too wide to tell."
+    return UNDECIDED, "The product shows no bias, but κ's interval is too wide to decide."
 
 
 def _kappa(evidence: Evidence):

@@ -1,4 +1,4 @@
-"""The cost-optimal training precision by fitted laws: which laws to ask, and what each says at every budget."""
+"""The cost-optimal training precision by fitted laws, at every budget."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _may_be_best(row: Row) -> bool:
 
 
 def allowed(surface: Surface) -> np.ndarray:
-    """The precisions that the law can be asked for, in bits, with 16."""
+    """The precisions that the law describes, in bits, with 16."""
     return FINEST if surface.precisions is None else np.array(surface.precisions)
 
 
@@ -49,7 +49,7 @@ def best_bits(loss: Callable, flops: float, bits: np.ndarray) -> float:
 
 
 def _least_over_sizes(loss: Callable, flops: float, bits: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Least loss over N at each precision: a grid over log N, drawn in twice around its least value."""
+    """Least loss over N at each precision: a grid over log N, narrowed twice around its least value."""
     low, high = (np.full(len(bits), end) for end in (sizes[0], sizes[-1]))
     for _ in range(3):
         log_n = np.linspace(low, high, len(sizes))
@@ -111,7 +111,7 @@ def budgets_of(evidence: Evidence) -> tuple[float, ...]:
 
 
 def optima(evidence: Evidence) -> list[Optimum]:
-    """P* by every fitted law near the best and by the paper's, where the table informs all three parts."""
+    """P* by every fitted law near the best and by the paper's, where the table identifies all three parts."""
     return evidence.once(_optima)
 
 
@@ -125,7 +125,7 @@ def _optima(evidence: Evidence) -> list[Optimum]:
 
 
 def _optimum(surface: Surface, budgets: tuple[float, ...], near: bool) -> Optimum:
-    """P* at each budget by the fit and by its bootstrap samples; where the form makes it one, it is sought once."""
+    """P* at each budget by the fit and by its bootstrap samples; a constant P* by the form is computed once."""
     bits, constant = allowed(surface), surface.law.by_form == FIXED_OPTIMUM
     asked = budgets[len(budgets) // 2 :][:1] if constant else budgets
     at = lambda surface: np.resize([best_bits(surface.loss, c, bits) for c in asked], len(budgets))

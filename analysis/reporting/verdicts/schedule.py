@@ -16,7 +16,7 @@ from analysis.table import Table
 from analysis.wording import count_label, interval_text
 
 CLAIM = "The growth of δ comes from the decay of the learning rate rather than from data (arXiv 2510.06213)."
-FORM = "No law here knows the schedule: each is fitted to the runs of one, and gives all growth to D."
+FORM = "No law here has the schedule in it: each is fitted to runs of one, and attributes all growth to D."
 LEAST_UNITS = 3  # N and seeds that are matched
 LITTLE, MOST = 0.25, 0.5  # share of the exponent left without decay that counts as little, and as most
 DRAWS = 1000
@@ -154,32 +154,32 @@ def _share_interval(exponents: np.ndarray, unit: np.ndarray) -> tuple[float, flo
 
 
 def schedule_or_data(evidence: Evidence) -> Finding:
-    """The challenge by matched exponents of the PTQ method of the fits; ratios of δ stand in the rows."""
+    """The challenge by matched exponents of the PTQ method of the fits; the rows hold ratios of δ."""
     found = matched(evidence)
     if not found:
         why = "No constant schedule was run beside another at equal N, D, seed and bits with PTQ."
         return undecided("Challenge", CLAIM, FORM, why)
-    told = shares(found, found[0].method)
-    if not told:
+    by_decay = shares(found, found[0].method)
+    if not by_decay:
         why = "No matched pair has δ above the noise at two or more D."
         return Finding("Challenge", CLAIM, UNDECIDED, FORM, why, {}, matched_rows(found))
     named = found[0].method.upper() or "PTQ"
-    said = f"Exponent of D in δ at matched settings ({named}): {'; '.join(s.words for s in told)}."
+    said = f"Exponent of D in δ at matched settings ({named}): {'; '.join(s.words for s in by_decay)}."
     said += f"\n{_ratio_words(found, found[0].method)}"
     for method in dict.fromkeys(m.method for m in found[1:] if m.method != found[0].method):
         other = shares(found, method)
         each = "; ".join(f"{s.decaying} {s.decayed:.2f}, constant {s.constant:.2f} ({s.series} pairs)" for s in other)
         said += f"\n{method.upper()}: {each}." if other else ""
-    verdict = _verdict(told)
-    if min(s.units for s in told) < LEAST_UNITS:
-        said += f"\nFewer than {LEAST_UNITS} matched N and seeds decide nothing."
-    numbers = {s.decaying: dataclasses.asdict(s) for s in told}
+    verdict = _verdict(by_decay)
+    if min(s.units for s in by_decay) < LEAST_UNITS:
+        said += f"\nFewer than {LEAST_UNITS} matched N and seeds are too few to decide."
+    numbers = {s.decaying: dataclasses.asdict(s) for s in by_decay}
     return Finding("Challenge", CLAIM, verdict, FORM, said, numbers, matched_rows(found))
 
 
-def _verdict(told: Sequence[Shares]) -> str:
-    spans = [s.share_ci for s in told if s.share_ci is not None]
-    if len(spans) < len(told):
+def _verdict(by_decay: Sequence[Shares]) -> str:
+    spans = [s.share_ci for s in by_decay if s.share_ci is not None]
+    if len(spans) < len(by_decay):
         return UNDECIDED
     if all(high < LITTLE for _, high in spans):
         return SUPPORTED

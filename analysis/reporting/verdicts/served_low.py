@@ -1,7 +1,7 @@
 """F4: one law for training and serving precision, and models trained in low precision lose less under PTQ.
 
-Row by row and PTQ method by PTQ method: a model whose weights were trained in P_w bits beside the 16-bit model of equal
-N and D, both served at P_post bits, below, at and above P_w.
+By row and PTQ method: a model whose weights were trained in P_w bits is compared with the 16-bit model of equal N and
+D, both served at P_post bits, below, at and above P_w.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from analysis.table import Table
 
 LESS, MORE, ALIKE = "less", "more", "within noise"
 BELOW, AT, ABOVE = "P_post < P_w", "P_post = P_w", "P_post > P_w"
-FEW = 0.1  # share of the rows that may differ from 0 beyond the noise where they are said not to
+FEW = 0.1  # share of the rows that may differ from 0 beyond the noise where the claim is that none does
 LEAST_ROWS = 5
 
 LESS_CLAIM = "Models trained in low precision lose less under PTQ than 16-bit ones."
@@ -170,34 +170,34 @@ def low_precision_loses_less(evidence: Evidence) -> Finding:
 
 
 def _less(loses: Counter) -> str:
-    """By the rows beyond the noise on either side, more of them than the noise itself puts there."""
+    """By the rows beyond the noise on either side, where they are more than the noise itself explains."""
     rows = sum(loses.values())
     beyond = lambda count: stats.binomtest(count, rows, (1 - LEVEL) / 2, "greater").pvalue < 1 - LEVEL
     less, more = beyond(loses[LESS]), beyond(loses[MORE])
     return UNDECIDED if less == more else SUPPORTED if less else CONTRADICTED
 
 
-def served_at_home(evidence: Evidence) -> Finding:
-    """F4 on rows served in the bits of training or more, where the law says that δ is 0."""
+def nothing_lost_when_served_as_trained(evidence: Evidence) -> Finding:
+    """F4 on rows served in the bits of training or more, where the law has δ = 0."""
     found = [p for p in pairs(evidence) if p.side != BELOW]
     if not found:
-        return undecided("F4 at home", NOTHING_CLAIM, ONE_FORM, "No such row has a 16-bit model beside it.")
+        return undecided("F4 nothing lost", NOTHING_CLAIM, ONE_FORM, "No such row has a 16-bit model beside it.")
     said, wrong = [], {}
     for method in dict.fromkeys(p.method for p in found):
         for side in (AT, ABOVE):
             mine = [p for p in found if (p.method, p.side) == (method, side)]
             if mine:
                 wrong[method, side] = sum(p.changes == MORE for p in mine) / len(mine)
-                said.append(_home_words(method, side, mine))
+                said.append(_changes_words(method, side, mine))
     bad = [key for key, share in wrong.items() if share > FEW]
     verdict = SUPPORTED if not bad else CONTRADICTED
     where = ", ".join(f"{method.upper() or 'PTQ'} at {side}" for method, side in bad)
     why = f"It fails for {where}." if bad else ""
     numbers = {f"{m or 'PTQ'}, {side}": share for (m, side), share in wrong.items()}
-    return Finding("F4 at home", NOTHING_CLAIM, verdict, ONE_FORM, "\n".join([*said, why]).strip(), numbers)
+    return Finding("F4 nothing lost", NOTHING_CLAIM, verdict, ONE_FORM, "\n".join([*said, why]).strip(), numbers)
 
 
-def _home_words(method: str, side: str, found: Sequence[Pair]) -> str:
+def _changes_words(method: str, side: str, found: Sequence[Pair]) -> str:
     changes = Counter(p.changes for p in found)
     deltas = [p.delta for p in found]
     return (

@@ -1,7 +1,7 @@
 """F1 on D_crit: does more data make the quantized model worse?
 
 D_crit is claimed only where measured losses turn: a least value inside the series, between a fall and a rise that are
-both larger than the noise between seeds. Anything else is what a fit says.
+both larger than the noise between seeds. Anything else is an extrapolation by a fit.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def _turn_words(series: Series) -> str:
 
 
 def turn_rows(series: Sequence[Series]) -> list[dict[str, object]]:
-    """One record for each series whose loss as served is not simply falling."""
+    """One record for each series whose loss as served does not fall throughout."""
     return [
         {
             "method": s.method or "PTQ",
@@ -103,7 +103,7 @@ def turn_rows(series: Sequence[Series]) -> list[dict[str, object]]:
 
 @dataclasses.dataclass(frozen=True)
 class ByFit:
-    """What the fits say of D_crit: in words, numbers, and in how many series they foretell a rise that is not there."""
+    """D_crit by the fits: in words, numbers, and in how many series they predict a rise that was not measured."""
 
     words: str = ""
     foretold: int = 0
@@ -142,6 +142,6 @@ def _by_fit(evidence: Evidence, series: Sequence[Series]) -> ByFit:
         f"tokens per parameter; they miss the {at.p_post:g}-bit losses by {misses.min():.2g} to {misses.max():.2g} "
         "nats"
     )
-    words += f" and foretell a rise in {foretold} series where none was measured." if foretold else "."
+    words += f" and predict a rise in {foretold} series where none was measured." if foretold else "."
     numbers = {"fit_D_crit_per_N": turn / at.n, "fit_misses": [float(misses.min()), float(misses.max())]}
     return ByFit(words, foretold, numbers)
