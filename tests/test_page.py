@@ -16,7 +16,7 @@ from analysis.reporting.verdicts.finding import FORCED, Finding
 from analysis.table import from_columns
 
 VALUES = {"C_T": 0.1, "gamma_D": 0.5, "gamma_N": 0.3, "gamma_post": 0.6, "b": 0.0}
-NOTES = ("C_T is weakly identified: 0.01 to 1 fit alike (95% profile)", "rows mix seeds")
+NOTES = ("C_T is weakly identified: 0.01 to 1 fit equally well (95% profile)", "rows mix seeds")
 
 
 def fitted(ci=None, samples=None):

@@ -153,7 +153,7 @@ def test_output_ends_with_the_growth_of_degradation_and_the_place_of_the_report(
     assert last[-1] == f"report: {folder / 'index.html'}"
     assert last[-2].startswith("δ at 3 bits grew with D/N at every N")
     assert "ptq: R²" in out and "gamma_post" in out
-    assert "C_w" in out and "not told by this table" in out
+    assert "C_w" in out and "not identified by this table" in out
 
 
 @pytest.mark.slow
