@@ -5,6 +5,7 @@ corpus is already tokenized.
 """
 
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -75,13 +76,20 @@ def find_files(root: str) -> list[tuple[str, Path]]:
     if not usable:
         raise DataError(f"data.root={root!r}: holds no file {ALLOWED}")
     if left_out := len(found) - len(usable):
-        logging.warning("data.root=%s: %d files are not read; those read are %s", root, left_out, ALLOWED)
+        _say_left_out(root, left_out)
     for _, each in usable:
         try:
             files.check_regular(each)
         except (OSError, ValueError) as error:
             raise DataError(f"data.root={root!r}: {error}") from None
     return usable
+
+
+@functools.cache  # once in a process
+def _say_left_out(root: str, number: int) -> None:
+    logging.warning(
+        "data.root=%s: files of other kinds that are not read: %d; those read are %s", root, number, ALLOWED
+    )
 
 
 def _below(directory: Path) -> Iterator[Path]:
