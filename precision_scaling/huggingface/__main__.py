@@ -1,7 +1,7 @@
 """Models from and for Hugging Face, directories on disk: OLMo, Llama, Mistral and Qwen decoders.
 
 python -m precision_scaling.huggingface import --model=DIR --tokens=4e12 --workdir=DIR [--config.data.name=c4 ...]
-python -m precision_scaling.huggingface export --workdir=DIR [--run=ID] --out=DIR
+python -m precision_scaling.huggingface export --workdir=DIR [--run=ID] [--quantized=gptq-4] --out=DIR
 """
 
 import sys
@@ -35,6 +35,15 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
 _WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.", flag_values=FLAGS)
 _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.", flag_values=FLAGS)
+_QUANTIZED = flags.DEFINE_string(
+    "quantized",
+    "",
+    "export: a packed model of the run (runs/ID/quantized/NAME, of ptq --save), as compressed-tensors.",
+    flag_values=FLAGS,
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", "float32", "export: float32 or bfloat16, of what is not quantized and of scales.", flag_values=FLAGS
+)
 
 
 def _directory(flag: flags.FlagHolder[str]) -> Path:
@@ -58,7 +67,7 @@ def _import() -> str:
 
 def _export() -> str:
     workdir, out = _directory(_WORKDIR), _directory(_OUT)
-    run = workdir_lib.export_run(workdir, out, _RUN.value)
+    run = workdir_lib.export_run(workdir, out, _RUN.value, _QUANTIZED.value, _DTYPE.value)
     return f"{run.id}: written to {out}"
 
 

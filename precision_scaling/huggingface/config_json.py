@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.huggingface import compressed
 from precision_scaling.huggingface.architectures import ARCHITECTURES, Architecture, architecture_of
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import rope
@@ -60,7 +61,6 @@ _ONLY = {
     "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
-    "quantization_config": None,
 }
 # Keys of attention windows by `Architecture.window`.
 _WINDOW_KEYS = {
@@ -150,6 +150,9 @@ def _check_keys(config: Mapping[str, Any], name: str, family: Architecture) -> N
         if key in _ONLY:
             if value != _ONLY[key]:
                 raise _refused(key, value, f"{_ONLY[key]!r}, or the key left out")
+        elif key == "quantization_config":
+            if value is not None:
+                compressed.check(value)
         elif key not in known:
             raise _refused(key, value, f"the key left out, if it changes nothing: {name} is not known to have it")
     sliding = _window(config) is not None and family.window != "all"

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from precision_scaling.errors import UserError
-from precision_scaling.huggingface import architectures, config_json, reading, safetensors
+from precision_scaling.huggingface import architectures, compressed, config_json, reading, safetensors
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import decoder, rope
 from precision_scaling.model.config import ModelConfig
@@ -92,6 +92,11 @@ def open_pretrained(directory: Path) -> Pretrained:
             f"{directory}: adapter_config.json: allowed is a model whose adapter is merged into its weights"
         )
     found.tensors.update(_tensors(directory))
+    if (quantization := config.get("quantization_config")) is not None:
+        try:
+            found = dataclasses.replace(found, tensors=compressed.decoded(quantization, found.tensors))
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from None
     found = _untied(found)
     _check_tensors(found)
     return found
@@ -152,6 +157,8 @@ def _check_tensors(found: Pretrained) -> None:
         if (shape := found.tensors[place.name].shape) != place.shape:
             shapes = f"is of shape {shape}; allowed is {place.shape}, by config.json"
             raise UserError(f"{directory}: tensor {place.name} {shapes}")
+        if (dtype := found.tensors[place.name].dtype).kind in "iu":
+            raise UserError(f"{directory}: tensor {place.name} is of {dtype}; allowed is floating point")
         wanted.add(place.name)
         parameters += math.prod(place.shape)
     for name in sorted(set(found.tensors) - wanted):
@@ -180,17 +187,28 @@ def _shown_as(values: Iterable[Any], title: str, total: int) -> Iterable[Any]:
     return progress_bar(values, desc=title, unit=" tensors", total=total, leave=False)
 
 
-def write_pretrained(directory: Path, model: ModelConfig, params: Any, **more: Any) -> None:
-    """Writes a decoder as config.json and model.safetensors (float32) that `transformers` loads.
+def write_pretrained(directory: Path, model: ModelConfig, params: Any, dtype: str = "float32", **more: Any) -> None:
+    """Writes a decoder as config.json and model.safetensors that `transformers` loads.
 
-    more: further keys of config.json. Raises UserError where no Hugging Face architecture computes what it does.
+    dtype: "float32" or "bfloat16". more: further keys of config.json. Raises UserError where no Hugging Face
+    architecture computes what the decoder does.
     """
     model, params = architectures.standardized(model, jax.tree.map(np.asarray, params))
-    config = config_json.described(model, dtype="float32", torch_dtype="float32", **more)
+    tensors = architectures.views(model, params)
+    if dtype != "float32":
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    write_tensors(directory, model, tensors, dtype, **more)
+
+
+def write_tensors(
+    directory: Path, model: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: str, **more: Any
+) -> None:
+    """Writes tensors as a directory of that model, whose multipliers are 1; see `write_pretrained`."""
+    config = config_json.described(model, dtype=dtype, torch_dtype=dtype, **more)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # No reader takes a directory without config.json for a model, so it comes last.
-        safetensors.write(directory / "model.safetensors", architectures.views(model, params))
+        safetensors.write(directory / "model.safetensors", tensors)
         files.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; allowed is a directory that can be written") from None

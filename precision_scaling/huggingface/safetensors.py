@@ -21,12 +21,15 @@ from precision_scaling.huggingface import reading
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.runtime import files
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"I64": np.int64, "I32": np.int32},  # of quantized models
+}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, mapped and read-only. UserError for what is not a whole file of floating point."""
+    """The tensors of a file by name, mapped and read-only. UserError for what is no whole file."""
     size = reading.regular_size(path)
     try:
         with open(path, "rb") as file:
@@ -88,7 +91,7 @@ def _check_cover(header: Mapping[str, Any], size: int) -> None:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors in their own types, float64, float32, float16 or bfloat16; there whole or not at all."""
+    """Writes tensors in their own types, of those that can be read; there whole or not at all."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, tensor in tensors.items():

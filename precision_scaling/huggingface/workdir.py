@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tokenizers import Tokenizer
 
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, reading
-from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained
+from precision_scaling.huggingface import quantized as quantized_lib
+from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained, write_tensors
+from precision_scaling.ptq import packed
 from precision_scaling.runtime import files, paths, sharding
 from precision_scaling.study import evaluate, results
 from precision_scaling.study.generate import trained_run
@@ -85,25 +88,49 @@ def _tokenizer_of(pretrained: Pretrained) -> str:
     return spec if tokenizer.usual_ends and tokenizer.usual_ends[0] in (ends or tokenizer.usual_ends) else named
 
 
-def export_run(workdir: Path, out: Path, run_id: str = "") -> Run:
+DTYPES = ("float32", "bfloat16")
+
+
+def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", dtype: str = "float32") -> Run:
     """Writes a trained run of a workdir as a directory that `transformers` loads, with its tokenizer.
 
-    run_id: may be left empty where only one run is trained. Raises UserError for a run that is not there, or a decoder
-    that no Hugging Face architecture computes, before anything is written; `out` must be new or empty.
+    run_id: may be left empty where only one run is trained. quantized: a folder of the run's packed models ("gptq-4");
+    it is written as integers and scales (`compressed`). dtype: of what is not quantized, scales included. Raises
+    UserError for what is not there, a decoder that no Hugging Face architecture computes, or a format that the target
+    cannot hold, before anything is written; `out` must be new or empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: there is something already; allowed is a new or an empty directory")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: allowed is one of {', '.join(DTYPES)}")
     workspace = reopen_workspace(workdir)
     _, run = trained_run(workspace, run_id)
-    decoder = run.shape.model
-    params = workspace.parameters(run)
-    write_pretrained(
-        out, decoder, params, bos_token_id=None, eos_token_id=workspace.corpus.end_of_text, pad_token_id=None
-    )
+    model, end_of_text = run.shape.model, workspace.corpus.end_of_text
+    ends = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": None}
+    if quantized:
+        loaded = packed.load(_packed_path(workspace.directory(run), quantized))
+        quantized_lib.check(loaded, quantized)
+        plain, tensors, quantization = quantized_lib.tensors(model, loaded, np.dtype(dtype))
+        write_tensors(out, plain, tensors, dtype, quantization_config=quantization, **ends)
+    else:
+        write_pretrained(out, model, workspace.parameters(run), dtype, **ends)
     tokenizer = workspace.corpus.directory / "tokenizer.json"
     if tokenizer.exists():  # bytes need none
         files.copy(tokenizer, out / "tokenizer.json")
-        end_of_text = Tokenizer.from_file(str(tokenizer)).id_to_token(workspace.corpus.end_of_text)
-        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+        token = Tokenizer.from_file(str(tokenizer)).id_to_token(end_of_text)
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
         files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
+    files.atomic_write(out / "generation_config.json", json.dumps({"eos_token_id": end_of_text}, indent=1) + "\n")
     return run
+
+
+def _packed_path(run_directory: Path, name: str) -> Path:
+    """The packed model of that name. UserError where the run has none."""
+    directory = run_directory / paths.QUANTIZED
+    found = sorted(path.parent.name for path in directory.glob(f"*/{paths.DESCRIPTION}"))
+    if name not in found:
+        allowed = (
+            f"one of {', '.join(found)}" if found else "what precision_scaling.ptq --save has written, nothing yet"
+        )
+        raise UserError(f"--quantized={name}: allowed is {allowed}")
+    return directory / name

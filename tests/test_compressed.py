@@ -1,0 +1,116 @@
+"""compressed-tensors: codes packed into int32 as by hand and as the library does, and what is refused when read."""
+
+import numpy as np
+import pytest
+
+from precision_scaling.errors import UserError
+from precision_scaling.huggingface import compressed
+
+CONFIG = compressed.description(4, 8, True)
+
+
+def test_words_worked_out_by_hand():
+    # 4 bits: the first code in the lowest half-byte. 3 bits: the eleventh code straddles the first two words.
+    np.testing.assert_array_equal(compressed.pack(np.array([[1, 2, 15]], np.uint8), 4), [[1 + 2 * 16 + 15 * 256]])
+    codes = np.zeros((1, 12), np.uint8)
+    codes[0, 10] = 0b101
+    np.testing.assert_array_equal(compressed.pack(codes, 3), [[np.int32(0b01 << 30), 0b1]])
+    assert compressed.pack(codes, 3).dtype == np.int32
+
+
+@pytest.mark.parametrize("bits", compressed.BITS)
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100])
+def test_what_is_packed_is_unpacked(bits, columns):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (5, columns)).astype(np.uint8)
+    packed = compressed.pack(codes, bits)
+    assert packed.shape == (5, -(-columns * bits // 32))
+    np.testing.assert_array_equal(compressed.unpack(packed, bits, columns), codes)
+    with pytest.raises(ValueError, match="words a row"):
+        compressed.unpack(packed, bits, columns + 32)
+
+
+@pytest.mark.parametrize("bits", compressed.BITS)
+def test_the_library_packs_the_same_words(bits):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    import torch
+
+    levels = np.random.default_rng(bits).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (6, 50)).astype(np.int8)
+    theirs = helpers.pack_to_int32(torch.from_numpy(levels), bits).numpy()
+    ours = compressed.pack((levels.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8), bits)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def layer(symmetric: bool, bits: int = 4, groups: int = 2):
+    rng = np.random.default_rng(0)
+    low = -(2 ** (bits - 1)) if symmetric else 0
+    codes = rng.integers(low, low + 2**bits, (6, 16)).astype(np.int8 if symmetric else np.uint8)
+    scale = rng.random((6, groups)).astype(np.float32)
+    zero = None if symmetric else rng.integers(0, 2**bits, (6, groups)).astype(np.uint8)
+    return codes, scale, zero
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_comes_back_as_its_kernel(bits, symmetric, groups):
+    codes, scale, zero = layer(symmetric, bits, groups)
+    tensors = {"norm.weight": np.ones(3, np.float32), **compressed.encoded("a", codes, scale, zero, bits)}
+    found = compressed.decoded(compressed.description(bits, 16 // groups if groups > 1 else 0, symmetric), tensors)
+    offset = np.zeros((6, groups)) if zero is None else zero.astype(float)
+    expected = (codes.astype(float).reshape(6, groups, -1) - offset[..., None]) * scale[..., None]
+    assert set(found) == {"norm.weight", "a.weight"}
+    np.testing.assert_allclose(found["a.weight"], expected.reshape(6, 16), rtol=1e-6)
+
+
+def changed(**parts):
+    return lambda tensors: {**tensors, **{f"a.{name}": value for name, value in parts.items()}}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (lambda tensors: {k: v for k, v in tensors.items() if "scale" not in k}, "weight_scale"),
+        (changed(weight_zero_point=np.zeros((1, 2), np.int32)), "has not the tensors"),
+        (changed(weight_shape=np.array([6, 17], np.int64)), "are not of 6 x 17"),
+        (changed(weight_shape=np.array([6, 32], np.int64)), "words a row"),
+        (changed(weight_shape=np.array([6], np.int64)), "weight_shape is"),
+        (changed(weight_scale=np.ones((5, 2), np.float32)), "are not of 6 x 16"),
+        (changed(weight_scale=np.ones((6, 3), np.float32)), "are not of 6 x 16"),
+        (changed(weight_packed=np.zeros((6, 2), np.float32)), "float32"),
+        (lambda tensors: {"norm.weight": np.ones(2)}, "no packed tensor"),
+    ],
+)
+def test_a_layer_that_does_not_fit_together_is_refused_in_one_line(tamper, said):
+    tensors = compressed.encoded("a", *layer(True), 4)
+    with pytest.raises(UserError, match=said) as error:
+        compressed.decoded(CONFIG, tamper(tensors))
+    assert "allowed is" in str(error.value) and "\n" not in str(error.value)
+
+
+def weights(**changes):
+    group = CONFIG["config_groups"]["group_0"]
+    return {**CONFIG, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **changes}}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("int4", "an object"),
+        ({**CONFIG, "quant_method": "awq"}, r"quant_method = 'awq'"),
+        ({**CONFIG, "format": "float-quantized"}, "format = 'float-quantized'"),
+        ({**CONFIG, "config_groups": {}}, "one group"),
+        ({**CONFIG, "config_groups": {"a": {}}}, "a group with weights"),
+        ({**CONFIG, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (weights(type="float"), "'int'"),
+        (weights(num_bits=1), "2 to 8"),
+        (weights(num_bits=True), "2 to 8"),
+        (weights(strategy="tensor"), "'channel' or 'group'"),
+        (weights(actorder="group"), "actorder"),
+        (weights(symmetric=1), "true or false"),
+    ],
+)
+def test_other_formats_are_refused_with_key_value_and_allowed(config, said):
+    with pytest.raises(UserError, match=said) as error:
+        compressed.check(config)
+    assert str(error.value).startswith("quantization_config") and "allowed is" in str(error.value)
+    assert compressed.check(CONFIG) == (4, True)

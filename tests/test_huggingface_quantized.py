@@ -1,0 +1,114 @@
+"""Packed models as compressed-tensors directories: our logits from the codes, transformers' from the directory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precision_scaling.errors import UserError
+from precision_scaling.huggingface import quantized, safetensors
+from precision_scaling.huggingface.directory import open_pretrained, write_tensors
+from precision_scaling.model import decoder
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Decoder
+from precision_scaling.ptq import codes, kernel_grid, rtn
+from precision_scaling.ptq.apply import LINEARS
+from precision_scaling.ptq.packed import Loaded
+from precision_scaling.ptq.scheme import Scheme
+
+MODEL = ModelConfig(61, 32, 2, 4, 48, 16, 32, 2, kv_heads=2)
+VARIANTS = {
+    "llama": MODEL,
+    "multipliers": dataclasses.replace(MODEL, base_width=8, base_depth=1),
+    "tied": dataclasses.replace(MODEL, tie_embeddings=True),
+    "olmo2": dataclasses.replace(MODEL, norm_placement="post", qk_norm="projection", kv_heads=0, base_width=8),
+    "qwen2": dataclasses.replace(MODEL, qkv_bias=True),
+}
+TOKENS = np.random.default_rng(3).integers(0, 61, (2, 16)).astype(np.int32)
+
+
+def packed_model(model: ModelConfig, bits: int, group_size: int, symmetric: bool) -> Loaded:
+    """A random decoder rounded to nearest."""
+    params = jax.tree.map(np.asarray, decoder.init(model, jax.random.key(0)))
+    block = {name: dict(module) for name, module in params["layers"]["block"].items()}
+    kernels: dict = {}
+    scheme = Scheme(rtn.METHOD, group_size=group_size, symmetric=symmetric)
+    for module, name in LINEARS:
+        kernel = block[module].pop(name)["kernel"]
+        flat = jnp.asarray(kernel).reshape(*kernel.shape[:2], -1)
+
+        def rounded(matrix, shape=kernel.shape[1:]):
+            found = rtn.solve(matrix, kernel_grid.integer_levels(bits), kernel_grid.INTEGER, scheme, None)
+            return codes.encode(found.code_IxO, found.scale_GxO, found.zero_GxO, symmetric, shape)
+
+        kernels.setdefault(module, {})[name] = jax.vmap(rounded)(flat)
+    rest = {**params, "layers": {"block": {name: module for name, module in block.items() if module}}}
+    return Loaded(codes.QuantizedModel(kernels, rest), scheme.name, bits, ())
+
+
+def logits(model: ModelConfig, loaded: Loaded):
+    return np.asarray(Decoder(model).apply({"params": codes.parameters(loaded.model)}, jnp.asarray(TOKENS)))
+
+
+def exported(directory, name: str, bits: int, group_size: int, symmetric: bool):
+    """(our logits) of a model that is written to the directory."""
+    model = VARIANTS[name]
+    loaded = packed_model(model, bits, group_size, symmetric)
+    quantized.check(loaded, "x")
+    plain, tensors, config = quantized.tensors(model, loaded)
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    write_tensors(directory, plain, tensors, "float32", quantization_config=config, **ends)
+    return logits(model, loaded)
+
+
+CASES = [("llama", bits, 16, True) for bits in range(2, 9)] + [
+    *(("llama", bits, size, symmetric) for bits in (3, 4) for size in (0, 16) for symmetric in (True, False)),
+    *((name, 4, 0, True) for name in VARIANTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size", "symmetric"), [CASES[2], CASES[8], ("multipliers", 3, 8, False)]
+)
+def test_our_reader_gives_the_kernels_back(tmp_path, name, bits, group_size, symmetric):
+    ours = exported(tmp_path, name, bits, group_size, symmetric)
+    found = open_pretrained(tmp_path)
+    model = found.model(16)
+    read = np.asarray(Decoder(model).apply({"params": found.params()}, jnp.asarray(TOKENS)))
+    np.testing.assert_allclose(read, ours, atol=2e-5)
+    tensors = safetensors.read(tmp_path / "model.safetensors")
+    down = tensors["model.layers.1.mlp.down_proj.weight_packed"]
+    assert down.dtype == np.int32 and down.shape == (32, -(-48 * bits // 32))  # codes, not floats
+
+
+# The option is the only one that has asymmetric layers read on a CPU; the directory's own config counts, as it says.
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits", "group_size", "symmetric"), CASES)
+def test_transformers_loads_it_with_our_logits(transformers, tmp_path, name, bits, group_size, symmetric):
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from transformers import CompressedTensorsConfig
+
+    ours = exported(tmp_path, name, bits, group_size, symmetric)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+    assert np.std(ours) > 0.01 and np.max(np.abs(found - ours)) <= 1e-4
+
+
+def test_what_the_format_cannot_hold_is_refused_by_name():
+    loaded = packed_model(MODEL, 4, 0, True)
+    with pytest.raises(UserError, match=r"--quantized=smoothquant-4: quantizes a while it runs"):
+        quantized.check(loaded._replace(operands=("a",)), "smoothquant-4")
+    scaled = jax.tree.map(
+        lambda one: one._replace(row_scales=np.ones(one.codes.shape[:2], np.float32)),
+        loaded.model.kernels,
+        is_leaf=codes.is_codes,
+    )
+    with pytest.raises(UserError, match=r"--quantized=awq-4: its inputs have scales of their own"):
+        quantized.check(loaded._replace(model=loaded.model._replace(kernels=scaled)), "awq-4")
