@@ -170,7 +170,7 @@ def test_wandb_takes_the_lines_of_runs_side_by_side(tmp_path, monkeypatch):
 def test_sinks_that_are_not_there_are_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="tensorboard, wandb"):
         trackers.check(("tensorbored",))
-    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
+    monkeypatch.setattr(trackers.Wandb, "package", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'") as error:
         trackers.check(("wandb",))
     assert "\n" not in str(error.value)
@@ -193,3 +193,29 @@ def test_a_profile_of_nothing_says_so(tmp_path):
     (line,) = profile.report()
     assert "nothing was left to train" in line and not (tmp_path / "profile").exists()
     assert Profile(tmp_path, 0).report() == []
+
+
+def test_a_tracker_is_one_class_and_one_entry(tmp_path, monkeypatch):
+    seen = []
+
+    class Lines:
+        package = "json"
+
+        def __init__(self, run_directory):
+            self.name = run_directory.name
+
+        def write(self, step, values):
+            seen.append((self.name, step, values["loss"]))
+
+        def close(self):
+            seen.append((self.name, "closed"))
+
+    monkeypatch.setitem(trackers.TRACKERS, "lines", Lines)
+    trackers.check(("lines",))
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
+    followers = trackers.Followers(("lines",))
+    followers.follow(path)
+    followers.close()
+    assert seen == [("run", 1, 2.0), ("run", 2, 1.5), ("run", "closed")]

@@ -143,7 +143,7 @@ RULES = {
     "train.microbatches": _whole(1, 2**24),
     "train.seed": _whole(0),
     "train.log_every": _COUNT,
-    "train.trackers": _each(_one_of(trackers.PACKAGES), str),
+    "train.trackers": _each(_one_of(trackers.TRACKERS), str),
     "train.checkpoint_seconds": _number(0),
     "train.rewinds": _whole(0),
     "train.steps_per_dispatch": _COUNT,

@@ -44,7 +44,7 @@ class Options:
     lanes: runs that train at once, at most. Another number is another compiled program, whose sums round differently,
     and one value that is quantized the other way shows in the losses: a cohort must be resumed with the same number.
     rewinds: how often a run whose loss or gradient is not finite goes back to its last checkpoint, and on without that
-    batch. trackers: of `trackers.PACKAGES`, for the metrics.
+    batch. trackers: of `trackers.TRACKERS`, for the metrics.
     """
 
     lanes: int

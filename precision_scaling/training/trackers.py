@@ -14,12 +14,11 @@ from typing import Any, Protocol
 from precision_scaling.errors import ConfigError
 from precision_scaling.runtime import paths
 
-# The package that each needs.
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
 
 class Tracker(Protocol):
-    """Takes the lines of one run, in order."""
+    """Takes the lines of one run, in order. package: what has to be installed for it."""
+
+    package: str
 
     def __init__(self, run_directory: Path): ...
 
@@ -30,6 +29,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in the run's directory, under `tensorboard`, made anew."""
+
+    package = "tensorboardX"
 
     def __init__(self, run_directory: Path):
         from tensorboardX import SummaryWriter
@@ -48,6 +49,8 @@ class TensorBoard:
 
 class Wandb:
     """A run of Weights & Biases with the run's name; project, entity and mode are those of wandb's environment."""
+
+    package = "wandb"
 
     def __init__(self, run_directory: Path):
         import wandb
@@ -70,15 +73,16 @@ class Wandb:
         self._run.finish()
 
 
-_TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+# {what config.train.trackers names: its class}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: Sequence[str]) -> None:
     """Raises ConfigError for a tracker that does not exist or whose package is not installed."""
     for name in names:
-        if name not in PACKAGES:
-            raise ConfigError("train.trackers", tuple(names), f"any of {', '.join(PACKAGES)}")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if name not in TRACKERS:
+            raise ConfigError("train.trackers", tuple(names), f"any of {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(TRACKERS[name].package) is None:
             allowed = f"none, or {name} after pip install -e '.[{name}]'"
             raise ConfigError("train.trackers", tuple(names), allowed)
 
@@ -94,7 +98,7 @@ class Followers:
         """Passes on what is new in a run's metrics.jsonl; of a run not seen before, all of it."""
         if not self._names:
             return
-        trackers, offset = self._open.get(path) or (tuple(_TRACKERS[name](path.parent) for name in self._names), 0)
+        trackers, offset = self._open.get(path) or (tuple(TRACKERS[name](path.parent) for name in self._names), 0)
         with open(path, "rb") as file:
             file.seek(offset)
             for line in file:
