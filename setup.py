@@ -55,8 +55,10 @@ setup(
         "console_scripts": [
             *(f"precision-scaling-{name} = analysis.{name}:command" for name in ANALYSIS),
             *(f"precision-scaling-{name} = precision_scaling.{name}.__main__:command" for name in PACKAGES),
-            "precision-scaling-train = precision_scaling.train:command",
-            "precision-scaling-layer-stats = precision_scaling.layer_stats:command",
+            *(
+                f"precision-scaling-{name.replace('_', '-')} = precision_scaling.{name}:command"
+                for name in ("train", "loss", "sample", "layer_stats")
+            ),
         ]
     },
 )

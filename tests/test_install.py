@@ -29,7 +29,8 @@ def console_scripts() -> dict[str, str]:
 
 def test_every_command_has_a_console_script():
     scripts = console_scripts()
-    commands = ("train", "study", "ptq", "fit", "compare", "plan", "predict", "report", "huggingface", "layer-stats")
+    commands = ("train", "study", "ptq", "huggingface", "layer-stats", "loss", "sample")
+    commands += ("fit", "compare", "plan", "predict", "report")
     assert set(scripts) == {f"precision-scaling-{name}" for name in commands}
     for target in scripts.values():
         module, name = target.split(":")

@@ -15,6 +15,7 @@ FLOORS = (
     {"precision_scaling.config"},
     {"precision_scaling.study"},
     {"precision_scaling.huggingface", "precision_scaling.train", "precision_scaling.layer_stats"}
+    | {"precision_scaling.loss", "precision_scaling.sample"}
     | {"precision_scaling.ptq.__main__"},
 )
 API = "precision_scaling.api"  # the project from Python, above all rooms of both packages

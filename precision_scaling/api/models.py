@@ -18,7 +18,7 @@ from precision_scaling.numerics.formats import register as register_format
 from precision_scaling.quantize import fake_quant
 from precision_scaling.runtime import paths
 from precision_scaling.study import generate as sampling
-from precision_scaling.study import locks, results, run_missing
+from precision_scaling.study import locks, results, run_missing, text_loss
 from precision_scaling.study.evaluate import evaluator
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
@@ -117,16 +117,18 @@ def quantize_model(
     return pd.read_csv(workdir / paths.TABLE)
 
 
-def evaluate(workdir: str | Path, run: str = "") -> float:
-    """The validation loss of a trained run in nats per token, measured again from its checkpoint.
+def evaluate(workdir: str | Path, run: str = "", text: str | Path = "", quantized: str = "") -> float:
+    """The loss of a trained run in nats per token, measured from its checkpoint.
 
-    run: its id; may be left empty where only one is trained. Raises UserError.
+    run: its id; may be left empty where only one is trained. text: files to evaluate on, as `data.root` of the corpus
+    "text"; empty is the run's held-out text. quantized: a packed model of the run, such as "gptq-4". Raises UserError.
     """
     workspace = reopen_workspace(Path(workdir))
     cohort, chosen = sampling.trained_run(workspace, run)
-    static = cohort.static.evaluation()
-    loss = evaluator(workspace, cohort.shape, static)
-    return loss(workspace.parameters(chosen), static.grids(chosen.precision))
+    model = text_loss.model_of(workspace, cohort, chosen, quantized)
+    if text:
+        return text_loss.on_text(workspace, model, str(text)).loss
+    return evaluator(workspace, cohort.shape, model.config.static)(model.params, model.grids)
 
 
 def generate(
@@ -137,9 +139,5 @@ def generate(
     temperature: 0 takes the likeliest token each time, 1 samples from the model's distribution. run: as in `evaluate`.
     """
     workspace = reopen_workspace(Path(workdir))
-    corpus, logits = workspace.corpus, sampling.next_token_logits(workspace, *sampling.trained_run(workspace, run))
-    tokenizer = corpus.load_tokenizer()
-    (encoded,) = tokenizer.encode([prompt.encode("utf-8")])
-    ids = [corpus.end_of_text, *encoded.tolist()]  # documents follow each other, with this between them
-    continued = list(sampling.sample(logits, ids, tokens, corpus.end_of_text, temperature, seed))
-    return tokenizer.decode(continued).decode("utf-8", "replace")
+    pieces = sampling.continuation(workspace, prompt, tokens, temperature, seed, run)
+    return b"".join(pieces).decode("utf-8", "replace")

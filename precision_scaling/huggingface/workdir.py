@@ -21,6 +21,7 @@ from precision_scaling.ptq import packed
 from precision_scaling.runtime import files, paths, sharding
 from precision_scaling.study import evaluate, results
 from precision_scaling.study.generate import trained_run
+from precision_scaling.study.ptq import packed_path
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
 from precision_scaling.training import checkpoint
 from precision_scaling.training.run import Run
@@ -108,7 +109,7 @@ def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", 
     model, end_of_text = run.shape.model, workspace.corpus.end_of_text
     ends = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": None}
     if quantized:
-        loaded = packed.load(_packed_path(workspace.directory(run), quantized))
+        loaded = packed.load(packed_path(workspace.directory(run), quantized))
         quantized_lib.check(loaded, quantized)
         plain, tensors, quantization = quantized_lib.tensors(model, loaded, np.dtype(dtype))
         write_tensors(out, plain, tensors, dtype, quantization_config=quantization, **ends)
@@ -122,15 +123,3 @@ def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", 
         files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
     files.atomic_write(out / "generation_config.json", json.dumps({"eos_token_id": end_of_text}, indent=1) + "\n")
     return run
-
-
-def _packed_path(run_directory: Path, name: str) -> Path:
-    """The packed model of that name. UserError where the run has none."""
-    directory = run_directory / paths.QUANTIZED
-    found = sorted(path.parent.name for path in directory.glob(f"*/{paths.DESCRIPTION}"))
-    if name not in found:
-        allowed = (
-            f"one of {', '.join(found)}" if found else "what precision_scaling.ptq --save has written, nothing yet"
-        )
-        raise UserError(f"--quantized={name}: allowed is {allowed}")
-    return directory / name

@@ -30,7 +30,7 @@ def evaluator(
     # Every axis that a batch can be split over has its share of the work, whatever it is for in training.
     place = workspace.layout.of_shape(parts[0].shape, None, ("run", *BATCH))
     tokens = [jax.make_array_from_callback(part.shape, place, part.__getitem__) for part in parts]
-    loss = _validation_loss(StepConfig(shape.model, static, workspace.experiment.optimizer), workspace.layout)
+    loss = validation_loss(StepConfig(shape.model, static, workspace.experiment.optimizer), workspace.layout)
 
     def mean_loss(params, grids) -> float:
         params = jax.device_put(params, workspace.layout.of_tree(params))  # in place they are, after training
@@ -41,7 +41,9 @@ def evaluator(
 
 
 @functools.lru_cache(maxsize=8)
-def _validation_loss(step_config: StepConfig, layout: Layout):
+def validation_loss(step_config: StepConfig, layout: Layout):
+    """(params, grids, tokens (N, B, S + 1)) -> mean loss, compiled."""
+
     def loss(params, grids, tokens_NxBxS1):
         with sharding.splitting(layout, ("run", *BATCH)):
             return step.validation_loss(step_config, params, grids, tokens_NxBxS1)

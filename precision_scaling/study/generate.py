@@ -88,3 +88,23 @@ def sample(
         if seen[-1] == end_of_text:
             return
         yield seen[-1]
+
+
+def continuation(
+    workspace: Workspace, prompt: str, tokens: int, temperature: float, seed: int, run_id: str
+) -> Iterator[bytes]:
+    """The text, token by token, with which a trained run continues a prompt that begins a document; see `sample`.
+
+    A piece may end within a character.
+    """
+    corpus, logits = workspace.corpus, next_token_logits(workspace, *trained_run(workspace, run_id))
+    tokenizer = corpus.load_tokenizer()
+    (encoded,) = tokenizer.encode([prompt.encode("utf-8")])
+    ids = [corpus.end_of_text, *encoded.tolist()]  # documents follow each other, with this between them
+    said: list[int] = []
+    length = 0
+    for token in sample(logits, ids, tokens, corpus.end_of_text, temperature, seed):
+        said.append(token)
+        text = tokenizer.decode(said)
+        yield text[length:]
+        length = len(text)

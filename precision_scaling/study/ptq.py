@@ -37,6 +37,16 @@ class _Job:
     bits: tuple[float, ...]
 
 
+def packed_path(run_directory: Path, name: str) -> Path:
+    """The packed model of that name. UserError where the run has none."""
+    directory = run_directory / paths.QUANTIZED
+    found = sorted(path.parent.name for path in directory.glob(f"*/{paths.DESCRIPTION}"))
+    if name not in found:
+        allowed = f"one of {', '.join(found)}" if found else "a model that precision_scaling.ptq --save wrote"
+        raise UserError(f"--quantized={name}: allowed is {allowed}")
+    return directory / name
+
+
 def quantize_missing(
     workspace: Workspace,
     methods: Iterable[str],
