@@ -72,12 +72,16 @@ def changed(**parts):
         (lambda tensors: {k: v for k, v in tensors.items() if "scale" not in k}, "weight_scale"),
         (changed(weight_zero_point=np.zeros((1, 2), np.int32)), "has not the tensors"),
         (changed(weight_shape=np.array([6, 17], np.int64)), "are not of 6 x 17"),
-        (changed(weight_shape=np.array([6, 32], np.int64)), "words a row"),
+        (changed(weight_shape=np.array([6, 32], np.int64)), "are not of 6 x 32"),
+        (changed(weight_packed=np.zeros((6, 3), np.int32)), "words a row"),
         (changed(weight_shape=np.array([6], np.int64)), "weight_shape is"),
         (changed(weight_scale=np.ones((5, 2), np.float32)), "are not of 6 x 16"),
         (changed(weight_scale=np.ones((6, 3), np.float32)), "are not of 6 x 16"),
         (changed(weight_packed=np.zeros((6, 2), np.float32)), "float32"),
+        (changed(weight_scale=np.ones((6, 4), np.float32)), "in groups of 8"),
         (lambda tensors: {"norm.weight": np.ones(2)}, "no packed tensor"),
+        (lambda tensors: {**tensors, "b.weight": np.ones((2, 2))}, r"b\.weight.*allowed is a packed one"),
+        (lambda tensors: {"lm_head" + k[1:]: v for k, v in tensors.items()}, "lm_head.*allowed is none"),
     ],
 )
 def test_a_layer_that_does_not_fit_together_is_refused_in_one_line(tamper, said):
@@ -87,9 +91,12 @@ def test_a_layer_that_does_not_fit_together_is_refused_in_one_line(tamper, said)
     assert "allowed is" in str(error.value) and "\n" not in str(error.value)
 
 
+def grouped(**changes):
+    return {**CONFIG, "config_groups": {"group_0": {**CONFIG["config_groups"]["group_0"], **changes}}}
+
+
 def weights(**changes):
-    group = CONFIG["config_groups"]["group_0"]
-    return {**CONFIG, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **changes}}}}
+    return grouped(weights={**CONFIG["config_groups"]["group_0"]["weights"], **changes})
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,22 @@ def weights(**changes):
         ({**CONFIG, "config_groups": {}}, "one group"),
         ({**CONFIG, "config_groups": {"a": {}}}, "a group with weights"),
         ({**CONFIG, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({**CONFIG, "transform_config": {"config_groups": {}}}, "transform_config"),
+        ({**CONFIG, "sparsity_config": {"format": "sparse-bitmask"}}, "sparsity_config"),
+        ({**CONFIG, "rotated": False}, r"\.rotated = False"),
+        ({**CONFIG, "ignore": "lm_head"}, "ignore"),
+        ({**CONFIG, "ignore": ["re:(a+)+b"]}, "ignore"),
+        ({**CONFIG, "ignore": ["re:.*.*.*.*x"]}, "ignore"),
+        ({**CONFIG, "ignore": ["re:*a"]}, "ignore"),
+        (grouped(targets=["re:.*q_proj"]), "targets"),
+        (grouped(format="marlin-24"), "marlin-24"),
+        (grouped(scale=2), "scale = 2"),
+        (grouped(input_activations={"num_bits": 8}), "input_activations"),
+        (weights(group_size=None), "group_size = None"),
+        (weights(strategy="channel"), "group_size = 8"),
+        (weights(block_structure=[128, 128]), "block_structure"),
+        (weights(dynamic=True), "dynamic"),
+        (weights(levels=3), "levels = 3"),
         (weights(type="float"), "'int'"),
         (weights(num_bits=1), "2 to 8"),
         (weights(num_bits=True), "2 to 8"),
@@ -113,4 +136,11 @@ def test_other_formats_are_refused_with_key_value_and_allowed(config, said):
     with pytest.raises(UserError, match=said) as error:
         compressed.check(config)
     assert str(error.value).startswith("quantization_config") and "allowed is" in str(error.value)
-    assert compressed.check(CONFIG) == (4, True)
+    assert compressed.check(CONFIG) == (4, True, 8)
+
+
+def test_a_layer_that_a_pattern_of_ignore_names_stays_as_it_is():
+    plain = {"lm_head.weight": np.ones((3, 16)), "model.layers.1.mlp.down_proj.weight": np.ones((3, 16))}
+    tensors = {**plain, **compressed.encoded("a", *layer(True), 4)}
+    found = compressed.decoded({**CONFIG, "ignore": ["lm_head", r"re:.*layers\.1\..*down_proj$"]}, tensors)
+    assert set(found) == {*plain, "a.weight"}

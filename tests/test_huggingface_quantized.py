@@ -101,6 +101,45 @@ def test_transformers_loads_it_with_our_logits(transformers, tmp_path, name, bit
     assert np.std(ours) > 0.01 and np.max(np.abs(found - ours)) <= 1e-4
 
 
+# A model that the library itself compresses and writes; only scales and zero points are from here.
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (3, False), (8, True)])
+def test_a_directory_that_the_library_wrote_gives_its_logits_here(transformers, tmp_path, bits, symmetric):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    import torch
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, initializer_range=0.2))
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
+    group = {"targets": ["Linear"], "weights": weights}
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": group}, ignore=["lm_head"], format="pack-quantized"
+    )
+    quantization.apply_quantization_config(theirs, config)
+    top = 2 ** (bits - 1)
+    for module in theirs.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.data.reshape(module.weight.shape[0], -1, 16)
+            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            module.weight_scale.data = groups.abs().amax(-1) / (top - 1) if symmetric else (high - low) / (2 * top - 1)
+            if not symmetric:
+                zero = torch.round(-low / module.weight_scale.data) - top
+                module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(TOKENS).long()).logits.numpy()
+    compressor = compressors.ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    found = open_pretrained(tmp_path)
+    ours = np.asarray(Decoder(found.model(16)).apply({"params": found.params()}, jnp.asarray(TOKENS)))
+    assert np.std(expected) > 0.3
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
 def test_what_the_format_cannot_hold_is_refused_by_name():
     loaded = packed_model(MODEL, 4, 0, True)
     with pytest.raises(UserError, match=r"--quantized=smoothquant-4: quantizes a while it runs"):
