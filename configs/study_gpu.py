@@ -7,7 +7,7 @@
 The second command may be repeated until nothing is missing. The corpus is the source code of everything installed;
 D stays below MOST_TOKENS, and the column `epochs` says where that is more than the corpus has. Precision varies at
 three sizes and three budgets each; the two largest are in bf16 alone, for the laws to be held to. Its time on a GPU has
-not been measured yet; part of its first cohort has been run on a CPU (results/README.md).
+not been measured yet; part of its first cohort has been run on a CPU (results/overnight_cpu/README.md).
 """
 
 from precision_scaling.config import base
