@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import struct
 
 import jax
@@ -396,6 +397,28 @@ def test_what_cannot_be_imported_or_exported_leaves_no_workdir(trained, tiny_con
     with pytest.raises(UserError, match=run.id):
         export_run(workdir, new, "none")
     assert not new.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, existed):
+    workdir, run, _ = trained
+    out = tmp_path / "model"
+    if existed:
+        out.mkdir()
+    for limit in (4_000, 40_000):  # within the tokenizer, within the tensors
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(UserError, match="File too large; allowed is a directory that can be written") as error:
+                export_run(workdir, out, run.id)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert str(out) in str(error.value) and "\n" not in str(error.value)
+        assert out.exists() == existed and not (existed and list(out.iterdir()))
+    export_run(workdir, out, run.id)
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert 4_000 < sizes["tokenizer.json"] < 40_000 < sizes["model.safetensors"]
 
 
 @pytest.mark.slow

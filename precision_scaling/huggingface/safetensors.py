@@ -106,4 +106,5 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with files.replacing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            np.ascontiguousarray(tensor).tofile(file)
+            # `tofile` would not say why a write failed.
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)

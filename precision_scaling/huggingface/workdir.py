@@ -3,8 +3,10 @@
 What `ptq` needs is then there: the config with the model's own tokenizer, a checkpoint, and the row of its loss.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +110,43 @@ def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", 
     _, run = trained_run(workspace, run_id)
     model, end_of_text = run.shape.model, workspace.corpus.end_of_text
     ends = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": None}
-    if quantized:
-        loaded = packed.load(packed_path(workspace.directory(run), quantized))
-        quantized_lib.check(loaded, quantized)
-        plain, tensors, quantization = quantized_lib.tensors(model, loaded, np.dtype(dtype))
+    if not quantized:
+        params = workspace.parameters(run)
+        with _whole_or_nothing(out):
+            _write_tokenizer(workspace.corpus.directory / "tokenizer.json", out, end_of_text)
+            write_pretrained(out, model, params, dtype, **ends)
+        return run
+    loaded = packed.load(packed_path(workspace.directory(run), quantized))
+    quantized_lib.check(loaded, quantized)
+    plain, tensors, quantization = quantized_lib.tensors(model, loaded, np.dtype(dtype))
+    with _whole_or_nothing(out):
+        _write_tokenizer(workspace.corpus.directory / "tokenizer.json", out, end_of_text)
         write_tensors(out, plain, tensors, dtype, quantization_config=quantization, **ends)
-    else:
-        write_pretrained(out, model, workspace.parameters(run), dtype, **ends)
-    tokenizer = workspace.corpus.directory / "tokenizer.json"
+    return run
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+    """Removes what was written to a new or empty directory where the block fails. UserError for a full disk."""
+    existed = out.exists()
+    try:
+        yield
+    except BaseException as error:
+        for path in out.glob("*"):
+            path.unlink(missing_ok=True)
+        if not existed and out.exists():
+            out.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"--out={out}: {error.strerror}; allowed is a directory that can be written") from None
+        raise
+
+
+def _write_tokenizer(tokenizer: Path, out: Path, end_of_text: int) -> None:
+    """Tokenizer and generation config, before the model: a directory without config.json is no model."""
+    out.mkdir(parents=True, exist_ok=True)
     if tokenizer.exists():  # bytes need none
         files.copy(tokenizer, out / "tokenizer.json")
         token = Tokenizer.from_file(str(tokenizer)).id_to_token(end_of_text)
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}
         files.atomic_write(out / "tokenizer_config.json", json.dumps(described, indent=1) + "\n")
     files.atomic_write(out / "generation_config.json", json.dumps({"eos_token_id": end_of_text}, indent=1) + "\n")
-    return run
