@@ -20,6 +20,7 @@ from precision_scaling.model import decoder as decoder_lib
 from precision_scaling.model.accounting import count_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Decoder
+from precision_scaling.ptq import codes, packed
 from precision_scaling.study import evaluate as evaluate_lib
 from precision_scaling.study import results, run_missing
 from precision_scaling.study.ptq import quantize_missing
@@ -508,3 +509,28 @@ def test_transformers_reads_the_tokenizer_of_an_exported_run(trained, transforme
         logits_of_ours(plain, params), logits_of_ours(run.shape.model, restored), rtol=1e-4, atol=1e-4
     )
     np.testing.assert_allclose(logits_of_theirs(theirs), logits_of_ours(plain, params), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_packed_model_is_exported_with_the_logits_that_were_evaluated(trained, transformers, tmp_path, dtype):
+    pytest.importorskip("compressed_tensors")
+    import torch
+
+    workdir, run, _ = trained
+    workspace = reopen_workspace(workdir)
+    quantize_missing(workspace, ("rtn",), (4,), save=True)
+    (saved,) = (workspace.directory(run) / "quantized").iterdir()
+    with pytest.raises(UserError, match=f"--quantized=none: allowed is one of {saved.name}"):
+        export_run(workdir, tmp_path / "model", quantized="none")
+    assert not (tmp_path / "model").exists()
+    export_run(workdir, tmp_path / "model", quantized=saved.name, dtype=dtype)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
+    tensors = safetensors.read(tmp_path / "model" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"int32", "int64", dtype}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == workspace.corpus.end_of_text
+    expected = logits_of_ours(run.shape.model, codes.parameters(packed.load(saved).model))
+    atol = 1e-4 if dtype == "float32" else 0.02 * np.max(np.abs(expected))
+    np.testing.assert_allclose(logits_of_theirs(theirs), expected, rtol=0, atol=atol)
