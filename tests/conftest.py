@@ -14,6 +14,9 @@ import pytest
 
 from precision_scaling.config import base
 
+# An operand of lower rank is broadcast where the code says so, and nowhere else.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 ROOT = Path(__file__).parent.parent
 _WORDS = ("alpha", "beta", "count", "data", "edge", "field", "graph", "hash", "index", "join", "key", "line")
 

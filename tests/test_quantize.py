@@ -175,7 +175,7 @@ def test_floats_and_integers_share_a_program():
     scale = np.max(np.abs(kernel), axis=0, keepdims=True) / 6  # e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     levels = np.concatenate([-positive[:0:-1], positive])
-    nearest = levels[np.argmin(np.abs((kernel / scale)[..., None] - levels), axis=-1)]
+    nearest = levels[np.argmin(np.abs(np.asarray(kernel / scale)[..., None] - levels), axis=-1)]
     np.testing.assert_allclose(
         traced(kernel, grids_of(w="e2m1")), np.einsum("bli,ifg->blfg", x, nearest * scale), rtol=1e-4, atol=1e-4
     )

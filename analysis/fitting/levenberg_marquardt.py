@@ -212,8 +212,8 @@ def _advance(prediction, iterations, state, weight_Sxn, frozen_SxF, data, target
 
 def _normal_equations(jacobian_Fxn, curvature_n, residual_n):
     """Jᵀ W r and Jᵀ W J."""
-    weighted = jacobian_Fxn * curvature_n
-    return jnp.sum(weighted * residual_n, axis=1), jnp.einsum("in,jn->ij", weighted, jacobian_Fxn)
+    weighted = jacobian_Fxn * curvature_n[None, :]
+    return jnp.sum(weighted * residual_n[None, :], axis=1), jnp.einsum("in,jn->ij", weighted, jacobian_Fxn)
 
 
 @on_cpu_in_float64

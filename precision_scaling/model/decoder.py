@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale).astype(x.dtype)
+        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -77,8 +77,8 @@ def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
     """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension."""
     length, head_dim = x_BxSxHxK.shape[1], x_BxSxHxK.shape[-1]
     frequency_k = rope.frequencies(head_dim, theta, scaling)
-    angle_Sx1xk = (jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k)[:, None, :]
-    cos, sin = jnp.cos(angle_Sx1xk), jnp.sin(angle_Sx1xk)
+    angle_Sxk = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k[None, :]
+    cos, sin = (wave(angle_Sxk)[None, :, None, :] for wave in (jnp.cos, jnp.sin))
     first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxSxHxK.dtype)
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         c = self.config
         batch, length = qkv_BxSxAxK.shape[:2]
         if c.qkv_bias:
-            qkv_BxSxAxK = qkv_BxSxAxK + self.qkv_bias.astype(qkv_BxSxAxK.dtype)
+            qkv_BxSxAxK = qkv_BxSxAxK + self.qkv_bias.astype(qkv_BxSxAxK.dtype)[None, None]
         q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = jnp.split(qkv_BxSxAxK, (c.heads, c.heads + c.key_heads), axis=2)
         if c.qk_norm != "none":
             q_BxSxHxK, k_BxSxGxK = self._normalized(self.q_norm, q_BxSxHxK), self._normalized(self.k_norm, k_BxSxGxK)

@@ -45,7 +45,7 @@ def unrotate(x: jax.Array, signs: jax.Array, axis: int = -1, block: int | None =
 def _fitting(signs: jax.Array, x: jax.Array) -> jax.Array:
     if signs.shape != x.shape[-1:]:
         raise ValueError(f"Hadamard rotation: signs of shape {signs.shape}; allowed is one for each of {x.shape[-1]}")
-    return signs
+    return jnp.broadcast_to(signs, x.shape)
 
 
 def _restore(x_f32: jax.Array, like: jax.Array, axis: int) -> jax.Array:

@@ -177,7 +177,7 @@ def _move_scales(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
     s_I, unusable = scheme.method.input_scales(largest_I, _flat(kernel), scheme)
     block = _with_kernel(block, linear, (_flat(kernel) * s_I[:, None]).reshape(kernel.shape))
     gain = block[NORMS[linear]]["scale"] / s_I
-    inputs = (inputs_CxBxSxI / s_I).astype(inputs_CxBxSxI.dtype)
+    inputs = (inputs_CxBxSxI / jnp.broadcast_to(s_I, inputs_CxBxSxI.shape)).astype(inputs_CxBxSxI.dtype)
     return {**block, NORMS[linear]: {"scale": gain}}, inputs, unusable
 
 

@@ -91,7 +91,7 @@ def factorize(hessian_IxI, *, act_order: bool = False, damping: float = 0.01) ->
     fraction, _, _, ok, l_IxI = jax.lax.while_loop(failing, attempt, start)
     r_IxI = jnp.flip(l_IxI)
     r_I = jnp.where(ok, jnp.diagonal(r_IxI), 1)
-    feedback_IxI = jnp.where(ok, jnp.triu(r_IxI / r_I, 1), 0)  # no feedback: rounding to nearest
+    feedback_IxI = jnp.where(ok, jnp.triu(r_IxI / r_I[None, :], 1), 0)  # no feedback: rounding to nearest
     return Factor(feedback_IxI, r_I, order_I, dead_I & ok, jnp.where(ok, fraction, jnp.nan), ok)
 
 
