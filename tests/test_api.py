@@ -52,6 +52,7 @@ def test_options_are_set_by_name_and_a_mistake_is_one_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_evaluated_quantized_and_found_again(tiny_config, tmp_path, quick_compile):
     config = tiny_config(precision__weights="int8")
     row = ps.train_model(config, tmp_path)
