@@ -42,7 +42,14 @@ MODELS = {
         "rope_scaling": "llama3:8,1,4,12",
     },
     "Qwen2ForCausalLM": {"kv_heads": 2, "qkv_bias": True, "rope_scaling": "linear:2.5"},
-    "Qwen3ForCausalLM": {"kv_heads": 2, "head_width": 10, "qk_norm": "head", "tie_embeddings": True},
+    "Qwen3ForCausalLM": {
+        "kv_heads": 2,
+        "head_width": 10,
+        "qk_norm": "head",
+        "tie_embeddings": True,
+        "rope_theta": 50.0,
+        "rope_scaling": "yarn:4,64,8,1,1.3",
+    },
 }
 
 
@@ -140,7 +147,9 @@ def test_a_config_json_as_olmo_2_has_it_and_one_of_llama():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "None"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "0"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "mscale": 0.7}}, "mscale"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "None"),
         ({"partial_rotary_factor": 0.5}, "0.5"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),

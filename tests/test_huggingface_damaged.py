@@ -199,7 +199,7 @@ DAMAGED = {
     "two bases of wavelengths": (config(rope_parameters={"rope_theta": 5.0}), "rope_theta = 10000"),
     "two scalings": (config(rope_scaling=LLAMA3, rope_parameters={"rope_type": "default"}), "rope_scaling"),
     "a scaling that is a list": (config(rope_scaling=[1]), "rope_scaling"),
-    "a scaling that is not ours": (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "a scaling that is not ours": (config(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "dynamic"),
     "a scaling by text": (config(rope_scaling={**LLAMA3, "factor": "8"}), "factor"),
     "a scaling whose factors cross": (config(rope_scaling={**LLAMA3, "low_freq_factor": 9}), "low_freq_factor"),
     "a scaling with more to it": (config(rope_scaling={**LLAMA3, "beta": 1}), "beta"),

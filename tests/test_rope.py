@@ -22,6 +22,17 @@ def test_linear_scaling_divides_positions():
     np.testing.assert_allclose(rope.frequencies(4, 100.0, "linear:4"), [0.25, 0.025], rtol=1e-6)
 
 
+def test_yarn_keeps_pairs_that_turn_often_and_stretches_those_that_turn_less_than_once():
+    plain, found = (np.asarray(rope.frequencies(128, 1e4, text)) for text in ("", "yarn:16,4096,32,1,1.5"))
+    # Pair 128 ln(4096 / 2πr) / (2 ln 1e4) turns r times in 4096 positions: 20.94 for r = 32, 45.03 for r = 1.
+    np.testing.assert_array_equal(found[:21], plain[:21])
+    np.testing.assert_allclose(found[46:], plain[46:] / 16, rtol=1e-6)
+    np.testing.assert_allclose(found[33], plain[33] * (0.5 + 0.5 / 16), rtol=1e-6)  # half way from 20 to 46
+    assert rope.amplitude("yarn:16,4096,32,1,1.5") == 1.5 and rope.amplitude("linear:4") == rope.amplitude("") == 1
+    with pytest.raises(ConfigError, match="beta_slow below"):
+        rope.parse("yarn:16,4096,1,1,1")
+
+
 @pytest.mark.parametrize(
     "text",
     ["yarn:4", "linear", "linear:", "linear:x", "linear:1,2", "linear:0", "linear:nan", "linear:inf", "llama3:8"],

@@ -52,7 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.sequence_length = 64  # tokens per sequence
     c.model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     c.model.rope_theta = 10_000.0  # base of the rotary embedding's wavelengths
-    # Stretched wavelengths: "linear:FACTOR", or Llama 3.1's "llama3:FACTOR,LOW,HIGH,ORIGINAL_LENGTH". Empty: none.
+    # Stretched wavelengths: "linear:FACTOR", Llama 3.1's "llama3:FACTOR,LOW,HIGH,ORIGINAL_LENGTH" or YaRN's
+    # "yarn:FACTOR,ORIGINAL_LENGTH,FAST,SLOW,ATTENTION_FACTOR". Empty: none.
     c.model.rope_scaling = ""
     c.model.norm_placement = "pre"  # "pre": x + f(norm(x)), or "post": x + norm(f(x)), as in OLMo 2
     c.model.norm_type = "rms"  # "rms" with learned gains, or "layer" without parameters, as in OLMo

@@ -208,7 +208,9 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
 
 def _check_together(config) -> None:
     """Raises ConfigError for options that do not go together."""
-    rope.parse(config.model.rope_scaling)
+    kind, _ = rope.parse(config.model.rope_scaling)
+    if kind == "yarn" and config.model.rope_theta <= 1:
+        raise ConfigError("model.rope_theta", config.model.rope_theta, "above 1 for model.rope_scaling yarn")
     if config.model.imported and config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty for a model that was imported")
     if config.model.imported and (precision := parsing.from_options(config.precision)).quantizers:

@@ -4,6 +4,7 @@ Every key counts: it is read, or it is known to change nothing, or its value is 
 or it is refused. Defaults and precedence are those of transformers 5.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -220,6 +221,11 @@ def _one_rope(config: Mapping[str, Any], key: str, parameters: Any, family: Arch
     if kind == "default":
         return _number("rope_theta", theta), ""
     defaults = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    if kind == "yarn":
+        factor = _number(f"{key}.factor", parameters.get("factor"))
+        defaults |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1 + 0.1 * math.log(max(factor, 1))}
+        if _number("rope_theta", theta) <= 1:
+            raise _refused("rope_theta", theta, "a number above 1 for rope_type yarn")
     values = {name: _number(f"{key}.{name}", parameters.get(name, defaults.get(name))) for name in names}
     scaling = rope.describe(kind, values)
     try:

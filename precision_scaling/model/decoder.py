@@ -79,6 +79,8 @@ def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
     frequency_k = rope.frequencies(head_dim, theta, scaling)
     angle_Sxk = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k[None, :]
     cos, sin = (wave(angle_Sxk)[None, :, None, :] for wave in (jnp.cos, jnp.sin))
+    if (amplitude := rope.amplitude(scaling)) != 1:
+        cos, sin = cos * amplitude, sin * amplitude
     first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxSxHxK.dtype)

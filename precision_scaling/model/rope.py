@@ -13,6 +13,7 @@ from precision_scaling.errors import ConfigError
 SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
 ALLOWED = " or ".join(["''", *(f"'{kind}:{','.join(names)}'" for kind, names in SCALINGS.items())])
 
@@ -30,7 +31,14 @@ def parse(scaling: str) -> tuple[str, dict[str, float]]:
         raise ConfigError("model.rope_scaling", scaling, f"{ALLOWED} with numbers above 0")
     if kind == "llama3" and not found["low_freq_factor"] < found["high_freq_factor"]:
         raise ConfigError("model.rope_scaling", scaling, "a low_freq_factor below the high_freq_factor")
+    if kind == "yarn" and not found["beta_slow"] < found["beta_fast"]:
+        raise ConfigError("model.rope_scaling", scaling, "a beta_slow below the beta_fast")
     return kind, found
+
+
+def amplitude(scaling: str) -> float:
+    """What queries and keys are multiplied by when they are rotated: YaRN's attention_factor, otherwise 1."""
+    return parse(scaling)[1].get("attention_factor", 1.0)
 
 
 def describe(kind: str, values: dict[str, float]) -> str:
@@ -43,7 +51,10 @@ def frequencies(head_dim: int, theta: float, scaling: str = ""):
 
     linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). llama3: wavelengths that fit into the
     original length high_freq_factor times stay, those that do not fit low_freq_factor times are stretched by the
-    factor, and between them it goes over linearly in the number of turns (Llama 3.1, arXiv 2407.21783).
+    factor, and between them it goes over linearly in the number of turns (Llama 3.1, arXiv 2407.21783). yarn: pairs
+    that turn beta_fast times or more in the original length stay, those that turn beta_slow times or less are stretched
+    by the factor, and between them it goes over linearly in the index of the pair (Peng et al., arXiv 2309.00071).
+    theta must be above 1 for yarn.
     """
     frequency_k = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     kind, s = parse(scaling)
@@ -54,4 +65,19 @@ def frequencies(head_dim: int, theta: float, scaling: str = ""):
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         kept_k = jnp.clip((turns_k - low) / (high - low), 0, 1)
         return frequency_k * (kept_k + (1 - kept_k) / s["factor"])
+    if kind == "yarn":
+        stretched_k = _stretched(head_dim, theta, s)
+        return frequency_k * (1 - stretched_k + stretched_k / s["factor"])
     return frequency_k
+
+
+def _stretched(head_dim: int, theta: float, s: dict[str, float]):
+    """How far YaRN stretches each pair, from 0 (not) to 1; the ends of the ramp are whole pairs."""
+
+    def pair(turns: float) -> float:
+        wavelength = s["original_max_position_embeddings"] / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = max(math.floor(pair(s["beta_fast"])), 0), min(math.ceil(pair(s["beta_slow"])), head_dim - 1)
+    ramp = last - first or 0.001
+    return jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / ramp, 0, 1)
