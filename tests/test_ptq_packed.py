@@ -135,7 +135,8 @@ def test_size_on_disk_is_at_most_what_was_predicted_for_real_kernels(quantized, 
     model = quantized("rtn")[3]
     packed.save(tmp_path / "q", model, "rtn", 3)
     names = 1_000 * len(jax.tree.leaves(model))  # what is written about each array
-    assert packed.bytes_on_disk(tmp_path / "q") < packed.packed_bytes(model, 3) + 3_000 + names
+    # Orbax's own files: 2 to 5 kB, by how its threads share the arrays.
+    assert packed.bytes_on_disk(tmp_path / "q") < packed.packed_bytes(model, 3) + 6_000 + names
 
 
 def test_what_cannot_be_read_is_one_line(quantized, tmp_path):
