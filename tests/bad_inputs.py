@@ -410,6 +410,7 @@ _MORE = {
     "--granularity=channel": ("tensor",),
     "--asymmetric=maybe": (),
     "--act_order=2": (),
+    "--full_range=2": (),
     "--clip=x": (),
     "--save=x": (),
     "--damping=1": (),

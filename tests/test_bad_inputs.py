@@ -112,7 +112,9 @@ def test_fake_quant_refuses(arguments, said):
 HELP = {
     "precision_scaling.train": "config workdir time_limit profile coordinator_address num_processes distributed",
     "precision_scaling.study": "config workdir shard only dry_run rows settings time_limit profile process_id",
-    "precision_scaling.ptq": "workdir method bits save group_size asymmetric act_order clip smoothing granularity",
+    "precision_scaling.ptq": (
+        "workdir method bits save group_size asymmetric full_range act_order clip smoothing granularity"
+    ),
     "precision_scaling.layer_stats": "workdir run precision sequences",
     "precision_scaling.huggingface": "config workdir model tokens sequence_length run out",
 }

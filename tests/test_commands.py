@@ -55,7 +55,16 @@ OPTIONS = {
     "precision_scaling.train": {"config", "config.key", "workdir", "time_limit", "profile", *HOSTS},
     "precision_scaling.study": {"config", "config.key", "workdir", "time_limit", "profile", *HOSTS}
     | {"shard", "only", "[no]dry_run", "rows", "settings"},
-    "precision_scaling.ptq": {"workdir", "method", "bits", "[no]save", "group_size", "[no]asymmetric", "[no]act_order"}
+    "precision_scaling.ptq": {
+        "workdir",
+        "method",
+        "bits",
+        "[no]save",
+        "group_size",
+        "[no]asymmetric",
+        "[no]full_range",
+        "[no]act_order",
+    }
     | {"[no]clip", "smoothing", "granularity"},
     "precision_scaling.layer_stats": {"workdir", "run", "precision", "sequences"},
     "precision_scaling.huggingface": {

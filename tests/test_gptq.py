@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from precision_scaling.errors import UserError
 from precision_scaling.numerics import rounding
-from precision_scaling.ptq import gptq, rtn
+from precision_scaling.ptq import gptq, kernel_grid, rtn
 from precision_scaling.ptq.error import relative_output_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -42,11 +43,15 @@ def damped(hessian, damping=0.01):
     return hessian + damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
 
 
-def grid_by_hand(kernel, bits, group_size, symmetric):
+def grid_by_hand(kernel, bits, group_size, symmetric, full_range=False):
     """Per row of the kernel: scale, zero, lowest and highest code."""
     size = group_size or len(kernel)
     groups = kernel.reshape(-1, size, kernel.shape[1])
-    if symmetric:
+    if full_range:
+        low, high = 0, 2**bits - 1
+        scale = np.abs(groups).max(1) / np.float32(high / 2)
+        zero = np.full_like(scale, 2 ** (bits - 1))
+    elif symmetric:
         high = 2 ** (bits - 1) - 1
         scale, low = np.abs(groups).max(1) / np.float32(high), -high
         zero = np.zeros_like(scale)
@@ -59,9 +64,11 @@ def grid_by_hand(kernel, bits, group_size, symmetric):
     return scale, np.repeat(zero, size, 0), low, high
 
 
-def brain_surgeon(kernel, hessian, bits, group_size=None, symmetric=True, act_order=False, damping=0.01):
+def brain_surgeon(
+    kernel, hessian, bits, group_size=None, symmetric=True, act_order=False, damping=0.01, full_range=False
+):
     """Rows one by one, each error spread by the explicit inverse of what is left. Returns codes and x / scale."""
-    scale, zero, low, high = grid_by_hand(kernel, bits, group_size, symmetric)
+    scale, zero, low, high = grid_by_hand(kernel, bits, group_size, symmetric, full_range)
     w, inverse = kernel.astype(np.float64), np.linalg.inv(damped(hessian, damping))
     codes, steps = np.zeros_like(w), np.zeros_like(w)
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(len(w))
@@ -112,6 +119,22 @@ def test_codes_are_those_of_the_one_by_one_method_but_for_ties(symmetric, group_
                 assert abs(abs(x - np.trunc(x)) - 0.5) < 1e-3, (bits, column, x)
                 differing += 1
     assert differing < 0.05 * len(BITS) * kernel.shape[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_layer_errors_with_all_levels_are_those_of_the_one_by_one_method(group_size, act_order):
+    kernel, hessian = problem()
+    settings = {"group_size": group_size, "act_order": act_order, "full_range": True}
+    solution = solve(kernel, hessian, BITS, **settings)
+    for k, bits in enumerate(BITS):
+        codes, *_ = brain_surgeon(kernel, hessian, bits, **settings)
+        scale, zero, low, high = grid_by_hand(kernel, bits, group_size, True, True)
+        assert solution.codes[k].min() >= low and solution.codes[k].max() <= high
+        expected = output_error(kernel, scale * (codes - zero), hessian)
+        # The two differ where a weight lies half-way between two levels, in float32.
+        np.testing.assert_allclose(output_error(kernel, solution.dequantized[k], hessian), expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -223,6 +246,36 @@ def test_clip_lowers_the_error_at_few_bits_and_leaves_it_at_many():
     ratio = errors(kernel, hessian, BITS, clip=True) / errors(kernel, hessian, BITS)
     assert np.all(ratio[:3] < (0.6, 0.8, 0.95)), ratio
     assert np.all(np.abs(ratio[-2:] - 1) < 0.1), ratio
+
+
+def test_all_levels_lower_the_error_unless_the_kernel_lies_on_the_others():
+    kernel, hessian = problem()
+    ratio = errors(kernel, hessian, (2, 3, 4), full_range=True) / errors(kernel, hessian, (2, 3, 4))
+    assert np.all(ratio < (0.7, 0.87, 0.95)), ratio
+    kernel = np.random.default_rng(4).integers(-7, 8, kernel.shape).astype(np.float32)
+    kernel[0] = 7
+    assert errors(kernel, hessian, (4,))[0] == 0 < errors(kernel, hessian, (4,), full_range=True)[0]
+    with pytest.raises(UserError, match="full_range"):
+        gptq.quantize_kernel(kernel, hessian, "e2m1", full_range=True)
+
+
+def test_clip_is_the_least_rounding_error_weighed_by_the_squared_diagonal_of_the_factor():
+    kernel, hessian = problem(spread=1.5)
+    scales = np.asarray(
+        solve(kernel, hessian, (3,), act_order=True, clip=True, full_range=True).scales[0, 0], np.float64
+    )
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    # R of H = R Rᵀ in the order of solving, as the reversed lower factor of the reversed matrix.
+    r = np.linalg.cholesky(damped(hessian)[np.ix_(order, order)][::-1, ::-1])[::-1, ::-1]
+    weight = np.square(np.diag(r))[np.argsort(order)][:, None]
+
+    def error(scale):
+        return np.sum(weight * np.square(np.clip(np.rint(kernel / scale), -4, 3) * scale - kernel), axis=0)
+
+    full = np.abs(kernel).max(0).astype(np.float64) / 3.5
+    best = np.min([error(ratio * full) for ratio in kernel_grid.CLIP_RATIOS], axis=0)
+    np.testing.assert_allclose(error(scales), best, rtol=1e-5)
+    assert np.all(best <= error(full)) and np.mean(best) < 0.9 * np.mean(error(full))
 
 
 def test_groups_are_of_adjacent_inputs_whatever_the_order():

@@ -31,10 +31,11 @@ SCHEMES = {
     "gptq": scheme_of("gptq"),
     "awq": scheme_of("awq", group_size=8),
     "rtn": scheme_of("rtn", group_size=4, symmetric=False),
+    "full_range": scheme_of("rtn", group_size=8, full_range=True),
     "act_order": scheme_of("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
 }
 SLOW = pytest.mark.slow
-EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "act_order"))]
+EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "full_range", "act_order"))]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ def test_stored_integers_need_no_more_than_their_bits(name, quantized):
         for found in jax.tree.leaves(model.kernels, is_leaf=lambda x: isinstance(x, codes.Codes)):
             values = np.asarray(found.codes)
             assert values.dtype == (np.int8 if symmetric else np.uint8)
-            assert np.max(np.abs(values.astype(int))) <= (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
+            lowest = -(2 ** (bits - 1)) + (not SCHEMES[name].full_range) if symmetric else 0
+            assert values.min() >= lowest and values.max() <= (2 ** (bits - 1) - 1 if symmetric else 2**bits - 1)
+            assert not SCHEMES[name].full_range or values.min() == lowest
             assert symmetric == (found.zeros is None)
             assert symmetric or np.max(found.zeros) <= 2**bits - 1
 

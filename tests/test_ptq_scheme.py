@@ -37,6 +37,15 @@ def test_every_option_of_a_method_is_in_its_name_and_the_others_are_not():
     }
 
 
+def test_all_levels_are_named_where_they_are_symmetric_integers():
+    assert scheme_of("gptq", full_range=True, act_order=True).name == "gptq-full_range-act_order"
+    assert scheme_of("rtn", full_range=True).columns["ptq_options"] == "full_range"
+    for changed in ({"symmetric": False}, {"format": "e2m1"}):
+        scheme = scheme_of("rtn", full_range=True, **changed)
+        assert scheme.name == scheme_of("rtn", **changed).name
+        assert not scheme.has_full_range(parse(changed.get("format", "int4")).kind)
+
+
 def test_the_table_says_what_was_quantized():
     parts = {method: METHODS[method].parts for method in METHODS}
     assert parts == {"gptq": "w", "awq": "w", "rtn": "w", "smoothquant": "wa", "kv_cache": "kv"}

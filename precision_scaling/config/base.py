@@ -164,8 +164,11 @@ def get_config() -> ml_collections.ConfigDict:
     # Rows of different values of these stand beside each other; a method ignores options that it does not have.
     c.ptq.group_size = 0  # inputs that share a scale in an output channel; 0: all of them
     c.ptq.symmetric = True  # levels ±(2^(b-1) - 1); False: 2^b levels from a zero point
+    c.ptq.full_range = False  # symmetric grids with all 2^b levels, from -2^(b-1)
     c.ptq.act_order = False  # GPTQ: inputs by decreasing Hessian diagonal
-    c.ptq.clip = False  # clip ranges to the least squared rounding error; AWQ has a search of its own
+    c.ptq.clip = (
+        False  # clip ranges to the least squared error (GPTQ: weighed by the Hessian); AWQ has a search of its own
+    )
     c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range moved into the kernels
     c.ptq.granularity = "tensor"  # scales of activations, keys and values: per "tensor" or "token"
 

@@ -20,4 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluate.sequences = 128
     c.evaluate.batch_size = 4
     c.ptq.calibration_sequences = 128
+    # What models are served with; the paper's studies have ±(2^(b-1) - 1) and the inputs in their own order.
+    c.ptq.full_range = True
+    c.ptq.act_order = True
     return c

@@ -36,8 +36,16 @@ _GROUP_SIZE = flags.DEFINE_integer(
     "group_size", None, "Inputs that share a scale; 0: all of an output channel.", flag_values=FLAGS
 )
 _ASYMMETRIC = flags.DEFINE_bool("asymmetric", None, "Integer grids with a zero point.", flag_values=FLAGS)
+_FULL_RANGE = flags.DEFINE_bool(
+    "full_range", None, "Symmetric integer grids with all 2^b levels, not ±(2^(b-1) - 1) alone.", flag_values=FLAGS
+)
 _ACT_ORDER = flags.DEFINE_bool("act_order", None, "GPTQ: inputs by decreasing Hessian diagonal.", flag_values=FLAGS)
-_CLIP = flags.DEFINE_bool("clip", None, "Shrink ranges to the least squared rounding error.", flag_values=FLAGS)
+_CLIP = flags.DEFINE_bool(
+    "clip",
+    None,
+    "Shrink ranges to the least squared rounding error, for GPTQ weighed by the Hessian.",
+    flag_values=FLAGS,
+)
 _SMOOTHING = flags.DEFINE_float(
     "smoothing", None, "SmoothQuant: share of the range that is moved, alpha.", flag_values=FLAGS
 )
@@ -58,6 +66,7 @@ def _given() -> dict[str, object]:
     values: dict[str, object] = {
         "group_size": _GROUP_SIZE.value,
         "symmetric": None if _ASYMMETRIC.value is None else not _ASYMMETRIC.value,
+        "full_range": _FULL_RANGE.value,
         "act_order": _ACT_ORDER.value,
         "clip": _CLIP.value,
         "smoothing": _SMOOTHING.value,

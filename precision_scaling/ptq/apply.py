@@ -134,7 +134,9 @@ def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, d
 
 
 def _encoded(scheme: Scheme, kind: formats.Kind, rounded: Rounded, shape: tuple[int, ...]) -> Codes:
-    arrays = rounded.code_IxO, rounded.scale_GxO, rounded.zero_GxO
+    # The zero of all 2^b levels is the same everywhere, so the codes are kept without it.
+    code_IxO = rounded.code_IxO - rounded.zero_GxO[:1] if scheme.has_full_range(kind) else rounded.code_IxO
+    arrays = code_IxO, rounded.scale_GxO, rounded.zero_GxO
     return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers=kind.family == "int")
 
 
@@ -240,7 +242,8 @@ def _calibrated_layers(
             rounded = solve(_flat(kernel), levels, kind, scheme, calibration)
             codes[linear] = _encoded(scheme, kind, rounded, kernel.shape)
             new = dequantize(codes[linear])
-            plain = rtn.nearest(_flat(kernel), levels, kind, scheme.group_size or None, scheme.symmetric)
+            grid = scheme.group_size or None, scheme.symmetric, False, scheme.has_full_range(kind)
+            plain = rtn.nearest(_flat(kernel), levels, kind, *grid)
             errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
             notes.append(Report(rounded.fell_back | unusable, rounded.damping, *errors))
             return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI

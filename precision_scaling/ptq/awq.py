@@ -50,6 +50,7 @@ def solve(
     group_size: int | None = None,
     symmetric: bool = True,
     clip: bool = True,
+    full_range: bool = False,
     objective: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Solution:
     """AWQ of a kernel (in, out) in one format. Kernels that share an input are joined along `out`.
@@ -58,6 +59,7 @@ def solve(
     bits, kind: as for `gptq.solve`.
     clip: then shrinks each range where that lowers the output error that its own group of inputs makes, and keeps the
         result if it lowers the objective, too.
+    full_range: as for `gptq.solve`.
     objective: kernel in, error out (traced): the paper's is the squared error of the output of the module that holds
         the kernel (the whole attention, the whole MLP). None is that of the kernel's own output, ‖X (W - Q)‖².
 
@@ -66,11 +68,13 @@ def solve(
     clips that don't exist.
     """
     levels = bits if isinstance(bits, formats.Grid) else kernel_grid.integer_levels(bits)
-    return _solve(kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective)
+    return _solve(kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, full_range, objective)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip", "objective"))
-def _solve(kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, objective) -> Solution:
+@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip", "full_range", "objective"))
+def _solve(
+    kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric, clip, full_range, objective
+) -> Solution:
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     hessian_IxI, mean_I = jnp.asarray(hessian).astype(jnp.float32), jnp.asarray(mean_magnitude).astype(jnp.float32)
     size = kernel_grid.group_rows(kernel_IxO.shape[0], group_size, kind)
@@ -87,8 +91,9 @@ def _solve(kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric,
     def round_scaled(s_I, clip):
         """The dequantized kernel with 1/s included, levels and grid of s·W."""
         scaled_IxO = s_I[:, None] * kernel_IxO
-        grid = kernel_grid.find(scaled_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
-        value_IxO, level_IxO = kernel_grid.quantize(scaled_IxO, grid, kind, symmetric)
+        options = {"symmetric": symmetric, "full_range": full_range, "clip": clip}
+        grid = kernel_grid.find(scaled_IxO, levels, kind, group_size=group_size, **options)
+        value_IxO, level_IxO = kernel_grid.quantize(scaled_IxO, grid, kind, symmetric and not full_range)
         return value_IxO * (1 / s_I)[:, None], level_IxO, grid
 
     def attempt(best, exponent):
@@ -112,7 +117,7 @@ def _solve(kernel, hessian, mean_magnitude, levels, kind, group_size, symmetric,
     code_GxSxO = level_IxO.reshape(-1, size, level_IxO.shape[1]) + grid.zero_GxO[:, None]
     return Solution(
         dequantized=dequantized_IxO,
-        codes=code_GxSxO.astype(kernel_grid.code_dtype(kind, symmetric)).reshape(level_IxO.shape),
+        codes=code_GxSxO.astype(kernel_grid.code_dtype(kind, symmetric and not full_range)).reshape(level_IxO.shape),
         scales=grid.scale_GxO,
         zeros=grid.zero_GxO,
         channel_scales=s_I,
@@ -145,10 +150,17 @@ def _solve_projection(
         kind,
         group_size=scheme.group_size or None,
         symmetric=scheme.symmetric,
+        full_range=scheme.has_full_range(kind),
         objective=calibration.branch_error,
     )
     return Rounded(found.codes, found.scales, found.zeros, 1 / found.channel_scales, found.fell_back)
 
 
 # It always searches for a clip of its own.
-METHOD = Method("awq", solve=_solve_projection, options=("group_size", "symmetric"), calibrated=True, branch_error=True)
+METHOD = Method(
+    "awq",
+    solve=_solve_projection,
+    options=("group_size", "symmetric", "full_range"),
+    calibrated=True,
+    branch_error=True,
+)

@@ -156,6 +156,7 @@ def solve(
     act_order: bool = False,
     damping: float | jax.Array = 0.01,
     clip: bool = False,
+    full_range: bool = False,
     block: int = 128,
 ) -> Solution:
     """GPTQ of a kernel (in, out) in one format, with the Hessian Σ x xᵀ (in, in) of its inputs.
@@ -164,23 +165,32 @@ def solve(
 
     Pure and compiled: `vmap` it over a leading axis of layers. Kernels that share an input can be joined along `out`.
     Nothing can be raised while tracing, so a Hessian that can't be used (NaN, zero, not positive semidefinite) gives
-    rounding to nearest with `fell_back` set: report it. Inputs whose diagonal is zero get weight 0. Grids come from the
-    kernel alone, and groups are of inputs adjacent in it, in whatever order they are taken. `block` changes speed only.
+    rounding to nearest with `fell_back` set: report it. Inputs whose diagonal is zero get weight 0. Groups are of
+    inputs adjacent in the kernel, in whatever order they are taken. Grids come from the kernel alone, unless `clip`
+    shrinks them to the least rounding error Σ R_ii² (w_i - q_i)²: GPTQ's own loss before any feedback. full_range: see
+    `kernel_grid.find`; codes are then from 0, and zeros 2^(b-1). `block` changes speed only.
     Raises FormatError and UserError for formats and groups that don't exist.
     """
     levels = bits if isinstance(bits, formats.Grid) else kernel_grid.integer_levels(bits)
-    return _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, block)
+    return _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, full_range, block)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "act_order", "clip", "block"))
-def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, block) -> Solution:
+@functools.partial(
+    jax.jit, static_argnames=("kind", "group_size", "symmetric", "act_order", "clip", "full_range", "block")
+)
+def _solve(
+    kernel, hessian, levels, kind, group_size, symmetric, act_order, damping, clip, full_range, block
+) -> Solution:
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     hessian_IxI = jnp.asarray(hessian)
     hessian_IxI = hessian_IxI.astype(jnp.promote_types(hessian_IxI.dtype, jnp.float32))
     rows, outputs = kernel_IxO.shape
     size = kernel_grid.group_rows(rows, group_size, kind)
-    grid = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
     factor = factorize(hessian_IxI, act_order=act_order, damping=damping)
+    measure = _weighted_error(factor, size) if clip else False
+    options = {"symmetric": symmetric, "full_range": full_range, "clip": measure}
+    grid = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, **options)
+    symmetric = symmetric and not full_range
     w_IxO = jnp.where(factor.dead_I[:, None], 0, kernel_IxO)[factor.order_I]
     feedback_IxI = factor.feedback_IxI.astype(jnp.float32)
     level_IxO = _round_rows(feedback_IxI, w_IxO, factor.order_I // size, grid, kind, symmetric, min(block, rows))
@@ -199,6 +209,13 @@ def _solve(kernel, hessian, levels, kind, group_size, symmetric, act_order, damp
     )
 
 
+def _weighted_error(factor: Factor, size: int):
+    """Of rounding errors (G, S, O): their squares weighed by what GPTQ pays for a row, R_ii², summed over S."""
+    weight_I = jnp.square(factor.diagonal_I)[jnp.argsort(factor.order_I)]
+    weight_GxSx1 = weight_I.reshape(-1, size, 1).astype(jnp.float32)
+    return lambda e_GxSxO: jnp.sum(weight_GxSx1 * jnp.square(e_GxSxO), axis=1)
+
+
 def quantize_kernel(
     kernel,
     hessian,
@@ -209,6 +226,7 @@ def quantize_kernel(
     damping: float = 0.01,
     *,
     clip: bool = False,
+    full_range: bool = False,
 ):
     """GPTQ of one kernel (in, out) in one format: the dequantized kernel (in, out) in float32.
 
@@ -231,6 +249,7 @@ def quantize_kernel(
         act_order=act_order,
         damping=damping,
         clip=clip,
+        full_range=full_range,
     )
     if solution.fell_back:
         raise UserError(f"hessian is not positive semidefinite, even damped by {MAX_DAMPING:g} of its mean diagonal")
@@ -275,6 +294,7 @@ def _solve_projection(
         act_order=scheme.act_order,
         damping=calibration.damping,
         clip=scheme.clip,
+        full_range=scheme.has_full_range(kind),
     )
     return Rounded(found.codes, found.scales, found.zeros, None, found.fell_back, found.damping_used)
 
@@ -282,7 +302,7 @@ def _solve_projection(
 METHOD = Method(
     "gptq",
     solve=_solve_projection,
-    options=("group_size", "symmetric", "act_order", "clip"),
+    options=("group_size", "symmetric", "full_range", "act_order", "clip"),
     calibrated=True,
     any_format=True,
 )

@@ -71,12 +71,16 @@ def find(
     *,
     group_size: int | None = None,
     symmetric: bool = True,
+    full_range: bool = False,
     clip: bool | Callable[[jax.Array], jax.Array] = False,
 ) -> KernelGrid:
     """The grid of a float32 kernel for (possibly traced) scalar `levels`.
 
     Symmetric: the scale that training gives the format, for integers abs-max / (2^(b-1) - 1), so the largest weight is
-    a level. Asymmetric: 2^b levels from min(0, smallest) to max(0, largest), one of them zero.
+    a level. With `full_range` symmetric integers have all 2^b levels, -2^(b-1) to 2^(b-1) - 1, at the finer scale
+    2 abs-max / (2^b - 1); a largest weight that is positive loses half a step. Zero is 2^(b-1) then, and `quantize`
+    takes the grid as an asymmetric one. Asymmetric: 2^b levels from min(0, smallest) to max(0, largest), one of them
+    zero.
     `clip` shrinks each range to the fraction in CLIP_RATIOS that has the least squared rounding error, or the least of
     what a function makes (G, O) of the rounding errors (G, S, O) of groups of S inputs.
     """
@@ -84,8 +88,14 @@ def find(
         raise UserError(f"symmetric = False with formats of family {kind.family}: allowed are integers")
     if clip and kind.family in ("block", "wide"):
         raise UserError(f"clip = True with formats of family {kind.family}: allowed are those whose scale can be any")
+    if full_range and (not symmetric or kind.family != "int"):
+        raise UserError("full_range = True: allowed with symmetric grids of integers, others have all their levels")
     w_GxSxO = _grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
-    if symmetric:
+    if full_range:
+        largest_GxO = jnp.max(jnp.abs(w_GxSxO), axis=1)
+        full_GxO = jnp.where(largest_GxO == 0, 1, largest_GxO / (levels.max_value + 0.5))
+        bottom_GxO = -full_GxO * (levels.max_value + 1)
+    elif symmetric:
         scale_kind = kind._replace(scale="absmax") if clip else kind
         full_GxO = rounding.scale_of(w_GxSxO, levels, scale_kind, 1)[:, 0]
         bottom_GxO = jnp.zeros_like(full_GxO)
@@ -106,7 +116,7 @@ def find(
 
     def search(best, ratio):
         best_error_GxO, best_ratio_GxO = best
-        error_GxO = measure(_round_groups(w_GxSxO, at(ratio), kind, symmetric)[0] - w_GxSxO)
+        error_GxO = measure(_round_groups(w_GxSxO, at(ratio), kind, symmetric and not full_range)[0] - w_GxSxO)
         better = error_GxO < best_error_GxO
         return (jnp.where(better, error_GxO, best_error_GxO), jnp.where(better, ratio, best_ratio_GxO)), None
 

@@ -10,7 +10,14 @@ from precision_scaling.ptq import kernel_grid
 from precision_scaling.ptq.scheme import Calibration, Method, Rounded, Scheme
 
 
-def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool = True, clip: bool = False):
+def quantize_kernel(
+    kernel,
+    bits,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    clip: bool = False,
+    full_range: bool = False,
+):
     """The kernel (in, out) rounded to the nearest level of its grid: the dequantized kernel (in, out) in float32.
 
     bits: a bit-width (2 to 15 are integers, 16 and above pass through), traced or not, or a format ('e2m1', 'nvfp4').
@@ -20,15 +27,18 @@ def quantize_kernel(kernel, bits, group_size: int | None = None, symmetric: bool
         levels, kind = kernel_grid.levels_of(bits)
     else:
         levels, kind = kernel_grid.integer_levels(bits), kernel_grid.INTEGER
-    return nearest(kernel, levels, kind, group_size, symmetric, clip)
+    return nearest(kernel, levels, kind, group_size, symmetric, clip, full_range)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip"))
-def nearest(kernel, levels, kind, group_size: int | None, symmetric: bool, clip: bool = False):
+@functools.partial(jax.jit, static_argnames=("kind", "group_size", "symmetric", "clip", "full_range"))
+def nearest(
+    kernel, levels, kind, group_size: int | None, symmetric: bool, clip: bool = False, full_range: bool = False
+):
     """`quantize_kernel` for the levels of a format, traced or not, and its kind."""
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
-    found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, symmetric=symmetric, clip=clip)
-    return kernel_grid.quantize(kernel_IxO, found, kind, symmetric)[0]
+    options = {"symmetric": symmetric, "full_range": full_range, "clip": clip}
+    found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, **options)
+    return kernel_grid.quantize(kernel_IxO, found, kind, symmetric and not full_range)[0]
 
 
 def solve(
@@ -37,12 +47,12 @@ def solve(
     """Codes of a kernel rounded to nearest, whatever its inputs."""
     del calibration
     group_size = scheme.group_size or None
-    found = kernel_grid.find(
-        kernel_IxO, levels, kind, group_size=group_size, symmetric=scheme.symmetric, clip=scheme.clip
-    )
-    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, kind, scheme.symmetric)
+    full_range = scheme.has_full_range(kind)
+    options = {"symmetric": scheme.symmetric, "full_range": full_range, "clip": scheme.clip}
+    found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, **options)
+    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, kind, scheme.symmetric and not full_range)
     zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
     return Rounded(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO)
 
 
-METHOD = Method("rtn", solve=solve, options=("group_size", "symmetric", "clip"), any_format=True)
+METHOD = Method("rtn", solve=solve, options=("group_size", "symmetric", "full_range", "clip"), any_format=True)

@@ -79,14 +79,16 @@ class Scheme:
     """A method and its options; those that it does not have are at their defaults. Hashable: keys compiled programs.
 
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
-    2^b levels from a zero point. act_order: inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to
-    the least squared error. smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and
-    values. format: of the kernels, where it is not integers, whose bits are data.
+    2^b levels from a zero point. full_range: symmetric integers with all 2^b levels, see `kernel_grid.find`. act_order:
+    inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error. smoothing:
+    SmoothQuant's α. granularity: what shares a scale in activations, keys and values. format: of the kernels, where it
+    is not integers, whose bits are data.
     """
 
     method: Method
     group_size: int = 0
     symmetric: bool = True
+    full_range: bool = False
     act_order: bool = False
     clip: bool = False
     smoothing: float = 0.5
@@ -104,12 +106,17 @@ class Scheme:
         words = {
             f"group{self.group_size}": self.group_size,
             "asymmetric": not self.symmetric,
+            "full_range": self.has_full_range(formats.parse(self.format or "int4").kind),
             "act_order": self.act_order,
             "clip": self.clip,
             f"smoothing{self.smoothing:g}": self.smoothing != 0.5,
             self.granularity: self.granularity != "tensor",
         }
         return tuple(word for word, chosen in words.items() if chosen)
+
+    def has_full_range(self, kind: Kind) -> bool:
+        """Whether kernels of that kind have all 2^b levels of a symmetric grid; other grids have theirs anyway."""
+        return self.full_range and self.symmetric and kind.family == "int"
 
     @property
     def weight_granularity(self) -> str:

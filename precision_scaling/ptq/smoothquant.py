@@ -33,7 +33,7 @@ def _input_scales(largest_input_I, kernel_IxO, scheme: Scheme):
 METHOD = Method(
     "smoothquant",
     solve=rtn.solve,
-    options=("group_size", "symmetric", "clip", "smoothing", "granularity"),
+    options=("group_size", "symmetric", "full_range", "clip", "smoothing", "granularity"),
     operands=("a",),
     calibrated=True,
     input_scales=_input_scales,
