@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-EXTRAS="cuda tpu transformers beam tensorboard wandb gcs dev" # of setup.py
+EXTRAS="cuda tpu transformers beam tensorboard wandb text gcs dev" # of setup.py
 
 # check_extras NAME EXTRAS: pip would only warn of one that there is not.
 check_extras() {

@@ -332,7 +332,7 @@ def test_the_options_of_a_study_are_those_that_it_has(run_command, project):
     """All but those of its dry run, of several processes by hand, and what the scripts give it themselves."""
     told = run_command("precision_scaling.study", "--help").stdout
     there = set(re.findall(r"^  --(?:\[no\])?([\w.]+)", told, re.MULTILINE))
-    own = {"shard", "dry_run", "settings", "coordinator_address", "num_processes", "process_id"}
+    own = {"shard", "dry_run", "settings", "topology", "coordinator_address", "num_processes", "process_id"}
     line = [f"--{name}" if name == "distributed" else f"--{name}=1" for name in sorted(there - own)]
     done = project.run("slurm_study.sbatch", "--dry_run", "--tasks=1", *line)
     assert last_line(done)[3:-1] == line

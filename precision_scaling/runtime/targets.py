@@ -121,6 +121,8 @@ def _tpu(name: str, generation: str) -> Target:
 
 def _cuda_plugin() -> tuple[Path, Path] | None:
     """(JAX's CUDA plug-in, the directory of ptxas) of the packages of `jax[cuda13]`."""
+    if importlib.util.find_spec("jax_plugins") is None:  # without it, the next would raise
+        return None
     plugin, nvidia = (importlib.util.find_spec(package) for package in ("jax_plugins.xla_cuda13", "nvidia"))
     if not plugin or not plugin.origin or not nvidia or not nvidia.submodule_search_locations:
         return None
