@@ -32,10 +32,10 @@ def test_the_loss_of_a_text_is_that_of_its_windows(chosen, tmp_path):
     end, length = 256, run.shape.model.sequence_length
     stream = np.array([end, *texts[0].encode(), end, *texts[1].encode(), end])
     windows = (len(stream) - 1) // length
-    losses = []
+    losses, apply = [], jax.jit(Decoder(run.shape.model).apply)
     for i in range(windows):
         part = stream[i * length : (i + 1) * length + 1]
-        logits = Decoder(run.shape.model).apply({"params": model.params}, jnp.asarray(part[None, :-1]))
+        logits = apply({"params": model.params}, jnp.asarray(part[None, :-1]))
         log_p = np.asarray(jax.nn.log_softmax(logits[0]))
         losses.append(-log_p[np.arange(length), part[1:]].mean())
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-4)

@@ -81,7 +81,8 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_formats_of_equal_bits_have_rows_of_their_own_and_kernels_on_their_grids(one_run, method, monkeypatch):
     workspace, run = one_run
     kept, quantize_model = {}, apply.quantize_model
