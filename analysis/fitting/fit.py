@@ -93,7 +93,7 @@ class Fit:
 def load(path: str | Path) -> Fit:
     """Reads fit.json. Raises FitError, in one line, where it is missing or not a fit."""
     try:
-        return Fit.from_json(files.read(Path(path).expanduser()).decode("utf-8-sig"))
+        return Fit.from_json(files.read(files.expanded(str(path), "--fit")).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise FitError(f"cannot read fit {path}: {getattr(error, 'strerror', None) or error}") from None
     except (FitError, LawError) as error:

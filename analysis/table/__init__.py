@@ -15,6 +15,7 @@ from analysis.table.checking import check
 from analysis.table.columns import BASE, FORMAT_COLUMNS, HIGH_PRECISION_BITS, METHOD_COLUMNS, MODEL, NUMERIC, PRECISIONS
 from analysis.table.reading import TableError
 from analysis.table.table import Table, describe
+from precision_scaling.runtime import files
 
 __all__ = [
     "BASE",
@@ -44,6 +45,6 @@ def load(path: str | Path, measured: bool = True) -> Table:
     measured: False also accepts planned rows, whose loss is absent or empty (then NaN). Raises TableError for a file
     that cannot be read, a missing column (N, D, loss), or a table without a usable row.
     """
-    path = Path(path).expanduser()
+    path = files.expanded(str(path), "--runs")
     frame, sha256 = reading.read(path)
     return check(frame, str(path), sha256, measured)

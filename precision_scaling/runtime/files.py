@@ -198,9 +198,15 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def expanded(path: str, option: str) -> Path:
-    """A user's path with "~" expanded. UserError for line breaks, control characters or an unknown home directory."""
+    """A user's path with "~" expanded.
+
+    UserError for line breaks, control characters, an unknown home directory, or a URL: a path would make of it a
+    directory that is called "gs:".
+    """
     if any(ord(character) < 32 for character in path):
         raise UserError(f"{option}={path!r}: allowed is a path without line breaks and control characters")
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(f"{option}={path}: {scheme[0]} is not known here; allowed is a path on this machine")
     try:
         return Path(path).expanduser()
     except RuntimeError:
