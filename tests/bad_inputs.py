@@ -337,7 +337,7 @@ _WORKDIRS = [
     ("--workdir={tmp}/file/below", ("file is no directory",), {"file": ""}),
     ("--workdir=~nobody_of_that_name/x", ("home",), {}),
     ("--workdir=" + "x" * 300, ("too long",), {}),
-    *((f"--workdir={scheme}://bucket/run", (f"{scheme}:// is not known here",), {}) for scheme in ("gs", "s3", "hdfs")),
+    *((f"--workdir={scheme}://bucket/run", (f"{scheme}:// is not known here",), {}) for scheme in ("s3", "hdfs")),
 ]
 _EVERYWHERE = {
     "--time_limit=nan": ("finite",),

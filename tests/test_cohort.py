@@ -358,13 +358,13 @@ def test_metrics_are_cut_back_to_a_step_and_of_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "lo')
-    metrics_log.truncate(path, 8)
+    metrics_log.MetricsLog().truncate(path, 8)
     assert path.read_text() == "".join(lines)
-    metrics_log.truncate(path, 5)
+    metrics_log.MetricsLog().truncate(path, 5)
     assert path.read_text() == "".join(lines[:2])
-    metrics_log.truncate(path, 0)
+    metrics_log.MetricsLog().truncate(path, 0)
     assert path.read_text() == ""
-    metrics_log.truncate(tmp_path / "none", 0)
+    metrics_log.MetricsLog().truncate(tmp_path / "none", 0)
     assert not (tmp_path / "none").exists()
 
 

@@ -236,12 +236,12 @@ def test_a_packed_model(tmp_path, n):
 @often(25, 150)
 def test_metrics_are_cut_back_and_followed(tmp_path, n):
     found = [np.linspace(5, 4, 40), np.ones(40), np.full(40, 0.01)]
-    metrics_log.append(tmp_path / "run" / paths.METRICS, step_lib.StepMetrics(*found), 1, 40, 1, 64, {})
+    metrics_log.MetricsLog().append(tmp_path / "run" / paths.METRICS, step_lib.StepMetrics(*found), 1, 40, 1, 64, {})
     seen = []
 
     def read(run):
         path = run / paths.METRICS
-        metrics_log.truncate(path, 30)
+        metrics_log.MetricsLog().truncate(path, 30)
         lines = [trackers.scalars(json.loads(line)) for line in path.read_bytes().splitlines()]
         seen.append(len(lines))
         steps = [step for step, _ in lines]

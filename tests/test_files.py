@@ -155,7 +155,7 @@ def test_a_write_to_a_full_disk_names_the_file(tmp_path):
     found = step.StepMetrics([1.0] * 100, [1.0] * 100, [1.0] * 100)
     writes = {
         "rows-trained.json": lambda: files.atomic_write(tmp_path / "rows-trained.json", "x" * 10_000),
-        "metrics.jsonl": lambda: metrics_log.append(tmp_path / "metrics.jsonl", found, 1, 100, 1, 64, {}),
+        "metrics.jsonl": lambda: metrics_log.MetricsLog().append(tmp_path / "metrics.jsonl", found, 1, 100, 1, 64, {}),
     }
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))

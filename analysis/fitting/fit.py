@@ -87,13 +87,13 @@ class Fit:
 
     def save(self, path: str | Path) -> None:
         """Writes fit.json in one step, so that a reader never sees half a file."""
-        files.atomic_write(Path(path), self.to_json())
+        files.atomic_write(files.place(path, "--out"), self.to_json())
 
 
 def load(path: str | Path) -> Fit:
     """Reads fit.json. Raises FitError, in one line, where it is missing or not a fit."""
     try:
-        return Fit.from_json(files.read(files.expanded(str(path), "--fit")).decode("utf-8-sig"))
+        return Fit.from_json(files.read(files.place(path, "--fit")).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise FitError(f"cannot read fit {path}: {getattr(error, 'strerror', None) or error}") from None
     except (FitError, LawError) as error:

@@ -15,6 +15,7 @@ from analysis.reporting.evidence import Evidence
 from analysis.reporting.figures.gallery import Drawn
 from analysis.reporting.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED, UNDECIDED, Finding
 from analysis.wording import count_label, fixed
+from precision_scaling.runtime import files
 
 STYLE = """
 :root { --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --wash: #f5f7f9; }
@@ -196,7 +197,7 @@ def _records(records: Sequence[Mapping[str, object]]) -> str:
 
 def _figure(drawn: Drawn) -> str:
     svg = next(path for path in drawn.paths if path.suffix == ".svg")
-    data = base64.b64encode(svg.read_bytes()).decode("ascii")
+    data = base64.b64encode(files.read(svg)).decode("ascii")
     entry = drawn.entry
     return (
         f'<figure id="{entry.name}"><h3>{_escape(entry.title)}</h3>'

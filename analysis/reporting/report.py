@@ -22,6 +22,7 @@ from analysis.reporting.verdicts.growth import growth_sentence
 from analysis.table import Table
 from analysis.wording import fixed
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import files
 from precision_scaling.runtime.files import atomic_write
 
 LEAST_RESAMPLES = least_resamples(0.95)
@@ -88,13 +89,13 @@ def _write_files(report: Report, provenance: Mapping[str, str]) -> None:
     """Writes the fits, the comparison, the figures, the findings and the page, and removes earlier fits that this table
     does not give."""
     out, evidence = report.index.parent, report.evidence
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_directory(out)
     for name in LAW_FILES:
-        (out / name).unlink(missing_ok=True)
+        files.remove(out / name)
     for name, fit in evidence.fits.items():
         fit.save(out / f"fit_{name}.json")
     if evidence.comparison is None:
-        (out / "compare.csv").unlink(missing_ok=True)
+        files.remove(out / "compare.csv")
     else:
         atomic_write(out / "compare.csv", to_csv(evidence.comparison))
     drawn = draw_all(evidence, out / "figures")

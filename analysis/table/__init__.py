@@ -45,6 +45,6 @@ def load(path: str | Path, measured: bool = True) -> Table:
     measured: False also accepts planned rows, whose loss is absent or empty (then NaN). Raises TableError for a file
     that cannot be read, a missing column (N, D, loss), or a table without a usable row.
     """
-    path = files.expanded(str(path), "--runs")
+    path = files.place(path, "--runs")
     frame, sha256 = reading.read(path)
     return check(frame, str(path), sha256, measured)

@@ -68,7 +68,7 @@ def train_model(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     options_lib.check(config)
     if config.study.grid:
         raise ConfigError("study.grid", list(config.study.grid), "empty; for a grid there is run_study")
-    workdir = files.expanded(str(workdir), "workdir")
+    workdir = files.place(workdir, "workdir")
     workspace = open_workspace(config, workdir)
     with locks.hold(workdir, (0, 1)):
         run_missing.train_missing(workspace)
@@ -84,7 +84,7 @@ def run_study(config: ConfigDict, workdir: str | Path) -> pd.DataFrame:
     Raises UserError.
     """
     options_lib.check(config)
-    workdir = files.expanded(str(workdir), "workdir")
+    workdir = files.place(workdir, "workdir")
     workspace = open_workspace(config, workdir)
     with locks.hold(workdir, (0, 1)):
         run_missing.train_missing(workspace)
@@ -106,7 +106,7 @@ def quantize_model(
     method: gptq, awq, rtn, smoothquant or kv_cache. bits: of integers. formats: others, by name. options: of the
     config's `ptq` section, e.g. group_size=32. save: keeps the quantized models, packed. Raises UserError.
     """
-    workdir = files.expanded(str(workdir), "workdir")
+    workdir = files.place(workdir, "workdir")
     workspace = reopen_workspace(workdir)
     for name in options:
         if name not in workspace.experiment.config.ptq:
@@ -123,7 +123,7 @@ def evaluate(workdir: str | Path, run: str = "", text: str | Path = "", quantize
     run: its id; may be left empty where only one is trained. text: files to evaluate on, as `data.root` of the corpus
     "text"; empty is the run's held-out text. quantized: a packed model of the run, such as "gptq-4". Raises UserError.
     """
-    workspace = reopen_workspace(files.expanded(str(workdir), "workdir"))
+    workspace = reopen_workspace(files.place(workdir, "workdir"))
     cohort, chosen = sampling.trained_run(workspace, run)
     model = text_loss.model_of(workspace, cohort, chosen, quantized)
     if text:
@@ -138,6 +138,6 @@ def generate(
 
     temperature: 0 takes the likeliest token each time, 1 samples from the model's distribution. run: as in `evaluate`.
     """
-    workspace = reopen_workspace(files.expanded(str(workdir), "workdir"))
+    workspace = reopen_workspace(files.place(workdir, "workdir"))
     pieces = sampling.continuation(workspace, prompt, tokens, temperature, seed, run)
     return b"".join(pieces).decode("utf-8", "replace")

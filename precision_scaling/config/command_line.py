@@ -25,7 +25,7 @@ from precision_scaling.runtime import files
 
 
 def define_workdir(values: flags.FlagValues, text: str) -> flags.FlagHolder[Path]:
-    """Defines --workdir among `values`, which the command requires; the path may not exist yet."""
+    """Defines --workdir among `values`, which the command requires; the path may not exist yet and be in a bucket."""
     return cast("flags.FlagHolder[Path]", flags.DEFINE(_Directory(), "workdir", None, text, flag_values=values))
 
 
@@ -46,12 +46,14 @@ def define_config(
 
 
 class _Directory(flags.ArgumentParser):
-    """A path that is a directory, or nothing yet."""
+    """A path that is a directory, or nothing yet, on this machine or in a bucket."""
 
     def parse(self, argument: str) -> Path:
         if not argument.strip():
             raise ValueError("allowed is the name of a directory")
-        path = files.expanded(argument, "--workdir")
+        path = files.place(argument, "--workdir")
+        if files.is_remote(path):
+            return path
         try:
             there = next(place for place in (path, *path.absolute().parents) if place.exists())
             if not there.is_dir():

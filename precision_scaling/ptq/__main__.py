@@ -14,7 +14,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import layers, packed, registry
 from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
-from precision_scaling.runtime import cli, paths
+from precision_scaling.runtime import cli, files, paths
 from precision_scaling.study import locks, results
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import Workspace, reopen_workspace
@@ -93,7 +93,7 @@ def _sizes(workspace: Workspace, scheme: Scheme, bits: list[int]) -> list[str]:
     for run in workspace.experiment.runs:
         for b in bits:
             path = paths.packed(workspace.directory(run), scheme.name, b)
-            if (path / paths.DESCRIPTION).exists():
+            if files.exists(path / paths.DESCRIPTION):
                 arrays = packed.packed_bytes(packed.load(path).model, b)
                 lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
     return lines

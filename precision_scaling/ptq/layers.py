@@ -24,7 +24,7 @@ def write(run_directory: Path, name: str, bits: Sequence[float], report: Report)
     `apply.Report`, null where there is no number.
     """
     path = paths.layer_errors(run_directory, name)
-    found = _read(path)["bits"] if path.exists() else {}
+    found = _read(path)["bits"] if files.exists(path) else {}
     for k, b in enumerate(bits):
         found[str(b)] = {field: _plain(getattr(report, field)[k]) for field in Report._fields}
     ordered = dict(sorted(found.items(), key=lambda item: float(item[0])))
@@ -38,10 +38,10 @@ def draw(run_directory: Path, name: str) -> Path | None:
     same inputs dashed. Layers that fell back to it are crossed.
     """
     path = paths.layer_errors(run_directory, name)
-    if not path.exists():
+    if not files.exists(path):
         return None
     figure = path.with_suffix(".png")
-    if figure.exists() and figure.stat().st_mtime >= path.stat().st_mtime:
+    if not files.is_remote(figure) and figure.exists() and figure.stat().st_mtime >= path.stat().st_mtime:
         return figure
     drawing = _figure(_read(path), name)
     with files.replacing(figure) as file:

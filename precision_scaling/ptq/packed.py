@@ -6,7 +6,6 @@ loss is in the table, and per output channel they are less than a tenth of a bit
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +69,7 @@ def packed_bytes(model: QuantizedModel, bits: int) -> int:
 
 def bytes_on_disk(path: Path) -> int:
     """Bytes of all files below a path."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return files.size_below(path)
 
 
 def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tuple[str, ...] = ()) -> None:
@@ -78,7 +77,7 @@ def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tu
 
     method: the name of its scheme. bits: 2 to 8. operands: see `Loaded`.
     """
-    shutil.rmtree(path, ignore_errors=True)
+    files.remove_tree(path, first=paths.DESCRIPTION)
     arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=is_codes)}
     arrays["rest"] = jax.tree.map(np.asarray, model.rest)
     checkpoint.save(path / paths.ARRAYS, arrays)

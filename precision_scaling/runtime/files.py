@@ -1,27 +1,31 @@
 """Files that outlive a process: written whole or not at all, sealed with a fingerprint, and read if they are files.
 
 All files of runs, studies and token caches are written and read here. A directory may be shared with other users:
-nothing is written through a link, and nothing that may never end, such as a pipe, is read.
+nothing is written through a link, and nothing that may never end, such as a pipe, is read. A path that `place` gave may
+be in a bucket; functions whose paths are on this machine alone say so.
 """
 
 import contextlib
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from absl import logging
 
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import bucket
 
 FINGERPRINT = "fingerprint"
 _GZIP = b"\x1f\x8b"  # the first bytes of gzip data
@@ -44,8 +48,72 @@ class NotAFile(UserError):
 
 def read(path: Path | str) -> bytes:
     """All of a regular file. NotAFile at once for anything else; OSErrors name the file."""
+    if is_remote(path):
+        return bucket.read(cast(Path, path))
     with naming(path), open_regular(path) as file:
         return file.read()
+
+
+def read_all(paths: Iterable[Path]) -> list[bytes]:
+    """The content of each file; of those in a bucket, many are read at the same time."""
+    paths = list(paths)
+    return bucket.read_all(paths) if paths and is_remote(paths[0]) else [read(path) for path in paths]
+
+
+def is_remote(path: Path | str) -> bool:
+    """Whether a path of `place` is in a bucket."""
+    return not isinstance(path, str | Path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file; on this machine, or a directory."""
+    return bucket.exists(path) if is_remote(path) else path.exists()
+
+
+def matching(directory: Path, pattern: str) -> list[Path]:
+    """The files below a directory that match a pattern of relative paths, such as */lanes.json, in a fixed order.
+
+    In a bucket, everything below what the pattern begins with is listed, a request for each thousand.
+    """
+    if not is_remote(directory):
+        return sorted(directory.glob(pattern))
+    parts = PurePosixPath(pattern).parts
+    fixed = next(i for i, part in enumerate((*parts, "*")) if set("*?[") & set(part))
+    below = bucket.below(directory.joinpath(*parts[:fixed]))
+    relative = {path: PurePosixPath(*path.parts[len(directory.parts) :]) for path in below}
+    return [path for path, name in relative.items() if len(name.parts) == len(parts) and name.match(pattern)]
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory where there is none; a bucket needs none."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def size_below(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    if is_remote(directory):
+        return bucket.size_below(directory)
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there."""
+    if is_remote(path):
+        bucket.remove([path])
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_tree(directory: Path, first: str = "") -> None:
+    """Removes a directory with all that is in it, as far as that can be done.
+
+    first: names of files that go before the others, where one says that they are complete: a bucket has no rename.
+    """
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    bucket.remove(sorted(bucket.below(directory), key=lambda path: path.name != first))
 
 
 def unzipped(content: bytes) -> bytes:
@@ -67,14 +135,14 @@ def check_regular(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Opens a regular file, or a link to one, for reading. NotAFile for anything else."""
+    """Opens a regular file on this machine, or a link to one, for reading. NotAFile for anything else."""
     check_regular(path)  # first: opening a device may have effects
     return _open(path, os.O_RDONLY)
 
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """A file to append to, made if missing. NotAFile for anything else, links included."""
+    """A file on this machine to append to, made if missing. NotAFile for anything else, links included."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_than_file(path)
@@ -89,7 +157,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Until then it has an unpredictable name beside `path`. Such files of killed processes are removed; their age and a
     lock distinguish them from those in use. NotAFile where `path` is no file. OSErrors name it.
+    An object of a bucket is sent when the block ends.
     """
+    if is_remote(path):
+        content = io.BytesIO()
+        yield content
+        bucket.write(path, content.getvalue())
+        return
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_symlink():  # a link itself is replaced, never what it points to
@@ -109,12 +183,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def atomic_write(path: Path, text: str) -> None:
     """Writes a file so that a reader, now or after a crash, sees all of it or what was there before."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """`atomic_write` for bytes."""
     with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(content)
 
 
 def copy(source: Path, target: Path) -> None:
     """Copies a file, so that the copy is there whole or not at all."""
+    if is_remote(source) or is_remote(target):
+        atomic_write_bytes(target, read(source))
+        return
     with open_regular(source) as original, replacing(target) as file:
         while block := original.read(1 << 20):
             file.write(block)
@@ -135,8 +217,13 @@ def read_sealed(path: Path, older: Callable[[Any], bool] = lambda found: False) 
       ValueError: the content is not what was written; one line, without the path.
       NotAFile, OSError: these name the path.
     """
+    return unsealed(read(path), path, older)
+
+
+def unsealed(content: bytes, path: Path, older: Callable[[Any], bool] = lambda found: False) -> Any:
+    """What `read_sealed` returns, of the file's content."""
     try:
-        found = json.loads(read(path).decode("utf-8"))
+        found = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if isinstance(found, dict) and FINGERPRINT in found:
@@ -156,7 +243,12 @@ def read_sealed_list(path: Path, name: str) -> Any:
 
     Raises: what `read_sealed` does; KeyError or TypeError where the record has no such name.
     """
-    found = read_sealed(path, older=lambda found: isinstance(found, list))
+    return unsealed_list(read(path), path, name)
+
+
+def unsealed_list(content: bytes, path: Path, name: str) -> Any:
+    """What `read_sealed_list` returns, of the file's content."""
+    found = unsealed(content, path, older=lambda found: isinstance(found, list))
     return found if isinstance(found, list) else found[name]
 
 
@@ -167,7 +259,7 @@ def fingerprint(plain: Any) -> str:
 
 
 def open_lock(path: Path) -> BinaryIO:
-    """A file to lock, made if missing. NotAFile for anything else, links included."""
+    """A file on this machine to lock, made if missing. NotAFile for anything else, links included."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_other_than_file(path)
@@ -197,7 +289,14 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
-def expanded(path: str, option: str) -> Path:
+def place(path: str | Path, option: str) -> Path:
+    """A user's path on this machine, as `expanded` has it, or in a bucket: gs://BUCKET/PATH. UserError for others."""
+    if str(path).startswith(bucket.SCHEME):
+        return bucket.path(str(path), option)
+    return expanded(str(path), option, f"a path on this machine or {bucket.SCHEME}BUCKET/PATH")
+
+
+def expanded(path: str, option: str, allowed: str = "a path on this machine") -> Path:
     """A user's path with "~" expanded.
 
     UserError for line breaks, control characters, an unknown home directory, or a URL: a path would make of it a
@@ -206,7 +305,7 @@ def expanded(path: str, option: str) -> Path:
     if any(ord(character) < 32 for character in path):
         raise UserError(f"{option}={path!r}: allowed is a path without line breaks and control characters")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
-        raise UserError(f"{option}={path}: {scheme[0]} is not known here; allowed is a path on this machine")
+        raise UserError(f"{option}={path}: {scheme[0]} is not known here; allowed is {allowed}")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -21,8 +21,15 @@ def output(flag: str, text: str, within: Sequence[str] = (), reads: Sequence[str
 
     Leaves nothing behind. UserError where something cannot be written, is no file, or is among `reads`.
     """
-    path = files.expanded(text, f"--{flag}")
+    path = files.place(text, f"--{flag}")
     try:
+        if files.is_remote(path):
+            if text in reads:
+                raise UserError(f"--{flag}={text} cannot be written: it is what the command reads")
+            trial = path / ".trial" if within else path.with_name(f".{path.name}.trial")
+            files.atomic_write(trial, "")
+            files.remove(trial)
+            return path
         for file in [path / name for name in within] or [path]:
             if why := _why_not(file, [Path(name).expanduser() for name in reads]):
                 raise UserError(f"--{flag}={text} cannot be written: {why}")

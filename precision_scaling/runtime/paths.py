@@ -5,6 +5,8 @@ A workdir holds a directory for each run, named by the run's id.
 
 from pathlib import Path
 
+from precision_scaling.runtime import files
+
 # Directly below the workdir
 CONFIG = "config.json"  # the options, and the corpus's hash; sealed
 TABLE = "runs.csv"  # gathered from the rows of all runs
@@ -17,6 +19,7 @@ COHORTS = "cohorts"  # checkpoints of runs that train together, removed when all
 CHECKPOINT = "checkpoint"  # parameters at its end
 BRANCH = "branch"  # the state that it starts from, left by its trunk; removed at its end
 METRICS = "metrics.jsonl"
+METRICS_PARTS = "metrics"  # in a bucket: what is not in metrics.jsonl yet
 REWINDS = "rewinds.json"  # batches that it left out; sealed
 TENSORBOARD = "tensorboard"
 QUANTIZED = "quantized"  # packed models, see `packed`
@@ -50,7 +53,7 @@ def measurement(rows_file: Path) -> str:
 
 def all_rows(workdir: Path) -> list[Path]:
     """The files of rows of all runs, in a fixed order."""
-    return sorted(workdir.glob(f"{RUNS}/*/rows-*.json"))
+    return files.matching(workdir, f"{RUNS}/*/rows-*.json")
 
 
 def layer_errors(run_directory: Path, scheme: str) -> Path:
@@ -61,6 +64,11 @@ def layer_errors(run_directory: Path, scheme: str) -> Path:
 def layer_stats(run_directory: Path, precision: str = "") -> Path:
     """The table of `layer_stats`, for the run's own precision or another; its figure lies beside it, as .png."""
     return run_directory / f"layer-stats{precision and f'-{precision}'}.csv"
+
+
+def metrics_part(metrics: Path, step: int) -> Path:
+    """The part of a metrics.jsonl whose first line is that of a step."""
+    return metrics.with_name(METRICS_PARTS) / f"{step:012d}.jsonl"
 
 
 def packed(run_directory: Path, scheme: str, bits: float) -> Path:

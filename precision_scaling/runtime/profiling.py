@@ -4,13 +4,16 @@
 """
 
 import contextlib
+import functools
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from precision_scaling.runtime import hosts
+from precision_scaling.runtime import files, hosts
 
 
 def define_flag(values: flags.FlagValues) -> flags.FlagHolder[int]:
@@ -34,7 +37,7 @@ class Profile:
             yield
             return
         if not self._running:
-            jax.profiler.start_trace(self.directory)
+            jax.profiler.start_trace(self._local())
             self._running = True
         yield
         self._left -= 1
@@ -46,6 +49,20 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if files.is_remote(self.directory):
+                local = self._local()
+                for path in local.rglob("*"):
+                    if path.is_file():
+                        files.copy(path, self.directory.joinpath(path.relative_to(local)))
+                shutil.rmtree(local)
+
+    @functools.cached_property
+    def _temporary(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix="profile-"))
+
+    def _local(self) -> Path:
+        """Where JAX writes, which knows no buckets here."""
+        return self._temporary if files.is_remote(self.directory) else self.directory
 
     def report(self) -> list[str]:
         """A line about the trace; none if none was requested."""

@@ -72,7 +72,7 @@ def main() -> None:
             print(plan_text(resolved, shard))
             if _SETTINGS.value:
                 rows = [row for run in shard.of(resolved.runs) for row in results.planned_rows(config, run)]
-                results.write_table(files.expanded(_SETTINGS.value, "--settings"), rows)
+                results.write_table(files.place(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             if target:
                 print(topology.report(config, target))
@@ -84,7 +84,7 @@ def main() -> None:
     warnings: list[str] = []
     with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
         if _ROWS.value and hosts.primary():
-            taken = measured.take_over(files.expanded(_ROWS.value, "--rows"), workspace)
+            taken = measured.take_over(files.place(_ROWS.value, "--rows"), workspace)
             print(f"{taken} of {len(workspace.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
         hosts.wait_for_all("took over rows")
         try:

@@ -1,6 +1,7 @@
 """Who works on a study: of the processes that share a workdir, no two may be given the same runs.
 
-The commands hold their share's lock file while they work. The kernel frees it when its holder dies.
+The commands hold their share's lock file while they work. The kernel frees it when its holder dies. A bucket has no
+locks: there it is a lease, see `runtime.lease`.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import BinaryIO
 from absl import logging
 
 from precision_scaling.errors import UserError
-from precision_scaling.runtime import files, paths
+from precision_scaling.runtime import files, lease, paths
 
 _NAME = re.compile(r"(0|[1-9]\d*)of([1-9]\d*)")
 
@@ -26,19 +27,41 @@ def hold(workdir: Path, shard: tuple[int, int]) -> Iterator[None]:
     Files of other names are not ours and left alone; NotAFile for anything else under a name of ours.
     """
     directory = workdir / paths.LOCKS
+    if files.is_remote(workdir):
+        with lease.hold(directory, _name(shard)) as mine:
+            if mine is None:
+                raise _taken(workdir, shard, shard)
+            for name in mine.held():
+                if (other := _shard(name)) and _overlaps(shard, other):
+                    raise _taken(workdir, shard, other)
+            yield
+        return
     with contextlib.ExitStack() as stack:
-        own = directory / f"{shard[0]}of{shard[1]}"
+        own = directory / _name(shard)
         if not _lock(stack.enter_context(files.open_lock(own)), fcntl.LOCK_EX):
             raise _taken(workdir, shard, shard)
         for path in directory.iterdir():
-            match = _NAME.fullmatch(path.name)
-            other = (int(match[1]), int(match[2])) if match else shard
-            # Runs i, i + n, ... and j, j + m, ... meet where i and j differ by a multiple of gcd(n, m).
-            if other != shard and (other[0] - shard[0]) % math.gcd(other[1], shard[1]) == 0:
+            other = _shard(path.name)
+            if other and _overlaps(shard, other):
                 with files.open_regular(path) as file:
                     if not _lock(file, fcntl.LOCK_SH):
                         raise _taken(workdir, shard, other)
         yield
+
+
+def _name(shard: tuple[int, int]) -> str:
+    return f"{shard[0]}of{shard[1]}"
+
+
+def _shard(name: str) -> tuple[int, int] | None:
+    """The shard that a lock's name stands for; None where it is not ours."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _overlaps(shard: tuple[int, int], other: tuple[int, int]) -> bool:
+    # Runs i, i + n, ... and j, j + m, ... meet where i and j differ by a multiple of gcd(n, m).
+    return other != shard and (other[0] - shard[0]) % math.gcd(other[1], shard[1]) == 0
 
 
 def _lock(file: BinaryIO, kind: int) -> bool:

@@ -17,7 +17,7 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, codes, layers, packed
 from precision_scaling.ptq.registry import planned
 from precision_scaling.ptq.scheme import Scheme
-from precision_scaling.runtime import paths
+from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results
@@ -40,7 +40,7 @@ class _Job:
 def packed_path(run_directory: Path, name: str) -> Path:
     """The packed model of that name. UserError where the run has none."""
     directory = run_directory / paths.QUANTIZED
-    found = sorted(path.parent.name for path in directory.glob(f"*/{paths.DESCRIPTION}"))
+    found = [path.parent.name for path in files.matching(directory, f"*/{paths.DESCRIPTION}")]
     if name not in found:
         allowed = f"one of {', '.join(found)}" if found else "a model that precision_scaling.ptq --save wrote"
         raise UserError(f"--quantized={name}: allowed is {allowed}")
@@ -106,7 +106,7 @@ def quantize_missing(
 
 
 def _is_missing(directory: Path, scheme: Scheme, bits: float, save: bool) -> bool:
-    if save and not (paths.packed(directory, scheme.name, bits) / paths.DESCRIPTION).exists():
+    if save and not files.exists(paths.packed(directory, scheme.name, bits) / paths.DESCRIPTION):
         return True
     return bits not in {row["P_post"] for row in results.read_rows(directory, scheme.name)}
 

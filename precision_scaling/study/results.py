@@ -82,12 +82,16 @@ def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str
 def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
     """The rows of one measurement; none where it was not made. UserError for a file that is not what was written."""
     path = paths.rows(run_directory, measurement)
-    return _load(path) if path.exists() else []
+    try:
+        return _parse(path, files.read(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def gather(workdir: Path) -> int:
     """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number."""
-    rows = [row for path in paths.all_rows(workdir) for row in _load(path)]
+    found = paths.all_rows(workdir)
+    rows = [row for path, content in zip(found, files.read_all(found), strict=True) for row in _parse(path, content)]
     write_table(workdir / paths.TABLE, rows)
     return len(rows)
 
@@ -103,9 +107,9 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, text.getvalue())
 
 
-def _load(path: Path) -> list[dict[str, Any]]:
+def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
     try:
-        rows = files.read_sealed_list(path, "rows")
+        rows = files.unsealed_list(content, path, "rows")
         if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
             raise ValueError("no list of rows")
         measurement = paths.measurement(path)

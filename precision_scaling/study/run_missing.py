@@ -12,7 +12,7 @@ import jax
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.quantize.static import StaticPrecision
-from precision_scaling.runtime import hosts, paths, sharding
+from precision_scaling.runtime import files, hosts, paths, sharding
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.stopping import Stop
@@ -92,7 +92,7 @@ def train_missing(
             record = functools.partial(_record, workspace, static, evaluate, written)
             with_lanes = dataclasses.replace(context, options=dataclasses.replace(options, lanes=lanes))
             cohort.train_cohort(group, workspace.loader(group.shape), with_lanes, record)
-            if hosts.primary():
+            if hosts.primary() and not files.is_remote(workspace.workdir):  # there only at the end: it reads all rows
                 results.gather(workspace.workdir)
 
 

@@ -68,6 +68,8 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
 
     layout: that of `config.mesh` by default.
     """
+    if files.is_remote(workdir) and config.train.trackers:
+        raise ConfigError("train.trackers", tuple(config.train.trackers), "none with a --workdir in a bucket")
     planned = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
     if layout is None:
         layout = sharding.make_layout(config.mesh)
@@ -98,7 +100,7 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
     """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
     now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
     path = workdir / paths.CONFIG
-    if path.exists():
+    if files.exists(path):
         then, new = _flatten(_read_claim(workdir)), _flatten(now)
         for key in sorted(set(new) | set(then)):
             if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):

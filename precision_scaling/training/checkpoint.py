@@ -1,6 +1,7 @@
 """Orbax checkpoints: the parameters of a finished run, and the state of a cohort under way.
 
-Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all. A fingerprint of the
+Orbax writes to a temporary directory and renames it, so a checkpoint is there whole or not at all; in a bucket, where
+nothing can be renamed, an object that it writes last says that the others are complete. A fingerprint of the
 arrays stands beside them: OCDBT keeps checksums of its own tables but not of the arrays, and a bit that flipped on disk
 would be read as another weight. It is taken on the devices, before and after, so it covers all on the way between them.
 Arrays that are spread over hosts are written by all of them, and restored to whatever mesh there is then.
@@ -11,7 +12,6 @@ import functools
 import logging as standard_logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -30,6 +30,8 @@ from absl import logging
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import cli, files, hosts, paths
 
+_COMPLETE = "commit_success.txt"  # Orbax's, in a bucket
+
 
 def save(path: Path, tree: Any) -> None:
     """Writes a pytree of arrays as {"arrays", "fingerprint"}, replacing what was there; returns when it is on disk.
@@ -46,13 +48,15 @@ def begin_save(path: Path, tree: Any) -> Callable[[], None]:
     """
     _quieten_orbax()
     with _one_line(path):
-        if hosts.primary():
+        if hosts.primary() and files.is_remote(path):
+            remove(path)  # in this order; Orbax would begin anywhere
+        elif hosts.primary():
             _make_a_directory_beside(path)
         fingerprint = np.asarray(_fingerprint(tree))
         checkpointer = _checkpointer(tree)
         with contextlib.ExitStack() as stack:
             stack.callback(checkpointer.close)
-            checkpointer.save(path.absolute(), {"arrays": tree, "fingerprint": fingerprint}, force=True)
+            checkpointer.save(_absolute(path), {"arrays": tree, "fingerprint": fingerprint}, force=True)
             stack.pop_all()
 
     def end() -> None:
@@ -108,7 +112,7 @@ def restore(path: Path, abstract: Any) -> Any:
 
     UserError, one line, where it cannot be read.
     """
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: no checkpoint there")
     _quieten_orbax()
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -116,11 +120,12 @@ def restore(path: Path, abstract: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or one_device), abstract
     )
     try:
-        _check_files(path)
+        if not files.is_remote(path):
+            _check_files(path)
         with _checkpointer(abstract) as checkpointer:
             fingerprint = jax.eval_shape(_fingerprint, abstract)
             wanted = {"arrays": abstract, "fingerprint": np.empty(fingerprint.shape, fingerprint.dtype)}
-            found = checkpointer.restore(path.absolute(), wanted)
+            found = checkpointer.restore(_absolute(path), wanted)
         for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(found["arrays"]), strict=True):
             if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
                 raise ValueError(f"holds {leaf.dtype}{leaf.shape} where {wanted.dtype}{wanted.shape} is wanted")
@@ -129,6 +134,21 @@ def restore(path: Path, abstract: Any) -> Any:
         return found["arrays"]
     except Exception as error:  # Orbax raises errors of many kinds for a damaged file
         raise UserError(f"{path}: checkpoint is damaged or of another model ({_reason(error)})") from error
+
+
+def _absolute(path: Path) -> Path:
+    """What Orbax wants; a path in a bucket is one."""
+    return path if files.is_remote(path) else path.absolute()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint that is complete."""
+    return files.exists(path / _COMPLETE) if files.is_remote(path) else path.exists()
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, if there is one."""
+    files.remove_tree(path, first=_COMPLETE)
 
 
 def _check_files(path: Path) -> None:
@@ -196,7 +216,7 @@ class CohortCheckpoints:
             # Last: without it the checkpoint does not count.
             files.write_sealed(path / paths.LANES, {"lanes": lanes})
             for old in self._numbers()[: -self._keep]:
-                shutil.rmtree(self._directory / str(old))
+                files.remove_tree(self._directory / str(old), first=paths.LANES)
 
     def restore(self, abstract_of_lanes) -> tuple[list[dict[str, Any]], Any] | None:
         """(lanes, state) of the newest readable checkpoint, or None where there is none.
@@ -220,12 +240,11 @@ class CohortCheckpoints:
     def clear(self) -> None:
         """Removes all of them: the cohort is done."""
         if hosts.primary():
-            shutil.rmtree(self._directory, ignore_errors=True)
+            files.remove_tree(self._directory, first=paths.LANES)
 
     def _numbers(self) -> list[int]:
-        return sorted(
-            int(path.parent.name) for path in self._directory.glob(f"*/{paths.LANES}") if path.parent.name.isdigit()
-        )
+        found = (path.parent.name for path in files.matching(self._directory, f"*/{paths.LANES}"))
+        return sorted(int(name) for name in found if name.isdigit())
 
 
 def _lanes(path: Path) -> list[dict[str, Any]]:

