@@ -18,8 +18,9 @@ Actions
 
 Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU_RUNTIME, TPU_RESULTS)
   --type=v5litepod-8            accelerator type
-  --runtime=v2-alpha-tpuv5-lite software of the TPU VMs
-  --results=gs://BUCKET/PATH    keep a copy of the workdir there, every minute; a new slice starts from it. Without, a
+  --runtime=v2-alpha-tpuv5-lite software of the TPU VMs; without, that of the type: v4, v5litepod, v5p or v6e
+  --results=gs://BUCKET/PATH    for a command whose workdir is a directory: keep a copy there, every minute; a new slice
+                                starts from it. --workdir=gs://BUCKET/PATH of the command needs none; without either, a
                                 preempted slice starts anew
   --workdir=DIR                 for fetch: the workdir given to the command
   --on_demand                   no spot slice
@@ -31,7 +32,7 @@ Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU
   --help                        this text
 
 Example: bash launch/tpu_pod.sh run --name=big --project=PROJECT --zone=us-east5-a --type=v5litepod-8 \
-             --results=gs://BUCKET/big -- -m precision_scaling.train --config=configs/paper.py --workdir=runs/big
+             -- -m precision_scaling.train --config=configs/paper.py --workdir=gs://BUCKET/big
 TEXT
 }
 
@@ -55,9 +56,9 @@ check_options() {
       [ ${#arguments[@]} -gt 0 ] || die "run: the command is missing, e.g. -- -m precision_scaling.study --config=FILE --workdir=DIR"
       [ -z "$workdir" ] || die "--workdir=$workdir: the workdir of run is the command's, after --"
       for argument in "${arguments[@]}"; do
-        [[ "$argument" != --workdir=gs://* ]] || die "$argument: name a directory of the workers; --results=${argument#*=} keeps it"
         [[ "$argument" != --workdir=* ]] || workdir="${argument#*=}"
       done
+      [[ -z "$results" || "$workdir" != gs://* ]] || die "--results=$results: --workdir=$workdir is in a bucket already"
       [[ -z "$results" || -n "$workdir" ]] || die "--results=$results: the command has no --workdir=DIR to keep there"
       ;;
     fetch)
@@ -82,7 +83,7 @@ call() {
 # shellcheck source=launch/arguments.sh
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-v5litepod-8}"
-runtime="${TPU_RUNTIME:-v2-alpha-tpuv5-lite}" results="${TPU_RESULTS:-}" workdir=""
+runtime="${TPU_RUNTIME:-}" results="${TPU_RESULTS:-}" workdir=""
 spot=true retries=3 poll=30 delete_when_done=false
 read_arguments "$@"
 for option in ${options[@]+"${options[@]}"}; do
@@ -96,6 +97,15 @@ for option in ${options[@]+"${options[@]}"}; do
     *) die "$option: no such option; those of the command come after -- (--help)" ;;
   esac
 done
+if [ -z "$runtime" ]; then
+  case "$type" in
+    v4-*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) ;; # said to be missing
+  esac
+fi
 check_options
 $dry_run || need_gcloud
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -208,8 +218,8 @@ watch() {
 
 run() {
   local outcome failures=0
-  if $spot && [ -z "$results" ] && ! $dry_run; then
-    say "without --results=gs://BUCKET/PATH a preempted spot slice starts anew"
+  if $spot && [[ -z "$results" && "$workdir" != gs://* ]] && ! $dry_run; then
+    say "without --workdir=gs://BUCKET/PATH, or --results=, a preempted spot slice starts anew"
   fi
   while true; do
     ensure_active

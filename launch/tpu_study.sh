@@ -8,8 +8,9 @@ Usage: bash launch/tpu_study.sh ACTION --slices=N --name=NAME [OPTIONS OF tpu_po
 
 The actions create, run, status, logs, fetch and delete are those of tpu_pod.sh, on the slices NAME-0 to NAME-(N-1).
 `run` gives slice i the command `python -m precision_scaling.study STUDY OPTIONS --shard=i/N`, replaces slices that are
-preempted, and waits for all. With --results=gs://BUCKET/PATH all slices keep their results there, and
-`fetch` brings them together in DIR; run the study once more here to make runs.csv of all rows.
+preempted, and waits for all. With --workdir=gs://BUCKET/PATH among the STUDY OPTIONS all slices work there, and the
+last to end makes runs.csv of all rows. With --results=gs://BUCKET/PATH each works in a directory and keeps a copy
+there, `fetch` brings them together in DIR, and the study once more here makes runs.csv.
 
   --slices=N    how many slices
   --name=NAME   what their names begin with (or set TPU_NAME)
@@ -19,7 +20,7 @@ preempted, and waits for all. With --results=gs://BUCKET/PATH all slices keep th
   all others    see `bash launch/tpu_pod.sh --help`
 
 Example: bash launch/tpu_study.sh run --name=paper --slices=8 --project=PROJECT --zone=us-east5-a \
-             --results=gs://BUCKET/paper --delete_when_done -- --config=configs/paper.py --workdir=runs/paper
+             --delete_when_done -- --config=configs/paper.py --workdir=gs://BUCKET/paper
 TEXT
 }
 

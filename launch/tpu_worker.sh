@@ -43,6 +43,10 @@ copy_in() {
   fi
 }
 
+extras() { # of setup.py, for a command
+  case " $* " in *" --workdir=gs://"*) echo tpu,gcs ;; *) echo tpu ;; esac
+}
+
 job() { # job RESULTS WORKDIR PYTHON ARGUMENTS
   local results="$1" workdir="$2" python="${PYTHON:-}" command copier="" status=0
   shift 2
@@ -50,7 +54,7 @@ job() { # job RESULTS WORKDIR PYTHON ARGUMENTS
   if [ -z "$python" ]; then
     # shellcheck source=launch/setup.sh
     source launch/setup.sh
-    ensure_environment tpu || return
+    ensure_environment "$(extras "$@")" || return
     python=.venv/bin/python
   fi
   trap : TERM # for the command, which saves and ends; what it saved is copied out
@@ -72,7 +76,7 @@ show() { # what an action would run
   pid="$(cat job/pid 2>/dev/null || echo PID)"
   case "$action" in
     start | job)
-      [ -n "${PYTHON:-}" ] || quoted bash launch/setup.sh tpu
+      [ -n "${PYTHON:-}" ] || quoted bash launch/setup.sh "$(extras "${@:3}")"
       [ -z "$1" ] || quoted gcloud storage rsync --recursive "$1" "$2"
       quoted "${PYTHON:-.venv/bin/python}" "${@:3}"
       [ -z "$1" ] || quoted gcloud storage rsync --recursive "$2" "$1"

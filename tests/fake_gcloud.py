@@ -1,4 +1,5 @@
-"""Stands in for gcloud on the PATH of tests: records every call and plays a TPU slice of two workers on this machine.
+"""Stands in for gcloud on the PATH of tests: records every call and plays a TPU slice of two workers, or
+$FAKE_WORKERS, on this machine.
 
 State is kept in $FAKE_GCLOUD: `calls` (a JSON list per line), bucket (gs://bucket) and a directory for every slice
 with `states` (what `describe` answers, one per line; the last one stays) and worker0 and worker1, the home directories
@@ -25,7 +26,7 @@ def fail(message: str) -> None:
 
 
 def workers(name: str) -> list[Path]:
-    return [HOME / name / f"worker{i}" for i in (0, 1)]
+    return [HOME / name / f"worker{i}" for i in range(int(os.environ.get("FAKE_WORKERS", "2")))]
 
 
 def queued_resources(action: str, name: str) -> None:

@@ -247,7 +247,7 @@ NARROW_PLACES = {
     "pod --name": ("tpu_pod.sh", lambda text: [*POD, f"--name={text}"], None),
     "study --name": ("tpu_study.sh", lambda text: [*POD, "--slices=1", f"--name={text}"], None),
     "pod --project": ("tpu_pod.sh", lambda text: [*POD, f"--project={text}"], given_to("--project=")),
-    "pod --type": ("tpu_pod.sh", lambda text: [*POD, f"--type={text}"], given_to("--accelerator-type=")),
+    "pod --type": ("tpu_pod.sh", lambda text: [*POD, "--runtime=r", f"--type={text}"], given_to("--accelerator-type=")),
     "pod --results": (
         "tpu_pod.sh",
         lambda text: [*FETCH, "--workdir=w", f"--results=gs://b/{text}"],

