@@ -16,6 +16,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,13 +34,13 @@ KINDS = ("503", "429", "cut", "lost", "short")
 class Store:
     """A bucket that is served.
 
-    url: gs://BUCKET. environment: variables by which gcsfs, TensorStore and Orbax find it. counts: requests by method.
-    faults: how many of each kind there were. latency: seconds, before every answer. share: of the requests that fail:
-    refused with 503 or 429, cut before or after they were done, or answered in part.
+    url: gs://BUCKET. environment: variables by which gcsfs, TensorStore and Orbax find it. requests: method and path of
+    each. faults: how many of each kind there were. latency: seconds, before every answer. share: of the requests that
+    fail: refused with 503 or 429, cut before or after they were done, or answered in part.
     """
 
     def __init__(self, port: int, own: int):
-        self.url, self.counts, self.faults = f"gs://{NAME}", Counter[str](), Counter[str]()
+        self.url, self.requests, self.faults = f"gs://{NAME}", list[str](), Counter[str]()
         self.latency, self.share, self.random = 0.0, 0.0, random.Random(0)
         self.refuse = 0  # the status of every answer, if not 0
         self.port = port
@@ -90,8 +91,7 @@ def bucket() -> Iterator[Store]:
         stack.callback(process.wait)
         stack.callback(process.kill)
         _make_bucket(port)
-        proxy = ThreadingHTTPServer(("127.0.0.1", 0), _Proxy)
-        proxy.daemon_threads = True
+        proxy = _Server(("127.0.0.1", 0), _Proxy)
         proxy.store = store = Store(port, proxy.server_address[1])  # type: ignore[attr-defined]
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()
@@ -123,13 +123,22 @@ def _make_bucket(port: int) -> None:
     raise RuntimeError("the server does not answer")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that is killed, or has read enough, is no error of the proxy."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _pass_on(self) -> None:
         store: Store = self.server.store  # type: ignore[attr-defined]
         body = self._body()
-        store.counts[self.command] += 1
+        store.requests.append(f"{self.command} {self.path}")
         if store.latency:
             time.sleep(store.latency)
         fault = store.random.choice(KINDS) if store.random.random() < store.share else ""

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -291,3 +292,32 @@ def test_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
     assert status == 0, said
     assert all(store.faults[kind] for kind in object_store.KINDS), store.faults
     compare(place, whole)
+
+
+@pytest.mark.slow
+def test_what_four_processes_have_left_is_finished_by_one(place, study, store):
+    config, whole = study
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    together = (f"--coordinator_address={address}", "--num_processes=4")
+    four = [start(config, place, *together, f"--process_id={i}") for i in range(4)]
+    while not any(name.endswith(paths.LANES) for name in store.objects(f"{place.name}/{paths.COHORTS}/")):
+        assert all(process.poll() is None for process in four), wait(*four)
+        time.sleep(0.05)
+    asked = time.monotonic()
+    four[2].send_signal(signal.SIGTERM)
+    ended = wait(*four)
+    assert [status for status, _ in ended] == [75] * 4, ended
+    assert time.monotonic() - asked < 30  # what a slice is given before it is taken away
+    assert not any("rows-" in name for name in store.objects(f"{place.name}/runs/"))  # there is something left
+    written = store.objects(f"{place.name}/{paths.COHORTS}/")
+    assert {name.split("ocdbt.process_")[1][0] for name in written if "ocdbt.process_" in name} == set("0123")
+
+    ((status, said),) = wait(start(config, place))
+    assert status == 0 and "going back" not in said, said  # the newest checkpoint could be read
+    tables = [
+        [line.split(",") for line in text.decode().splitlines()[1:]]
+        for text in (files.read(place / paths.TABLE), (whole / paths.TABLE).read_bytes())
+    ]
+    for row, expected in zip(*tables, strict=True):
+        assert row[:7] == expected[:7] and float(row[7]) == pytest.approx(float(expected[7]), rel=1e-4)
