@@ -18,6 +18,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.runtime import bucket, files, lease, paths
 from precision_scaling.study import locks
 from precision_scaling.training import metrics_log, step
+from tests.test_bad_tables import good_table
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -321,3 +322,31 @@ def test_what_four_processes_have_left_is_finished_by_one(place, study, store):
     ]
     for row, expected in zip(*tables, strict=True):
         assert row[:7] == expected[:7] and float(row[7]) == pytest.approx(float(expected[7]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_other_commands_work_in_a_bucket_too(place, study, run_command, tmp_path):
+    config, _ = study
+    ((status, said),) = wait(start(config, place, "--profile=1"))
+    assert status == 0, said
+    files.atomic_write(place / "other.csv", good_table())
+    for module, *arguments in (
+        ("precision_scaling.ptq", f"--workdir={place}", "--method=gptq", "--bits=4", "--save"),
+        ("precision_scaling.layer_stats", f"--workdir={place}", "--precision=w4_a4_kv4"),
+        ("analysis.fit", f"--runs={place}/other.csv", "--law=chinchilla", f"--out={place}/fit.json"),
+        ("analysis.predict", f"--runs={place}/other.csv", f"--fit={place}/fit.json", f"--out={place}/predicted.csv"),
+        ("analysis.report", f"--runs={place}/other.csv", "--laws=ptq", "--bootstrap=0", f"--out={place}/report"),
+    ):
+        done = run_command(module, *arguments)
+        assert done.returncode == 0, done.stderr
+    names = [path.relative_to(place).as_posix() for path in bucket.below(place)]
+    assert {paths.TABLE, "fit.json", "predicted.csv", "report/index.html", "report/figures/loss_after_ptq.svg"} <= {
+        *names
+    }
+    for end in ("rows-gptq.json", "layers-gptq.png", "quantized/gptq-4/quantized.json", "layer-stats-w4_a4_kv4.png"):
+        assert any(name.startswith("runs/") and name.endswith(end) for name in names), end
+    assert any(name.startswith("profile/") and name.endswith(".xplane.pb") for name in names)
+    run = next(name for name in names if name.endswith(paths.ARRAYS + "/commit_success.txt")).split("/")[1]
+    export = (f"--workdir={place}", f"--run={run}", "--quantized=gptq-4", f"--out={tmp_path / 'model'}")
+    done = run_command("precision_scaling.huggingface", "export", *export)
+    assert done.returncode == 0 and (tmp_path / "model" / "model.safetensors").exists(), done.stderr

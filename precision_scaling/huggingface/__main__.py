@@ -50,7 +50,8 @@ def _directory(flag: flags.FlagHolder[str]) -> Path:
     """The value of a flag that the command requires."""
     if not flag.value:
         raise UserError(f"--{flag.name} is missing; `python -m precision_scaling.huggingface --help` lists all flags")
-    return files.expanded(flag.value, f"--{flag.name}")
+    # Of these only a workdir may be in a bucket: models are mapped into memory.
+    return (files.place if flag is _WORKDIR else files.expanded)(flag.value, f"--{flag.name}")
 
 
 def _import() -> str:
