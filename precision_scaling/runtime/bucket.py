@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from etils import epath
-
 from precision_scaling.errors import UserError
 
 SCHEME = "gs://"
@@ -36,7 +34,7 @@ def path(url: str, option: str) -> Path:
             f"{option}={url}: needs gcsfs; allowed is a path on this machine, or pip install -e '.[gcs]' first"
         )
     _driver()
-    return cast(Path, epath.Path(url))
+    return _path(url)
 
 
 def read(path: Path) -> bytes:
@@ -97,7 +95,7 @@ def below(directory: Path) -> list[Path]:
     with _naming(directory):
         prefix = f"{_key(directory).rstrip('/')}/"
         found = _driver().find(prefix)
-        return [cast(Path, epath.Path(f"{SCHEME}{key}")) for key in sorted(found) if not key.endswith("/")]
+        return [_path(f"{SCHEME}{key}") for key in sorted(found) if not key.endswith("/")]
 
 
 def size_below(directory: Path) -> int:
@@ -111,6 +109,12 @@ def remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with _naming(path), contextlib.suppress(FileNotFoundError):
             _driver().rm_file(_key(path))
+
+
+def _path(url: str) -> Path:
+    from etils import epath  # not above: commands that use no bucket start sooner
+
+    return cast(Path, epath.Path(url))
 
 
 def _key(path: Path) -> str:
