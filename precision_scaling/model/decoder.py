@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from precision_scaling.model import rope
+from precision_scaling.model import lean, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision
@@ -34,9 +34,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
+        return lean.rms_norm(self.epsilon)(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -46,10 +44,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return y.astype(x.dtype)
+        return lean.layer_norm(self.epsilon)(x)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -123,9 +118,8 @@ class Attention(nn.Module):
         q_BxSxGxQxK = q_BxSxHxK.reshape(batch, length, c.key_heads, shared, c.head_dim)
         q_BxSQxGxK = q_BxSxGxQxK.swapaxes(2, 3).reshape(batch, length * shared, c.key_heads, c.head_dim)
         score_BxGxSQxS = products.part(1).attention_scores(q_BxSQxGxK, k_BxSxGxK)
-        score_BxGxSQxS = score_BxGxSQxS.astype(jnp.float32)
         causal_SQxS = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
-        p_BxGxSQxS = jax.nn.softmax(jnp.where(causal_SQxS, score_BxGxSQxS, -1e30), axis=-1).astype(v_BxSxGxK.dtype)
+        p_BxGxSQxS = lean.causal_softmax(score_BxGxSQxS, causal_SQxS, v_BxSxGxK.dtype.name)
         o_BxSQxGxK = products.part(2).attention_values(p_BxGxSQxS, v_BxSxGxK)
         o_BxSxQxGxK = o_BxSQxGxK.reshape(batch, length, shared, c.key_heads, c.head_dim)
         return o_BxSxQxGxK.swapaxes(2, 3).reshape(batch, length, -1)
@@ -150,7 +144,7 @@ class MLP(nn.Module):
 
     def activate(self, gate_up_BxSx2xF):
         """silu(gate) * up: (B, S, F)."""
-        return jax.nn.silu(gate_up_BxSx2xF[:, :, 0]) * gate_up_BxSx2xF[:, :, 1]
+        return lean.swiglu(gate_up_BxSx2xF)
 
 
 class Block(nn.Module):
