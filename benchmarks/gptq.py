@@ -128,14 +128,19 @@ def whole_model(size: str, sequences: int, length: int) -> None:
         def one(x_BxSxD):
             qkv = call(Block.before_qkv, x_BxSxD)
             out = call(Block.before_out, qkv, Products())
-            x_BxSxD, gate_up = call(Block.before_gate_up, x_BxSxD, out, Products())
+            x_BxSxD = call(Block.after_out, x_BxSxD, out, Products())
+            gate_up = call(Block.before_gate_up, x_BxSxD)
             down = call(Block.before_down, gate_up, Products())
             return (qkv, out, gate_up, down), call(Block.after_down, x_BxSxD, down, Products())
 
         return jax.lax.map(one, x_CxBxSxD)
 
     def hessians(inputs):
-        return [apply.statistics(Products(), x_CxBxSxI)[0] for x_CxBxSxI in inputs]
+        def total(x_CxBxSxI):
+            add = lambda found, x_BxSxI: (apply.add_statistics(Products(), found, x_BxSxI), None)
+            return jax.lax.scan(add, apply.no_statistics(x_CxBxSxI.shape[-1]), x_CxBxSxI)[0].hessian_IxI
+
+        return [total(x_CxBxSxI) for x_CxBxSxI in inputs]
 
     def solved(kernels, hessians):
         return [gptq.solve(k, h, 4).codes for k, h in zip(kernels, hessians, strict=True)]

@@ -103,7 +103,10 @@ def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -
     @jax.jit
     def hessian(x_CxBxSxI):
         with sharding.splitting(layout):
-            return apply.statistics(Products(step_config.static), x_CxBxSxI)[0]
+            found = apply.no_statistics(x_CxBxSxI.shape[-1])
+            for x_BxSxI in x_CxBxSxI:
+                found = apply.add_statistics(Products(step_config.static), found, x_BxSxI)
+            return found.hessian_IxI
 
     x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)
     h_IxI = hessian(x_CxBxSxI)

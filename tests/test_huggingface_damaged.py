@@ -354,7 +354,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, at_on
         os.truncate(tmp_path / "model.safetensors", 8 + len(text) + place)
     except OSError:
         pytest.skip("this file system has no files of 10 TB")
-    with pytest.raises(UserError, match="GB of parameters in float32; allowed is what fits"):
+    with pytest.raises(UserError, match="GB of embedding, head or one block in float32; allowed is what fits"):
         open_pretrained(tmp_path)
 
 

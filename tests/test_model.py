@@ -188,8 +188,9 @@ def test_a_block_cut_at_its_projections_is_the_block(name):
     def both(params):
         step = lambda method, *args: Block(config).apply({"params": params}, *args, method=method)
         h = step(Block.before_qkv, x)
-        stream, h = step(Block.before_gate_up, x, step(Block.before_out, h, products), products)
-        cut = step(Block.after_down, stream, step(Block.before_down, h, products), products)
+        stream = step(Block.after_out, x, step(Block.before_out, h, products), products)
+        h = step(Block.before_down, step(Block.before_gate_up, stream), products)
+        cut = step(Block.after_down, stream, h, products)
         return cut, Block(config).apply({"params": params}, x, products)
 
     cut, whole = both(params)

@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import apply, gptq, rtn
-from precision_scaling.ptq.codes import parameters
+from precision_scaling.ptq.activations import Stream
+from precision_scaling.ptq.codes import dequantize, each, parameters
+from precision_scaling.ptq.parts import Parts
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize import operands
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training import step
+from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.step import StepConfig
 
@@ -202,23 +206,111 @@ def test_gptq_of_unquantized_layers_would_have_other_inputs(params, tokens, quan
 
 
 @pytest.mark.slow
-def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(params, tokens, quantized):
+def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(params, tokens):
     x = np.asarray(params["embedding"]["embedding"])[tokens]
-    block = jax.tree.map(lambda leaf: leaf[0], params["layers"]["block"])
+    block = block_of(params, 0)
+    h = Block(MODEL).apply({"params": block}, x, method=Block.before_qkv)
+    found = apply.add_statistics(Products(PROGRAM, grids_of()), apply.no_statistics(16), h)
+    found = found._replace(magnitude_I=found.magnitude_I / tokens.size)
 
     def added(block, kernel=None):
         if kernel is not None:
-            kernel = jnp.asarray(kernel).reshape(block["attention"]["qkv"]["kernel"].shape)
-            block = {**block, "attention": {**block["attention"], "qkv": {"kernel": kernel}}}
+            block = apply.with_kernel(block, apply.QKV, kernel)
         apply_block = functools.partial(Block(MODEL).apply, {"params": block})
         products = Products(PROGRAM, grids_of())
         o = apply_block(apply_block(x, method=Block.before_qkv), products, method=Block.before_out)
-        return np.asarray(apply_block(x, o, products, method=Block.before_gate_up)[0])
+        return np.asarray(apply_block(np.zeros_like(x), o, products, method=Block.after_out))
 
     for bits in BITS:
-        awq, rtn = (kernel_of(at_bits(quantized(method), bits), 0, "attention", "qkv") for method in ("awq", "rtn"))
-        errors = [np.sum((added(block, kernel) - added(block)) ** 2) for kernel in (awq, rtn)]
-        assert errors[0] <= 1.001 * errors[1]
+        fmt = parse(bits)
+        solver = apply._solver(STATIC, scheme_of("awq"), fmt.kind, apply.QKV, local_layout())
+        codes, _ = solver(block, found, h[None], grids_of(), fmt.grid(), DAMPING)
+        plain = rtn.quantize_kernel(kernel_of(params, 0, "attention", "qkv"), bits)
+        kernels = dequantize(codes), plain.reshape(codes.codes.shape)
+        awq, nearest = (np.sum((added(block, kernel) - added(block)) ** 2) for kernel in kernels)
+        assert awq <= 1.001 * nearest
+        assert np.ptp(codes.row_scales) > 0.01
+
+
+def block_of(params, layer):
+    return jax.tree.map(lambda leaf: leaf[layer], params["layers"]["block"])
+
+
+@pytest.mark.slow
+def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes_the_same():
+    """Whatever the factors: of norms, of values that two heads read, of the half of gate_up that is not activated."""
+    model = dataclasses.replace(MODEL, heads=4, kv_heads=2, qkv_bias=True)
+    step_config = dataclasses.replace(STATIC, model=model, static=StaticPrecision())
+    rng = np.random.default_rng(0)
+    block = block_of(decoder.init(model, jax.random.key(0)), 0)
+    block["attention"]["qkv_bias"] = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)
+    stream = Stream([x], math.inf)
+    quantizer = apply.BlockQuantizer(step_config, scheme_of("awq"), local_layout(), {}, DAMPING, stream)
+    task = apply._Task(quantizer, block, dict.fromkeys(apply.LINEARS, parse(8)))
+    task._of = dataclasses.replace(quantizer, scheme=scheme_of("rtn"))  # codes without scales of their own
+    for linear in apply.LINEARS:
+        task.round(linear)
+    before = Block(model).apply({"params": task.block}, x, Products())
+    changed = []
+    for linear in (apply.OUT, apply.DOWN, apply.QKV, apply.GATE_UP):
+        size = apply.kernel_of(block, linear).shape[0]
+        factor = np.exp(rng.normal(size=size)).astype(np.float32)
+        if linear == apply.OUT:
+            factor = np.asarray(apply._per_value(factor, model))
+            assert len(np.unique(factor)) == 8
+        kernel = apply.kernel_of(task.block, linear)
+        changed.append(task._fold(linear, factor))
+        task.block = apply.with_kernel(task.block, linear, kernel / factor.reshape(-1, *(1 for _ in kernel.shape[1:])))
+    assert changed == [True, True, False, False]
+    after = Block(model).apply({"params": task.block}, x, Products())
+    np.testing.assert_allclose(after, before, atol=2e-5)
+    kernels, rest, _ = task.result()
+    assert not np.allclose(rest["mlp_norm"]["scale"], 1) and rest["attention"]["qkv_bias"].shape == (8, 4)
+    # What is stored has the folded scales: without the rows' factors it is what the block has.
+    rows = (rest["mlp_norm"]["scale"] / block["mlp_norm"]["scale"])[:, None, None]
+    folded = dequantize(kernels["mlp"]["gate_up"])
+    np.testing.assert_allclose(folded, apply.kernel_of(task.block, apply.GATE_UP) * rows, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_awq_leaves_a_model_without_scales_of_its_own(params, tokens, quantized):
+    models, report = quantized("awq")
+    for codes in each(models[1].kernels):
+        assert codes.row_scales is None
+    found = at_bits((models, report), 8)
+    gains = found["layers"]["block"]["mlp_norm"]["scale"] / np.asarray(params["layers"]["block"]["mlp_norm"]["scale"])
+    assert np.ptp(gains) > 0.01
+    sequences = np.concatenate([tokens, tokens[:, :1]], axis=1).reshape(2, 3, 9)
+    loss = jax.jit(functools.partial(step.validation_loss, STATIC))
+    whole, at_8, at_3 = (float(loss(p, grids_of(), sequences)) for p in (params, found, at_bits((models, report), 3)))
+    assert abs(at_8 - whole) < 0.01 < abs(at_3 - whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+def test_a_block_that_was_quantized_before_is_followed_to_the_same_bits(params, tokens, method, tmp_path):
+    scheme = scheme_of(method)
+    step_config = dataclasses.replace(STATIC, static=scheme.static(PROGRAM))
+    grids, layout, blocks = grids_of(a=4), local_layout(), Stacked(params)
+
+    def quantizer():
+        stream = apply.calibration_stream(step_config, layout, grids, blocks.top(), tokens, 3, 100)  # all in a file
+        return apply.BlockQuantizer(step_config, scheme, layout, grids, DAMPING, stream)
+
+    wanted = dict.fromkeys(apply.LINEARS, parse(4))
+    undisturbed, parts = quantizer(), Parts(tmp_path / "parts", "key")
+    parts.write(0, undisturbed.quantize(blocks.block(0), wanted))
+    last = undisturbed.quantize(blocks.block(1), wanted)
+    again = quantizer()
+    again.follow(parts.read(0))
+    jax.tree.map(np.testing.assert_array_equal, again.quantize(blocks.block(1), wanted), last)
+    assert parts.read(1) is None and Parts(tmp_path / "parts", "other").read(0) is None
+    path = tmp_path / "parts" / "0000.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert parts.read(0) is None  # damaged
 
 
 def test_projections_are_all_there_are_and_come_in_the_order_of_the_data(params):

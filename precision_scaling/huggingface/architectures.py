@@ -94,16 +94,24 @@ class Place(NamedTuple):
 
 def places(model: ModelConfig) -> Iterator[Place]:
     """Every tensor of a checkpoint, layer by layer. Nothing is computed ahead: the depth may be anything."""
-    yield Place("model.embed_tokens.weight", (model.vocab_size, model.width), ("embedding", "embedding"))
+    embedding, *others = top_places(model)
+    yield embedding
     for layer in range(model.depth):
-        yield from _layer_places(model, layer)
+        yield from block_places(model, layer)
+    yield from others
+
+
+def top_places(model: ModelConfig) -> Iterator[Place]:
+    """The tensors outside of the blocks, the embedding first."""
+    yield Place("model.embed_tokens.weight", (model.vocab_size, model.width), ("embedding", "embedding"))
     if model.norm_type == "rms":
         yield Place("model.norm.weight", (model.width,), ("final_norm", "scale"))
     if not model.tie_embeddings:
         yield Place("lm_head.weight", (model.vocab_size, model.width), ("head", "kernel"))
 
 
-def _layer_places(model: ModelConfig, layer: int) -> Iterator[Place]:
+def block_places(model: ModelConfig, layer: int) -> Iterator[Place]:
+    """The tensors of one block."""
     q, kv, width, hidden = model.heads * model.head_dim, model.key_heads * model.head_dim, model.width, model.mlp_width
 
     def place(name: str, shape: tuple[int, ...], path: str, columns: slice = slice(None)) -> Place:

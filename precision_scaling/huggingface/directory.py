@@ -23,6 +23,7 @@ from precision_scaling.model import decoder, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.runtime import files
 from precision_scaling.runtime.progress import progress_bar
+from precision_scaling.training.blocks import Stacked
 
 # Some writers keep the rotary embedding's frequencies, which follow from config.json.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -54,11 +55,34 @@ class Pretrained:
         base = {"base_width": own["width"], "base_depth": own["depth"]}
         return ModelConfig(sequence_length=sequence_length, dtype=dtype, **base, **own)
 
-    def params(self) -> Any:
-        """Its parameters in float32, as NumPy arrays."""
+    @property
+    def depth(self) -> int:
+        """Blocks that there are: a directory is a source of `training.blocks.Blocks`."""
+        return self.model(1).depth
+
+    def top(self) -> Any:
+        """The parameters outside of the blocks, in float32, as NumPy arrays."""
         model = self.model(1)
-        params = _empty(model)
-        for place in _shown_as(architectures.places(model), "reading", len(self.tensors)):
+        return self._filled(Stacked(_shapes(model)).top(), architectures.top_places(model))
+
+    def block(self, layer: int) -> Any:
+        """The parameters of a block."""
+        model = self.model(1)
+        layers = _shapes(model)["layers"]
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), layers)
+        places = (place._replace(layer=0) for place in architectures.block_places(model, layer))
+        return jax.tree.map(lambda leaf: leaf[0], self._filled({"layers": one}, places)["layers"]["block"])
+
+    def params(self) -> Any:
+        """The parameters as a whole, blocks on a leading axis."""
+        model = self.model(1)
+        places = _shown_as(architectures.places(model), "reading", len(self.tensors))
+        return self._filled(_shapes(model), places)
+
+    def _filled(self, shapes: Any, places: Iterable[architectures.Place]) -> Any:
+        # Memory is used only where values are set.
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        for place in places:
             architectures.view(params, place)[...] = self.tensors[place.name]
         return params
 
@@ -171,10 +195,12 @@ def _check_tensors(found: Pretrained) -> None:
         tensor = found.tensors[name].astype(np.float32)
         if tensor.shape != expected.shape or not np.allclose(tensor, expected, rtol=0.01, atol=1e-6):
             raise UserError(f"{directory}: tensor {shown(name)}: allowed is what config.json says of rotary embeddings")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * parameters > memory:
-        need = f"{4 * parameters / 1e9:.1f} GB of parameters in float32"
-        raise UserError(f"{directory}: {need}; allowed is what fits into this machine's {memory / 1e9:.1f} GB")
+    # What every command holds at once: the parameters outside of the blocks, or those of one block.
+    outside = model.vocab_size * model.width * (1 if model.tie_embeddings else 2)
+    need, memory = 4 * max(outside, parameters // model.depth), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > memory:
+        size = f"{need / 1e9:.1f} GB of embedding, head or one block in float32"
+        raise UserError(f"{directory}: {size}; allowed is what fits into this machine's {memory / 1e9:.1f} GB")
 
 
 def _pieces(tensor: np.ndarray) -> Iterable[np.ndarray]:
@@ -214,7 +240,6 @@ def write_tensors(
         raise UserError(f"{directory}: {error.strerror}; allowed is a directory that can be written") from None
 
 
-def _empty(model: ModelConfig) -> Any:
-    """Parameters of a decoder whose values are not yet set; memory is used only where they are."""
-    shapes = jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+def _shapes(model: ModelConfig) -> Any:
+    """Of the parameters of a decoder."""
+    return jax.eval_shape(lambda key: decoder.init(model, key), jax.random.key(0))

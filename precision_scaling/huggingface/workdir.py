@@ -21,11 +21,12 @@ from precision_scaling.huggingface import quantized as quantized_lib
 from precision_scaling.huggingface.directory import Pretrained, open_pretrained, write_pretrained, write_tensors
 from precision_scaling.ptq import packed
 from precision_scaling.runtime import files, paths, sharding
+from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.study import evaluate, results
 from precision_scaling.study.generate import trained_run
 from precision_scaling.study.ptq import packed_path
 from precision_scaling.study.workspace import open_workspace, reopen_workspace
-from precision_scaling.training import checkpoint
+from precision_scaling.training import blocks
 from precision_scaling.training.run import Run
 
 # Longest sequences that are chosen unasked: the attention products grow with their square.
@@ -48,13 +49,19 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     (run,) = group.runs
     if results.read_rows(workspace.directory(run), "trained"):
         return run
-    params = pretrained.params()
-    params = jax.device_put(params, workspace.layout.of_tree(params))
-    static = group.static.evaluation()
-    loss = evaluate.evaluator(workspace, group.shape, static, progress=True)(params, static.grids(run.precision))
+    static, path = group.static.evaluation(), workspace.directory(run) / paths.CHECKPOINT
+    held_out = evaluate.BlockwiseLoss(workspace, group.shape, static, static.grids(run.precision), pretrained.top())
+    with progress_bar(total=pretrained.depth, desc="reading and evaluating", unit="block") as bar:
+
+        def done(block: Any) -> None:
+            held_out.advance(jax.device_put(block, workspace.layout.of_tree(block)))
+            bar.update()
+
+        blocks.store(path, pretrained, done)
+    loss = held_out.loss()
     if not math.isfinite(loss):
+        files.remove_tree(path)
         raise UserError(f"{directory}: the model's validation loss is {loss}; allowed is a model whose loss is finite")
-    checkpoint.save(workspace.directory(run) / paths.CHECKPOINT, params)
     results.write_rows(workspace.directory(run), "trained", [results.row(workspace, run, loss)])
     results.gather(workdir)
     return run

@@ -176,10 +176,13 @@ class Block(nn.Module):
         """Input of attention's out projection, from that of qkv."""
         return self.attention.mix(self.attention.qkv(h_BxSxD, products), products)
 
-    def before_gate_up(self, x_BxSxD, o_BxSxO, products: Products):
-        """The residual stream after attention and the input of the gate_up projection, from that of out."""
-        x_BxSxD = self._add(self.attention_norm, x_BxSxD, self.attention.out(o_BxSxO, products))
-        return x_BxSxD, self._read(self.mlp_norm, x_BxSxD)
+    def after_out(self, x_BxSxD, o_BxSxO, products: Products):
+        """The residual stream after attention, from the one before and the input of out."""
+        return self._add(self.attention_norm, x_BxSxD, self.attention.out(o_BxSxO, products))
+
+    def before_gate_up(self, x_BxSxD):
+        """Input of the gate_up projection, from the residual stream after attention."""
+        return self._read(self.mlp_norm, x_BxSxD)
 
     def before_down(self, h_BxSxD, products: Products):
         """Input of the down projection, from that of gate_up."""

@@ -1,37 +1,45 @@
-"""Post-training quantization of a whole decoder: layer by layer, each on inputs made by the quantized layers before it.
+"""Post-training quantization of a decoder, block by block: each projection on inputs made by what is quantized already.
 
 Stands between the methods for one kernel, which `registry` lists, and `study.ptq`, which loads the parameters and
-evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, O outputs, L layers.
+evaluates. Shape letters: C calibration batches of B sequences, S positions, D width, I inputs, O outputs, L layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_scaling.model.decoder import Block, Decoder
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.model.decoder import Block
 from precision_scaling.numerics import formats
+from precision_scaling.numerics.formats import Format
 from precision_scaling.ptq import rtn
-from precision_scaling.ptq.codes import Codes, QuantizedModel, dequantize, encode
+from precision_scaling.ptq.activations import Stream
+from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
+from precision_scaling.ptq.forward import Forward, forward
 from precision_scaling.ptq.scheme import Calibration, Rounded, Scheme
 from precision_scaling.quantize.products import Products
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
+from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.step import StepConfig
 
 # The projections of a block in the order in which data reaches them.
 LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
+QKV, OUT, GATE_UP, DOWN = LINEARS
 # The norms whose gains can take a factor of the input of a projection.
-NORMS = {("attention", "qkv"): "attention_norm", ("mlp", "gate_up"): "mlp_norm"}
+NORMS = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
+
+Linear = tuple[str, str]
 
 
 class Report(NamedTuple):
-    """What happened to each projection of each layer, at each of K bit-widths: arrays (K, L, projections).
+    """What happened to each projection: arrays (projections,) of a block, (K, L, projections) of a model at K formats.
 
     Errors are ‖X (W - Q)‖² / ‖X W‖² on the inputs X that the layers quantized before it make; NaN where nothing was
     calibrated.
@@ -41,6 +49,202 @@ class Report(NamedTuple):
     damping: jax.Array  # NaN where nothing was damped
     error: jax.Array
     rtn_error: jax.Array  # of rounding to nearest on the same inputs
+
+
+class QuantizedBlock(NamedTuple):
+    """A block after quantization. rest: its parameters without these kernels."""
+
+    kernels: dict[str, dict[str, Codes]]
+    rest: Any
+    report: Report
+
+
+class Statistics(NamedTuple):
+    """Of the inputs x of a projection over all calibration tokens, in float32."""
+
+    hessian_IxI: jax.Array  # Σ x xᵀ
+    magnitude_I: jax.Array  # mean |x|; while batches are added, Σ |x|
+    largest_I: jax.Array  # max |x|
+
+
+@dataclasses.dataclass
+class BlockQuantizer:
+    """Quantizes the blocks of a decoder in their order, by one scheme, and holds the residual stream between them.
+
+    step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
+    passing through, with those of the scheme's operands. stream: the calibration text's residual stream before the
+    next block; without batches where the method needs none.
+    """
+
+    step_config: StepConfig
+    scheme: Scheme
+    layout: Layout
+    grids: Any
+    damping: float
+    stream: Stream
+
+    def quantize(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
+        """The next block with its kernels in these formats; the stream goes through what comes out."""
+        if not self._calibrated:
+            return self._rounded(block, wanted)
+        task = _Task(self, as_multiplied(block, self.step_config.model.dtype), wanted)
+        f, g = self._forward, self.grids
+
+        task.solve(QKV, lambda block: (f.before_qkv(block, g, x) for x in self.stream))
+
+        def mixed(block):
+            return self._stream(f.before_out(block, g, f.before_qkv(block, g, x)) for x in self.stream)
+
+        h = mixed(task.block)
+        if task.solve(OUT, lambda block: h):
+            h = mixed(task.block)
+        x_after = self._stream(f.after_out(task.block, g, *pair) for pair in zip(self.stream, h, strict=True))
+        task.solve(GATE_UP, lambda block: (f.before_gate_up(block, g, x) for x in x_after))
+
+        def activated(block):
+            return self._stream(f.before_down(block, g, f.before_gate_up(block, g, x)) for x in x_after)
+
+        h = activated(task.block)
+        if task.solve(DOWN, lambda block: h):
+            h = activated(task.block)
+        self.stream = self._stream(f.after_down(task.block, g, *pair) for pair in zip(x_after, h, strict=True))
+        return task.result()
+
+    def follow(self, block: QuantizedBlock) -> None:
+        """The stream goes through a block that was quantized before."""
+        if self._calibrated:
+            parameters = block_parameters(block.kernels, block.rest)
+            self.stream = self._stream(self._forward.through(parameters, self.grids, x) for x in self.stream)
+
+    @property
+    def _calibrated(self) -> bool:
+        return needs_calibration(self.scheme)
+
+    @property
+    def _forward(self) -> Forward:
+        return forward(self.step_config, self.layout)
+
+    def _stream(self, batches: Iterable[Any]) -> Stream:
+        return Stream(batches, self.stream.limit)
+
+    def _rounded(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
+        task = _Task(self, as_multiplied(block, self.step_config.model.dtype), wanted)
+        for linear in LINEARS:
+            task.round(linear)
+        return task.result()
+
+
+class _Task:
+    """One block on its way through the method: `block` always has what is quantized by now."""
+
+    def __init__(self, quantizer: BlockQuantizer, block: Any, wanted: Mapping[Linear, Format]):
+        self.block = block
+        self._of, self._wanted = quantizer, wanted
+        self._codes: dict[Linear, Codes] = {}
+        self._notes: list[Report] = []
+
+    def solve(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> bool:
+        """Quantizes a projection whose inputs, batch by batch, are those of a block; whether they have changed by it:
+        then a factor of them was moved into the projection before."""
+        method, unusable = self._of.scheme.method, jnp.asarray(False)
+        if method.input_scales and linear in NORMS:
+            unusable = self._move_scales(linear, self._statistics(linear, inputs).largest_I)
+        found = self._statistics(linear, inputs)
+        begins = method.branch_error and linear in NORMS
+        batches_CxBxSxI = jnp.stack(list(inputs(self.block))) if begins else None
+        factor_I = self._solve(linear, found, batches_CxBxSxI, unusable)
+        return factor_I is not None and self._fold(linear, factor_I)
+
+    def round(self, linear: Linear) -> None:
+        """Quantizes a projection by a method that looks at its kernel alone."""
+        self._solve(linear, None, None)
+
+    def result(self) -> QuantizedBlock:
+        """The block when all of its projections are done."""
+        return QuantizedBlock(*_split(self.block, self._codes), jax.tree.map(lambda *x: jnp.stack(x), *self._notes))
+
+    def _solve(self, linear: Linear, found: Statistics | None, batches_CxBxSxI, unusable=False):
+        """Puts the codes of a projection in its place; the factors (I,) that its inputs are to get, or None."""
+        of, fmt = self._of, self._wanted[linear]
+        solver = _solver(of.step_config, dataclasses.replace(of.scheme, format=""), fmt.kind, linear, of.layout)
+        levels = jax.tree.map(jnp.asarray, fmt.grid())
+        codes, report = solver(self.block, found, batches_CxBxSxI, of.grids, levels, of.damping)
+        self._notes.append(report._replace(fell_back=report.fell_back | unusable))
+        self._codes[linear] = codes._replace(row_scales=None)
+        self._set(linear)
+        return codes.row_scales
+
+    def _set(self, linear: Linear) -> None:
+        """The block's kernel is what the codes say."""
+        dtype = kernel_of(self.block, linear).dtype
+        self.block = with_kernel(self.block, linear, _dequantized(self._codes[linear]).astype(dtype))
+
+    def _statistics(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Statistics:
+        add = _adder(self._of.step_config, self._of.layout)
+        found, tokens = no_statistics(kernel_of(self.block, linear).shape[0]), 0
+        for h_BxSxI in inputs(self.block):
+            found = add(found, h_BxSxI, self._of.grids)
+            tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
+        return found._replace(magnitude_I=found.magnitude_I / tokens)
+
+    def _move_scales(self, linear: Linear, largest_I):
+        """The method's factors moved from the norm before a projection into its kernel; whether that was impossible."""
+        scheme = self._of.scheme
+        assert scheme.method.input_scales is not None
+        kernel = kernel_of(self.block, linear)
+        s_I, unusable = scheme.method.input_scales(largest_I, flat(kernel), scheme)
+        self.block = with_kernel(self.block, linear, (flat(kernel) * s_I[:, None]).reshape(kernel.shape))
+        self._scale_norm(linear, 1 / s_I)
+        return unusable
+
+    def _scale_norm(self, linear: Linear, factor_I) -> None:
+        norm = self.block[NORMS[linear]]
+        self.block = {**self.block, NORMS[linear]: {**norm, "scale": norm["scale"] * factor_I}}
+
+    def _fold(self, linear: Linear, factor_I) -> bool:
+        """The factor of a projection's inputs goes to what makes them; whether that was another projection."""
+        if linear in NORMS:
+            if can_fold(self._of.step_config.model, linear):
+                self._scale_norm(linear, factor_I)
+            return False
+        model, before = self._of.step_config.model, QKV if linear == OUT else GATE_UP
+        codes = self._codes[before]
+        if linear == OUT:
+            values = slice(model.heads + model.key_heads, None)
+            # Heads that read the same values have the same factors, see `_per_value`.
+            factor_GxK = factor_I.reshape(model.key_heads, -1, model.head_dim)[:, 0]
+            scales = codes.scales.at[:, values].multiply(factor_GxK[None])
+            if model.qkv_bias:
+                attention = self.block["attention"]
+                bias = attention["qkv_bias"].at[values].multiply(factor_GxK)
+                self.block = {**self.block, "attention": {**attention, "qkv_bias": bias}}
+        else:
+            scales = codes.scales.at[:, 1].multiply(factor_I[None])
+        self._codes[before] = codes._replace(scales=scales)
+        self._set(before)
+        return True
+
+
+def can_fold(model: ModelConfig, linear: Linear) -> bool:
+    """Whether what makes a projection's inputs can take a factor of each: then it belongs to a model anyone can load.
+
+    The gain of a norm before it, the values of attention, the half of gate_up that is not activated.
+    """
+    return linear not in NORMS or (model.norm_placement, model.norm_type) == ("pre", "rms")
+
+
+def needs_calibration(scheme: Scheme) -> bool:
+    """Whether text goes through the layers."""
+    return scheme.method.calibrated or scheme.method.input_scales is not None
+
+
+def calibration_stream(
+    step_config: StepConfig, layout: Layout, grids: Any, top: Any, tokens_NxS, batch_size: int, limit: float
+) -> Stream:
+    """The residual stream before the first block, in batches. tokens_NxS: N a multiple of batch_size."""
+    embed = forward(step_config, layout).embed
+    batches = np.asarray(tokens_NxS).reshape(-1, batch_size, np.shape(tokens_NxS)[1])
+    return Stream((embed(top, grids, batch) for batch in batches), limit)
 
 
 def quantize_model(
@@ -55,73 +259,153 @@ def quantize_model(
     batch_size: int,
     layout: Layout,
 ) -> tuple[tuple[QuantizedModel, ...], Report]:
-    """The decoder with the kernels of all blocks on the grids of each of the formats.
+    """The decoder with the kernels of all blocks on the grids of each of the formats, all in memory.
 
     step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
     passing through; operands that the scheme quantizes need none. tokens_NxS: calibration text, N a multiple of
-    batch_size. bits: bit-widths (2 to 8), or formats of one kind. layout: calibration batches and Hessians are sharded
-    over its devices; a factorization gathers one Hessian.
+    batch_size. bits: bit-widths (2 to 8), or formats. layout: calibration batches and Hessians are sharded over its
+    devices; a factorization gathers one Hessian.
     Every format has its own stream of activations, made by what is quantized already.
     """
-    found = [formats.parse(b) for b in bits]
-    (kind,) = {fmt.kind for fmt in found}
-    levels_K = jax.tree.map(lambda *fields: jnp.stack(fields), *(fmt.grid() for fmt in found))
-    quantize = _compiled(step_config, dataclasses.replace(scheme, format=""), kind, batch_size, layout)
-    blocks, report = quantize(params, grids, tokens_NxS, levels_K, damping)
-    models = []
-    for k in range(len(bits)):
-        kernels, block = jax.tree.map(lambda x, k=k: x[k], blocks)
-        models.append(QuantizedModel(kernels, {**params, "layers": {"block": block}}))
-    return tuple(models), jax.tree.map(np.asarray, report)
+    blocks, models, reports = Stacked(params), [], []
+    for fmt in map(formats.parse, bits):
+        now = {**grids, **dict.fromkeys(scheme.method.operands, jax.tree.map(jnp.asarray, fmt.grid()))}
+        text = tokens_NxS if needs_calibration(scheme) else tokens_NxS[:0]
+        stream = calibration_stream(step_config, layout, now, blocks.top(), text, batch_size, np.inf)
+        quantizer = BlockQuantizer(step_config, scheme, layout, now, damping, stream)
+        found = [quantizer.quantize(blocks.block(i), dict.fromkeys(LINEARS, fmt)) for i in range(blocks.depth)]
+        kernels, rest, report = jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+        models.append(QuantizedModel(kernels, {**params, "layers": {"block": rest}}))
+        reports.append(report)
+    return tuple(models), jax.tree.map(lambda *formats: np.stack(formats), *reports)
+
+
+@functools.lru_cache(maxsize=64)
+def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
+    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping) -> (Codes, Report)."""
+    method, model = scheme.method, step_config.model
+    assert method.solve is not None, "what leaves kernels alone is not applied"
+    method_solve = method.solve
+
+    def solve(block, found, inputs_CxBxSxI, grids, levels, damping):
+        kernel = kernel_of(block, linear)
+        if found is None:
+            rounded, hessian_IxI = method_solve(flat(kernel), levels, kind, scheme, None), None
+        else:
+            hessian_IxI, magnitude_I = found.hessian_IxI, found.magnitude_I
+            if linear == OUT:
+                magnitude_I = _per_value(magnitude_I, model)
+            if not can_fold(model, linear):
+                magnitude_I = jnp.ones_like(magnitude_I)
+            objective = None
+            if inputs_CxBxSxI is not None:
+                products = Products(step_config.static, grids)
+                objective = _branch_error(model, products, block, linear, inputs_CxBxSxI)
+            calibration = Calibration(hessian_IxI, magnitude_I, jnp.asarray(damping), objective)
+            rounded = method_solve(flat(kernel), levels, kind, scheme, calibration)
+        codes = _encoded(scheme, kind, rounded, kernel.shape)
+        fell_back, damped = jnp.asarray(rounded.fell_back), jnp.asarray(rounded.damping, jnp.float32)
+        if hessian_IxI is None:
+            return codes, Report(fell_back, damped, jnp.asarray(jnp.nan), jnp.asarray(jnp.nan))
+        grid = scheme.group_size or None, scheme.symmetric, False, scheme.has_full_range(kind)
+        plain = rtn.nearest(flat(kernel), levels, kind, *grid)
+        both = flat(dequantize(codes)), plain
+        errors = (relative_output_error(flat(kernel), q, hessian_IxI) for q in both)
+        return codes, Report(fell_back, damped, *errors)
+
+    def solve_on_layout(*arguments):
+        with splitting(layout):
+            return solve(*arguments)
+
+    return compilation.jit(solve_on_layout)
+
+
+def _per_value(magnitude_I, model: ModelConfig):
+    """The mean over the heads that read the same values, which can take but one factor."""
+    heads_GxQxK = magnitude_I.reshape(model.key_heads, -1, model.head_dim)
+    return jnp.broadcast_to(jnp.mean(heads_GxQxK, axis=1, keepdims=True), heads_GxQxK.shape).reshape(-1)
+
+
+def _branch_error(model: ModelConfig, products: Products, block, linear: Linear, inputs_CxBxSxI):
+    """Of a kernel that begins a branch (the whole attention or MLP): another kernel (I, O) -> the squared error of what
+    the branch adds."""
+    module = Block(model)
+    nothing_BxSxD = jnp.zeros((*inputs_CxBxSxI.shape[1:3], model.width), model.dtype)
+
+    def added(block):
+        def one(h_BxSxI):
+            call = lambda method, *args: module.apply({"params": block}, *args, products, method=method)
+            h_BxSxI = split_batch(h_BxSxI)
+            if linear == QKV:
+                return call(Block.after_out, nothing_BxSxD, call(Block.before_out, h_BxSxI))
+            return call(Block.after_down, nothing_BxSxD, call(Block.before_down, h_BxSxI))
+
+        return jax.lax.map(one, inputs_CxBxSxI).astype(jnp.float32)
+
+    kernel, before = kernel_of(block, linear), added(block)
+
+    def objective(other_IxO):
+        return jnp.sum(jnp.square(added(with_kernel(block, linear, other_IxO.reshape(kernel.shape))) - before))
+
+    return objective
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, batch_size: int, layout: Layout):
-    method = scheme.method
+def _adder(step_config: StepConfig, layout: Layout):
+    """(Statistics, inputs (B, S, I), grids) -> Statistics with these."""
 
-    def quantize_at_all(params, grids, tokens_NxS, levels_K, damping):
-        layers = _as_multiplied(params["layers"]["block"], step_config.model.dtype)
-        params = {**params, "layers": {"block": layers}}
-
-        def at(levels):
-            if not (method.calibrated or method.input_scales):
-                return _round_layers(scheme, layers, levels, kind)
-            stream = params, {**grids, **dict.fromkeys(method.operands, levels)}, tokens_NxS
-            return _calibrated_layers(step_config, scheme, *stream, levels, kind, damping, batch_size)
-
-        # One after the other: they share nothing, and a stream of activations is the largest thing in memory.
+    def add(found, h_BxSxI, grids):
         with splitting(layout):
-            return jax.lax.map(at, levels_K)
+            return add_statistics(Products(step_config.static, grids), found, h_BxSxI)
 
-    return compilation.jit(quantize_at_all)
+    return compilation.jit(add, donate_argnums=0)
 
 
-def _as_multiplied(layers: Any, dtype: str) -> Any:
+def add_statistics(products: Products, found: Statistics, h_BxSxI) -> Statistics:
+    """The statistics with another batch, of x as the projection multiplies it: at the run's precision."""
+    x = products.on_grid(split_batch(h_BxSxI), "a").astype(jnp.float32).reshape(-1, h_BxSxI.shape[-1])
+    return Statistics(
+        split_hessian(found.hessian_IxI + jnp.matmul(x.T, x, precision="highest")),
+        found.magnitude_I + jnp.sum(jnp.abs(x), axis=0),
+        jnp.maximum(found.largest_I, jnp.max(jnp.abs(h_BxSxI.astype(jnp.float32)), axis=(0, 1))),
+    )
+
+
+def no_statistics(size: int) -> Statistics:
+    """Of no inputs yet."""
+    return Statistics(split_hessian(jnp.zeros((size, size))), jnp.zeros(size), jnp.zeros(size))
+
+
+def as_multiplied(block: Any, dtype: str) -> Any:
     """The kernels as the products see them, still in float32. In bfloat16 the grid of the float32 kernel is another one
     than training rounded to, and a model trained at the very precision would lose something."""
+    if dtype == "float32":
+        return block
     info = jnp.finfo(dtype)
 
     def rounded(path, leaf):
         return jax.lax.reduce_precision(leaf, info.nexp, info.nmant) if path[-1].key == "kernel" else leaf
 
-    return jax.tree_util.tree_map_with_path(rounded, layers)
+    return jax.tree_util.tree_map_with_path(rounded, block)
 
 
-def _flat(kernel):
+def flat(kernel):
     """(in, *features) -> (in, out)."""
     return kernel.reshape(kernel.shape[0], -1)
 
 
-def _kernel(block: Any, linear: tuple[str, str]):
+def kernel_of(block: Any, linear: Linear):
+    """The kernel of a projection (in, *features)."""
     return block[linear[0]][linear[1]]["kernel"]
 
 
-def _with_kernel(block: Any, linear: tuple[str, str], kernel) -> Any:
+def with_kernel(block: Any, linear: Linear, kernel) -> Any:
+    """The block with another kernel for a projection."""
     module, name = linear
     return {**block, module: {**block[module], name: {"kernel": kernel}}}
 
 
-def _split(block: Any, codes: dict[tuple[str, str], Codes]) -> tuple[dict[str, dict[str, Codes]], Any]:
+def _split(block: Any, codes: dict[Linear, Codes]) -> tuple[dict[str, dict[str, Codes]], Any]:
     """(codes by module and name, the block's parameters without its kernels)."""
     kernels: dict[str, dict[str, Codes]] = {}
     for (module, name), found in codes.items():
@@ -140,124 +424,4 @@ def _encoded(scheme: Scheme, kind: formats.Kind, rounded: Rounded, shape: tuple[
     return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers=kind.family == "int")
 
 
-def _round_layers(scheme: Scheme, layers: Any, levels: formats.Grid, kind: formats.Kind):
-    """All layers at once, by a method that needs no calibration."""
-    solve = scheme.method.solve
-    assert solve is not None, "what leaves kernels alone is not applied"
-
-    def block(params):
-        kernels = {linear: _kernel(params, linear) for linear in LINEARS}
-        return _split(params, {linear: rounded(kernel) for linear, kernel in kernels.items()})
-
-    def rounded(kernel):
-        return _encoded(scheme, kind, solve(_flat(kernel), levels, kind, scheme, None), kernel.shape)
-
-    shape = (jax.tree.leaves(layers)[0].shape[0], len(LINEARS))
-    unknown = jnp.full(shape, jnp.nan)
-    return jax.vmap(block)(layers), Report(jnp.zeros(shape, bool), unknown, unknown, unknown)
-
-
-def statistics(products: Products, x_CxBxSxI):
-    """(Σ x xᵀ, mean |x|) in float32 over all tokens, x as the projection multiplies it: at the run's precision."""
-
-    def add(total, x_BxSxI):
-        x = products.on_grid(x_BxSxI, "a").astype(jnp.float32).reshape(-1, x_BxSxI.shape[-1])
-        hessian_IxI = split_hessian(total[0] + jnp.matmul(x.T, x, precision="highest"))
-        return (hessian_IxI, total[1] + jnp.sum(jnp.abs(x), axis=0)), None
-
-    size = x_CxBxSxI.shape[-1]
-    nothing = split_hessian(jnp.zeros((size, size))), jnp.zeros(size)
-    (hessian_IxI, magnitude_I), _ = jax.lax.scan(add, nothing, x_CxBxSxI)
-    return hessian_IxI, magnitude_I / (x_CxBxSxI.size // size)
-
-
-def _move_scales(scheme: Scheme, block: Any, linear, inputs_CxBxSxI):
-    """The method's factors moved from the norm before a projection into its kernel; and its inputs after that."""
-    assert scheme.method.input_scales is not None
-    kernel = _kernel(block, linear)
-    largest_I = jnp.max(jnp.abs(inputs_CxBxSxI.astype(jnp.float32)), axis=(0, 1, 2))
-    s_I, unusable = scheme.method.input_scales(largest_I, _flat(kernel), scheme)
-    block = _with_kernel(block, linear, (_flat(kernel) * s_I[:, None]).reshape(kernel.shape))
-    gain = block[NORMS[linear]]["scale"] / s_I
-    inputs = (inputs_CxBxSxI / jnp.broadcast_to(s_I, inputs_CxBxSxI.shape)).astype(inputs_CxBxSxI.dtype)
-    return {**block, NORMS[linear]: {"scale": gain}}, inputs, unusable
-
-
-def _calibrated_layers(
-    step_config: StepConfig,
-    scheme: Scheme,
-    params,
-    grids,
-    tokens_NxS,
-    levels,
-    kind: formats.Kind,
-    damping,
-    batch_size: int,
-):
-    method, module = scheme.method, Block(step_config.model)
-    assert method.solve is not None, "what leaves kernels alone is not applied"
-    solve = method.solve
-    products = Products(step_config.static, grids)
-    embedded: Any = Decoder(step_config.model).apply({"params": params}, tokens_NxS, products, method=Decoder.embed)
-
-    def each(block, function, *streams_CxB):
-        """A method of the block with these parameters, calibration batch by calibration batch."""
-        apply = lambda batch: module.apply({"params": block}, *map(split_batch, batch), method=function)
-        return jax.lax.map(apply, streams_CxB)
-
-    multiplied = lambda function: lambda block, *args: function(block, *args, products)
-
-    def branch_error(block, linear, inputs_CxBxSxI):
-        """Of kernels that begin a branch (the whole attention or MLP), the squared error of what it adds."""
-        nothing_CxBxSxD = jnp.zeros((*inputs_CxBxSxI.shape[:3], step_config.model.width), step_config.model.dtype)
-
-        def added(block):
-            if linear == LINEARS[0]:
-                inputs = each(block, multiplied(Block.before_out), inputs_CxBxSxI)
-                return each(block, multiplied(Block.before_gate_up), nothing_CxBxSxD, inputs)[0].astype(jnp.float32)
-            inputs = each(block, multiplied(Block.before_down), inputs_CxBxSxI)
-            return each(block, multiplied(Block.after_down), nothing_CxBxSxD, inputs).astype(jnp.float32)
-
-        kernel, before = _kernel(block, linear), added(block)
-
-        def objective(other_IxO):
-            new = _with_kernel(block, linear, other_IxO.reshape(kernel.shape))
-            return jnp.sum(jnp.square(added(new) - before))
-
-        return objective
-
-    def layer(x_CxBxSxD, block):
-        codes, notes = {}, []
-
-        def quantized(block, linear, inputs_CxBxSxI):
-            """The block with this projection quantized, and its inputs."""
-            unusable = jnp.asarray(False)
-            if method.input_scales and linear in NORMS:
-                block, inputs_CxBxSxI, unusable = _move_scales(scheme, block, linear, inputs_CxBxSxI)
-            kernel = _kernel(block, linear)
-            hessian_IxI, magnitude_I = statistics(products, inputs_CxBxSxI)
-            begins = method.branch_error and linear in NORMS
-            objective = branch_error(block, linear, inputs_CxBxSxI) if begins else None
-            calibration = Calibration(hessian_IxI, magnitude_I, damping, objective)
-            rounded = solve(_flat(kernel), levels, kind, scheme, calibration)
-            codes[linear] = _encoded(scheme, kind, rounded, kernel.shape)
-            new = dequantize(codes[linear])
-            grid = scheme.group_size or None, scheme.symmetric, False, scheme.has_full_range(kind)
-            plain = rtn.nearest(_flat(kernel), levels, kind, *grid)
-            errors = (relative_output_error(_flat(kernel), q, hessian_IxI) for q in (_flat(new), plain))
-            notes.append(Report(rounded.fell_back | unusable, rounded.damping, *errors))
-            return _with_kernel(block, linear, new.astype(kernel.dtype)), inputs_CxBxSxI
-
-        block, inputs = quantized(block, LINEARS[0], each(block, Block.before_qkv, x_CxBxSxD))
-        inputs = each(block, multiplied(Block.before_out), inputs)
-        block, inputs = quantized(block, LINEARS[1], inputs)
-        x_CxBxSxD, inputs = each(block, multiplied(Block.before_gate_up), x_CxBxSxD, inputs)
-        block, inputs = quantized(block, LINEARS[2], inputs)
-        inputs = each(block, multiplied(Block.before_down), inputs)
-        block, inputs = quantized(block, LINEARS[3], inputs)
-        x_CxBxSxD = each(block, multiplied(Block.after_down), x_CxBxSxD, inputs)
-        report = jax.tree.map(lambda *values: jnp.stack(values), *notes)
-        return x_CxBxSxD, (_split(block, codes), report)
-
-    start_CxBxSxD = embedded.reshape(-1, batch_size, *embedded.shape[1:])
-    return jax.lax.scan(layer, start_CxBxSxD, params["layers"]["block"])[1]
+_dequantized = jax.jit(dequantize)

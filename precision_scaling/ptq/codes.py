@@ -58,11 +58,21 @@ def dequantize(codes: Codes) -> jax.Array:
 @jax.jit
 def parameters(model: QuantizedModel) -> Any:
     """The decoder's parameters, every kernel dequantized."""
-    block = model.rest["layers"]["block"]
-    for module, kernels in model.kernels.items():
-        found = {name: {"kernel": jax.vmap(dequantize)(codes)} for name, codes in kernels.items()}
-        block = {**block, module: {**block.get(module, {}), **found}}
+    block = jax.vmap(_with_kernels)(model.kernels, model.rest["layers"]["block"])
     return {**model.rest, "layers": {**model.rest["layers"], "block": block}}
+
+
+@jax.jit
+def block_parameters(kernels: dict[str, dict[str, Codes]], rest: Any) -> Any:
+    """The same for one block, without the axis of layers."""
+    return _with_kernels(kernels, rest)
+
+
+def _with_kernels(kernels: dict[str, dict[str, Codes]], block: Any) -> Any:
+    for module, names in kernels.items():
+        found = {name: {"kernel": dequantize(codes)} for name, codes in names.items()}
+        block = {**block, module: {**block.get(module, {}), **found}}
+    return block
 
 
 def each(kernels: Any) -> list[Codes]:
@@ -77,10 +87,16 @@ def is_codes(x: Any) -> bool:
 
 def stored_bits(model: QuantizedModel, bits: float) -> float:
     """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
+    total, weights = stored_size(model.kernels, bits)
+    return total / weights
+
+
+def stored_size(kernels: Any, bits: float) -> tuple[float, int]:
+    """(bits that these kernels take, their weights)."""
     total, weights = 0.0, 0
-    for codes in each(model.kernels):
+    for codes in each(kernels):
         weights += codes.codes.size
         integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)
         scales = codes.scales.size + (0 if codes.row_scales is None else codes.row_scales.size)
         total += bits * integers + 32 * scales
-    return total / weights
+    return total, weights

@@ -82,7 +82,8 @@ def find(
     takes the grid as an asymmetric one. Asymmetric: 2^b levels from min(0, smallest) to max(0, largest), one of them
     zero.
     `clip` shrinks each range to the fraction in CLIP_RATIOS that has the least squared rounding error, or the least of
-    what a function makes (G, O) of the rounding errors (G, S, O) of groups of S inputs.
+    what a function makes (G, O) of the rounding errors (G, S, O) of groups of S inputs. With `full_range` it begins at
+    the range where every weight has a level, and tries scales of both signs: one end has a level more than the other.
     """
     if not symmetric and kind.family != "int":
         raise UserError(f"symmetric = False with formats of family {kind.family}: allowed are integers")
@@ -93,7 +94,7 @@ def find(
     w_GxSxO = _grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
     if full_range:
         largest_GxO = jnp.max(jnp.abs(w_GxSxO), axis=1)
-        full_GxO = jnp.where(largest_GxO == 0, 1, largest_GxO / (levels.max_value + 0.5))
+        full_GxO = jnp.where(largest_GxO == 0, 1, largest_GxO / (levels.max_value + (0 if clip else 0.5)))
         bottom_GxO = -full_GxO * (levels.max_value + 1)
     elif symmetric:
         scale_kind = kind._replace(scale="absmax") if clip else kind
@@ -114,6 +115,9 @@ def find(
 
     measure = clip if callable(clip) else lambda e_GxSxO: jnp.sum(jnp.square(e_GxSxO), axis=1)
 
+    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
+    ratios = jnp.concatenate([ratios, -ratios]) if full_range else ratios
+
     def search(best, ratio):
         best_error_GxO, best_ratio_GxO = best
         error_GxO = measure(_round_groups(w_GxSxO, at(ratio), kind, symmetric and not full_range)[0] - w_GxSxO)
@@ -121,7 +125,7 @@ def find(
         return (jnp.where(better, error_GxO, best_error_GxO), jnp.where(better, ratio, best_ratio_GxO)), None
 
     start = jnp.full_like(full_GxO, jnp.inf), jnp.ones_like(full_GxO)
-    (_, ratio_GxO), _ = jax.lax.scan(search, start, jnp.asarray(CLIP_RATIOS, jnp.float32))
+    (_, ratio_GxO), _ = jax.lax.scan(search, start, ratios)
     return at(ratio_GxO)
 
 

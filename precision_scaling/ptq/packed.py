@@ -72,21 +72,51 @@ def bytes_on_disk(path: Path) -> int:
     return files.size_below(path)
 
 
+class PackedBlock(NamedTuple):
+    """A block with its integers packed. shapes: of its kernels."""
+
+    kernels: Any
+    rest: Any
+    shapes: Any
+
+
+def pack_block(kernels: dict[str, dict[str, Codes]], rest: Any, bits: int) -> PackedBlock:
+    """A quantized block of a model, in the bytes that it will take on disk."""
+    arrays = jax.tree.map(lambda codes: _pack_codes(codes, bits), kernels, is_leaf=is_codes)
+    shapes = jax.tree.map(lambda codes: list(codes.codes.shape), kernels, is_leaf=is_codes)
+    return PackedBlock(arrays, jax.tree.map(np.asarray, rest), shapes)
+
+
 def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tuple[str, ...] = ()) -> None:
     """Writes a model to the directory `path`, replacing what was there; returns when it is on disk.
 
     method: the name of its scheme. bits: 2 to 8. operands: see `Loaded`.
     """
+    top = {name: value for name, value in model.rest.items() if name != "layers"}
+    layers, rest = jax.tree.leaves(model.kernels)[0].shape[0], model.rest["layers"]["block"]
+
+    def block(layer: int) -> PackedBlock:
+        kernels, left = jax.tree.map(lambda x: np.asarray(x[layer]), (model.kernels, rest))
+        return pack_block(kernels, left, bits)
+
+    save_blocks(path, [block(layer) for layer in range(layers)], top, method, bits, operands)
+
+
+def save_blocks(
+    path: Path, blocks: list[PackedBlock], top: Any, method: str, bits: int, operands: tuple[str, ...] = ()
+) -> None:
+    """The same for a model whose blocks are packed already. top: its parameters outside of the blocks."""
     files.remove_tree(path, first=paths.DESCRIPTION)
-    arrays = {"kernels": jax.tree.map(lambda codes: _pack_codes(codes, bits), model.kernels, is_leaf=is_codes)}
-    arrays["rest"] = jax.tree.map(np.asarray, model.rest)
+    stacked = [jax.tree.map(lambda *x: np.stack(x), *(block[part] for block in blocks)) for part in (0, 1)]
+    arrays = {"kernels": stacked[0], "rest": {**jax.tree.map(np.asarray, top), "layers": {"block": stacked[1]}}}
     checkpoint.save(path / paths.ARRAYS, arrays)
+    is_shape = lambda node: isinstance(node, list)
     description = {
         "version": VERSION,
         "method": method,
         "bits": bits,
         "operands": operands,
-        "shapes": jax.tree.map(lambda codes: list(codes.codes.shape), model.kernels, is_leaf=is_codes),
+        "shapes": jax.tree.map(lambda shape: [len(blocks), *shape], blocks[0].shapes, is_leaf=is_shape),
         "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays),
     }
     # Last: without it the directory does not count.
@@ -116,11 +146,9 @@ def load(path: Path) -> Loaded:
 
 
 def _pack_codes(codes: Codes, bits: int) -> dict[str, np.ndarray]:
-    """The arrays of a kernel of L layers, each layer's integers packed by themselves."""
+    """The arrays of a kernel of one layer, its integers packed."""
     arrays = {name: np.asarray(value) for name, value in codes._asdict().items() if value is not None}
-    for name in {"codes", "zeros"} & set(arrays):
-        arrays[name] = np.stack([pack(layer, bits) for layer in arrays[name]])
-    return arrays
+    return arrays | {name: pack(arrays[name], bits) for name in {"codes", "zeros"} & set(arrays)}
 
 
 def _unpack_codes(arrays: dict[str, Any], bits: int, shape: list[int]) -> Codes:

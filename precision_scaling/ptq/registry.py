@@ -32,5 +32,7 @@ def planned(options: Mapping[str, Any]) -> tuple[tuple[Scheme, tuple[float, ...]
         if options["bits"]:
             found.append((scheme, tuple(dict.fromkeys(options["bits"]))))
         for fmt in dict.fromkeys(map(formats.parse, options["formats"])):
-            found.append((dataclasses.replace(scheme, format=fmt.name), (fmt.bits,)))
+            # Formats whose scales are given have no range to search; who asks for it is told before.
+            clip = scheme.clip and fmt.family not in ("block", "wide")
+            found.append((dataclasses.replace(scheme, format=fmt.name, clip=clip), (fmt.bits,)))
     return tuple(found)

@@ -24,6 +24,9 @@ REWINDS = "rewinds.json"  # batches that it left out; sealed
 TENSORBOARD = "tensorboard"
 QUANTIZED = "quantized"  # packed models, see `packed`
 
+# Below the checkpoint of a model from elsewhere, which has a directory for each block
+TOP = "top"  # the parameters outside of the blocks; written last
+
 # Below a cohort's checkpoint and a packed model
 STATE = "state"
 LANES = "lanes.json"  # which run is in which lane, and at which step; sealed
@@ -69,6 +72,16 @@ def layer_stats(run_directory: Path, precision: str = "") -> Path:
 def metrics_part(metrics: Path, step: int) -> Path:
     """The part of a metrics.jsonl whose first line is that of a step."""
     return metrics.with_name(METRICS_PARTS) / f"{step:012d}.jsonl"
+
+
+def block(layer: int) -> str:
+    """The directory of one block, beside `TOP`."""
+    return f"{layer:04d}"
+
+
+def parts(run_directory: Path, scheme: str, bits: float) -> Path:
+    """What is done of a model that is being quantized, a file for each block; removed when its row is written."""
+    return run_directory / QUANTIZED / f"{scheme}-{bits}.parts"
 
 
 def packed(run_directory: Path, scheme: str, bits: float) -> Path:

@@ -6,6 +6,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
+Bar = tqdm
 LINE_SECONDS = 30.0  # between two lines of a log file
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from precision_scaling.ptq.activations import Stream, memory_limit
+from precision_scaling.ptq.forward import forward
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import compilation, sharding
 from precision_scaling.runtime.progress import progress_bar
@@ -38,6 +40,30 @@ def evaluator(
         return float(np.mean([float(loss(params, grids, part)) for part in bar]))
 
     return mean_loss
+
+
+class BlockwiseLoss:
+    """The same loss of a model whose blocks come one by one: holds the held-out text's residual stream between them."""
+
+    def __init__(self, workspace: Workspace, shape: run.Shape, static: StaticPrecision, grids: Any, top: Any):
+        config = workspace.experiment.config.evaluate
+        windows = workspace.loader(shape).validation_windows(config.sequences)
+        self._windows_NxBxS1 = windows.reshape(-1, config.batch_size, windows.shape[-1])
+        step_config = StepConfig(shape.model, static, workspace.experiment.optimizer)
+        self._forward, self._grids, self._top = forward(step_config, workspace.layout), grids, top
+        batches = (self._forward.embed(top, grids, batch[:, :-1]) for batch in self._windows_NxBxS1)
+        self._stream = Stream(batches, memory_limit(workspace.layout))
+
+    def advance(self, block: Any) -> None:
+        """The text goes through the next block."""
+        batches = (self._forward.through(block, self._grids, x) for x in self._stream)
+        self._stream = Stream(batches, self._stream.limit)
+
+    def loss(self) -> float:
+        """In nats per token, after the last block."""
+        pairs = zip(self._stream, self._windows_NxBxS1, strict=True)
+        found = [float(self._forward.loss(self._top, self._grids, x, batch[:, 1:])) for x, batch in pairs]
+        return float(np.mean(found))
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import native
 from precision_scaling.runtime import compilation, files, hosts, paths, patterns, sharding
 from precision_scaling.runtime.sharding import Layout
-from precision_scaling.training import checkpoint, compiled, optimizer
+from precision_scaling.training import blocks, checkpoint, compiled, optimizer
 from precision_scaling.training import run as run_lib
 from precision_scaling.training.run import Run
 
@@ -54,8 +54,17 @@ class Workspace:
 
     def parameters(self, run: Run) -> Any:
         """The parameters of a trained run, from its checkpoint, in their places. UserError where it cannot be read."""
-        abstract = self.layout.abstract(_abstract_parameters(run.shape.model))
-        return checkpoint.restore(self.directory(run) / paths.CHECKPOINT, abstract)
+        directory = self.directory(run) / paths.CHECKPOINT
+        if blocks.is_stored(directory):
+            return blocks.stack(blocks.Stored(directory, run.shape.model, self.layout))
+        return checkpoint.restore(directory, self.layout.abstract(_abstract_parameters(run.shape.model)))
+
+    def blocks(self, run: Run) -> blocks.Blocks:
+        """The same a block at a time: of a model from elsewhere, no more than one is in memory."""
+        directory = self.directory(run) / paths.CHECKPOINT
+        if blocks.is_stored(directory):
+            return blocks.Stored(directory, run.shape.model, self.layout)
+        return blocks.Stacked(self.parameters(run))
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,7 +85,7 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
     names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
     patterns.check("config.optimizer.decay_pattern", config.optimizer.decay_pattern, names)
-    for group in planned.cohorts:
+    for group in () if config.model.imported else planned.cohorts:  # an imported model is read a block at a time
         compiled.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)

@@ -1,0 +1,110 @@
+"""A decoder's parameters a block at a time, so that no more than one block of a large model need be in memory.
+
+`top` is all but the blocks: embedding, last norm, head. Models from elsewhere are kept this way on disk, each block a
+checkpoint of its own; of a run trained here the stacked parameters are cut.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from precision_scaling.model import decoder
+from precision_scaling.model.config import ModelConfig
+from precision_scaling.runtime import paths
+from precision_scaling.runtime.sharding import Layout
+from precision_scaling.training import checkpoint
+
+
+class Blocks(Protocol):
+    """Where the parameters of a decoder come from."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks that there are."""
+
+    def top(self) -> Any:
+        """The parameters outside of the blocks."""
+
+    def block(self, layer: int) -> Any:
+        """The parameters of one block, without the axis of layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The blocks of parameters that are in memory as a whole."""
+
+    params: Any
+
+    @property
+    def depth(self) -> int:
+        """Blocks that there are."""
+        return len(jax.tree.leaves(self.params["layers"])[0])
+
+    def top(self) -> Any:
+        """See `Blocks`."""
+        return {name: value for name, value in self.params.items() if name != "layers"}
+
+    def block(self, layer: int) -> Any:
+        """See `Blocks`."""
+        return jax.tree.map(lambda leaf: leaf[layer], self.params["layers"]["block"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Blocks in a directory that `store` filled. UserError where one cannot be read."""
+
+    directory: Path
+    model: ModelConfig
+    layout: Layout
+
+    @property
+    def depth(self) -> int:
+        """Blocks that there are."""
+        return self.model.depth
+
+    def top(self) -> Any:
+        """See `Blocks`."""
+        return self._read(self.directory / paths.TOP, Stacked(_abstract(self.model)).top())
+
+    def block(self, layer: int) -> Any:
+        """See `Blocks`."""
+        return self._read(self.directory / paths.block(layer), _abstract_block(self.model))
+
+    def _read(self, path: Path, abstract: Any) -> Any:
+        return checkpoint.restore(path, self.layout.abstract(abstract))
+
+
+def is_stored(directory: Path) -> bool:
+    """Whether a directory holds a whole model by blocks."""
+    return checkpoint.exists(directory / paths.TOP)
+
+
+def store(directory: Path, blocks: Blocks, done: Callable[[Any], None]) -> None:
+    """Writes all of a model, block by block; the top is last, and without it the directory does not count.
+
+    done: is given each block when it is on disk, so that it is read once for whatever else is done with it.
+    """
+    for layer in range(blocks.depth):
+        block = blocks.block(layer)
+        checkpoint.save(directory / paths.block(layer), block)
+        done(block)
+    checkpoint.save(directory / paths.TOP, blocks.top())
+
+
+def stack(blocks: Blocks) -> Any:
+    """The parameters as a whole, blocks on a leading axis."""
+    layers = [blocks.block(layer) for layer in range(blocks.depth)]
+    return {**blocks.top(), "layers": {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+
+
+def _abstract(model: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+
+
+def _abstract_block(model: ModelConfig) -> Any:
+    block = _abstract(model)["layers"]["block"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)
