@@ -256,7 +256,7 @@ def test_a_study_has_the_bytes_of_one_on_a_disk(place, study):
 @pytest.mark.slow
 def test_a_study_that_is_killed_again_and_again_has_them_too(place, study, store):
     config, whole = study
-    for number in range(1, 5):
+    for number in range(1, 4):
         process = start(config, place)
         while process.poll() is None:
             cohorts = store.objects(f"{place.name}/{paths.COHORTS}/")
@@ -284,7 +284,7 @@ def test_two_workers_share_a_study(place, study):
 @pytest.mark.slow
 def test_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
     config, whole = study
-    store.share, store.latency = 0.05, 0.02
+    store.share, store.latency = 0.04, 0.005
     store.faults.clear()
     try:
         ((status, said),) = wait(start(config, place))

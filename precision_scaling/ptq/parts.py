@@ -4,6 +4,7 @@ A file for each block, an .npz, whose members have checksums. They are no packed
 blocks are done: codes are as `apply` has them.
 """
 
+import contextlib
 import io
 import json
 import zipfile
@@ -52,6 +53,8 @@ class Parts:
     def clear(self) -> None:
         """Removes all of them: the model is done."""
         files.remove_tree(self._directory)
+        with contextlib.suppress(OSError, AttributeError):  # beside packed models, or in a bucket
+            self._directory.parent.rmdir()
 
     def _path(self, layer: int) -> Path:
         return self._directory / f"{layer:04d}.npz"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.ptq.activations import Stream, memory_limit
@@ -15,6 +16,7 @@ from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.sharding import BATCH, Layout
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training import run, step
+from precision_scaling.training.blocks import Blocks, Stacked
 from precision_scaling.training.step import StepConfig
 
 
@@ -64,6 +66,29 @@ class BlockwiseLoss:
         pairs = zip(self._stream, self._windows_NxBxS1, strict=True)
         found = [float(self._forward.loss(self._top, self._grids, x, batch[:, 1:])) for x, batch in pairs]
         return float(np.mean(found))
+
+
+class WholeLoss:
+    """As `BlockwiseLoss`, by the program that evaluates runs after training: to the bit the loss that it would give."""
+
+    def __init__(self, workspace: Workspace, shape: run.Shape, static: StaticPrecision, grids: Any, top: Any):
+        self._loss, self._grids, self._top = evaluator(workspace, shape, static), grids, top
+        self._blocks: list[Any] = []
+
+    def advance(self, block: Any) -> None:
+        """Keeps the block."""
+        self._blocks.append(block)
+
+    def loss(self) -> float:
+        """In nats per token, after the last block."""
+        block = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self._blocks)
+        return self._loss({**self._top, "layers": {"block": block}}, self._grids)
+
+
+def by_blocks(blocks: Blocks) -> type[BlockwiseLoss] | type[WholeLoss]:
+    """How the loss of a run was measured that these blocks are of, so that another loss may be compared with it: a
+    model from elsewhere was never in memory as a whole."""
+    return WholeLoss if isinstance(blocks, Stacked) else BlockwiseLoss
 
 
 @functools.lru_cache(maxsize=8)

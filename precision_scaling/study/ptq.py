@@ -26,7 +26,7 @@ from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.progress import Bar, progress_bar
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results
-from precision_scaling.study.evaluate import BlockwiseLoss
+from precision_scaling.study.evaluate import by_blocks
 from precision_scaling.study.workspace import Workspace
 from precision_scaling.training.run import WHOLE, Cohort, Run, Shard
 from precision_scaling.training.step import StepConfig
@@ -176,7 +176,7 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, save: bool, bar: Bar
     grids = {**grids, **dict.fromkeys(scheme.method.operands, fmt.grid())}
     blocks, parts = workspace.blocks(run), _parts(workspace, job, b)
     top = blocks.top()
-    held_out = BlockwiseLoss(workspace, job.group.shape, static, grids, top)
+    held_out = by_blocks(blocks)(workspace, job.group.shape, static, grids, top)
     quantizer = _quantizer(workspace, job, step_config, grids, top) if scheme.method.solve else None
     kept, reports, sizes, written = [], [], [], time.monotonic()
     for layer in range(blocks.depth):
