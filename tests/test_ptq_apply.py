@@ -273,6 +273,17 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
     np.testing.assert_allclose(folded, apply.kernel_of(task.block, apply.GATE_UP) * rows, rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [24, 520])  # the second in panels
+def test_the_hessian_is_the_sum_of_outer_products(width):
+    x = np.random.default_rng(0).normal(size=(2, 9, width)).astype(np.float32)
+    found = jax.jit(functools.partial(apply.add_statistics, Products()))(apply.no_statistics(width), x)
+    rows = x.reshape(-1, width).astype(np.float64)
+    np.testing.assert_allclose(found.hessian_IxI, rows.T @ rows, atol=1e-4)
+    np.testing.assert_array_equal(found.hessian_IxI, found.hessian_IxI.T)
+    np.testing.assert_allclose(found.magnitude_I, np.abs(rows).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(found.largest_I, np.abs(x).max((0, 1)))
+
+
 @pytest.mark.slow
 def test_awq_leaves_a_model_without_scales_of_its_own(params, tokens, quantized):
     models, report = quantized("awq")
