@@ -4,10 +4,9 @@
 
 Each step is a process of its own, so its peak memory is that of the step. Both are calibrated on the same tokens, and
 both results are evaluated here, on the same held-out text: the peer's directory is imported as a model of its own.
-Without --peer its rows are left out. The checkpoint and its conversion are described in docs/models.md.
+The checkpoint and its conversion are described in docs/models.md.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,11 +15,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
-from precision_scaling.runtime import paths
+from precision_scaling.errors import UserError
+from precision_scaling.runtime import cli, paths
 from precision_scaling.study import results
 from precision_scaling.study.generate import trained_run
 from precision_scaling.study.workspace import reopen_workspace
+
+FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory.", flag_values=FLAGS)
+_TEXT = flags.DEFINE_string("text", None, "Files of text, for calibration and evaluation.", flag_values=FLAGS)
+_TOKENS = flags.DEFINE_float("tokens", None, "That the model was trained on.", flag_values=FLAGS)
+_BITS = flags.DEFINE_list("bits", ["4", "3"], "Bit-widths.", flag_values=FLAGS)
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 32, "Inputs that share a scale; 0: a channel.", flag_values=FLAGS)
+_SEQUENCES = flags.DEFINE_integer("sequences", 16, "Of 512 tokens, for each of the two texts.", flag_values=FLAGS)
+_PEER = flags.DEFINE_string("peer", "", "Python of an environment with llmcompressor; empty: none.", flag_values=FLAGS)
 
 SIZES = ("evaluate.sequences", "ptq.calibration_sequences")
 # What the peer's own documentation does for GPTQ: its default order and levels.
@@ -59,7 +69,8 @@ def run(*command: object) -> tuple[float, float]:
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(map(str, command))[:200]}\n{output.decode(errors='replace')[-3000:]}")
+        print(output.decode(errors="replace")[-3000:], file=sys.stderr)
+        raise UserError(f"{' '.join(map(str, command))[:200]}: ended with status {status}; allowed is 0")
     return time.perf_counter() - start, usage.ru_maxrss / 1e6
 
 
@@ -70,28 +81,23 @@ def line(name: str, bits: object, loss: float, whole: float, seconds: float, pea
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
-    parser.add_argument("--text", type=Path, required=True, help="files of text, for calibration and evaluation")
-    parser.add_argument("--tokens", type=float, required=True, help="that the model was trained on")
-    parser.add_argument("--bits", default="4,3", help="bit-widths; default 4,3")
-    parser.add_argument("--group_size", type=int, default=32, help="inputs that share a scale; 0: a channel")
-    parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens, for each of the two texts")
-    parser.add_argument("--peer", default="", help="Python of an environment with llmcompressor")
-    options = parser.parse_args()
     python, package = sys.executable, "precision_scaling"
     with tempfile.TemporaryDirectory() as scratch:
 
         def imported(model: Path, name: str):
             """The workspace of a model, and what its import took."""
-            text = ("--config.data.name=text", f"--config.data.root={options.text.resolve()}", "--sequence_length=512")
-            sizes = (f"--config.{part}={options.sequences}" for part in SIZES)
+            text = (
+                "--config.data.name=text",
+                f"--config.data.root={Path(_TEXT.value).resolve()}",
+                "--sequence_length=512",
+            )
+            sizes = (f"--config.{part}={_SEQUENCES.value}" for part in SIZES)
             workdir = Path(scratch) / name
-            what = (f"--model={model}", f"--tokens={options.tokens}", f"--workdir={workdir}")
+            what = (f"--model={model}", f"--tokens={_TOKENS.value}", f"--workdir={workdir}")
             took = run(python, "-m", f"{package}.huggingface", "import", *what, *text, *sizes)
             return reopen_workspace(workdir), took
 
-        workspace, took = imported(options.model, "ours")
+        workspace, took = imported(Path(_MODEL.value), "ours")
         cohort, trained = trained_run(workspace)
         (row,) = results.read_rows(workspace.directory(trained), "trained")
         whole = row["loss"]
@@ -99,19 +105,19 @@ def main() -> None:
         line("unquantized", 32, whole, whole, *took)
         calibration = Path(scratch) / "calibration.npy"
         loader = workspace.loader(cohort.shape)
-        np.save(calibration, loader.calibration_windows(options.sequences, seed=trained.seed)[:, :-1])
-        for bits in options.bits.split(","):
-            flags = ("--method=gptq", f"--bits={bits}", f"--group_size={options.group_size}")
+        np.save(calibration, loader.calibration_windows(_SEQUENCES.value, seed=trained.seed)[:, :-1])
+        for bits in _BITS.value:
+            flags = ("--method=gptq", f"--bits={bits}", f"--group_size={_GROUP_SIZE.value}")
             took = run(python, "-m", f"{package}.ptq", f"--workdir={workspace.workdir}", *flags)
             (file,) = (path for path in paths.all_rows(workspace.workdir) if "gptq" in path.name)
             rows = results.read_rows(workspace.directory(trained), paths.measurement(file))
             (loss,) = (row["loss"] for row in rows if row["P_post"] == int(bits))
             line(paths.measurement(file), bits, loss, whole, *took)
-            if options.peer:
+            if _PEER.value:
                 out = Path(scratch) / f"peer-{bits}"
-                took = run(options.peer, "-c", PEER, options.model, calibration, out, bits, options.group_size)
+                took = run(_PEER.value, "-c", PEER, Path(_MODEL.value), calibration, out, bits, _GROUP_SIZE.value)
                 for name in ("tokenizer.json", "tokenizer_config.json"):
-                    (out / name).write_bytes((options.model / name).read_bytes())
+                    (out / name).write_bytes((Path(_MODEL.value) / name).read_bytes())
                 theirs, _ = imported(out, f"of-peer-{bits}")
                 _, run_of_peer = trained_run(theirs)
                 (row,) = results.read_rows(theirs.directory(run_of_peer), "trained")
@@ -119,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, FLAGS, required=("model", "text", "tokens")))

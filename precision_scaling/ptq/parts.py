@@ -53,8 +53,9 @@ class Parts:
     def clear(self) -> None:
         """Removes all of them: the model is done."""
         files.remove_tree(self._directory)
-        with contextlib.suppress(OSError, AttributeError):  # beside packed models, or in a bucket
-            self._directory.parent.rmdir()
+        if not files.is_remote(self._directory):  # a bucket has no directories
+            with contextlib.suppress(OSError):  # packed models are beside it
+                self._directory.parent.rmdir()
 
     def _path(self, layer: int) -> Path:
         return self._directory / f"{layer:04d}.npz"

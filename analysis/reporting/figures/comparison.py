@@ -46,19 +46,23 @@ def _names(axis, rows: list[Row], labels: bool) -> np.ndarray:
 
 
 def _held_out(axis, rows: list[Row]) -> None:
-    y, drawn = _names(axis, rows, labels=True), []
+    y = _names(axis, rows, labels=True)
+    found = {scheme: np.array([row.held_out.get(scheme) for row in rows], float) * 100 for scheme in HELD_OUT}
+    drawn = np.concatenate(list(found.values()))
+    positive = drawn[np.isfinite(drawn) & (drawn > 0)]
+    # A law that misses nothing stands at the left end: the axis has no zero.
+    low, high = (positive.min() / 1.2, positive.max() * 1.2) if positive.size else (0.1, 1.0)
+    half = max(np.log(high / low), np.log(NARROWEST)) / 2
+    left, right = (np.sqrt(low * high) * np.exp(sign * half) for sign in (-1, 1))
     for series, (scheme, label) in enumerate(HELD_OUT.items()):
-        found = [row.held_out.get(scheme) for row in rows]
-        error = np.array([np.nan if value is None else 100 * value for value in found])
+        error = found[scheme]
         if np.isfinite(error).any():
             shift = 0.13 * (series - (len(HELD_OUT) - 1) / 2)  # of a row; keeps marks of equal error apart
-            axis.plot(error, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label)
-            drawn.append(error[np.isfinite(error)])
+            place = np.where(error == 0, left, error)
+            axis.plot(place, y + shift, marker(series), color=CATEGORIES[series], mec=INK, label=label, clip_on=False)
     axis.set_xscale("log")
-    if drawn:
-        low, high = np.log([np.concatenate(drawn).min() / 1.2, np.concatenate(drawn).max() * 1.2])
-        half = max(high - low, np.log(NARROWEST)) / 2
-        axis.set_xlim(np.exp((low + high) / 2 - half), np.exp((low + high) / 2 + half))
+    if np.isfinite(drawn).any():
+        axis.set_xlim(left, right)
     axis.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=7))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
