@@ -134,6 +134,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of every answer waits 40 ms for the client to confirm its head
 
     def _pass_on(self) -> None:
         store: Store = self.server.store  # type: ignore[attr-defined]

@@ -30,6 +30,14 @@ def _source(rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
+@pytest.fixture(autouse=True)
+def no_url_is_a_directory():
+    """Fails a test that leaves a directory of the name "gs:" where commands run: a URL was taken for a path."""
+    yield
+    found = [place / scheme for place in {ROOT, Path.cwd()} for scheme in ("gs:", "s3:")]
+    assert not any(map(os.path.lexists, found)), f"one of {', '.join(map(str, found))} is there"
+
+
 @pytest.fixture(scope="session")
 def session_directory(tmp_path_factory) -> Path:
     """A directory that all test processes of this session share."""

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from benchmarks import object_store
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import bucket, files, lease, paths
 from precision_scaling.study import locks
-from precision_scaling.training import metrics_log, step
+from precision_scaling.training import checkpoint, metrics_log, step
 from tests.test_bad_tables import good_table
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,17 @@ def test_objects_are_written_read_listed_and_removed(place):
     files.remove_tree(place / "runs/y")
     assert files.matching(place, "runs/*/*.json") == [place / "runs/x/a.json"]
     files.remove(place / "none")
+
+
+def test_a_checkpoint_is_in_the_bucket_and_nothing_of_it_below_the_working_directory(place, tmp_path, monkeypatch):
+    """Not even for a moment: the absolute path of a URL would be a directory there."""
+    monkeypatch.chdir(tmp_path)
+    arrays = {"a": np.arange(3.0, dtype=np.float32)}
+    checkpoint.save(place / "state", {"a": jnp.asarray(arrays["a"])})
+    np.testing.assert_array_equal(checkpoint.restore(place / "state", arrays)["a"], arrays["a"])
+    assert checkpoint.exists(place / "state") and not any(tmp_path.iterdir())
+    checkpoint.remove(place / "state")
+    assert not checkpoint.exists(place / "state") and bucket.below(place) == []
 
 
 def test_of_many_that_make_an_object_one_does(place):

@@ -137,7 +137,7 @@ def restore(path: Path, abstract: Any) -> Any:
 
 
 def _absolute(path: Path) -> Path:
-    """What Orbax wants; a path in a bucket is one."""
+    """What Orbax wants; a path in a bucket is one, and its own `absolute` would be below the working directory."""
     return path if files.is_remote(path) else path.absolute()
 
 
