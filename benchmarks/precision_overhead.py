@@ -64,7 +64,7 @@ def _compile(text: str):
     (run,) = group.runs
     native.check_device(run.precision)
     step_config = step_lib.StepConfig(group.shape.model, group.static, resolved.optimizer)
-    inputs = step_lib.RunInputs(group.static.grids(run.precision), run.schedule, np.int32(0))
+    inputs = step_lib.RunInputs(group.static.grids(run.precision, group.shape.model.depth), run.schedule, np.int32(0))
     tokens = np.random.default_rng(0).integers(0, 256, (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value + 1)).astype(np.int32)
     state = compilation.jit(functools.partial(step_lib.init_state, step_config), level=1)(0)
     started = time.perf_counter()

@@ -9,6 +9,7 @@ nothing else. Shape letters: C batches, B sequences, S positions, L layers, O op
 import csv
 import functools
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ from precision_scaling.errors import UserError
 from precision_scaling.model import contraction
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block, Decoder
-from precision_scaling.quantize import aqt, parsing
+from precision_scaling.quantize import aqt, layers, parsing
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.products import Products
-from precision_scaling.quantize.static import StaticPrecision, static_of_one
+from precision_scaling.quantize.static import StaticPrecision, by_layer, static_of_one
 from precision_scaling.runtime import cli, compilation, files, paths
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training import checkpoint
@@ -104,7 +105,8 @@ def _quantized(static: StaticPrecision) -> list[Place]:
 def _compiled(config: ModelConfig, static: StaticPrecision):
     block = Block(config)
 
-    def layer(grids, x_BxSxD, params):
+    def layer(x_BxSxD, of_block):
+        params, grids = of_block
         seen: list[tuple[str, Sums]] = []
 
         def observe(name, x, x_q, saturated):
@@ -120,7 +122,8 @@ def _compiled(config: ModelConfig, static: StaticPrecision):
         def of_batch(tokens_BxS):
             products = Products(static, grids)
             x_BxSxD = Decoder(config).apply({"params": params}, tokens_BxS, products, method=Decoder.embed)
-            return jax.lax.scan(functools.partial(layer, grids), x_BxSxD, params["layers"]["block"])[1]
+            blocks = params["layers"]["block"], by_layer(grids, config.depth)
+            return jax.lax.scan(layer, x_BxSxD, blocks)[1]
 
         return jax.lax.map(of_batch, tokens_CxBxS)
 
@@ -132,12 +135,13 @@ def snr_db(signal: float, error: float) -> float | None:
     return 10 * float(np.log10(signal / error)) if signal > 0 and error > 0 else None
 
 
-def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]:
+def rows(precision: Precision, found: dict[Place, Sums], depth: int) -> list[dict[str, Any]]:
     """A row with `COLUMNS` for each layer and operand; shares are of the elements that are not zero."""
     lines = []
     for (product, name), one in found.items():
         quantizer = precision.get(name)
         assert quantizer is not None, f"{name} is measured, so it is quantized"
+        by_place, place = precision.by_place(name, depth), layers.index(name, product.rpartition("/")[2])
         for layer in range(len(one.signal)):
             elements, saturated, zeroed, signal, error = (float(field[layer]) for field in one)
             lines.append(
@@ -145,7 +149,7 @@ def rows(precision: Precision, found: dict[Place, Sums]) -> list[dict[str, Any]]
                     "layer": layer,
                     "product": product,
                     "operand": name,
-                    "format": quantizer.format.name,
+                    "format": by_place[layer][place].name,
                     "granularity": quantizer.granularity,
                     "elements": int(elements),
                     "saturated": saturated / elements if elements else None,
@@ -163,7 +167,8 @@ def of_run(workspace: Workspace, run: Run, precision: Precision, sequences: int)
     params = workspace.parameters(run)
     windows_NxS1 = workspace.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
-    return rows(precision, measure(config, static, params, static.grids(precision), tokens_CxBxS))
+    found = measure(config, static, params, static.grids(precision, config.depth), tokens_CxBxS)
+    return rows(precision, found, config.depth)
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
@@ -243,7 +248,7 @@ def main() -> None:
     if not jobs:
         raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
     for run, precision in jobs:
-        path = paths.layer_stats(workspace.directory(run), (_PRECISION.value or "").replace("/", "."))
+        path = paths.layer_stats(workspace.directory(run), re.sub(r"[^\w.+:-]+", ".", _PRECISION.value or ""))
         lines = of_run(workspace, run, precision, sequences)
         files.atomic_write(path, to_csv(lines))
         draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))

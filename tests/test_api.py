@@ -79,7 +79,7 @@ def test_greedy_text_takes_the_likeliest_token_of_a_full_pass_at_each_step(finis
     workspace, workdir = finished_study
     run = next(run for run in workspace.experiment.runs if (run.precision.bits("a") < 16) == quantized)
     static, params = workspace.experiment.cohorts[0].static.evaluation(), workspace.parameters(run)
-    grids = static.grids(run.precision)
+    grids = static.grids(run.precision, run.shape.model.depth)
     apply = jax.jit(lambda tokens: Decoder(run.shape.model, static).apply({"params": params}, tokens, grids))
     seen = [workspace.corpus.end_of_text, *b"def alpha"]
     for _ in range(10):  # beyond the 16 positions of the model

@@ -16,6 +16,7 @@ from precision_scaling.data.loader import Loader
 from precision_scaling.model import decoder
 from precision_scaling.model.decoder import Decoder
 from precision_scaling.numerics import formats
+from precision_scaling.quantize.parsing import parse
 from precision_scaling.runtime import paths
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.training import checkpoint, cohort, metrics_log
@@ -136,8 +137,9 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     runs = [
         dataclasses.replace(w4, steps=3, peak_lr=1e-4, seed=7),
         dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
+        dataclasses.replace(w4, precision=parse("w3_a6 first:1=bf16 *.down=w8", workspace.experiment.config.precision)),
     ]
-    assert len(train(runs, tmp_path)) == 2
+    assert len(train(runs, tmp_path)) == 3
     assert [program._cache_size() for program in compiled] == before
     assert before[1] == 1
 
@@ -372,7 +374,10 @@ def test_table_holds_the_grids_of_the_operands_that_the_program_quantizes(finish
     workspace, _ = finished_study
     (group,) = workspace.experiment.cohorts
     run = by_name(group.runs, "kint4")
-    grids = group.static.grids(run.precision)
-    assert {name: float(grid.max_value) for name, grid in grids.items()} == {"w": 3, "a": 7, "k": 7, "v": 7}
-    high = group.static.grids(run.precision, w=formats.parse("bf16"))
-    assert high["w"].passthrough == 1 and high["a"] == grids["a"]
+    grids = group.static.grids(run.precision, 2)
+    assert {name: np.unique(grid.max_value).tolist() for name, grid in grids.items()} == {
+        name: [bits] for name, bits in (("w", 3), ("a", 7), ("k", 7), ("v", 7))
+    }
+    high = group.static.grids(run.precision, 2, w=formats.parse("bf16"))
+    assert (high["w"].passthrough == 1).all()
+    np.testing.assert_array_equal(high["a"], grids["a"])

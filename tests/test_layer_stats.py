@@ -76,8 +76,8 @@ def measured(decoder, text, **options):
     spec = parsing.parse(text, base.get_config().precision)
     config = dataclasses.replace(CONFIG, **options)
     static = static_of([spec], config.dtype).evaluation()
-    found = layer_stats.measure(config, static, decoder[0], static.grids(spec), decoder[1])
-    return found, layer_stats.rows(spec, found)
+    found = layer_stats.measure(config, static, decoder[0], static.grids(spec, config.depth), decoder[1])
+    return found, layer_stats.rows(spec, found, config.depth)
 
 
 @pytest.mark.slow

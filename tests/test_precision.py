@@ -254,10 +254,11 @@ def test_runs_that_differ_in_precision_alone_have_names_of_their_own():
 def test_tables_hold_the_grids_of_the_program_and_let_formats_be_replaced():
     precision = parse("w4_a8", options())
     static = static_of([precision, parse("k3", options())], "float32")
-    table = static.grids(precision)
-    assert {name: float(grid.max_value) for name, grid in table.items() if not grid.passthrough} == {"w": 7, "a": 127}
-    assert table["k"].passthrough == 1
-    assert static.grids(precision, w="bf16")["w"].passthrough == 1
+    table = static.grids(precision, 3)
+    assert {name: grid.max_value.shape for name, grid in table.items()} == {"w": (3, 4), "a": (3, 4), "k": (3, 1)}
+    assert (table["w"].max_value == 7).all() and (table["a"].max_value == 127).all()
+    assert (table["k"].passthrough == 1).all()
+    assert (static.grids(precision, 3, w="bf16")["w"].passthrough == 1).all()
 
 
 def test_native_fp8_names_the_device_that_has_none():

@@ -183,7 +183,7 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     assert (loaded.method, loaded.bits, loaded.operands) == ("rtn", 3, ())
     static = scheme_of("rtn").static(group.static)
     evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
-    grids = static.grids(run.precision, w=parse("bf16"))
+    grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16"))
     assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
     assert np.mean(np.asarray(loaded.model.kernels["mlp"]["down"].codes) != 0) > 0.5
     saved = times(workspace.directory(run))
@@ -204,7 +204,7 @@ def test_weights_and_activations_are_quantized_and_every_layer_reported(one_run)
     (group,) = workspace.experiment.cohorts
     static = scheme_of("smoothquant").static(group.static)
     evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
-    grids = {**static.grids(run.precision, w=parse("bf16")), "a": parse(4).grid()}
+    grids = {**static.grids(run.precision, run.shape.model.depth, w=parse("bf16")), "a": parse(4).grid()}
     assert evaluate(codes.parameters(loaded.model), grids) == row["loss"]
     assert evaluate(codes.parameters(loaded.model), {**grids, "a": parse(16).grid()}) != row["loss"]
     found = json.loads(paths.layer_errors(workspace.directory(run), "smoothquant").read_text())

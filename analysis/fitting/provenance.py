@@ -10,7 +10,7 @@ from analysis.fitting.multistart import LARGE_TABLE, Best, few_runs
 from analysis.fitting.setup import Setup
 from analysis.fitting.statistics import r_squared
 from analysis.table import Table
-from analysis.table.columns import FORMAT_COLUMNS, HIGH_PRECISION_BITS, PRECISIONS
+from analysis.table.columns import FORMAT_COLUMNS, HIGH_PRECISION_BITS, PRECISIONS, mixture
 from precision_scaling.numerics import formats
 
 
@@ -66,7 +66,8 @@ def trained_formats(rows: Table) -> dict[str, list[str]]:
     """
     found = {}
     for part, columns in FORMAT_COLUMNS.items():
-        texts = {text for name in columns if name in rows for text in rows[name].astype(str)} - {"", "nan"}
+        cells = {text for name in columns if name in rows for text in rows[name].astype(str)} - {"", "nan"}
+        texts = {name for cell in cells for name, _ in mixture(cell)}
         if texts:
             found[part] = sorted({_canonical(text) for text in texts})
     return found

@@ -10,7 +10,14 @@ import numpy as np
 
 from analysis.laws.law import LawError, Values
 from analysis.laws.steps import integer_step, relative_step
-from analysis.table.columns import FORMAT_COLUMNS, GAUSSIAN_ERROR, HIGH_PRECISION_BITS, METHOD_COLUMNS, STEP
+from analysis.table.columns import (
+    FORMAT_COLUMNS,
+    GAUSSIAN_ERROR,
+    HIGH_PRECISION_BITS,
+    METHOD_COLUMNS,
+    STEP,
+    mixture,
+)
 from precision_scaling.errors import UserError
 from precision_scaling.numerics.gaussian import gaussian_mse
 
@@ -42,7 +49,7 @@ def _gaussian_errors(part: str, columns: Values, strict: bool) -> np.ndarray | N
     named = next((c for c in FORMAT_COLUMNS[part] if c in columns), None)
     bits = np.asarray(columns.get(f"P_{part}", HIGH_PRECISION_BITS), np.float64)
     names = np.full(bits.shape, "") if named is None else np.asarray(columns[named]).astype(str)
-    error = lambda name, bits: _format_error(name) if name else _integer_error(bits)
+    error = lambda name, bits: _mixture_error(name) if name else _integer_error(bits)
     return np.vectorize(lambda *of: _or_nan(strict, error, *of), otypes=[float])(names, bits)
 
 
@@ -63,6 +70,11 @@ def _integer_error(bits: float) -> float:
     if bits != round(bits):
         raise LawError(f"no integer format has {bits:g} bits: give the format in a column such as w_format")
     return _format_error(f"int{bits:.0f}")
+
+
+def _mixture_error(text: str) -> float:
+    """The mean over what layers have: variances of independent roundings add."""
+    return sum(share * _format_error(name) for name, share in mixture(text))
 
 
 @functools.cache
@@ -94,11 +106,17 @@ def _steps(part: str, columns: Values, strict: bool) -> np.ndarray:
     squares, usual = np.zeros(shape), USUAL_GRANULARITY[part]
     for text in texts:
         found = [
-            step if not fmt else _or_nan(strict, relative_step, fmt, shared.split(",")[0], length, usual)
+            step if not fmt else _or_nan(strict, _mixture_step, fmt, shared.split(",")[0], length, usual)
             for fmt, shared, length, step in zip(text.flat, sharing.flat, lengths.flat, by_bits.flat, strict=True)
         ]
         squares = squares + np.reshape(found, shape) ** 2 / len(texts)
     return _known(np.sqrt(squares), bits, part, strict)
+
+
+def _mixture_step(text: str, granularity: str, length: float, usual: str) -> float:
+    """The root mean square over what layers have."""
+    found = [(share, relative_step(name, granularity, length, usual)) for name, share in mixture(text)]
+    return sum(share * step**2 for share, step in found) ** 0.5 if len(found) > 1 else found[0][1]
 
 
 def _vector_lengths(part: str, columns: Values, shape: tuple[int, ...]) -> np.ndarray:

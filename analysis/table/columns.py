@@ -1,5 +1,7 @@
 """The columns of runs.csv: their names, the parts of a model that they describe, and the values that they may hold."""
 
+import re
+
 HIGH_PRECISION_BITS = 16.0  # P of bf16; from here up a part counts as not quantized
 PARTS = ("w", "a", "kv")  # weights, activations, KV cache
 COUNTS = ("N", "D")
@@ -22,9 +24,16 @@ MODEL, BASE = "trained model", "row before PTQ"
 
 FORMAT_COLUMNS = {"w": ("w_format",), "a": ("a_format",), "kv": ("k_format", "v_format")}
 ALL_FORMAT_COLUMNS = tuple(name for names in FORMAT_COLUMNS.values() for name in names)
+UNROUNDED = ("bf16", "fp16", "fp32")  # formats that pass through
 METHOD_COLUMNS = ("method", "ptq_method")
 BEYOND_WEIGHTS = ("smoothquant", "kv_cache")  # PTQ methods that quantize activations or the KV cache
 STEP, GAUSSIAN_ERROR = "s_", "gmse_"  # prefixes of columns that a format determines: relative step, mean squared error
+
+
+def mixture(text: str) -> tuple[tuple[str, float], ...]:
+    """(format, share) in a cell of a format column: one format, or "int4:0.75+bf16:0.25" where layers differ."""
+    words = [re.fullmatch(r"(\w+):(0?\.\d+)", word) for word in text.split("+")]
+    return tuple((word[1], float(word[2])) for word in words if word) if all(words) else ((text, 1.0),)
 
 
 def is_of_format(name: str) -> bool:

@@ -20,7 +20,9 @@ from analysis.table.columns import (
     NUMERIC,
     POSITIVE,
     PRECISIONS,
+    UNROUNDED,
     is_of_format,
+    mixture,
 )
 from analysis.table.reading import TableError
 
@@ -139,7 +141,7 @@ class Table:
             for name in names:
                 if name in self:
                     formats, low = self[name].astype(str), self[f"P_{part}"] < HIGH_PRECISION_BITS
-                    is_integer = np.char.startswith(formats, "int")
+                    is_integer = np.array([_is_integer(text) for text in formats], bool)
                     floating |= low & ~is_integer & (formats != "")
                     integer |= low & is_integer
         return self.select(~floating, "trained in floating point below 16 bits") if integer.any() else self
@@ -195,6 +197,12 @@ def describe(left_out: Mapping[str, int]) -> str:
         return "no row left out"
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1]))
     return f"{total} row{'s' if total > 1 else ''} left out: {reasons}"
+
+
+def _is_integer(text: str) -> bool:
+    """Whether a cell of a format column names integers; of several formats, those that round."""
+    found = [name for name, _ in mixture(text)]
+    return any(name.startswith("int") for name in found) and all(name.startswith(("int", *UNROUNDED)) for name in found)
 
 
 def _most_common(counts: Counter) -> str:

@@ -95,6 +95,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.activations_rounding = ""
     c.precision.attention_rounding = ""
     c.precision.embedding_rounding = ""
+    # Other formats in some layers and places: "first:2=bf16, last:15%=bf16, *.down=e4m3, 3-5.qkv=w8_a8"; the first rule
+    # counts. Places: qkv, out, gate_up, down, attention (q, k, v, p). A format alone is for what is quantized there.
+    # One program serves all of them. "none": no rule, where the preset has some.
+    c.precision.layers = ""
     c.precision.rotation = ""  # "none" or "hadamard": random Hadamard rotation of both operands of each projection
     # "simulated" (any format) or "native": int8 or fp8 codes in the product itself, where format and device have one.
     c.precision.mode = ""
@@ -203,7 +207,8 @@ def grid(
 
     precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
     kv (keys and values), g (incoming gradients of the projections), or q, k, v, p individually; e.g. "w4", "a6",
-    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". ptq: quantize these runs after training. schedules: of the learning
+    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8"; rules of config.precision.layers may follow, "w4_a4 last:1=bf16".
+    ptq: quantize these runs after training. schedules: of the learning
     rate, one run for each; empty: config.optimizer.schedule.
     """
     return ml_collections.ConfigDict(

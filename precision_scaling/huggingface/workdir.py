@@ -50,7 +50,8 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     if results.read_rows(workspace.directory(run), "trained"):
         return run
     static, path = group.static.evaluation(), workspace.directory(run) / paths.CHECKPOINT
-    held_out = evaluate.BlockwiseLoss(workspace, group.shape, static, static.grids(run.precision), pretrained.top())
+    grids = static.grids(run.precision, group.shape.model.depth)
+    held_out = evaluate.BlockwiseLoss(workspace, group.shape, static, grids, pretrained.top())
     with progress_bar(total=pretrained.depth, desc="reading and evaluating", unit="block") as bar:
 
         def done(block: Any) -> None:

@@ -1,14 +1,14 @@
-"""Whether the groups and the rotation of a precision fit the shapes of a decoder."""
+"""Whether the groups, the rotation and the layers of a precision fit the shapes of a decoder."""
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.quantize import operands
+from precision_scaling.quantize import layers, operands
 from precision_scaling.quantize.operands import OPTIONS
 from precision_scaling.quantize.precision import Precision
 
 
 def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) -> None:
-    """Raises ConfigError where groups or a rotation do not fit a decoder; before anything is compiled.
+    """Raises ConfigError where groups, a rotation or rules by layer do not fit a decoder; before anything is compiled.
 
     tokens_per_part: tokens of a microbatch, over which weight gradients contract.
     """
@@ -34,6 +34,10 @@ def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) 
                     f"{quantizer.format.name}/{quantizer.granularity}",
                     f"a group that divides {what}, {length}",
                 )
+    for rule in precision.layers:
+        held = layers.covered(rule.layers, model.depth)
+        if len(held) and not (held[0] >= 0 and held[-1] < model.depth):
+            raise ConfigError("precision.layers", str(rule), f"layers that there are, 0 to {model.depth - 1}")
     if precision.rotated:
         for what, length in features.items():
             if length % 2:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from precision_scaling.model import lean, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.products import Products
-from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision
+from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, by_layer
 from precision_scaling.runtime.sharding import split_batch
 
 # What the backward pass keeps of a block instead of recomputing it; "none": everything.
@@ -54,7 +54,8 @@ def _norm(config: ModelConfig) -> nn.Module:
 class Linear(nn.Module):
     """Quantized projection of the last axis. The kernel has shape (in, *features).
 
-    names: of the operands input and kernel. fan_in: 1 / sqrt of it is the initial deviation; 0 is the input's width.
+    names: of the operands input and kernel; the module's own name is the place where they meet. fan_in: 1 / sqrt of it
+    is the initial deviation; 0 is the input's width.
     """
 
     features: tuple[int, ...]
@@ -65,7 +66,7 @@ class Linear(nn.Module):
     def __call__(self, x, products: Products):
         deviation = 1 / math.sqrt(self.fan_in or x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(deviation), (x.shape[-1], *self.features), jnp.float32)
-        return products.linear(x, kernel.astype(x.dtype), self.names)
+        return products.linear(x, kernel.astype(x.dtype), self.names, place=str(self.name))
 
 
 def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
@@ -234,7 +235,7 @@ class Decoder(nn.Module):
             _ScannedBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(0, 0),
             length=c.depth,
         )(c, self.static)
         self.final_norm = _norm(c)
@@ -259,12 +260,12 @@ class Decoder(nn.Module):
         return split_batch(logits_BxSxV * self.config.logit_scale).astype(jnp.float32)
 
     def __call__(self, tokens_BxS, grids: Grids | None = None, key: jax.Array | None = None):
-        """Logits in float32, (B, S, V). grids: of the operands that `static` names."""
+        """Logits in float32, (B, S, V). grids: of the operands that `static` names, the same or by layer."""
         products = Products(self.static, grids or {}, key)
         x_BxSxD = self.embed(tokens_BxS, products.part(0))
         layers_key = products.part(2).key
         layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.depth)
-        x_BxSxD, _ = self.layers(x_BxSxD, products.grids, layer_keys)
+        x_BxSxD, _ = self.layers(x_BxSxD, by_layer(products.grids, self.config.depth), layer_keys)
         return self.unembed(x_BxSxD, products.part(1))
 
 

@@ -24,6 +24,7 @@ from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.forward import Forward, forward
 from precision_scaling.ptq.scheme import Calibration, Rounded, Scheme
 from precision_scaling.quantize.products import Products
+from precision_scaling.quantize.static import of_layer, of_place
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
 from precision_scaling.training.blocks import Stacked
@@ -82,13 +83,22 @@ class BlockQuantizer:
     grids: Any
     damping: float
     stream: Stream
+    layer: int = 0  # of the next block
+
+    @property
+    def block_grids(self) -> Any:
+        """The grids of the next block."""
+        return of_layer(self.grids, self.layer)
 
     def quantize(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
         """The next block with its kernels in these formats; the stream goes through what comes out."""
-        if not self._calibrated:
-            return self._rounded(block, wanted)
+        found = self._quantized(block, wanted) if self._calibrated else self._rounded(block, wanted)
+        self.layer += 1
+        return found
+
+    def _quantized(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
         task = _Task(self, as_multiplied(block, self.step_config.model.dtype), wanted)
-        f, g = self._forward, self.grids
+        f, g = self._forward, self.block_grids
 
         task.solve(QKV, lambda block: (f.before_qkv(block, g, x) for x in self.stream))
 
@@ -113,8 +123,9 @@ class BlockQuantizer:
     def follow(self, block: QuantizedBlock) -> None:
         """The stream goes through a block that was quantized before."""
         if self._calibrated:
-            parameters = block_parameters(block.kernels, block.rest)
-            self.stream = self._stream(self._forward.through(parameters, self.grids, x) for x in self.stream)
+            parameters, grids = block_parameters(block.kernels, block.rest), self.block_grids
+            self.stream = self._stream(self._forward.through(parameters, grids, x) for x in self.stream)
+        self.layer += 1
 
     @property
     def _calibrated(self) -> bool:
@@ -168,7 +179,7 @@ class _Task:
         of, fmt = self._of, self._wanted[linear]
         solver = _solver(of.step_config, dataclasses.replace(of.scheme, format=""), fmt.kind, linear, of.layout)
         levels = jax.tree.map(jnp.asarray, fmt.grid())
-        codes, report = solver(self.block, found, batches_CxBxSxI, of.grids, levels, of.damping)
+        codes, report = solver(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping)
         self._notes.append(report._replace(fell_back=report.fell_back | unusable))
         self._codes[linear] = codes._replace(row_scales=None)
         self._set(linear)
@@ -183,7 +194,7 @@ class _Task:
         add = _adder(self._of.step_config, self._of.layout)
         found, tokens = no_statistics(kernel_of(self.block, linear).shape[0]), 0
         for h_BxSxI in inputs(self.block):
-            found = add(found, h_BxSxI, self._of.grids)
+            found = add(found, h_BxSxI, of_place(self._of.block_grids, linear[1]))
             tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
         return found._replace(magnitude_I=found.magnitude_I / tokens)
 

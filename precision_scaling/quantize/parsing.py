@@ -1,5 +1,6 @@
 """From options to the precision of a run: the config's `precision` section, and a grid's shorthand."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +8,27 @@ from typing import Any
 from precision_scaling.errors import ConfigError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.rounding import ROUNDINGS
-from precision_scaling.quantize import operands
+from precision_scaling.quantize import layers, operands
 from precision_scaling.quantize.native import check_products
 from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OPTIONS, PARTS, partner
 from precision_scaling.quantize.precision import Precision, Quantizer
 from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS, SOURCES
 
+_PARTS = {**{name: (name,) for name in OPERANDS}, **PARTS}  # of shorthand
 
-def from_options(options: Mapping[str, Any], preset: str | None = None, **replaced: str) -> Precision:
+
+def from_options(
+    options: Mapping[str, Any], preset: str | None = None, rules: str | None = None, **replaced: str
+) -> Precision:
     """The precision that the config's `precision` section describes.
 
     options: as in configs/base.py; an empty leaf takes the preset's value. preset: another preset than the section's.
-    replaced: formats by operand that take the place of the section's, with "/granularity" and "/rounding" if need be.
+    rules: in place of the section's `layers`. replaced: formats by operand that take the place of the section's, with
+    "/granularity" and "/rounding" if need be.
     Raises ConfigError for unknown values, and for values that contradict each other.
     """
-    precision = _resolve(options, preset, replaced)
+    precision = _resolve(options, preset, replaced, rules)
+    _check_layers(precision)
     if precision.native:
         check_products(precision)
     return precision
@@ -35,7 +42,9 @@ def check(options: Mapping[str, Any]) -> None:
     _resolve(options, None, {})
 
 
-def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[str, str]) -> Precision:
+def _resolve(
+    options: Mapping[str, Any], preset: str | None, replaced: Mapping[str, str], rules: str | None = None
+) -> Precision:
     preset = options["preset"] if preset is None else preset
     if preset not in PRESETS:
         raise ConfigError("precision.preset", preset, f"one of {', '.join(PRESETS)}")
@@ -46,7 +55,8 @@ def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[s
         value = (options[section] if section else options)[leaf]
         return (PRESETS[preset][key], False) if value == "" else (value, True)
 
-    quantizers, exact = {}, []
+    found: dict[str, Quantizer] = {}
+    exact: list[str] = []
     for name in FORWARD + BACKWARD:
         value = replaced.get(name, chosen(OPTIONS[name])[0])
         granularity, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
@@ -54,19 +64,71 @@ def _resolve(options: Mapping[str, Any], preset: str | None, replaced: Mapping[s
         if name.startswith("s_") and value in SOURCES:
             exact += [name.removeprefix("s_")] * (value == "exact")
             continue
-        quantizer = _quantizer(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
-        if quantizer.format.family != "none":
-            quantizers[name] = quantizer
+        found[name] = _quantizer(f"precision.{OPTIONS[name]}", name, value, granularity, rounding)
+    quantizers = {name: quantizer for name, quantizer in found.items() if quantizer.format.family != "none"}
+    rules = chosen("layers")[0] if rules is None else rules
+    by_layer = _rules(rules, frozenset(quantizers))
+    for name, fmt in (pair for rule in by_layer for pair in rule.formats):
+        if fmt.family != "none" and name not in quantizers:  # quantized in these layers alone
+            shared, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
+            quantizer = _quantizer("precision.layers", name, fmt.name, shared, rounding)
+            quantizers[name] = dataclasses.replace(quantizer, format=formats.parse("bf16"))
     for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
     return Precision(
-        quantizers=tuple(quantizers.items()),
+        quantizers=tuple((name, quantizers[name]) for name in FORWARD + BACKWARD if name in quantizers),
         # The exact saved operand is the forward one where that is not quantized.
         exact=tuple(name for name in exact if partner(name) in quantizers),
         rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(quantizers)),
         native=chosen("mode")[0] == "native" and bool(quantizers),
+        layers=by_layer,
     )
+
+
+def _rules(text: str, quantized: frozenset[str]) -> tuple[layers.Rule, ...]:
+    """The rules of the option `layers`. quantized: the operands that a format without a part is for."""
+    key = "precision.layers"
+    try:
+        split = layers.split(str(text))
+    except ValueError as error:
+        raise ConfigError(key, str(error), layers.GRAMMAR) from None
+    found = []
+    for where, place, said in split:
+        there = {name for name in OPERANDS + BACKWARD if set(layers.places(name)) & set(layers.matching(place))}
+        try:
+            fmt = formats.parse(said)
+            chosen, words = dict.fromkeys(sorted(quantized & there), fmt), [fmt.name]
+        except formats.FormatError:
+            chosen, words = {}, []
+            for part, value in _split(said, key, layers.GRAMMAR):
+                quantizer = _quantizer(key, _PARTS[part][0], value, ("tensor", False), ("nearest", False), said)
+                names = [name for name in _PARTS[part] if name in there]
+                if "/" in value or not names or chosen.keys() & set(names):
+                    allowed = f"formats alone, each of a part once, and of parts in {', '.join(layers.matching(place))}"
+                    raise ConfigError(key, f"{where}.{place}={said}", allowed) from None
+                chosen |= dict.fromkeys(names, quantizer.format)
+                words.append(part + quantizer.format.name)
+        rule = layers.Rule(where, place, tuple(chosen.items()), "_".join(words))
+        if rule.formats or rule.text != "bf16":  # what is not quantized stays so
+            found.append(rule)
+    return tuple(found)
+
+
+def _check_layers(precision: Precision) -> None:
+    """Raises ConfigError where formats by layer cannot be served by one program."""
+    key = "precision.layers"
+    if precision.layers and precision.native:
+        raise ConfigError(key, precision.rules, "none with precision.mode native, where nothing passes through")
+    for rule in precision.layers:
+        if not rule.formats:
+            raise ConfigError(key, str(rule), "a part with the format, such as w4, where nothing else is quantized")
+    for name, _ in precision.quantizers:
+        possible = precision.possible(name)
+        if formats.shared_kind(possible) is None:
+            names = ", ".join(dict.fromkeys(fmt.name for fmt in possible))
+            allowed = f"formats of one kind for {OPTIONS[name]}: integers and floats, or blocks of one size and scale"
+            raise ConfigError(key, names, allowed)
 
 
 def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precisions") -> Precision:
@@ -74,28 +136,35 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
 
     text: "bf16" (nothing is quantized), a preset, or parts with formats joined by "_": w, a, kv, g (incoming gradients
     of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
-    the place of what a preset before it, or the section, says; no part stands there twice. key: names text in errors.
+    the place of what a preset before it, or the section, says; no part stands there twice. After a blank, rules by
+    layer: "w4_a4 first:2=bf16 *.down=e4m3", in place of the section's. key: names text in errors.
     """
+    text, _, given = text.partition(" ")
+    rules = given.strip() or None
     if text == "bf16":
         nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
-        return from_options(options, **nothing)
+        return from_options(options, rules=rules or "", **nothing)
     preset = next((name for name in PRESETS if text == name or text.startswith(f"{name}_")), None)
-    parts = {**{name: (name,) for name in OPERANDS}, **PARTS}
-    # Names of formats have a "_", too, but no part's name after it.
-    first, *words = re.split(r"_(?=[waqkvpg])", text.removeprefix(preset or ""))
-    words = [first, *words] if first or not preset else words
+    allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
     replaced: dict[str, str] = {}
-    for word in words:
-        match = re.fullmatch(r"(kv|[waqkvpg])(\S+)", word)
-        if not match:
-            allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
-            raise ConfigError(key, text, allowed)
-        names = parts[match[1]]
+    for part, value in _split(text.removeprefix(preset or ""), key, allowed, text):
+        names = _PARTS[part]
         if replaced.keys() & set(names):
-            raise ConfigError(key, text, f"each part once, {match[1]} is there twice (kv is k and v)")
-        _quantizer(key, names[0], match[2], ("tensor", False), ("nearest", False), text)
-        replaced |= dict.fromkeys(names, match[2])
-    return from_options(options, preset, **replaced)
+            raise ConfigError(key, text, f"each part once, {part} is there twice (kv is k and v)")
+        _quantizer(key, names[0], value, ("tensor", False), ("nearest", False), text)
+        replaced |= dict.fromkeys(names, value)
+    return from_options(options, preset, rules, **replaced)
+
+
+def _split(text: str, key: str, allowed: str, whole: str = "") -> list[tuple[str, str]]:
+    """(part, format) of each word of shorthand. whole: text with the preset before it, which needs no word."""
+    # Names of formats have a "_", too, but no part's name after it.
+    first, *words = re.split(r"_(?=[waqkvpg])", text)
+    words = [first, *words] if first or text == whole or not whole else words
+    found = [re.fullmatch(r"(kv|[waqkvpg])(\S+)", word) for word in words]
+    if not all(found):
+        raise ConfigError(key, whole or text, allowed)
+    return [(match[1], match[2]) for match in found if match]
 
 
 def _quantizer(key: str, name: str, value: object, granularity, rounding, shown: str = "") -> Quantizer:

@@ -4,6 +4,7 @@ import dataclasses
 
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
+from precision_scaling.quantize.layers import Rule, places
 from precision_scaling.quantize.operands import FORWARD
 
 
@@ -23,28 +24,43 @@ class Quantizer:
 class Precision:
     """The precision of one run, reduced to what has an effect: precisions that compute the same are equal.
 
-    quantizers: of the operands that are quantized, as (name, Quantizer) pairs.
+    quantizers: of the operands that are quantized in any layer, as (name, Quantizer) pairs.
     exact: operands whose gradient is computed with the exact saved operand instead of the quantized one.
     rotated: both operands of each projection are rotated before they are quantized.
     native: products are computed on the codes themselves.
+    layers: where operands have another format than their quantizer's; all else of it holds there, too.
     """
 
     quantizers: tuple[tuple[str, Quantizer], ...] = dataclasses.field(metadata={"digest": "settings"})
     exact: tuple[str, ...]
     rotated: bool
     native: bool
+    layers: tuple[Rule, ...] = ()
 
     def get(self, name: str) -> Quantizer | None:
         """The quantizer of an operand, None where it is not quantized."""
         return dict(self.quantizers).get(name)
 
     def format(self, name: str) -> Format:
-        """The format of an operand; bf16 where it is not quantized."""
+        """The format of an operand where no rule of `layers` gives another; bf16 where it is not quantized."""
         quantizer = self.get(name)
         return quantizer.format if quantizer else formats.parse("bf16")
 
+    def possible(self, name: str) -> tuple[Format, ...]:
+        """All formats that an operand may have, by layer."""
+        return (self.format(name), *(fmt for rule in self.layers for other, fmt in rule.formats if other == name))
+
+    def by_place(self, name: str, depth: int) -> list[list[Format]]:
+        """The format of an operand in each layer (L) and, within it, in each of `layers.places` (P)."""
+
+        def found(layer: int, place: str) -> Format:
+            said = (rule.format(name, layer, depth, place) for rule in self.layers)
+            return next(filter(None, said), self.format(name))
+
+        return [[found(layer, place) for place in places(name)] for layer in range(depth)]
+
     def bits(self, *operands: str) -> float:
-        """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
+        """Bits of an operand, rules by layer aside; of several, the fewest. Unquantized formats count as 16."""
         return min(min(self.format(name).bits, 16.0) for name in operands)
 
     def granularity(self, *operands: str) -> str:
@@ -56,7 +72,13 @@ class Precision:
         """All of it in one line, e.g. "w=int4/channel/nearest a=int8/tensor/nearest"; "bf16" for full precision."""
         words = [f"{name}={quantizer}" for name, quantizer in self.quantizers]
         words += [f"s_{name}=exact" for name in self.exact]
+        words += [f"layers={self.rules}"] * bool(self.layers)
         return " ".join(words + ["rotated"] * self.rotated + ["native"] * self.native) or "bf16"
+
+    @property
+    def rules(self) -> str:
+        """The rules of `layers` as an option holds them."""
+        return ",".join(map(str, self.layers))
 
     @property
     def short(self) -> str:
@@ -64,5 +86,6 @@ class Precision:
         words = [name.replace("_", "") + found.format.name for name, found in self.quantizers if name in FORWARD]
         gradients = dict.fromkeys(found.format.name for name, found in self.quantizers if name.startswith("g_"))
         words += [f"g{name}" for name in gradients]
+        words += ["by.layer"] * bool(self.layers)
         words += ["rotated"] * self.rotated + ["native"] * self.native
         return "_".join(words) or "bf16"

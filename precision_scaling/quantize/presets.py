@@ -22,6 +22,7 @@ _UNQUANTIZED = {
     **{f"{group}_rounding": "nearest" for group in GROUPS.values()},
     "weights_granularity": "channel",
     "embedding_granularity": "token",
+    "layers": "none",
     "rotation": "none",
     "mode": "simulated",
 }

@@ -8,7 +8,7 @@ import jax
 from precision_scaling.numerics import hadamard
 from precision_scaling.quantize.aqt import dot_general, fold_in, on_static_grid, scale_axes
 from precision_scaling.quantize.operands import INDEX
-from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision
+from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, of_place
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("grids", "key"), meta_fields=("static",))
@@ -28,24 +28,27 @@ class Products:
         """The same for the part of the model with that index."""
         return dataclasses.replace(self, key=fold_in(self.key, index))
 
-    def linear(self, x, kernel, names: tuple[str, str] = ("a", "w")):
-        """x (..., in) times kernel (in, *features) -> (..., *features). names: of the two operands."""
+    def linear(self, x, kernel, names: tuple[str, str] = ("a", "w"), place: str = ""):
+        """x (..., in) times kernel (in, *features) -> (..., *features).
+
+        names: of the two operands. place: of `layers.PROJECTIONS`, where the grids differ by projection.
+        """
         # A product of matrices, whatever the ranks: XLA's CPU backend is 1.5 times slower on the higher-rank form.
         x_2d, kernel_2d = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
         if self.static.rotated and names == ("a", "w"):
             signs = _rotation_signs(x.shape[-1])
             x_2d, kernel_2d = hadamard.rotate(x_2d, signs, 1), hadamard.rotate(kernel_2d, signs, 0)
-        return self._dot_general(x_2d, kernel_2d, (((1,), (0,)), ((), ())), *names).reshape(
+        return self._dot_general(x_2d, kernel_2d, (((1,), (0,)), ((), ())), *names, place).reshape(
             *x.shape[:-1], *kernel.shape[1:]
         )
 
     def attention_scores(self, q_BxSxHxK, k_BxSxHxK):
         """(B, H, S, S)."""
-        return self._dot_general(q_BxSxHxK, k_BxSxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k")
+        return self._dot_general(q_BxSxHxK, k_BxSxHxK, (((3,), (3,)), ((0, 2), (0, 2))), "q", "k", "attention")
 
     def attention_values(self, p_BxHxSxS, v_BxSxHxK):
         """(B, S, H, K)."""
-        o_BxHxSxK = self._dot_general(p_BxHxSxS, v_BxSxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v")
+        o_BxHxSxK = self._dot_general(p_BxHxSxS, v_BxSxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", "attention")
         return o_BxHxSxK.transpose(0, 2, 1, 3)
 
     def embedding_table(self, table_VxD):
@@ -57,7 +60,10 @@ class Products:
         return on_static_grid(table_VxD, quantizer, scale_axes("e", quantizer, 2, (1,)), self.grids["e"], own_key)
 
     def on_grid(self, x, name: str):
-        """An operand of a projection ("a" or "w", contracted over its last or first axis) as the product sees it."""
+        """An operand of a projection ("a" or "w", contracted over its last or first axis) as the product sees it.
+
+        The grids are scalars, of that place.
+        """
         quantizer = self.static.get(name)
         if quantizer is None:
             return x
@@ -73,8 +79,10 @@ class Products:
             x_2d = hadamard.unrotate(x_2d, signs, contracting)
         return x_2d.reshape(x.shape)
 
-    def _dot_general(self, lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str):
-        return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, self.grids, self.key)
+    def _dot_general(self, lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, place: str):
+        mine = (f"{side}{name}" for name in (lhs_name, rhs_name) for side in ("", "g_", "s_"))
+        grids = of_place({name: self.grids[name] for name in mine if name in self.grids}, place)
+        return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, grids, self.key)
 
 
 def _rotation_signs(width: int) -> jax.Array:

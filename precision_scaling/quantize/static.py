@@ -2,13 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format, Grid, Kind
+from precision_scaling.quantize import layers
 from precision_scaling.quantize.native import container_of
-from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, PRODUCTS, partner
+from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OUTER, PRODUCTS, partner
 from precision_scaling.quantize.precision import Precision
 
+# By operand. Leaves are scalars, or inside the blocks arrays (L, P), layers and `layers.places`; in one block (P,).
 Grids = Mapping[str, Grid]
 
 
@@ -63,10 +70,21 @@ class StaticPrecision:
         quantizers = tuple((name, dataclasses.replace(found, container=None)) for name, found in self.quantizers)
         return dataclasses.replace(self, quantizers=quantizers)
 
-    def grids(self, precision: Precision, **replaced: object) -> dict[str, Grid]:
-        """The grids of a precision that this one serves; `replaced` gives other formats for some operands."""
-        chosen = {name: formats.parse(replaced.get(name, precision.format(name))) for name, _ in self.quantizers}
-        return {name: fmt.grid() for name, fmt in chosen.items()}
+    def grids(self, precision: Precision, depth: int, **replaced: object) -> dict[str, Grid]:
+        """The grids of a precision that this one serves, in a decoder of that depth: (L, P) inside the blocks.
+
+        replaced: other formats for some operands, in all layers.
+        """
+        found = {}
+        for name, _ in self.quantizers:
+            fmt = formats.parse(replaced.get(name, precision.format(name)))
+            if name in OUTER:
+                found[name] = fmt.grid()
+                continue
+            by_place = precision.by_place(name, depth)
+            rows = [[fmt.grid() if name in replaced else one.grid() for one in row] for row in by_place]
+            found[name] = Grid(*np.moveaxis(np.array(rows, np.float32), -1, 0))
+        return found
 
     def describe(self) -> str:
         """All of it in one line: the quantized operands with the kind of their formats; "none" where there are none."""
@@ -82,6 +100,23 @@ class StaticPrecision:
 
 
 UNQUANTIZED = StaticPrecision()
+
+
+def by_layer(grids: Grids, depth: int) -> dict[str, Grid]:
+    """The grids of the operands inside the blocks, with a leading axis of layers."""
+    spread = lambda leaf: leaf if jnp.ndim(leaf) else jnp.broadcast_to(leaf, (depth,))
+    return {name: jax.tree.map(spread, grid) for name, grid in grids.items() if name not in OUTER}
+
+
+def of_layer(grids: Grids, layer: Any) -> dict[str, Grid]:
+    """The grids in one layer, (P,) inside the blocks."""
+    return {name: jax.tree.map(lambda leaf: leaf[layer] if jnp.ndim(leaf) else leaf, g) for name, g in grids.items()}
+
+
+def of_place(grids: Grids, place: str) -> dict[str, Grid]:
+    """The grids of one layer in one place of it, all of them scalars."""
+    at = lambda name, leaf: leaf[layers.index(name, place)] if jnp.ndim(leaf) else leaf
+    return {name: Grid(*(at(name, leaf) for leaf in grid)) for name, grid in grids.items()}
 
 
 def is_wide(fmt: Format) -> bool:
@@ -115,7 +150,8 @@ def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | 
         quantized = [quantizer for quantizer in found if quantizer]
         if not quantized:
             continue
-        kind = formats.shared_kind(quantizer.format for quantizer in quantized)
+        possible = (fmt for precision in precisions if precision.get(name) for fmt in precision.possible(name))
+        kind = formats.shared_kind(possible)
         containers = {container_of(quantizer.format) if quantizer else None for quantizer in found}
         if kind is None or len({(quantizer.granularity, quantizer.rounding) for quantizer in quantized}) > 1:
             return None
@@ -134,7 +170,7 @@ def _wide_products(precision: Precision, dtype: str) -> tuple[str, ...]:
 
     def wide(pair: tuple[str, str]) -> bool:
         members = (name for x in pair for name in (x, f"g_{x}", f"s_{x}"))
-        return any(is_wide(precision.format(name)) for name in members)
+        return any(is_wide(fmt) for name in members for fmt in precision.possible(name))
 
     return tuple(pair[0] for pair in PRODUCTS if wide(pair))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from precision_scaling.ptq.activations import Stream, memory_limit
 from precision_scaling.ptq.forward import forward
-from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.quantize.static import StaticPrecision, of_layer
 from precision_scaling.runtime import compilation, sharding
 from precision_scaling.runtime.progress import progress_bar
 from precision_scaling.runtime.sharding import BATCH, Layout
@@ -53,13 +53,15 @@ class BlockwiseLoss:
         self._windows_NxBxS1 = windows.reshape(-1, config.batch_size, windows.shape[-1])
         step_config = StepConfig(shape.model, static, workspace.experiment.optimizer)
         self._forward, self._grids, self._top = forward(step_config, workspace.layout), grids, top
+        self._layer = 0
         batches = (self._forward.embed(top, grids, batch[:, :-1]) for batch in self._windows_NxBxS1)
         self._stream = Stream(batches, memory_limit(workspace.layout))
 
     def advance(self, block: Any) -> None:
         """The text goes through the next block."""
-        batches = (self._forward.through(block, self._grids, x) for x in self._stream)
-        self._stream = Stream(batches, self._stream.limit)
+        grids = of_layer(self._grids, self._layer)
+        self._stream = Stream((self._forward.through(block, grids, x) for x in self._stream), self._stream.limit)
+        self._layer += 1
 
     def loss(self) -> float:
         """In nats per token, after the last block."""

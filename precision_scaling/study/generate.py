@@ -45,7 +45,7 @@ def next_token_logits(workspace: Workspace, cohort: Cohort, run: Run) -> Callabl
     V: ids of the tokenizer; further rows of the embedding are left out.
     """
     static, params = cohort.static.evaluation(), workspace.parameters(run)
-    grids, length = static.grids(run.precision), cohort.shape.model.sequence_length
+    grids, length = static.grids(run.precision, cohort.shape.model.depth), cohort.shape.model.sequence_length
     logits = _logits(cohort.shape.model, static, workspace.layout)
 
     def of(ids: Sequence[int]) -> np.ndarray:

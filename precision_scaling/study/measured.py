@@ -18,6 +18,7 @@ from precision_scaling.training.run import Run
 
 TRAINED = "trained"
 _TEXTS = ("run", "status", "method")
+_NEW = {"post_format", "layers"}  # that older tables lack
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
 
@@ -49,7 +50,7 @@ def _read(table: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     try:
         text = files.unzipped(files.read(table)).decode("utf-8")
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not set(results.COLUMNS) - {"post_format"} <= set(reader.fieldnames or ()):  # older tables lack it
+        if not set(results.COLUMNS) - _NEW <= set(reader.fieldnames or ()):
             raise ValueError
         for row in reader:
             row = {name: _value(name, text) for name, text in row.items() if name in results.COLUMNS}

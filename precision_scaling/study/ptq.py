@@ -171,7 +171,7 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, save: bool, bar: Bar
     static = scheme.static(job.group.static)
     step_config = StepConfig(model, static, workspace.experiment.optimizer)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
-    grids = static.grids(run.precision, w=parse("bf16"))
+    grids = static.grids(run.precision, model.depth, w=parse("bf16"))
     fmt = parse(scheme.format or b)
     grids = {**grids, **dict.fromkeys(scheme.method.operands, fmt.grid())}
     blocks, parts = workspace.blocks(run), _parts(workspace, job, b)

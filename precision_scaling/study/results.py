@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from precision_scaling.errors import UserError
+from precision_scaling.model import mixture
 from precision_scaling.model.accounting import count_parameters, training_flops_per_token
 from precision_scaling.ptq.registry import planned
 from precision_scaling.runtime import files, paths
@@ -25,7 +26,7 @@ COLUMNS = {
     "run": "id of the training run",
     "N": "non-embedding parameters",
     "D": "training tokens",
-    "P_w": "bits of the weights in training; 16 is bf16, unquantized",
+    "P_w": "bits of the weights in training, by the mean noise where layers differ; 16 is bf16, unquantized",
     "P_a": "bits of the activations in training",
     "P_kv": "bits of keys and values in training, the fewer of the two",
     "P_post": "bits after quantization after training; empty for the loss before it",
@@ -47,7 +48,7 @@ COLUMNS = {
     "peak_rate": "peak learning rate",
     "warmup_fraction": "share of the steps with a rising rate",
     "schedule": "of the learning rate",
-    "w_format": "number format of the weights in training",
+    "w_format": "number format of the weights in training; `int4:0.75+bf16:0.25` where layers differ",
     "a_format": "of the activations",
     "q_format": "of the queries",
     "k_format": "of the keys",
@@ -56,6 +57,7 @@ COLUMNS = {
     "w_granularity": "what shares a scale in the weights",
     "a_granularity": "in the activations",
     "attention_granularity": "in queries, keys, values and probabilities",
+    "layers": "rules by layer of the training precision",
     "precision": "all of the training precision in one line",
     "ptq_granularity": "what shares a scale after training",
     "ptq_options": "other options of the quantization after training",
@@ -194,10 +196,11 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "peak_rate": run.peak_lr,
         "warmup_fraction": round(run.warmup_steps / run.steps, 4),
         "schedule": run.schedule_name,
-        **{f"{name}_format": fmt.name for name, fmt in run.formats},
+        **{f"{name}_format": mixture.text(shares) for name, shares in run.formats},
         "w_granularity": run.precision.granularity("w"),
         "a_granularity": run.precision.granularity("a"),
         "attention_granularity": run.precision.granularity(*"qkvp"),
+        "layers": run.precision.rules,
         "precision": run.precision.describe(),
         "validation_tokens": config.evaluate.sequences * shape.model.sequence_length,
         "vocab_size": shape.model.vocab_size,

@@ -108,7 +108,7 @@ def _record(
         row = results.row(workspace, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
         end_save = lambda: None
     else:
-        loss = evaluate(finished.params, static.grids(run.precision))
+        loss = evaluate(finished.params, static.grids(run.precision, run.shape.model.depth))
         end_save = checkpoint.begin_save(workspace.directory(run) / paths.CHECKPOINT, finished.params)
         finite = math.isfinite(loss)
         row = results.row(workspace, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)

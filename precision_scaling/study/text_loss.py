@@ -55,13 +55,15 @@ def model_of(workspace: Workspace, cohort: Cohort, run: Run, quantized: str = ""
     static = cohort.static.evaluation()
     if not quantized:
         config = StepConfig(run.shape.model, static, workspace.experiment.optimizer)
-        return Model(workspace.parameters(run), config, static.grids(run.precision))
+        return Model(workspace.parameters(run), config, static.grids(run.precision, run.shape.model.depth))
     loaded = packed.load(packed_path(workspace.directory(run), quantized))
     scheme = registry.of_method(loaded.method.partition("-")[0], workspace.experiment.config.ptq)
     if loaded.operands and scheme.name != loaded.method:  # what shares a scale in activations is an option, too
         raise UserError(f"--quantized={quantized}: allowed with the options of {scheme.name}, those of the workdir")
     static = scheme.static(cohort.static)
-    grids = static.grids(run.precision, w=parse("bf16")) | dict.fromkeys(loaded.operands, parse(loaded.bits).grid())
+    grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16")) | dict.fromkeys(
+        loaded.operands, parse(loaded.bits).grid()
+    )
     config = StepConfig(run.shape.model, static, workspace.experiment.optimizer)
     return Model(codes.parameters(loaded.model), config, grids)
 

@@ -61,7 +61,7 @@ def train_step(cohort: Cohort, optimizer: OptimizerConfig, layout: Layout, lanes
     config = StepConfig(shape.model, cohort.static, optimizer, shape.microbatches)
     these = compiled_cohort(config, layout, lanes)
     state = layout.abstract(stacked(these.one, lanes), lanes=True)
-    inputs = RunInputs(cohort.static.grids(run.precision), run.schedule, np.int32(run.seed))
+    inputs = RunInputs(cohort.static.grids(run.precision, shape.model.depth), run.schedule, np.int32(run.seed))
     sequences = shape.batch_size // shape.microbatches
     dtype = token_dtype(shape.model.vocab_size)
     tokens = abstract_tokens(layout, 1, lanes, shape.microbatches, sequences, shape.model.sequence_length, dtype)
@@ -83,7 +83,8 @@ def evaluation(cohort: Cohort, optimizer: OptimizerConfig, layout: Layout, batch
             return step.validation_loss(config, params, grids, tokens_NxBxS1)
 
     program = compilation.jit(loss, platform=layout.platform, out_shardings=layout.place())
-    return _compiled(functools.partial(program.lower, params, static.grids(run.precision), tokens), layout)
+    grids = static.grids(run.precision, shape.model.depth)
+    return _compiled(functools.partial(program.lower, params, grids, tokens), layout)
 
 
 def _compiled(lower, layout: Layout) -> Forecast:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from precision_scaling.model import mixture
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.numerics.formats import Format
 from precision_scaling.quantize import operands as operands_lib
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.static import StaticPrecision
@@ -80,13 +80,16 @@ class Run:
         return f"{readable}-{digest(dataclasses.replace(self, ptq=False))}"
 
     @property
-    def formats(self) -> tuple[tuple[str, Format], ...]:
-        """The number format of each operand of the forward pass, bf16 where it is not quantized."""
-        return tuple((name, self.precision.format(name)) for name in operands_lib.OPERANDS)
+    def formats(self) -> tuple[tuple[str, mixture.Shares], ...]:
+        """The number formats of each operand of the forward pass, bf16 where it is not quantized."""
+        return tuple((name, self._mixture(name)) for name in operands_lib.OPERANDS)
 
     def bits(self, *operands: str) -> float:
-        """Bits of an operand; of several, the fewest. Unquantized formats count as 16."""
-        return self.precision.bits(*operands)
+        """Bits of an operand, by the mean noise where layers differ; of several, the fewest. bf16 counts as 16."""
+        return min(round(mixture.bits(self._mixture(name)), 6) for name in operands)
+
+    def _mixture(self, name: str) -> mixture.Shares:
+        return mixture.shares(self.precision, name, self.shape.model)
 
 
 def digest(value: Any) -> str:
