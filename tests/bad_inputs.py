@@ -48,7 +48,8 @@ ZERO_IS_RIGHT = {
     *(f"data.{name}" for name in ("split_seed", "workers")),
     *(f"model.{name}" for name in ("width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "vocab_size")),
     *(f"optimizer.{name}" for name in ("warmup_fraction", "warmup_steps", "decay_fraction", "final_fraction")),
-    *(f"optimizer.{name}" for name in ("beta1", "beta2", "weight_decay", "z_loss", "clip_norm")),
+    *(f"optimizer.{name}" for name in ("beta1", "beta2", "weight_decay", "z_loss", "clip_norm", "muon_beta")),
+    *(f"optimizer.{name}_rate" for name in ("embedding", "head", "vector")),
     *(f"train.{name}" for name in ("seed", "checkpoint_seconds", "rewinds")),
     *(f"ptq.{name}" for name in ("damping", "group_size", "smoothing")),
     "data.validation_fraction",  # not by itself: with data.validation_split it counts for nothing

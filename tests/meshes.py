@@ -3,6 +3,8 @@
 A line of JSON for each mesh.
 
 python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
+
+MESH:muon trains with Muon, and quantizes nothing.
 """
 
 import dataclasses
@@ -34,11 +36,12 @@ from precision_scaling.training.step import StepConfig
 VOCABULARY = 64
 
 
-def config():
+def config(optimizer: str):
     """Three runs of one shape, with a lane to spare: unquantized, quantized weights, and all parts quantized."""
     c = base.get_config()
     shape = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64, "sequence_length": 16}
     c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
+    c.optimizer.name = optimizer
     c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
     tokens = (16 * 16 * 12,)
     c.study.grid.all = base.grid(("25k",), tokens, ("bf16", "w4", "w4_a6_kv4"))
@@ -52,9 +55,9 @@ def corpus() -> Corpus:
     return Corpus(tokens, tokens[:500], VOCABULARY, 0, Path(), {})
 
 
-def train(sizes: tuple[int, ...], workdir: Path) -> dict:
+def train(sizes: tuple[int, ...], optimizer: str, workdir: Path) -> dict:
     """Losses of every run at every step and bytes on every device, on one mesh."""
-    c = config()
+    c = config(optimizer)
     resolved = experiment.resolve(c, VOCABULARY)
     (group,) = resolved.cohorts
     devices = jax.devices()[: int(np.prod(sizes))]
@@ -86,7 +89,7 @@ def train(sizes: tuple[int, ...], workdir: Path) -> dict:
         "losses": losses,
         "bytes": sorted(set(held.values())),
         "total": total,
-        **quantize(step_config, layout, loader),
+        **(quantize(step_config, layout, loader) if optimizer == "adamw" else {}),
     }
 
 
@@ -119,5 +122,6 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
     compilation.jit = lambda function, level=0, platform=None, **options: jax.jit(function, **options)
     for text in sys.argv[2:]:
-        sizes = tuple(map(int, text.split(",")))
-        print(json.dumps({"mesh": text, **train(sizes, Path(sys.argv[1]) / text)}), flush=True)
+        mesh, _, optimizer = text.partition(":")
+        sizes = tuple(map(int, mesh.split(",")))
+        print(json.dumps({"mesh": text, **train(sizes, optimizer or "adamw", Path(sys.argv[1]) / text)}), flush=True)

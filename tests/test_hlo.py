@@ -184,7 +184,9 @@ def test_settings_are_tried_from_the_least_traffic_on():
     config.train.batch_size = 8
     (cohort,) = experiment.resolve(config, 257).cohorts
     target = targets.Target("v5e:4x4", range(16), 16 * 2**30)
-    tried = list(topology.settings(config.train.batch_size, cohort, target))
+    _, parameters = count_parameters(cohort.shape.model)
+    state = 12 * parameters
+    tried = list(topology.settings(config.train.batch_size, state, target))
     assert tried[0] == topology.Setting(8, 1, "none") and {one.fsdp for one in tried} == {8}
     assert [(one.microbatches, one.remat) for one in tried[1:]] == [
         (1, "dots"),
@@ -195,6 +197,5 @@ def test_settings_are_tried_from_the_least_traffic_on():
     ]
     changed = tried[3].applied(config)
     assert (changed.mesh.fsdp, changed.mesh.data, changed.train.microbatches) == (8, -1, 2)
-    _, parameters = count_parameters(cohort.shape.model)
-    small = targets.Target("toy", range(16), 2 * 12 * parameters // 8 - 1)  # whose half has no room for an eighth
-    assert next(topology.settings(8, cohort, small)).fsdp == 16
+    small = targets.Target("toy", range(16), 2 * state // 8 - 1)  # whose half has no room for an eighth
+    assert next(topology.settings(8, state, small)).fsdp == 16

@@ -125,7 +125,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.backward.saved_rounding = ""
 
     c.optimizer = ml_collections.ConfigDict()
+    # "adamw", or "muon": orthogonal updates (Newton-Schulz) of the blocks' kernels, AdamW for all else.
+    c.optimizer.name = "adamw"
     c.optimizer.peak_lr = 4e-3  # learning rate after warm-up, at base_size; other sizes scale it by depth-µP
+    c.optimizer.embedding_rate = 1.0  # rate of the embedding as a multiple of that
+    c.optimizer.head_rate = 1.0  # of the head
+    c.optimizer.vector_rate = 1.0  # of norm gains and biases
     # After warm-up: "cosine", "linear", "constant", or "wsd" (constant, then linear over the last decay_fraction).
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_fraction = 0.1  # share of the steps spent on linear warm-up
@@ -135,6 +140,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.beta1 = 0.9
     c.optimizer.beta2 = 0.95
     c.optimizer.epsilon = 1e-15
+    c.optimizer.muon_beta = 0.95  # muon: momentum of the blocks' kernels; the others have beta1, beta2 and epsilon
     c.optimizer.weight_decay = 0.1  # decoupled
     c.optimizer.decay_pattern = "kernel|embedding"  # regex on the paths of parameters that decay: all but norms
     c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported

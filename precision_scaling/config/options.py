@@ -22,7 +22,7 @@ from precision_scaling.numerics import formats
 from precision_scaling.ptq.registry import METHODS
 from precision_scaling.ptq.scheme import GRANULARITIES
 from precision_scaling.quantize import parsing
-from precision_scaling.training import schedule, trackers
+from precision_scaling.training import optimizer, schedule, trackers
 
 DTYPES = ("float32", "bfloat16")
 
@@ -125,7 +125,11 @@ RULES = {
     "model.remat": _one_of(decoder.REMATS),
     "model.base_size": _SIZE,
     "model.imported": _ANY,
+    "optimizer.name": _one_of(optimizer.NAMES),
     "optimizer.peak_lr": _ABOVE_0,
+    "optimizer.embedding_rate": _number(0),
+    "optimizer.head_rate": _number(0),
+    "optimizer.vector_rate": _number(0),
     "optimizer.schedule": _one_of(schedule.NAMES),
     "optimizer.warmup_fraction": _FRACTION,
     "optimizer.warmup_steps": _whole(0),
@@ -134,6 +138,7 @@ RULES = {
     "optimizer.beta1": _BELOW_1,
     "optimizer.beta2": _BELOW_1,
     "optimizer.epsilon": _ABOVE_0,
+    "optimizer.muon_beta": _BELOW_1,
     "optimizer.weight_decay": _number(0),
     "optimizer.decay_pattern": Rule("a regular expression", _is_pattern),
     "optimizer.z_loss": _number(0),

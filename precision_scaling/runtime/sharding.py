@@ -29,7 +29,7 @@ HESSIAN = P(("fsdp", "tensor"))  # (inputs, inputs) of a projection: rows, over 
 # layers come before these. An axis that does not divide its dimension moves to the next that it divides, see `fit`.
 RULES = (
     (r"embedding/embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
-    (r"attention/qkv/kernel$", P("fsdp", "tensor", None)),  # (width, heads of q, k and v, head dimension)
+    (r"attention/qkv/([qkv]/)?kernel$", P("fsdp", "tensor", None)),  # (width, heads of q, k and v, head dimension)
     (r"attention/qkv_bias$", P("tensor", "fsdp")),  # (heads of q, k and v, head dimension)
     (r"mlp/gate_up/kernel$", P("fsdp", None, "tensor")),  # (width, 2, MLP width)
     (r"(attention/out|mlp/down)/kernel$", P("tensor", "fsdp")),  # (heads x head dimension or MLP width, width)

@@ -48,6 +48,7 @@ COLUMNS = {
     "peak_rate": "peak learning rate",
     "warmup_fraction": "share of the steps with a rising rate",
     "schedule": "of the learning rate",
+    "optimizer": "`adamw`, or `muon` for the blocks' kernels",
     "w_format": "number format of the weights in training; `int4:0.75+bf16:0.25` where layers differ",
     "a_format": "of the activations",
     "q_format": "of the queries",
@@ -71,6 +72,8 @@ COLUMNS = {
     "jax_version": "of JAX",
     "imported": "the model, where it was trained elsewhere",
 }
+
+_OF_TRAINING = ("batch_size", "peak_rate", "warmup_fraction", "schedule", "optimizer")
 
 
 def write_rows(run_directory: Path, measurement: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -196,6 +199,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "peak_rate": run.peak_lr,
         "warmup_fraction": round(run.warmup_steps / run.steps, 4),
         "schedule": run.schedule_name,
+        "optimizer": config.optimizer.name,
         **{f"{name}_format": mixture.text(shares) for name, shares in run.formats},
         "w_granularity": run.precision.granularity("w"),
         "a_granularity": run.precision.granularity("a"),
@@ -206,7 +210,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "vocab_size": shape.model.vocab_size,
         "imported": run.imported,
         # How a model was trained elsewhere is not known here.
-        **(dict.fromkeys(("batch_size", "peak_rate", "warmup_fraction", "schedule")) if run.imported else {}),
+        **(dict.fromkeys(_OF_TRAINING) if run.imported else {}),
     }
 
 

@@ -9,10 +9,9 @@ from absl import flags
 
 from precision_scaling.config import experiment
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.model.accounting import count_parameters
 from precision_scaling.runtime import sharding, targets
 from precision_scaling.runtime.targets import Target
-from precision_scaling.training import forecast
+from precision_scaling.training import forecast, optimizer
 from precision_scaling.training.compiled import MEMORY_SHARE
 from precision_scaling.training.forecast import Forecast, TooLargeError
 from precision_scaling.training.optimizer import OptimizerConfig
@@ -20,7 +19,6 @@ from precision_scaling.training.run import Cohort
 
 GIB = 2**30
 MOST_MICROBATCHES = 64
-STATE_BYTES = 12  # of a parameter: itself and two moments in float32
 SENT_LESS = 0.95  # a setting is better if it sends less than this share
 STATE_SHARE = 0.5  # of a chip's memory, which the state alone may take in a setting that is proposed
 
@@ -115,7 +113,8 @@ def _fitting(config, vocab_size: int, cohort: Cohort, target: Target) -> Iterato
     assert target.memory is not None
     shape, layout = cohort.shape, sharding.make_layout(config.mesh, target.devices)
     own = Setting(layout.sizes["fsdp"], shape.microbatches, shape.model.remat)
-    for setting in settings(config.train.batch_size, cohort, target):
+    state, _ = optimizer.cost(experiment.resolve(config, vocab_size).optimizer, shape.model)
+    for setting in settings(config.train.batch_size, state, target):
         if setting == own and layout.sizes["tensor"] == layout.sizes["run"] == 1:
             continue
         changed = setting.applied(config)
@@ -129,19 +128,18 @@ def _fitting(config, vocab_size: int, cohort: Cohort, target: Target) -> Iterato
             yield setting, found
 
 
-def settings(batch_size: int, cohort: Cohort, target: Target) -> Iterator[Setting]:
-    """Those to try, from the least traffic on: parameters gathered over as few chips as hold their state, once a step.
+def settings(batch_size: int, state: int, target: Target) -> Iterator[Setting]:
+    """Those to try, from the least traffic on: parameters gathered over as few chips as hold the state, once a step.
 
-    Each further microbatch gathers all parameters again.
+    Each further microbatch gathers all parameters again. state: bytes of parameters and optimizer.
     """
     assert target.memory is not None
-    _, parameters = count_parameters(cohort.shape.model)
     devices = len(target.devices)
     # From 8 chips on gradients are scattered; over fewer there is no less traffic.
     enough = (
         size
         for size in range(min(8, devices), devices + 1)
-        if devices % size == 0 and STATE_BYTES * parameters / size <= STATE_SHARE * target.memory
+        if devices % size == 0 and state / size <= STATE_SHARE * target.memory
     )
     fsdp = next(enough, devices)
     for remat in ("none", "dots", "full"):

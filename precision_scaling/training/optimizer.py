@@ -1,26 +1,35 @@
-"""AdamW and depth-µP. Used by `step`, at the rate that the run's `schedule` gives."""
+"""AdamW, or Muon with AdamW, and depth-µP. Used by `step`, at the rate that the run's `schedule` gives."""
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
 import jax
 import optax
+from flax import traverse_util
 
+from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
+from precision_scaling.training import muon
 
-# Depth-µP for Adam (Yang et al. 2023, arXiv 2310.02244, table 1): (regex on the parameter's path, power of width / base
-# width, power of depth / base depth) of the learning rate. The first match counts; no match means no scaling.
-RATE_POWERS = ((r"layers/.*kernel", -1.0, -0.5),)
+NAMES = ("adamw", "muon")
+BLOCK_KERNELS = r"layers/.*kernel"
+# Depth-µP (Yang et al. 2023, arXiv 2310.02244, table 1), of the rate of kernels in the blocks: {optimizer: (power of
+# width / base width, power of depth / base depth)}. An Adam update moves a layer's output by its width, an orthogonal
+# one of the same root mean square by the root of that.
+RATE_POWERS = {"adamw": (-1.0, -0.5), "muon": (-0.5, -0.5)}
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Options of AdamW that are the same for every run of a study.
+    """Options of the optimizer that are the same for every run of a study.
 
     decay_pattern: regex on the paths of the parameters that weight decay acts on. z_loss: weight of mean(log² Z) in the
-    training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer.
+    training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer. name: of NAMES; "muon" has Muon for the kernels
+    of the blocks, with the momentum muon_beta, and AdamW for all else. embedding_rate, head_rate, vector_rate: rates of
+    the embedding, of the head, and of norm gains and biases as multiples of the schedule's.
     """
 
     beta1: float
@@ -31,6 +40,11 @@ class OptimizerConfig:
     final_fraction: float
     decay_pattern: str = "kernel|embedding"
     z_loss: float = 0.0
+    name: str = "adamw"
+    muon_beta: float = 0.95
+    embedding_rate: float = 1.0
+    head_rate: float = 1.0
+    vector_rate: float = 1.0
 
 
 _path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -41,41 +55,82 @@ def parameter_names(params: Any) -> list[str]:
     return [_path(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def rate_multipliers(params: Any, model: ModelConfig) -> Any:
+def rate_multipliers(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
     """Learning-rate multiplier of every parameter, a tree of floats."""
+    width_power, depth_power = RATE_POWERS[config.name]
+    of_blocks = (model.width / model.base_width) ** width_power * (model.depth / model.base_depth) ** depth_power
+    own = {"embedding/embedding": config.embedding_rate, "head/kernel": config.head_rate}
 
     def multiplier(key_path, _):
-        for pattern, width_power, depth_power in RATE_POWERS:
-            if re.search(pattern, _path(key_path)):
-                return (model.width / model.base_width) ** width_power * (model.depth / model.base_depth) ** depth_power
-        return 1.0
+        name = _path(key_path)
+        return of_blocks if re.search(BLOCK_KERNELS, name) else own.get(name, config.vector_rate)
 
     return jax.tree_util.tree_map_with_path(multiplier, params)
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-    )
+def _direction(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    """From gradients to the directions of the updates, before rates and weight decay."""
+    scale = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name == "muon":
+        scale = _for_kernels(muon.scale_by_muon(config.muon_beta, model), scale)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), scale)
+
+
+def _for_kernels(
+    of_kernels: optax.GradientTransformation, of_others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The one for the kernels of the blocks, the other for all else; the state has a part for each."""
+
+    def init(params):
+        kernels, others = _parted(params)
+        return {"kernels": of_kernels.init(kernels), "others": of_others.init(others)}
+
+    def update(grads, state, params=None):
+        kernels, others = _parted(grads)
+        kernels, kernels_state = of_kernels.update(kernels, state["kernels"])
+        others, others_state = of_others.update(others, state["others"])
+        return _merged(kernels, others), {"kernels": kernels_state, "others": others_state}
+
+    return optax.GradientTransformation(init, update)
+
+
+def _parted(params: Any) -> tuple[Any, Any]:
+    """(kernels of the blocks, all else), two trees with the names of the one."""
+    flat = traverse_util.flatten_dict(params)
+    of_blocks = {name for name in flat if re.search(BLOCK_KERNELS, "/".join(name))}
+    part = lambda wanted: traverse_util.unflatten_dict({k: x for k, x in flat.items() if (k in of_blocks) == wanted})
+    return part(True), part(False)
+
+
+def _merged(*trees: Any) -> Any:
+    return traverse_util.unflatten_dict({k: x for tree in trees for k, x in traverse_util.flatten_dict(tree).items()})
 
 
 global_norm = optax.tree.norm
 
 
-def init(config: OptimizerConfig, params: Any) -> Any:
+def init(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
     """Optimizer state for `params`."""
-    return _adam(config).init(params)
+    return _direction(config, model).init(params)
 
 
 def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, params: Any, rate) -> tuple[Any, Any]:
-    """(parameters, state) after one AdamW update at `rate`; weight decay is decoupled and scaled by the rate."""
-    direction, state = _adam(config).update(grads, state, params)
+    """(parameters, state) after one update at `rate`; weight decay is decoupled and scaled by the rate."""
+    direction, state = _direction(config, model).update(grads, state, params)
 
     def apply(key_path, param, delta, multiplier):
         if re.search(config.decay_pattern, _path(key_path)):
             delta = delta + config.weight_decay * param
         return param - rate * multiplier * delta
 
-    params = jax.tree_util.tree_map_with_path(apply, params, direction, rate_multipliers(params, model))
+    params = jax.tree_util.tree_map_with_path(apply, params, direction, rate_multipliers(config, model, params))
     return params, state
+
+
+@functools.cache
+def cost(config: OptimizerConfig, model: ModelConfig) -> tuple[int, int]:
+    """(bytes of a run's parameters and optimizer state, FLOPs of an update's products, which Muon alone has)."""
+    params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    state = jax.eval_shape(functools.partial(init, config, model), params)
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+    return held, muon.flops(_parted(params)[0], model) if config.name == "muon" else 0

@@ -62,7 +62,7 @@ class StepConfig:
 def init_state(config: StepConfig, seed) -> TrainState:
     """Fresh state of one run; `seed` may be traced."""
     params = decoder.init(config.model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(config.optimizer, params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(config.optimizer, config.model, params))
 
 
 def rounding_key(config: StepConfig, seed, step) -> jax.Array | None:
