@@ -24,6 +24,8 @@ from precision_scaling.training import feed as feed_lib
 from precision_scaling.training import step as step_lib
 from precision_scaling.training.cohort import Options
 from precision_scaling.training.compiled import compiled_cohort
+from precision_scaling.training.feed import Chunk
+from precision_scaling.training.lanes import Lane
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -140,8 +142,9 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
         dataclasses.replace(w4, steps=3, peak_lr=1e-4, seed=7),
         dataclasses.replace(w4, steps=5, warmup_steps=2, precision=by_name(group.runs, "kint4").precision),
         dataclasses.replace(w4, precision=parse("w3_a6 first:1=bf16 *.down=w8", workspace.experiment.config.precision)),
+        dataclasses.replace(w4, precision=parse("w8@0.25_w4@0.5_kv6@.75", workspace.experiment.config.precision)),
     ]
-    assert len(train(runs, tmp_path)) == 3
+    assert len(train(runs, tmp_path)) == 4
     assert [program._cache_size() for program in compiled] == before
     assert before[1] == 1
 
@@ -344,6 +347,71 @@ def test_branches_outlive_a_stop_and_one_that_is_damaged_is_trained_anew(sweep, 
     assert "from its first step" in caplog.text
     for run in sweep:
         assert losses_of(tmp_path, run) == losses_of(one_by_one[0], run)
+
+
+@pytest.fixture(scope="module")
+def switching(finished_study):
+    """(a run of which the precision changes twice, the runs that have its three precisions all the time)."""
+    workspace, _ = finished_study
+    w4 = by_name(workspace.experiment.runs, "D768-wint4-s0")
+    of = lambda text: dataclasses.replace(w4, precision=parse(text, workspace.experiment.config.precision))
+    stages = ("a6 last:1=bf16", "a6_w8 last:1=bf16", "a6_w3 last:1=bf16")
+    return of("a6_w8@0.25_w3@0.5 last:1=bf16"), tuple(map(of, stages))
+
+
+def test_a_switch_of_precision_equals_runs_joined_by_a_checkpoint(finished_study, switching, train, tmp_path):
+    workspace, _ = finished_study
+    (group,) = workspace.experiment.cohorts
+    run, parts = switching
+    assert run.switch_steps == (3, 6) and [run.precision_at(step) for step in (2, 3, 5, 6)] == [
+        parts[0].precision,
+        *[parts[1].precision] * 2,
+        parts[2].precision,
+    ]
+    found = train([run], tmp_path)[run]
+
+    programs = compiled_cohort(
+        step_lib.StepConfig(group.shape.model, group.static, workspace.experiment.optimizer, 1), workspace.layout, 2
+    )
+    feed = feed_lib.Prefetcher(workspace.loader(run.shape), workspace.layout, 2, 1, OPTIONS.steps_per_dispatch)
+    state = programs.initialize(run.seed)
+    for part, chunks in zip(parts, ([(0, 3)], [(3, 3)], [(6, 4), (10, 2)]), strict=True):
+        lanes = programs.put(programs.spread(programs.initialize(9)), 0, state)
+        for step, steps in chunks:
+            inputs = cohort._inputs(group, [Lane(part, step), None])
+            lanes, _ = programs.train(lanes, inputs, feed.take(Chunk(((run.seed, step), None), steps)), steps)
+        checkpoint.save(tmp_path / "joint", programs.pick(lanes, 0))
+        state = checkpoint.restore(tmp_path / "joint", workspace.layout.abstract(programs.one))
+    feed.close()
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+
+
+def test_runs_share_the_steps_before_they_switch_and_go_on_to_the_same_bits(
+    finished_study, switching, train, tmp_path, monkeypatch
+):
+    run, (plain, *_) = switching
+    late = dataclasses.replace(run, precision=dataclasses.replace(run.precision, before=run.precision.before[:1]))
+    trained = []
+    take = feed_lib.Prefetcher.take
+
+    def count(feed, chunk):
+        trained.append(chunk.steps * sum(lane is not None for lane in chunk.lanes))
+        return take(feed, chunk)
+
+    monkeypatch.setattr(feed_lib.Prefetcher, "take", count)
+    wanted = train([plain, run, late], tmp_path / "together")
+    assert sum(trained) == 12 + 2 * 9
+    ended = {}
+    while set(ended) != set(wanted):  # every call stops after its first dispatch
+        with contextlib.suppress(Stopped):
+            left = [one for one in wanted if one not in ended]
+            train(left, tmp_path / "stopped", Stop(minutes=1e-6), ended)
+    for one in wanted:
+        alone = train([one], tmp_path / "alone")[one]
+        assert losses_of(tmp_path / "together", one) == losses_of(tmp_path / "alone", one)
+        assert losses_of(tmp_path / "together", one) == losses_of(tmp_path / "stopped", one)
+        jax.tree.map(np.testing.assert_array_equal, alone.params, ended[one].params)
+    assert len({tuple(losses_of(tmp_path / "alone", one)) for one in wanted}) == 3
 
 
 def test_what_is_left_of_an_end_is_done_after_the_next_steps_and_whatever_comes(finished_study, train, tmp_path):

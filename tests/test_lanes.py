@@ -34,7 +34,7 @@ def test_a_lane_leads_to_runs_that_share_its_prefix():
     assert not Lane(short, 0).leads_to(long)  # it decays before
     assert not Lane(runs(100, seed=1)[0], 0).leads_to(short)
     cosine = runs(100, schedule="cosine")[0]
-    assert cosine.branch_step == 0 and not Lane(long, 0).leads_to(cosine)
+    assert not Lane(long, 0).leads_to(cosine) and not Lane(cosine, 0).leads_to(short)
 
 
 def test_the_next_run_waits_for_its_trunk_unless_its_branch_is_there():

@@ -169,3 +169,8 @@ def test_of_integers_and_floating_point_of_as_many_bits_the_integers_are_one_kin
     assert len(floats.integer_formats()) == 1
     unnamed = tables.from_columns({name: columns[name] for name in ("run", "N", "D", "loss", "P_w", "P_a")})
     assert len(unnamed.integer_formats()) == 5
+    # Where layers differ, by those that round; a precision that changed in training is another matter.
+    mixed = ["bf16", "bf16:0.5+int4:0.5", "bf16:0.5+e2m1:0.5", "int4:0.75+e4m3:0.25", "int8"]
+    both = tables.from_columns({**columns, "w_format": mixed, "switches": ["", "", "", "", "bf16 until 0.8"]})
+    assert list(both.integer_formats()["run"]) == ["a", "b", "e"]
+    assert list(both.one_precision()["run"]) == ["a", "b", "c", "d"] and len(table.one_precision()) == 5

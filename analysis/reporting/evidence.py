@@ -46,7 +46,7 @@ class Evidence:
     @cached_property
     def every_row(self) -> Table:
         """The rows of every PTQ method of weights and every schedule, of integer formats."""
-        return (self.table if self.whole is None else self.whole).ptq_of_weights().integer_formats()
+        return (self.table if self.whole is None else self.whole).ptq_of_weights().one_precision().integer_formats()
 
     @cached_property
     def deltas_by_schedule(self) -> Table:
@@ -123,10 +123,11 @@ def _by_method(deltas: Table, first: str) -> dict[str, Table]:
 
 
 def main_rows(table: Table) -> tuple[Table, str | None]:
-    """The rows that one law can describe: of one learning-rate schedule and one kind of formats, before PTQ and after
-    the main method of PTQ of weights; and the name of that method. The others are counted as left out.
+    """The rows that one law can describe: of one learning-rate schedule, one kind of formats and a precision that
+    stayed the same in training, before PTQ and after the main method of PTQ of weights; and the name of that method.
+    All others are counted as left out.
     """
-    table = table.one_schedule().integer_formats()
+    table = table.one_schedule().one_precision().integer_formats()
     return table.one_method(), table.main_method
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.table.columns import (
     BASE,
     BEYOND_WEIGHTS,
+    EMPTY,
     FORMAT_COLUMNS,
     HIGH_PRECISION_BITS,
     METHOD_COLUMNS,
@@ -130,6 +131,13 @@ class Table:
         used = Counter(names)
         main = next((name for name in sorted(used) if name.lower().startswith("cos")), _most_common(used))
         return self.select(names == main, f"trained under another schedule than {main or '(unnamed)'}")
+
+    def one_precision(self) -> "Table":
+        """The rows of models whose precision stayed the same in training; of the others it tells the last alone."""
+        if "switches" not in self:
+            return self
+        same = np.isin(self["switches"].astype(str), EMPTY)
+        return self.select(same, "the precision changed in training")
 
     def integer_formats(self) -> "Table":
         """The rows trained in integers or in 16 bits and more; all rows where no integer format is named.

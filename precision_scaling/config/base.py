@@ -99,6 +99,9 @@ def get_config() -> ml_collections.ConfigDict:
     # counts. Places: qkv, out, gate_up, down, attention (q, k, v, p). A format alone is for what is quantized there.
     # One program serves all of them. "none": no rule, where the preset has some.
     c.precision.layers = ""
+    # Other formats, as in a grid, from a share of the steps on, or from where the learning rate decays: "0.5=w8_a8,
+    # decay=w4_a4". Any number, in one program.
+    c.precision.switches = ""
     c.precision.rotation = ""  # "none" or "hadamard": random Hadamard rotation of both operands of each projection
     # "simulated" (any format) or "native": int8 or fp8 codes in the product itself, where format and device have one.
     c.precision.mode = ""
@@ -213,8 +216,9 @@ def grid(
 
     precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
     kv (keys and values), g (incoming gradients of the projections), or q, k, v, p individually; e.g. "w4", "a6",
-    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8"; rules of config.precision.layers may follow, "w4_a4 last:1=bf16".
-    ptq: quantize these runs after training. schedules: of the learning
+    "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". "w4@0.8": from that share of the steps on; "w8_w4@decay": from the
+    decay of the rate on. After a blank, "w4_a4 @0.8 last:1=bf16": when all of them begin, and rules by layer. ptq:
+    quantize these runs after training. schedules: of the learning
     rate, one run for each; empty: config.optimizer.schedule.
     """
     return ml_collections.ConfigDict(

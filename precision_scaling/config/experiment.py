@@ -96,7 +96,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
     contraction.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
     for scheme, _ in registry.planned(config.ptq) if point.ptq else ():
         scheme.check_model(shape.model)
-    return Run(
+    run = Run(
         shape=shape,
         precision=point.precision,
         steps=steps,
@@ -108,6 +108,10 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         schedule_name=point.schedule,
         decay_steps=decay_steps,
     )
+    if list(run.switch_steps) != sorted(set(run.switch_steps) & set(range(1, steps))):
+        found = f"{run.precision.short} at steps {', '.join(map(str, run.switch_steps))} of a {point.schedule} schedule"
+        raise ConfigError("precision.switches", found, f"one after the other, at steps 1 to {steps - 1}")
+    return run
 
 
 def _steps(config, tokens: float) -> int:
@@ -187,7 +191,9 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
     cohorts = []
     by_parameters = lambda shape: count_parameters(shape.model)[0]
     for shape in sorted(dict.fromkeys(run.shape for run in runs), key=by_parameters):
-        members = sorted((run for run in runs if run.shape == shape), key=lambda run: (-run.steps, run.id))
+        members = sorted(
+            (run for run in runs if run.shape == shape), key=lambda run: (-run.steps, -run.branch_step, run.id)
+        )
         groups: list[list[Precision]] = []
         # In an order that does not depend on the grid's: a study that is repeated with more runs keeps its programs.
         for precision in sorted(

@@ -12,6 +12,11 @@ def check_shape(precision: Precision, model: ModelConfig, tokens_per_part: int) 
 
     tokens_per_part: tokens of a microbatch, over which weight gradients contract.
     """
+    for stage in precision.stages:
+        _check_stage(stage, model, tokens_per_part)
+
+
+def _check_stage(precision: Precision, model: ModelConfig, tokens_per_part: int) -> None:
     features = {"model.width": model.width, "model.mlp_width": model.mlp_width}
     features["the heads together"] = model.heads * model.head_dim
     qkv = (model.heads + 2 * model.key_heads) * model.head_dim

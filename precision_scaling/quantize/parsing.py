@@ -8,11 +8,12 @@ from typing import Any
 from precision_scaling.errors import ConfigError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.rounding import ROUNDINGS
-from precision_scaling.quantize import layers, operands
+from precision_scaling.quantize import layers, operands, switches
 from precision_scaling.quantize.native import check_products
 from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OPTIONS, PARTS, partner
 from precision_scaling.quantize.precision import Precision, Quantizer
 from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS, SOURCES
+from precision_scaling.quantize.static import static_of
 
 _PARTS = {**{name: (name,) for name in OPERANDS}, **PARTS}  # of shorthand
 
@@ -20,18 +21,51 @@ _PARTS = {**{name: (name,) for name in OPERANDS}, **PARTS}  # of shorthand
 def from_options(
     options: Mapping[str, Any], preset: str | None = None, rules: str | None = None, **replaced: str
 ) -> Precision:
-    """The precision that the config's `precision` section describes.
+    """The precision that the config's `precision` section describes, in all of training.
 
     options: as in configs/base.py; an empty leaf takes the preset's value. preset: another preset than the section's.
     rules: in place of the section's `layers`. replaced: formats by operand that take the place of the section's, with
     "/granularity" and "/rounding" if need be.
     Raises ConfigError for unknown values, and for values that contradict each other.
     """
+    stages, whens = [_stage(options, preset, rules, replaced)], []
+    for when, said in _switches(options, preset):
+        whens.append(when)
+        stages.append(parse(said, {**options, "switches": "none"}, "precision.switches"))
+    return _in_turn(stages, whens)
+
+
+def _stage(options: Mapping[str, Any], preset: str | None, rules: str | None, replaced: Mapping[str, str]) -> Precision:
+    """The precision of a section, its switches aside."""
     precision = _resolve(options, preset, replaced, rules)
     _check_layers(precision)
     if precision.native:
         check_products(precision)
     return precision
+
+
+def _switches(options: Mapping[str, Any], preset: str | None) -> list[tuple[str, str]]:
+    """(when, formats) of a section's switches."""
+    text = options["switches"] or PRESETS[options["preset"] if preset is None else preset]["switches"]
+    try:
+        return switches.split(str(text))
+    except ValueError as error:
+        raise ConfigError("precision.switches", str(error), switches.GRAMMAR) from None
+
+
+def _in_turn(stages: list[Precision], whens: list[str]) -> Precision:
+    """One precision after the other. Raises ConfigError where no single program serves them."""
+    pairs = zip(whens, stages[:-1], stages[1:], strict=True)
+    whole = dataclasses.replace(
+        stages[-1],
+        rotated=any(stage.rotated for stage in stages),
+        native=any(stage.native for stage in stages),
+        before=tuple((when, stage) for when, stage, after in pairs if stage != after),
+    )
+    if static_of([whole], "float32") is None:
+        allowed = "precisions of the same kinds of formats, granularity, rounding, saved operands and mode"
+        raise ConfigError("precision.switches", whole.describe(), allowed)
+    return whole
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -40,6 +74,7 @@ def check(options: Mapping[str, Any]) -> None:
     Whether the values go together is another question: a study's grid may replace some of them.
     """
     _resolve(options, None, {})
+    _switches(options, None)
 
 
 def _resolve(
@@ -136,24 +171,63 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
 
     text: "bf16" (nothing is quantized), a preset, or parts with formats joined by "_": w, a, kv, g (incoming gradients
     of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
-    the place of what a preset before it, or the section, says; no part stands there twice. After a blank, rules by
-    layer: "w4_a4 first:2=bf16 *.down=e4m3", in place of the section's. key: names text in errors.
+    the place of what a preset before it, or the section, says; no part stands there twice. "w4@0.8": from that share of
+    the steps on, "w8_w4@decay": from where the learning rate decays. After a blank: when the parts begin that do not
+    say so themselves, and rules by layer in place of the section's; "w4_a4 @0.8 first:2=bf16 *.down=e4m3".
+    key: names text in errors.
     """
-    text, _, given = text.partition(" ")
-    rules = given.strip() or None
+    text, *given = text.split(" ")
+    start = next((word.removeprefix("@") for word in given if word.startswith("@")), "")
+    rules = " ".join(word for word in given if word and not word.startswith("@")) or None
     if text == "bf16":
         nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
-        return from_options(options, rules=rules or "", **nothing)
-    preset = next((name for name in PRESETS if text == name or text.startswith(f"{name}_")), None)
-    allowed = f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4"
+        return _stage(options, None, rules or "", nothing)
+    allowed = (
+        f"bf16, {', '.join(PRESETS)}, or w, a, kv, g, q, k, v, p with a format, joined by '_': w4_a8_kv4; each with "
+        "@SHARE of the steps, or @decay, from which it holds"
+    )
+    named = re.match(rf"({'|'.join(sorted(PRESETS, key=len, reverse=True))})(?:@({switches.WHEN}))?(?=_|$)", text)
+    preset, preset_from = (named[1], named[2] or "") if named else (None, "")
+    words = [
+        (part, *_timed(value, key))
+        for part, value in _split(text[named.end() :] if named else text, key, allowed, text)
+    ]
+    preset_from = preset_from and switches.canonical(preset_from)
+    if start:
+        start = _timed(f"@{start}", key)[1]
+        words = [(part, value, when or start) for part, value, when in words]
+        preset_from = preset_from or start
+    for part, value, _ in words:
+        _quantizer(key, _PARTS[part][0], value, ("tensor", False), ("nearest", False), text)
+    starts = dict.fromkeys(when for when in (preset_from, *(when for _, _, when in words)) if when)
+    if not starts:
+        return from_options(options, preset, rules, **_formats(words, "", key, text))
+    whens, stages = switches.in_order(starts), []
     replaced: dict[str, str] = {}
-    for part, value in _split(text.removeprefix(preset or ""), key, allowed, text):
-        names = _PARTS[part]
-        if replaced.keys() & set(names):
-            raise ConfigError(key, text, f"each part once, {part} is there twice (kv is k and v)")
-        _quantizer(key, names[0], value, ("tensor", False), ("nearest", False), text)
-        replaced |= dict.fromkeys(names, value)
-    return from_options(options, preset, rules, **replaced)
+    for now, passed in (("", False), *((when, True) for when in whens)):
+        replaced |= _formats(words, now, key, text)
+        begun = preset if not preset_from or (passed and whens.index(now) >= whens.index(preset_from)) else None
+        stages.append(_stage(options, begun, rules, replaced))
+    return _in_turn(stages, whens)
+
+
+def _formats(words: list[tuple[str, str, str]], now: str, key: str, text: str) -> dict[str, str]:
+    """The formats by operand of the parts that begin then."""
+    replaced: dict[str, str] = {}
+    for part, value, when in words:
+        if when == now:
+            if replaced.keys() & set(_PARTS[part]):
+                raise ConfigError(key, text, f"each part once, {part} is there twice (kv is k and v)")
+            replaced |= dict.fromkeys(_PARTS[part], value)
+    return replaced
+
+
+def _timed(value: str, key: str) -> tuple[str, str]:
+    """A format and when it begins; empty: at once."""
+    fmt, at, when = value.partition("@")
+    if at and not re.fullmatch(switches.WHEN, when):
+        raise ConfigError(key, value, "after @ a share of the steps above 0 and below 1, or decay: w4@0.8")
+    return fmt, switches.canonical(when) if at else ""
 
 
 def _split(text: str, key: str, allowed: str, whole: str = "") -> list[tuple[str, str]]:

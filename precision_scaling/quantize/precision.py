@@ -1,6 +1,7 @@
 """The precision of a run, whole: how every operand is quantized, forward and backward."""
 
 import dataclasses
+import functools
 
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
@@ -29,6 +30,8 @@ class Precision:
     rotated: both operands of each projection are rotated before they are quantized.
     native: products are computed on the codes themselves.
     layers: where operands have another format than their quantizer's; all else of it holds there, too.
+    before: what it is in training before it is all this, (when it ends, precision) in order; see `switches`. All of
+        them are rotated and native if the last is.
     """
 
     quantizers: tuple[tuple[str, Quantizer], ...] = dataclasses.field(metadata={"digest": "settings"})
@@ -36,6 +39,15 @@ class Precision:
     rotated: bool
     native: bool
     layers: tuple[Rule, ...] = ()
+    before: tuple[tuple[str, "Precision"], ...] = ()
+
+    @property
+    def stages(self) -> tuple["Precision", ...]:
+        """What it is in training, one after the other."""
+        if not self.before:
+            return (self,)
+        of_all = functools.partial(dataclasses.replace, rotated=self.rotated, native=self.native)
+        return (*(of_all(stage) for _, stage in self.before), dataclasses.replace(self, before=()))
 
     def get(self, name: str) -> Quantizer | None:
         """The quantizer of an operand, None where it is not quantized."""
@@ -47,8 +59,9 @@ class Precision:
         return quantizer.format if quantizer else formats.parse("bf16")
 
     def possible(self, name: str) -> tuple[Format, ...]:
-        """All formats that an operand may have, by layer."""
-        return (self.format(name), *(fmt for rule in self.layers for other, fmt in rule.formats if other == name))
+        """All formats that an operand may have, by layer and in training."""
+        rules = (fmt for stage in self.stages for rule in stage.layers for other, fmt in rule.formats if other == name)
+        return (*(stage.format(name) for stage in self.stages), *rules)
 
     def by_place(self, name: str, depth: int) -> list[list[Format]]:
         """The format of an operand in each layer (L) and, within it, in each of `layers.places` (P)."""
@@ -73,7 +86,8 @@ class Precision:
         words = [f"{name}={quantizer}" for name, quantizer in self.quantizers]
         words += [f"s_{name}=exact" for name in self.exact]
         words += [f"layers={self.rules}"] * bool(self.layers)
-        return " ".join(words + ["rotated"] * self.rotated + ["native"] * self.native) or "bf16"
+        words = words + ["rotated"] * self.rotated + ["native"] * self.native or ["bf16"]
+        return "; ".join([*(f"{stage.describe()} until {end}" for end, stage in self.before), " ".join(words)])
 
     @property
     def rules(self) -> str:
@@ -88,4 +102,5 @@ class Precision:
         words += [f"g{name}" for name in gradients]
         words += ["by.layer"] * bool(self.layers)
         words += ["rotated"] * self.rotated + ["native"] * self.native
-        return "_".join(words) or "bf16"
+        words = words or ["bf16"]
+        return "_then_".join([*(f"{stage.short}_to{end}" for end, stage in self.before), "_".join(words)])

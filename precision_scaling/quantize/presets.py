@@ -23,6 +23,7 @@ _UNQUANTIZED = {
     "weights_granularity": "channel",
     "embedding_granularity": "token",
     "layers": "none",
+    "switches": "none",
     "rotation": "none",
     "mode": "simulated",
 }

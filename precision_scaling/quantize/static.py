@@ -73,6 +73,7 @@ class StaticPrecision:
     def grids(self, precision: Precision, depth: int, **replaced: object) -> dict[str, Grid]:
         """The grids of a precision that this one serves, in a decoder of that depth: (L, P) inside the blocks.
 
+        Of one that changes in training they are the last; `Precision.stages` are the others.
         replaced: other formats for some operands, in all layers.
         """
         found = {}
@@ -138,19 +139,20 @@ def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | 
     dtype: compute dtype of the model. A precision that leaves an operand unquantized passes it through, bit for bit.
     """
     precisions = tuple(precisions)
+    stages = [stage for precision in precisions for stage in precision.stages]
     native = precisions[0].native
     if len({(precision.native, precision.rotated, _wide_products(precision, dtype)) for precision in precisions}) > 1:
         return None
     for name in OPERANDS:
-        if len({_saved(precision, name) for precision in precisions} - {None}) > 1:
+        if len({_saved(stage, name) for stage in stages} - {None}) > 1:
             return None
     quantizers = []
     for name in FORWARD + BACKWARD:
-        found = [precision.get(name) for precision in precisions]
+        found = [stage.get(name) for stage in stages]
         quantized = [quantizer for quantizer in found if quantizer]
         if not quantized:
             continue
-        possible = (fmt for precision in precisions if precision.get(name) for fmt in precision.possible(name))
+        possible = (fmt for stage in stages if stage.get(name) for fmt in stage.possible(name))
         kind = formats.shared_kind(possible)
         containers = {container_of(quantizer.format) if quantizer else None for quantizer in found}
         if kind is None or len({(quantizer.granularity, quantizer.rounding) for quantizer in quantized}) > 1:
@@ -159,7 +161,7 @@ def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | 
             return None
         container = containers.pop() if native else None
         quantizers.append((name, StaticQuantizer(kind, quantized[0].granularity, quantized[0].rounding, container)))
-    exact = tuple(name for name in OPERANDS if any(name in precision.exact for precision in precisions))
+    exact = tuple(name for name in OPERANDS if any(name in stage.exact for stage in stages))
     return StaticPrecision(tuple(quantizers), exact, _wide_products(precisions[0], dtype), precisions[0].rotated)
 
 

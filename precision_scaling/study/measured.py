@@ -18,7 +18,7 @@ from precision_scaling.training.run import Run
 
 TRAINED = "trained"
 _TEXTS = ("run", "status", "method")
-_NEW = {"post_format", "layers", "optimizer"}  # that older tables lack
+_NEW = {"post_format", "layers", "switches", "switched_share", "optimizer"}  # that older tables lack
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
 

@@ -143,7 +143,8 @@ _GO_ON, _SAVE, _STOP = range(3)
 def _inputs(cohort: Cohort, held: Lanes) -> RunInputs:
     """The traced inputs of all lanes; a free lane idles at rate 0 on the first run's formats."""
     runs = [lane.run if lane else cohort.runs[0] for lane in held]
-    tables = [cohort.static.grids(run.precision, cohort.shape.model.depth) for run in runs]
+    now = [lane.run.precision_at(lane.step) if lane else cohort.runs[0].precision for lane in held]
+    tables = [cohort.static.grids(precision, cohort.shape.model.depth) for precision in now]
     idle = lambda schedule: schedule._replace(peak_lr=np.float32(0))
     schedules = [run.schedule if lane else idle(run.schedule) for run, lane in zip(runs, held, strict=True)]
     return RunInputs(

@@ -59,15 +59,17 @@ def branches(lanes: Lanes, waiting: Sequence[Run], has_branch: Callable[[Run], b
 
 
 def next_chunk(lanes: Lanes, waiting: Sequence[Run], most_steps: int) -> Chunk:
-    """What is trained on next: all lanes, until the next run ends or is branched from, or for as long as a dispatch.
+    """What is trained on next: all lanes, until the next run ends, is branched from or changes its precision, or for as
+    long as a dispatch.
 
     A batch that is left out ends a chunk, too: its batches follow each other.
     """
     busy = [lane for lane in lanes if lane]
     ends = [lane.run.steps - lane.step for lane in busy]
     to_branches = [run.branch_step - lane.step for lane in busy for run in waiting if lane.leads_to(run)]
+    to_switches = [step - lane.step for lane in busy for step in lane.run.switch_steps if step > lane.step]
     in_a_row = [rewind.steps_in_a_row(lane.step, lane.left_out) for lane in busy]
-    steps = min([*ends, *in_a_row, *(left for left in to_branches if left)], default=0)
+    steps = min([*ends, *in_a_row, *to_switches, *(left for left in to_branches if left)], default=0)
     return Chunk(tuple(lane.position if lane else None for lane in lanes), int(min(most_steps, steps)))
 
 

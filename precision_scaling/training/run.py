@@ -1,5 +1,6 @@
 """What is trained: a run, the shape it shares with others, cohorts of runs, and shards of a study."""
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +11,7 @@ from typing import Any
 from precision_scaling.model import mixture
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import operands as operands_lib
+from precision_scaling.quantize import switches
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.training import schedule
@@ -55,17 +57,30 @@ class Run:
         return schedule.of(self.schedule_name, self.peak_lr, self.steps, self.warmup_steps, self.decay_steps)
 
     @functools.cached_property
+    def switch_steps(self) -> tuple[int, ...]:
+        """The first step of each precision but the first."""
+        decay_start = int(self.schedule.decay_start)
+        return tuple(switches.step_of(when, self.steps, decay_start) for when, _ in self.precision.before)
+
+    def precision_at(self, step: int) -> Precision:
+        """What the update after `step` updates is computed at."""
+        return self.precision.stages[bisect.bisect_right(self.switch_steps, step)]
+
+    @functools.cached_property
     def branch_step(self) -> int:
-        """Steps that do not depend on the run's length, which it may share with a longer one; 0 for none."""
+        """Steps that the run may share with another: with a longer one where the rate does not depend on the length,
+        and with one that goes on at the precision of its beginning; 0 for none."""
         stable = self.schedule_name in ("constant", "wsd")
-        return min(int(self.schedule.decay_start), self.steps - 1) if stable else 0
+        end = min(int(self.schedule.decay_start), self.steps - 1) if stable else self.steps - 1
+        return min((end, *self.switch_steps))
 
     @functools.cached_property
     def trunk(self) -> "Run":
         """What runs have in common whose first steps are the same; the run itself where no other can share them."""
-        if not self.branch_step:
-            return dataclasses.replace(self, ptq=False)
-        return dataclasses.replace(self, steps=0, schedule_name="", decay_steps=0, ptq=False)
+        beginning = dataclasses.replace(self, precision=self.precision.stages[0], ptq=False)
+        if self.schedule_name not in ("constant", "wsd"):
+            return beginning
+        return dataclasses.replace(beginning, steps=0, schedule_name="", decay_steps=0)
 
     @property
     def tokens(self) -> int:
