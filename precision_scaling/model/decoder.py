@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from precision_scaling.model import lean, rope
+from precision_scaling.model import cross_entropy, lean, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, by_layer
@@ -262,11 +262,32 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BxS, grids: Grids | None = None, key: jax.Array | None = None):
         """Logits in float32, (B, S, V). grids: of the operands that `static` names, the same or by layer."""
         products = Products(self.static, grids or {}, key)
+        return self.unembed(self._blocks(tokens_BxS, products), products.part(1))
+
+    def losses(self, tokens_BxS1, grids: Grids, key: jax.Array | None = None, z_loss: float = 0.0):
+        """(what is minimized, mean cross-entropy in nats per token) of predicting each token from those before it.
+
+        z_loss: weight of mean(log² Z) in the first, Z the softmax's normalizer.
+        """
+        c, targets_BxS = self.config, tokens_BxS1[:, 1:]
+        products = Products(self.static, grids, key)
+        x_BxSxD = self._blocks(tokens_BxS1[:, :-1], products)
+        batch, positions = targets_BxS.shape
+        length = cross_entropy.chunk_length(batch, positions, c.vocab_size)
+        # A scale of the head's input is that of the whole array.
+        if length == positions or any(self.static.get(name) for name in _HEAD):
+            return cross_entropy.of_logits(self.unembed(x_BxSxD, products.part(1)), targets_BxS, z_loss)
+        kernel_DxV = self.embedding.embedding.T if c.tie_embeddings else self.head.get_variable("params", "kernel")
+        head = cross_entropy.Head(c.logit_scale, z_loss, length)
+        return cross_entropy.of_inputs(self.final_norm(x_BxSxD), kernel_DxV, targets_BxS, head)
+
+    def _blocks(self, tokens_BxS, products: Products):
+        """The residual stream after the last block, (B, S, D)."""
         x_BxSxD = self.embed(tokens_BxS, products.part(0))
         layers_key = products.part(2).key
         layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.depth)
         x_BxSxD, _ = self.layers(x_BxSxD, by_layer(products.grids, self.config.depth), layer_keys)
-        return self.unembed(x_BxSxD, products.part(1))
+        return x_BxSxD
 
 
 def init(config: ModelConfig, key) -> Any:

@@ -137,6 +137,26 @@ def split_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def batch_parts(size: int) -> int:
+    """Into how many parts `split_batch` cuts a first axis of that size."""
+    if (split := _batches.get()) is None:
+        return 1
+    mesh, axes = split
+    (first,) = fit(P(axes), (size,), dict(mesh.shape))
+    return math.prod(mesh.shape[axis] for axis in first or ())
+
+
+def gathered(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    """x sharded over the axes of `spec` alone; outside of `splitting`, as it is.
+
+    Where a loop uses a parameter again and again: the partitioner would gather it in every turn.
+    """
+    if (split := _batches.get()) is None:
+        return x
+    mesh, _ = split
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit(spec, x.shape, dict(mesh.shape))))
+
+
 def split_hessian(h_IxI: jax.Array) -> jax.Array:
     """h sharded by the rule `HESSIAN`; outside of `splitting`, as it is."""
     if (split := _batches.get()) is None:

@@ -6,11 +6,10 @@ the grids of its number formats, its peak rate and its length.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
@@ -75,24 +74,20 @@ def rounding_key(config: StepConfig, seed, step) -> jax.Array | None:
 
 def loss_fn(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy in nats per token of predicting tokens[:, 1:] from tokens[:, :-1]."""
-    return _objective(params, config, grids, tokens_BxS1, key)[1]
+    return _objective(params, config, grids, tokens_BxS1, key, z_loss=0.0)[1]
 
 
-def _objective(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key):
+def _objective(params: Any, config: StepConfig, grids: Any, tokens_BxS1, key, z_loss: float) -> Any:
     """(what is minimized, the mean cross-entropy in it)."""
-    model, tokens_BxS = Decoder(config.model, config.static), tokens_BxS1[:, :-1]
-    logits_BxSxV = cast(jax.Array, model.apply({"params": params}, tokens_BxS, grids, key))
-    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BxSxV, tokens_BxS1[:, 1:]))
-    if not config.optimizer.z_loss:
-        return loss, loss
-    return loss + config.optimizer.z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits_BxSxV, axis=-1))), loss
+    model = Decoder(config.model, config.static)
+    return model.apply({"params": params}, tokens_BxS1, grids, key, z_loss, method=Decoder.losses)
 
 
 def _loss_and_grads(config: StepConfig, params: Any, grids: Any, tokens, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
 
     def grad_fn(*args):
-        (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args)
+        (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args, config.optimizer.z_loss)
         return loss, grads
 
     tokens_MxBxS1 = tokens.reshape(config.microbatches, -1, tokens.shape[-1])
