@@ -40,6 +40,8 @@ _PRECISIONS = flags.DEFINE_list(
         "int8_full",
         "mxfp4",
         "nvfp4",
+        "nvfp4_train",
+        "mxfp8_train",
         "int8_full native",
         "fp8 native",
     ],
@@ -50,7 +52,7 @@ _PRECISIONS = flags.DEFINE_list(
 
 def _compile(text: str):
     """(step, state, inputs, tokens, seconds of the first step) of a precision; ConfigError where it does not fit."""
-    name, _, mode = text.partition(" ")
+    name, mode = (text.removesuffix(" native"), "native") if text.endswith(" native") else (text, "")
     config = base.get_config()
     config.model.size = _SIZE.value
     config.model.dtype = _DTYPE.value

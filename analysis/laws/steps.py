@@ -16,6 +16,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.gaussian import gaussian_mse
 
+TILE = "tile:"  # with the side of a square of values that share a scale
 MANY = 2**20  # values of a tensor that shares one scale
 USUAL_LENGTH = 1024  # of a contraction, where the table has no width
 REFERENCE_BITS = np.arange(2, 9)  # at 8 bits the error is step/sqrt(12), so that finer grids go in proportion
@@ -33,7 +34,8 @@ def integer_step(bits) -> np.ndarray:
 def relative_step(name: str, granularity: str = "", length: float = 0, usual: str = "channel") -> float:
     """The relative step of the format of that name.
 
-    granularity: what shares a scale: "tensor", "channel", "token", "vector", or "group:g" for g values; "": as usual.
+    granularity: what shares a scale: "tensor", "channel", "token", "vector", "group:g" for g values, "tile:g" for g²
+        of them; "": as usual.
     length: values along the contraction, which share the scale of a channel, token or vector; 0 where it is not known.
     usual: granularity of the integers that it is compared with.
     Raises LawError for formats and granularities that do not exist.
@@ -42,7 +44,9 @@ def relative_step(name: str, granularity: str = "", length: float = 0, usual: st
         fmt = formats.parse(name)
         if fmt.family == "none":
             return 0.0
-        count, reference = fmt.block_size or _sharing(granularity or usual, length), _sharing(usual, length)
+        count, reference = _sharing(granularity or usual, length), _sharing(usual, length)
+        if fmt.block_size:
+            count = fmt.block_size**2 if granularity.startswith(TILE) else fmt.block_size
         if fmt.family == "int" and count == reference:
             return float(integer_step(fmt.bits))
         return _on_integer_curve(_error(fmt, count), reference)
@@ -52,13 +56,14 @@ def relative_step(name: str, granularity: str = "", length: float = 0, usual: st
 
 def _sharing(granularity: str, length: float) -> int:
     """How many values share a scale."""
-    if granularity.startswith("group:") and granularity.removeprefix("group:").isdigit():
-        return int(granularity.removeprefix("group:"))
+    for prefix, power in (("group:", 1), (TILE, 2)):
+        if granularity.startswith(prefix) and granularity.removeprefix(prefix).isdigit():
+            return int(granularity.removeprefix(prefix)) ** power
     if granularity == "tensor":
         return MANY
     if granularity in ("channel", "token", "vector"):
         return int(length) or USUAL_LENGTH
-    raise LawError(f"granularity {granularity!r}: allowed are tensor, channel, token, vector and group:SIZE")
+    raise LawError(f"granularity {granularity!r}: allowed are tensor, channel, token, vector, group:SIZE and tile:SIZE")
 
 
 def _error(fmt: formats.Format, count: int) -> float:
@@ -67,7 +72,7 @@ def _error(fmt: formats.Format, count: int) -> float:
         return gaussian_mse(fmt, np.sqrt(2 / np.pi) / fmt.max_value) ** 0.5
     if fmt.family == "wide":
         return gaussian_mse(fmt, 1.0) ** 0.5
-    return gaussian_mse(fmt, "absmax", None if fmt.family == "block" else count) ** 0.5
+    return gaussian_mse(fmt, "absmax", count) ** 0.5
 
 
 def _on_integer_curve(error: float, count: int) -> float:

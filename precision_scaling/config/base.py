@@ -71,7 +71,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.precision = ml_collections.ConfigDict()
     # Sets every option below that is left empty: "paper" (nothing is quantized until a format is named), "qat" (int4
-    # weights), "low_precision" (int8 weights, activations, keys and values), "fp8", "int8_full", "mxfp4", "nvfp4".
+    # weights), "low_precision" (int8 weights, activations, keys and values), "fp8", "int8_full", "mxfp4", "nvfp4", and
+    # "nvfp4_train" and "mxfp8_train", as models are trained in them.
     c.precision.preset = "paper"
     # Operands by number format: a name ("int4", "e4m3", "mxfp4", "bf16") or bits (4); 16 bits and above are not
     # quantized. What shares a scale and the rounding may follow: "int4/group:32", "int4/token/stochastic".
@@ -84,8 +85,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.embedding = ""  # the embedding; no preset quantizes it, nor the head
     c.precision.head_weights = ""  # kernel of the head
     c.precision.head_activations = ""  # inputs of the head
-    # Elements that share a scale: "tensor", "token", "channel" (weights: an output channel), or "group:32" (any
-    # number of elements along the contraction). Block formats have groups of their own.
+    # Elements that share a scale: "tensor", "token", "channel" (weights: an output channel), "group:32" (any number of
+    # elements along the contraction), or of weights "tile:16" (a square). Block formats have groups of their own.
     c.precision.weights_granularity = ""  # paper: "channel"
     c.precision.activations_granularity = ""  # paper: "tensor"
     c.precision.attention_granularity = ""  # of q, k, v and p; paper: "tensor"
@@ -126,6 +127,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.precision.backward.saved_granularity = ""
     c.precision.backward.gradient_rounding = ""  # "nearest" or "stochastic"
     c.precision.backward.saved_rounding = ""
+    # "none", or "hadamard:16": both operands of the weight gradient, which then have formats, rotated along the tokens.
+    c.precision.backward.weights_rotation = ""
 
     c.optimizer = ml_collections.ConfigDict()
     # "adamw", or "muon": orthogonal updates (Newton-Schulz) of the blocks' kernels, AdamW for all else.

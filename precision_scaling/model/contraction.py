@@ -32,6 +32,8 @@ def _check_stage(precision: Precision, model: ModelConfig, tokens_per_part: int)
     for name, quantizer in precision.quantizers:
         size = operands.group_size(quantizer.granularity)
         lengths = next(lengths for names, lengths in contracted if name in names)
+        if quantizer.granularity.startswith("tile:"):
+            lengths = {**lengths, **(outputs if name == "w" else {"the vocabulary": model.vocab_size})}
         for what, length in lengths.items():
             if size and length % size:
                 raise ConfigError(
@@ -43,6 +45,12 @@ def _check_stage(precision: Precision, model: ModelConfig, tokens_per_part: int)
         held = layers.covered(rule.layers, model.depth)
         if len(held) and not (held[0] >= 0 and held[-1] < model.depth):
             raise ConfigError("precision.layers", str(rule), f"layers that there are, 0 to {model.depth - 1}")
+    if precision.gradient_rotation and tokens_per_part % precision.gradient_rotation:
+        raise ConfigError(
+            "precision.backward.weights_rotation",
+            f"hadamard:{precision.gradient_rotation}",
+            f"a width that divides the tokens of a microbatch, {tokens_per_part}",
+        )
     if precision.rotated:
         for what, length in features.items():
             if length % 2:

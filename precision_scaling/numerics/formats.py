@@ -18,6 +18,8 @@ from precision_scaling.errors import UserError
 
 FAMILIES = ("none", "int", "float", "wide", "levels", "block")
 SCALES = ("absmax", "absmean")
+POWERS_OF_TWO = ("e8m0", "e8m0_up")  # scales of blocks: of the mantissa rounded down, or up
+FOUR_OVER_SIX = "/4over6"  # after a float scale of blocks: the better of two, which map the largest to 6 or to 4
 
 # Without a suffix these reserve the top exponent for infinities and NaNs, as IEEE 754 and ml_dtypes have them. Nothing
 # is reserved in the other eXmY, the 4- and 6-bit floats of OCP MX v1.0 among them: every code is a number.
@@ -64,7 +66,7 @@ class Format:
     scale: 'absmax' maps the largest magnitude to max_value, 'absmean' maps the mean magnitude to it.
     levels: all values, ascending (family 'levels').
     element, block_size, block_scale: the format of a block's elements, how many share a scale, and the scale's format:
-        'e8m0' (a power of two) or a float, which then goes with one float32 scale for the tensor (family 'block').
+        'e8m0' or 'e8m0_up' (powers of two), or a float below one float32 scale for the tensor (family 'block').
     """
 
     name: str
@@ -141,15 +143,19 @@ def level_set(name: str, levels: Sequence[float], scale: str = "absmax") -> Form
 
 
 def block(name: str, element: Format, block_size: int, block_scale: str) -> Format:
-    """Elements in blocks that each store a scale: 'e8m0' (OCP MX v1.0) or a float below one scale for the tensor.
+    """Elements in blocks that each store a scale: 'e8m0' (OCP MX v1.0), 'e8m0_up' (the power of two above, under which
+    nothing saturates) or a float below one scale for the tensor, which "/4over6" may follow.
 
     Raises FormatError for elements that are neither integers nor floats, and for other scales.
     """
     if element.family not in ("int", "float"):
         raise FormatError(f"format {name!r}: element {element.name!r} must be of family int or float")
-    if block_scale != "e8m0" and parse(block_scale).family != "float":
-        raise FormatError(f"format {name!r}: block_scale {block_scale!r} must be e8m0 or of family float")
-    scale_bits = 8 if block_scale == "e8m0" else parse(block_scale).bits
+    stored = block_scale.removesuffix(FOUR_OVER_SIX)
+    if block_scale not in POWERS_OF_TWO and parse(stored).family != "float":
+        raise FormatError(
+            f"format {name!r}: block_scale {block_scale!r} must be {', '.join(POWERS_OF_TWO)} or of family float"
+        )
+    scale_bits = 8 if block_scale in POWERS_OF_TWO else parse(stored).bits
     return Format(
         name,
         "block",
@@ -268,6 +274,9 @@ register(block("mxfp6", floating(2, 3), 32, "e8m0"))
 register(block("mxfp6_e3m2", floating(3, 2), 32, "e8m0"))
 register(block("mxfp8", floating(4, 3, fn=True), 32, "e8m0"))
 register(block("mxfp8_e5m2", floating(5, 2), 32, "e8m0"))
+register(block("mxfp8_up", floating(4, 3, fn=True), 32, "e8m0_up"))  # as MXFP8 is trained (arXiv 2506.08027)
 # OCP MX gives its 8-bit integers six fraction bits; -128/64 is left out, as the standard allows, to stay symmetric.
 register(block("mxint8", Format("int8/64", "int", 8, 127 / 64, min_exponent=0, mantissa_bits=6), 32, "e8m0"))
 register(block("nvfp4", floating(2, 1), 16, "e4m3fn"))
+register(block("nvfp4_4over6", floating(2, 1), 16, f"e4m3fn{FOUR_OVER_SIX}"))  # arXiv 2512.02010
+register(block("nvint4", integer(4), 16, "e4m3fn"))  # arXiv 2510.25602

@@ -1,6 +1,7 @@
 """Mean squared error of a format on Gaussian data: the number that capacity laws predict a format's worth from.
 
-Computed by integrating over every cell of the grid, not by sampling; reads `formats` and feeds the analysis.
+Computed by integrating over every cell of the grid, not by sampling (but for blocks that choose between two scales, to
+0.3 %); reads `formats` and feeds the analysis.
 """
 
 import functools
@@ -9,7 +10,7 @@ import itertools
 import numpy as np
 from scipy import optimize, special
 
-from precision_scaling.numerics.formats import Format, FormatError, parse
+from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, Format, FormatError, parse
 
 _REACH = 12.0  # standard deviations; 1e-32 of the mass lies beyond
 _PIECE = 0.25  # widest interval that one quadrature rule covers, standard deviations
@@ -22,7 +23,7 @@ def gaussian_mse(fmt: object, scale: float | str = "optimal", count: int | None 
 
     scale: 'optimal', the one scale of least error; 'absmax', the abs-max scale of `count` values, averaged over
         their draws; or a number, the standard deviations per unit of the grid.
-    count: how many values share a scale, for 'absmax' of formats without blocks.
+    count: how many values share a scale, for 'absmax'; of block formats their block, or its square for tiles.
     Block formats know only their own scales ('absmax', which 'optimal' then means too). A two-level one is measured in
     a tensor of 2^20 elements. Formats that pass through have error 0.
     Raises FormatError with one line.
@@ -33,9 +34,13 @@ def gaussian_mse(fmt: object, scale: float | str = "optimal", count: int | None 
     if fmt.family == "none":
         return 0.0
     if fmt.block_size is not None:
-        if not isinstance(scale, str) or count not in (None, fmt.block_size):
-            raise FormatError(f"format {fmt.name!r} sets its scales; allowed: scale 'absmax', count {fmt.block_size}")
-        return _mse_under_own_max(fmt, fmt.block_size)
+        blocks = fmt.block_size, fmt.block_size**2
+        if not isinstance(scale, str) or count not in (None, *blocks):
+            allowed = " or ".join(map(str, blocks))
+            raise FormatError(f"format {fmt.name!r} sets its scales; allowed: scale 'absmax', count {allowed}")
+        if str(fmt.block_scale).endswith(FOUR_OVER_SIX):
+            return _mse_of_better(fmt, count or fmt.block_size)
+        return _mse_under_own_max(fmt, count or fmt.block_size)
     if scale == "absmax":
         if count is None or count < 1:
             raise FormatError(f"scale 'absmax' with count {count!r}; allowed: how many values share a scale, from 1")
@@ -90,10 +95,30 @@ def _mse_under_own_max(fmt: Format, count: int) -> float:
     return float(total)
 
 
+@functools.cache
+def _mse_of_better(fmt: Format, count: int) -> float:
+    """Of blocks that take the better of two scales, which no integral over one element tells: over 2^20 draws."""
+    blocks = np.random.default_rng(0).normal(size=(_TENSOR_COUNT // count, count))
+    largest, levels = np.abs(blocks).max(axis=1, keepdims=True), fmt.values()
+    stored = parse(str(fmt.block_scale).removesuffix(FOUR_OVER_SIX)).values()
+    tensor_scale = largest.max() / (fmt.max_value * 256)
+    errors = []
+    for share in (1, 2 / 3):
+        scale = tensor_scale * _nearest(stored, largest / (fmt.max_value * share * tensor_scale))
+        errors.append(np.mean((scale * _nearest(levels, blocks / scale) - blocks) ** 2, axis=1))
+    return float(np.minimum(*errors).mean())
+
+
+def _nearest(levels: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
+
+
 def _stored_scales(fmt: Format) -> tuple[np.ndarray, np.ndarray]:
     """Abs-max values of a block at which its stored scale changes, and the scales between them (one more)."""
-    if fmt.block_scale == "e8m0":
+    if fmt.block_scale in POWERS_OF_TWO:
         powers = 2.0 ** np.arange(-40, 5)
+        if fmt.block_scale == "e8m0_up":  # the largest element is at most the last level
+            return powers[:-1] * fmt.max_value, powers
         return powers[1:], powers / 2.0 ** np.floor(np.log2(fmt.max_value))
     stored = parse(fmt.block_scale)
     tensor_scale = _abs_max_quantile(0.5, _TENSOR_COUNT) / (fmt.max_value * stored.max_value)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from precision_scaling.numerics.formats import FormatError, Grid, Kind, parse
+from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, FormatError, Grid, Kind, parse
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -38,8 +38,8 @@ def fake_quant_array(
 
     fmt: anything `formats.parse` takes.
     axis: the axes that share a scale; None is the whole tensor.
-    group_size: splits `axis` (one axis; None is the last) into groups with a scale each. Block formats do so by
-        themselves, with their own size.
+    group_size: splits `axis` (None is the last) into groups with a scale each; several axes into tiles of that many
+        along each. Block formats do so by themselves, with their own size.
     rounding: 'nearest' (ties to even) or 'stochastic', unbiased: scales that would saturate are then enlarged.
     key: PRNG key, for stochastic rounding.
     Raises FormatError with one line.
@@ -145,8 +145,10 @@ def scale_of(
     if kind.family != "block":
         return _fit(largest, grid.max_value)
     assert kind.block_scale is not None  # every block has one
-    if kind.block_scale == "e8m0":
-        return _power_of_two_scale(largest, grid.max_value, unsaturated)
+    if kind.block_scale in POWERS_OF_TWO:
+        return _power_of_two_scale(largest, grid.max_value, unsaturated or kind.block_scale == "e8m0_up")
+    if kind.block_scale.endswith(FOUR_OVER_SIX):
+        return _four_over_six(x, largest, grid, kind, axes, unsaturated)
     return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
 
 
@@ -199,15 +201,17 @@ def _grouping(
         raise FormatError(f"axis {axis!r} names one twice; {allowed}")
     if group_size is None:
         return shape, axes
-    if not shape or (axis is not None and len(axes) != 1):
-        raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is a single axis")
-    split = axes[-1]
-    length, whole = shape[split], isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool)
-    if not whole or group_size < 1 or length % group_size:
-        raise FormatError(
-            f"group_size {group_size!r} does not divide axis {split} of shape {shape}; allowed: divisors of {length}"
-        )
-    return (*shape[:split], shape[split] // group_size, group_size, *shape[split + 1 :]), (split + 1,)
+    if not shape:
+        raise FormatError(f"axis {axis!r} of shape {shape} cannot be split into groups; allowed is an axis")
+    split = sorted(axes) if axis is not None else [len(shape) - 1]
+    whole = isinstance(group_size, numbers.Integral) and not isinstance(group_size, bool)
+    for a in split:
+        if not whole or group_size < 1 or shape[a] % group_size:
+            raise FormatError(
+                f"group_size {group_size!r} does not divide axis {a} of shape {shape}; allowed: divisors of {shape[a]}"
+            )
+    lengths = ((n // group_size, group_size) if a in split else (n,) for a, n in enumerate(shape))
+    return tuple(itertools.chain(*lengths)), tuple(a + i + 1 for i, a in enumerate(split))
 
 
 def _fit(magnitude: jax.Array, max_value: jax.Array) -> jax.Array:
@@ -247,7 +251,29 @@ def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str,
     the largest element, and each block's scale is stored in `block_scale` relative to that."""
     scale_format = parse(block_scale)
     tensor_scale = _fit(jnp.max(largest), max_value * scale_format.max_value)
-    relative = largest / (max_value + 0 * largest) / tensor_scale
+    return _stored(largest / (max_value + 0 * largest), tensor_scale, block_scale, unsaturated)
+
+
+def _four_over_six(x, largest, grid: Grid, kind: Kind, axes, unsaturated: bool) -> jax.Array:
+    """Of two scales of each block, which map its largest element to the last level or to two thirds of it (of e2m1 to
+    6 or 4), the one with the lower squared error (arXiv 2512.02010). The tensor's scale leaves room for the larger:
+    stored scales go to 256, and 384 is one, too."""
+    assert kind.block_scale is not None
+    stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
+    tensor_scale = _fit(jnp.max(largest), grid.max_value * 256.0)
+
+    def candidate(share: float):
+        scale = _stored(largest / (grid.max_value * share + 0 * largest), tensor_scale, stored, unsaturated)
+        error = _round_to_grid(_divided(x, scale), grid, kind, None, saturate=True) * scale - x
+        return scale, jnp.sum(jnp.square(error), axis=axes, keepdims=True)
+
+    (six, error_of_six), (four, error_of_four) = candidate(1.0), candidate(2 / 3)
+    return jnp.where(error_of_four < error_of_six, four, six)
+
+
+def _stored(scale: jax.Array, tensor_scale: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:
+    """Scales of blocks as they are kept: in `block_scale`, relative to that of the tensor."""
+    scale_format, relative = parse(block_scale), scale / tensor_scale
     noise = jnp.zeros_like(relative) if unsaturated else None  # zero noise rounds up
     return _round_to_grid(relative, scale_format.grid(), scale_format.kind, noise, saturate=True) * tensor_scale
 

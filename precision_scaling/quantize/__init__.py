@@ -22,7 +22,8 @@ def fake_quant(
     Same shape and dtype as x; gradients pass straight through. A NaN or an infinity makes all under its scale NaN.
 
     fmt: a format's name ("int4", "e4m3", "mxfp4"), a number of bits, or a `formats.Format`.
-    group_size: splits `axis` (one axis; None is the last) into groups with a scale each; block formats bring their own.
+    group_size: splits `axis` (None is the last) into groups with a scale each, or several axes into tiles of that many
+        along each; block formats bring their own.
     rounding: "nearest" (ties to even) or "stochastic" (unbiased), which needs `key`, a JAX PRNG key.
     Raises FormatError, one line, for an unknown format, a group that does not divide, or stochastic without a key.
     """

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from aqt.jax.v2 import utils as aqt_utils
 from aqt.jax.v2.aqt_dot_general import DequantMode
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 
-from precision_scaling.numerics import rounding
+from precision_scaling.numerics import hadamard, rounding
 from precision_scaling.numerics.formats import FormatError, Grid
 from precision_scaling.quantize.operands import INDEX, PRODUCTS, SCALE_AXES, group_size
 from precision_scaling.quantize.static import Grids, StaticPrecision, StaticQuantizer
@@ -45,9 +45,25 @@ def fold_in(key: jax.Array | None, index) -> jax.Array | None:
 
 @aqt_utils.flax_slots_kw_only_dataclass
 class GridContext(aqt_utils.Context):
-    """AQT's context with the traced grid of one operand, which flows through AQT's custom_vjp."""
+    """AQT's context with the traced grid of one operand, which flows through AQT's custom_vjp.
+
+    exact: 1 where both operands of the product pass through, which are then not rotated; traced.
+    """
 
     grid: Any = aqt_utils.dynamic_field(default=None)
+    exact: Any = aqt_utils.dynamic_field(default=None)
+
+
+class Rotation(NamedTuple):
+    """Of both operands of a product along its contraction: a random Hadamard matrix in diagonal blocks."""
+
+    block: int
+    axis: int
+
+    def of(self, x):
+        """The same signs in every block, and always: one draw for each width."""
+        signs = hadamard.random_signs(jax.random.key(self.block), self.block)
+        return hadamard.rotate(x, jnp.tile(signs, x.shape[self.axis] // self.block), self.axis, self.block)
 
 
 @aqt_utils.flax_slots_kw_only_dataclass
@@ -60,6 +76,7 @@ class GridNumerics(aqt_numerics.AqtNumerics):
 
     quantizer: StaticQuantizer = aqt_utils.static_field()
     axes: tuple[int, ...] = aqt_utils.static_field()
+    rotation: Rotation | None = aqt_utils.static_field(default=None)
 
     def get_dtype(self):
         return None
@@ -68,6 +85,8 @@ class GridNumerics(aqt_numerics.AqtNumerics):
         return 1.0
 
     def vjp_fwd(self, x, context):
+        if self.rotation is not None:
+            x = jnp.where(context.exact > 0, x, self.rotation.of(x))
         return on_static_grid(x, self.quantizer, self.axes, context.grid, context.key), ()
 
     def vjp_bwd(self, res, grad):
@@ -133,6 +152,8 @@ def on_static_grid(x, quantizer: StaticQuantizer, axes: tuple[int, ...], grid: G
 
 def scale_axes(name: str, quantizer: StaticQuantizer, ndim: int, contracting: Sequence[int]) -> tuple[int, ...]:
     """Axes over which one scale is shared, or that are split into groups."""
+    if quantizer.granularity.startswith("tile:"):
+        return tuple(range(ndim))
     if quantizer.kind.block_size is not None or quantizer.granularity == "vector" or group_size(quantizer.granularity):
         return tuple(contracting)
     if quantizer.granularity == "tensor":
@@ -152,13 +173,17 @@ def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     )
 
 
-def _set_product(raw, sides, grids: Grids, key, wide: bool) -> None:
-    """Sets how AQT computes one product; sides: (name, quantizer or None, ndim, contracted axes) of left and right."""
+def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -> None:
+    """Sets how AQT computes one product; sides: (name, quantizer or None, ndim, contracted axes) of left and right.
+
+    rotation: width of the Hadamard blocks that both sides are rotated with; 0: not at all.
+    """
     raw.dot_general = _dot_float32 if wide else _dot
     native = all(quantizer is not None and quantizer.container for _, quantizer, _, _ in sides)
     if native:
         integers = all(quantizer.container == "int8" for _, quantizer, _, _ in sides)
         raw.dg_accumulator_dtype = jnp.int32 if integers else jnp.float32
+    exact = functools.reduce(jnp.multiply, (grids[name].passthrough for name, *_ in sides)) if rotation else None
     aqt_quantizers = (raw.lhs, raw.dg_quantizer.lhs), (raw.rhs, raw.dg_quantizer.rhs)
     for (name, quantizer, ndim, contracting), (tensor, aqt_quantizer) in zip(sides, aqt_quantizers, strict=True):
         if quantizer is None:
@@ -168,11 +193,12 @@ def _set_product(raw, sides, grids: Grids, key, wide: bool) -> None:
             aqt_quantizer.numerics = CodeNumerics(quantizer=quantizer)
             aqt_quantizer.calibration = functools.partial(GridScale, quantizer=quantizer, axes=axes)
         else:
-            aqt_quantizer.numerics = GridNumerics(quantizer=quantizer, axes=axes)
+            rotated = Rotation(rotation, *contracting) if rotation else None
+            aqt_quantizer.numerics = GridNumerics(quantizer=quantizer, axes=axes, rotation=rotated)
             aqt_quantizer.calibration = UnitScale
             tensor.dequant_mode = DequantMode.THIS_INPUT
         own_key = fold_in(key, INDEX[name]) if quantizer.rounding == "stochastic" else None
-        aqt_quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name])
+        aqt_quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name], exact=exact)
 
 
 def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, static: StaticPrecision, grids, key=None):
@@ -215,7 +241,8 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
             saved = (other_name, other, ndim, free)
         elif s is None and other is not None and x not in static.exact:
             raw.rhs.use_fwd_quant = True
-        _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide)
+        rotation = static.gradient_rotation if x == "w" else 0
+        _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide, rotation)
 
     dtype = lhs.dtype
     if wide:

@@ -28,9 +28,14 @@ _OUTPUT_SCALED = {"a": "token", "w": "channel", "q": "token", "k": "token", "p":
 _OUTPUT_SCALED |= {"head_a": "token", "head_w": "channel"} | dict.fromkeys(BACKWARD, "vector")
 
 
+TILED = ("w", "head_w")  # operands that have tiles
+
+
 def granularities(name: str) -> tuple[str, ...]:
-    """What may share a scale in that operand; 'group:g' is g elements along the contraction."""
-    return ("tensor", *SCALE_AXES[name], *(("vector",) if name in BACKWARD else ()), "group:g")
+    """What may share a scale in that operand; 'group:g' is g elements along the contraction, 'tile:g' a square of g by
+    g weights, which their transpose has, too."""
+    own = ("vector",) if name in BACKWARD else ()
+    return ("tensor", *SCALE_AXES[name], *own, "group:g", *(("tile:g",) if name in TILED else ()))
 
 
 def output_scaled(name: str, granularity: str) -> bool:
@@ -39,8 +44,9 @@ def output_scaled(name: str, granularity: str) -> bool:
 
 
 def group_size(granularity: str) -> int | None:
-    """g of 'group:g'; None for the others."""
-    return int(granularity.removeprefix("group:")) if granularity.startswith("group:") else None
+    """g of 'group:g' and 'tile:g'; None for the others."""
+    kind, _, size = granularity.partition(":")
+    return int(size) if kind in ("group", "tile") else None
 
 
 # What the paper's P_w, P_a and P_kv stand for, part by part, and the gradients that meet the projections.

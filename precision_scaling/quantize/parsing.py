@@ -39,6 +39,10 @@ def _stage(options: Mapping[str, Any], preset: str | None, rules: str | None, re
     """The precision of a section, its switches aside."""
     precision = _resolve(options, preset, replaced, rules)
     _check_layers(precision)
+    if precision.gradient_rotation and not (precision.get("g_w") and precision.get("s_w") and not precision.native):
+        given = f"hadamard:{precision.gradient_rotation}"
+        allowed = "none, where weights_gradient and weights_saved do not both have formats, simulated"
+        raise ConfigError("precision.backward.weights_rotation", given, allowed)
     if precision.native:
         check_products(precision)
     return precision
@@ -108,6 +112,7 @@ def _resolve(
             shared, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
             quantizer = _quantizer("precision.layers", name, fmt.name, shared, rounding)
             quantizers[name] = dataclasses.replace(quantizer, format=formats.parse("bf16"))
+    rotation = _gradient_rotation(chosen("backward.weights_rotation")[0])
     for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
@@ -118,7 +123,18 @@ def _resolve(
         rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(quantizers)),
         native=chosen("mode")[0] == "native" and bool(quantizers),
         layers=by_layer,
+        gradient_rotation=rotation if {"g_w", "s_w"} & set(quantizers) else 0,
     )
+
+
+def _gradient_rotation(text: str) -> int:
+    match = re.fullmatch(r"none|hadamard:([1-9]\d*)", text)
+    width = int(match[1] or 0) if match else 1
+    if width & (width - 1) or width == 1:
+        raise ConfigError(
+            "precision.backward.weights_rotation", text, "none, or hadamard:WIDTH with a power of two from 2"
+        )
+    return width
 
 
 def _rules(text: str, quantized: frozenset[str]) -> tuple[layers.Rule, ...]:
@@ -262,11 +278,11 @@ def _quantizer(key: str, name: str, value: object, granularity, rounding, shown:
             allowed = f"FORMAT[/GRANULARITY][/ROUNDING] of {', '.join(operands.granularities(name) + ROUNDINGS)}"
             raise ConfigError(key, shown or value, allowed)
     if fmt.family == "block":
-        own = f"group:{fmt.block_size}"
-        if shared[1] and shared[0] != own:
+        own = [f"group:{fmt.block_size}", *([f"tile:{fmt.block_size}"] if name in operands.TILED else [])]
+        if shared[1] and shared[0] not in own:
             found = shown or f"{fmt.name} with granularity {shared[0]}"
-            raise ConfigError(key, found, f"{own} for {fmt.name}, or none given")
-        shared = (own, True)
+            raise ConfigError(key, found, f"{' or '.join(own)} for {fmt.name}, or none given")
+        shared = shared if shared[0] in own else (own[0], True)
     return Quantizer(fmt, shared[0], rounds[0])
 
 
@@ -280,4 +296,6 @@ def _check_group(name: str, granularity: object, rounding: object) -> None:
 
 
 def _is_granularity(name: str, text: object) -> bool:
-    return text in operands.granularities(name)[:-1] or bool(re.fullmatch(r"group:[1-9][0-9]*", str(text)))
+    plain = [one for one in operands.granularities(name) if ":" not in one]
+    kinds = "group|tile" if name in operands.TILED else "group"
+    return text in plain or bool(re.fullmatch(rf"(?:{kinds}):[1-9][0-9]*", str(text)))

@@ -24,6 +24,7 @@ _UNQUANTIZED = {
     "embedding_granularity": "token",
     "layers": "none",
     "switches": "none",
+    "backward.weights_rotation": "none",
     "rotation": "none",
     "mode": "simulated",
 }
@@ -60,5 +61,23 @@ PRESETS = {
             "backward.gradient_rounding": "stochastic",
         }
         for name in ("mxfp4", "nvfp4")
+    },
+    # NVFP4 as it is trained (arXiv 2509.25149): tiles of weights, which the backward pass transposes; gradients alone
+    # rounded at random; the operands of the weight gradient rotated; the last layers in bf16.
+    "nvfp4_train": {
+        **_UNQUANTIZED,
+        **dict.fromkeys(("weights", "activations", "backward.weights_saved"), "nvfp4"),
+        **dict.fromkeys(("backward.activations_gradient", "backward.weights_gradient"), "nvfp4"),
+        "weights_granularity": "tile:16",
+        "backward.gradient_rounding": "stochastic",
+        "backward.weights_rotation": "hadamard:16",
+        "layers": "last:15%=bf16",
+    },
+    # MXFP8 as it is trained (arXiv 2506.08027): e4m3 everywhere, blocks along each product's own contraction, scales
+    # rounded up, all to nearest.
+    "mxfp8_train": {
+        **_UNQUANTIZED,
+        **dict.fromkeys(("weights", "activations"), "mxfp8_up"),
+        **{f"backward.{x}_{side}": "mxfp8_up" for x in ("weights", "activations") for side in ("gradient", "saved")},
     },
 }

@@ -81,7 +81,8 @@ class Products:
 
     def _dot_general(self, lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, place: str):
         mine = (f"{side}{name}" for name in (lhs_name, rhs_name) for side in ("", "g_", "s_"))
-        grids = of_place({name: self.grids[name] for name in mine if name in self.grids}, place)
+        given = self.grids or {}
+        grids = of_place({name: given[name] for name in mine if name in given}, place)
         return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, grids, self.key)
 
 

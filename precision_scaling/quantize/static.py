@@ -40,12 +40,14 @@ class StaticPrecision:
     exact: operands whose gradient is computed with the exact saved operand instead of the quantized one.
     wide: left operands of the products that are computed in float32 whatever the compute dtype.
     rotated: both operands of each projection are rotated along the contraction before they are quantized.
+    gradient_rotation: so are those of the weight gradient, in Hadamard blocks of that width; 0: they are not.
     """
 
     quantizers: tuple[tuple[str, StaticQuantizer], ...] = dataclasses.field(default=(), metadata={"digest": "operands"})
     exact: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     rotated: bool = False
+    gradient_rotation: int = 0
 
     def get(self, name: str) -> StaticQuantizer | None:
         """The quantizer of an operand, None where it is exact."""
@@ -96,6 +98,7 @@ class StaticPrecision:
             details += [] if quantizer.rounding == "nearest" else [quantizer.rounding]
             words.append(f"{name} ({', '.join(details)})")
         words += ["rotated"] * self.rotated
+        words += [f"weight gradients rotated by {self.gradient_rotation}"] * bool(self.gradient_rotation)
         words += [f"float32 products of {', '.join(self.wide)}"] * bool(self.wide)
         return ", ".join(words) or "none"
 
@@ -161,8 +164,15 @@ def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | 
             return None
         container = containers.pop() if native else None
         quantizers.append((name, StaticQuantizer(kind, quantized[0].granularity, quantized[0].rounding, container)))
+    # What passes through is not rotated.
+    rotations = {stage.gradient_rotation for stage in stages if stage.get("g_w") or stage.get("s_w")}
+    if len(rotations) > 1:
+        return None
     exact = tuple(name for name in OPERANDS if any(name in stage.exact for stage in stages))
-    return StaticPrecision(tuple(quantizers), exact, _wide_products(precisions[0], dtype), precisions[0].rotated)
+    rotation = rotations.pop() if rotations else 0
+    return StaticPrecision(
+        tuple(quantizers), exact, _wide_products(precisions[0], dtype), precisions[0].rotated, rotation
+    )
 
 
 def _wide_products(precision: Precision, dtype: str) -> tuple[str, ...]:
