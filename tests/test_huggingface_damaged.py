@@ -18,7 +18,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, safetensors
 from precision_scaling.huggingface.architectures import places
 from precision_scaling.huggingface.directory import open_pretrained
-from precision_scaling.huggingface.workdir import export_run, import_model
+from precision_scaling.huggingface.workdir import _tokenizer_of, export_run, import_model
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.study import results
 from precision_scaling.study.ptq import quantize_missing
@@ -416,6 +416,14 @@ def test_a_text_ends_with_the_token_that_config_json_names(whole, tiny_config, t
         assert corpus.load_tokenizer().end_of_text == expected
         export_run(workdir, tmp_path / f"out {number}")
         assert json.loads((tmp_path / f"out {number}" / "config.json").read_text())["eos_token_id"] == expected
+
+
+def test_the_end_of_text_that_is_asked_for_goes_before_the_one_of_config_json(whole, tmp_path):
+    found = open_pretrained(whole)
+    assert _tokenizer_of(found, "<end>") == f"file:{whole / 'tokenizer.json'}?end_of_text=<end>"
+    assert tokenizers.given(_tokenizer_of(found, "<end>")).end_of_text == 4
+    with pytest.raises(UserError, match=r"^--end_of_text=<eot>: data\.tokenizer=.*allowed"):
+        _tokenizer_of(found, "<eot>")
 
 
 @pytest.mark.parametrize("given", ["", "x", "-1", "1.5", "99", str(2**40)])

@@ -27,8 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.split = "train"  # TFDS split that holds the documents
     c.data.validation_split = ""  # TFDS split of validation documents; empty: held out of `split` by document
     c.data.feature = "text"  # name of the text feature, or of the field in .jsonl, .json.gz and .parquet
-    # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=ID" where
-    # its end-of-text has none of the usual names.
+    # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=TOKEN"
+    # with the name or id of its end of text where that has none of the usual names, or where several have one.
     c.data.tokenizer = "bytes"
     c.data.validation_fraction = 0.05  # share of documents held out, by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents

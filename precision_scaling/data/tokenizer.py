@@ -1,10 +1,11 @@
 """Tokenizers: bytes (default), byte-level BPE trained on the corpus, or a given tokenizer.json. Documents in, ids out.
 
-Every tokenizer has an end-of-text token, which text cannot produce: where a document spells its name, the letters are
-encoded.
+Every tokenizer has an end-of-text token, which text does not produce: where a document spells the name of a special
+token, the letters are encoded, and where it gives an end of text all the same, it is refused.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +19,9 @@ END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _ALLOWED = (
     "allowed: 'bytes', 'bpe:VOCAB' with VOCAB from 257 up (e.g. 'bpe:4096'), 'file:PATH' of a tokenizer.json, "
-    "'file:PATH?end_of_text=ID'"
+    "'file:PATH?end_of_text=NAME' or '...=ID' of one of its tokens"
 )
+_SHOWN = 8  # tokens that an error lists
 _MIN_BPE = 257  # the 256 bytes and end-of-text
 
 
@@ -61,7 +63,7 @@ class LearnedTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     usual_ends: ids of its tokens with a usual name of end-of-text. The first is end_of_text where `source`, the spec,
-    gives no id.
+    gives none.
     """
 
     def __init__(self, tokenizer, source: str):
@@ -71,15 +73,30 @@ class LearnedTokenizer:
         self.usual_ends = [i for i in map(tokenizer.token_to_id, _END_OF_TEXT_NAMES) if i is not None]
         _, given = split_file(source)
         if given is None and not self.usual_ends:
-            raise DataError(f"data.tokenizer={source!r}: no end-of-text token, one of {list(_END_OF_TEXT_NAMES)}")
+            raise DataError(
+                f"data.tokenizer={source!r}: no token has a usual name of an end of text, one of "
+                f"{list(_END_OF_TEXT_NAMES)}; ?end_of_text= names it, {_candidates(tokenizer)}"
+            )
+        self.end_of_text = self.usual_ends[0] if given is None else _token(tokenizer, given, source)
         self._tokenizer = tokenizer
         self._words = byte_level.of(tokenizer)
-        self.end_of_text = self.usual_ends[0] if given is None else given
-        if tokenizer.id_to_token(self.end_of_text) is None:
-            raise DataError(f"data.tokenizer={source!r}: no token has the id {given}; allowed is an id that one has")
+        self._source = source
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Raises DataError for a document with an end of text in it: a token that text produces cannot be one."""
+        encoded = self._encode(documents)
+        for document, ids in zip(documents, encoded, strict=True):
+            if (ids == self.end_of_text).any():
+                shown = document[:40].decode("utf-8", "replace")
+                raise DataError(
+                    f"data.tokenizer={self._source!r}: a document that begins with {shown!r} has the token "
+                    f"{_named(self._tokenizer, self.end_of_text)} in it; allowed as ?end_of_text= is one that no text "
+                    f"gives, {_candidates(self._tokenizer)}"
+                )
+        return encoded
+
+    def _encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         if self._words is not None:
             return [self._words.encode(document) for document in documents]
         texts = [document.decode("utf-8") for document in documents]
@@ -92,20 +109,58 @@ class LearnedTokenizer:
     def text(self) -> str:
         return self._tokenizer.to_str(pretty=True)
 
+    def say_choice(self) -> None:
+        """A warning where the usual names of an end of text leave a choice."""
+        if len(self.usual_ends) > 1 and split_file(self._source)[1] is None:
+            named = [_named(self._tokenizer, i) for i in self.usual_ends]
+            logging.warning(
+                "data.tokenizer=%s has several ends of text, %s: %s ends documents; ?end_of_text=NAME sets another",
+                *(self._source, ", ".join(named), named[0]),
+            )
 
-def split_file(spec: str) -> tuple[Path, int | None]:
-    """Path of 'file:PATH?end_of_text=ID', and the id, None where the tokenizer's names tell."""
+
+def split_file(spec: str) -> tuple[Path, str | None]:
+    """Path of 'file:PATH?end_of_text=TOKEN', and the token's name or id, None where the usual names tell."""
     path, mark, given = spec.removeprefix("file:").partition("?end_of_text=")
-    if mark and not (given.isdecimal() and int(given) < 2**31):
+    if mark and not given:
         raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
-    return files.expanded(path, "data.tokenizer"), int(given) if mark else None
+    return files.expanded(path, "data.tokenizer"), given if mark else None
+
+
+def _token(tokenizer, given: str, source: str) -> int:
+    """Id of a token, by name or, in digits, by itself. DataError where there is none."""
+    if given.isdecimal():
+        known = len(given) < 10 and tokenizer.id_to_token(int(given)) is not None
+        found = int(given) if known else None
+    else:
+        found = tokenizer.token_to_id(given)
+    if found is None:
+        what = f"id {given}" if given.isdecimal() else f"name {given!r}"
+        raise DataError(
+            f"data.tokenizer={source!r}: no token has the {what}; allowed "
+            f"as ?end_of_text= is the name or the id of a token, {_candidates(tokenizer)}"
+        )
+    return found
+
+
+def _candidates(tokenizer) -> str:
+    """What may end a text: the tokens that are apart from those of text, with their ids."""
+    added = sorted(tokenizer.get_added_tokens_decoder())
+    if not added:
+        return "and it has no special tokens"
+    more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
+    return f"e.g. {', '.join(_named(tokenizer, i) for i in added[:_SHOWN])}{more}"
+
+
+def _named(tokenizer, token: int) -> str:
+    return f"{tokenizer.id_to_token(token)!r} ({token})"
 
 
 def identify(spec: str) -> str:
     """What a token file made with `spec` depends on besides the corpus: the spec, and a named file's content.
 
     Raises:
-      DataError: an unknown spec, a vocabulary below 257, or a file that does not exist.
+      DataError: an unknown spec, a vocabulary below 257, a file that does not exist, or a token that it lacks.
     """
     kind, _, value = spec.partition(":")
     if spec == "bytes":
@@ -115,6 +170,8 @@ def identify(spec: str) -> str:
     if kind == "file" and value:
         path, end_of_text = split_file(spec)
         found = f"file:{hashlib.blake2b(_read(path, spec), digest_size=16).hexdigest()}"
+        if end_of_text is not None and not end_of_text.isdecimal():  # the tokens of a name are those of its id
+            end_of_text = str(given(spec).end_of_text)
         return found if end_of_text is None else f"{found}?end_of_text={end_of_text}"
     raise DataError(f"data.tokenizer={spec!r}: {_ALLOWED}")
 
@@ -125,7 +182,9 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "file":
-        return given(spec)
+        found = given(spec)
+        found.say_choice()
+        return found
     from tokenizers import Tokenizer as Trainable
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

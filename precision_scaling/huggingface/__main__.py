@@ -32,6 +32,12 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
     lower_bound=0,
     flag_values=FLAGS,
 )
+_END_OF_TEXT = flags.DEFINE_string(
+    "end_of_text",
+    "",
+    "import: name or id of the token between documents; empty: the one that config.json names.",
+    flag_values=FLAGS,
+)
 _WORKDIR = flags.DEFINE_string("workdir", "", "import: a new workdir; export: one with the run.", flag_values=FLAGS)
 _RUN = flags.DEFINE_string("run", "", "export: id of the run; may be left out where there is one.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformers` to load.", flag_values=FLAGS)
@@ -58,7 +64,9 @@ def _import() -> str:
     directory, workdir = _directory(_MODEL), _directory(_WORKDIR)
     if _TOKENS.value is None:
         raise UserError("--tokens is missing: the tokens that the model was trained on (D), which its files do not say")
-    run = workdir_lib.import_model(directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value)
+    run = workdir_lib.import_model(
+        directory, workdir, _TOKENS.value, _CONFIG.value, _SEQUENCE_LENGTH.value, _END_OF_TEXT.value
+    )
     (row,) = results.read_rows(paths.run(workdir, run.id), "trained")
     return (
         f"{run.id}: validation loss {row['loss']:.4f} nats per token; quantize it with\n"

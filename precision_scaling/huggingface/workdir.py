@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from precision_scaling.data import DataError
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import config_json, reading
@@ -33,17 +34,20 @@ from precision_scaling.training.run import Run
 DEFAULT_SEQUENCE_LENGTH = 1024
 
 
-def import_model(directory: Path, workdir: Path, tokens: float, config: Any, sequence_length: int = 0) -> Run:
+def import_model(
+    directory: Path, workdir: Path, tokens: float, config: Any, sequence_length: int = 0, end_of_text: str = ""
+) -> Run:
     """Makes a workdir of a model directory: evaluates the model on the config's corpus and writes checkpoint and row.
 
     Raises UserError for a directory, a config or a workdir that cannot be used, before anything is written.
 
     tokens: D, training tokens that the model has seen; its files do not say. config: like configs/base.py; of its
     `model` section dtype and remat are kept, the rest is the model's own. sequence_length: of evaluation and
-    calibration; 0 is what the model allows, at most 1024.
+    calibration; 0 is what the model allows, at most 1024. end_of_text: name or id of the token between documents; empty
+    is the one that config.json names.
     """
     pretrained = open_pretrained(directory)
-    config = _config_of(pretrained, tokens, config, sequence_length)
+    config = _config_of(pretrained, tokens, config, sequence_length, end_of_text)
     workspace = open_workspace(config, workdir, sharding.local_layout())
     (group,) = workspace.experiment.cohorts
     (run,) = group.runs
@@ -68,9 +72,9 @@ def import_model(directory: Path, workdir: Path, tokens: float, config: Any, seq
     return run
 
 
-def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_length: int) -> Any:
+def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_length: int, end_of_text: str) -> Any:
     """The config of the workdir."""
-    tokenizer = _tokenizer_of(pretrained)
+    tokenizer = _tokenizer_of(pretrained, end_of_text)
     longest, _ = config_json.longest_sequence(pretrained.config) or (DEFAULT_SEQUENCE_LENGTH, "")
     sequence_length = sequence_length or min(longest, DEFAULT_SEQUENCE_LENGTH)
     pretrained.model(sequence_length)  # refuses a length that the model was not made for
@@ -86,14 +90,21 @@ def _config_of(pretrained: Pretrained, tokens: float, config: Any, sequence_leng
     return config
 
 
-def _tokenizer_of(pretrained: Pretrained) -> str:
-    """The tokenizer option: the model's own, with the end of text that its config.json names.
+def _tokenizer_of(pretrained: Pretrained, end_of_text: str) -> str:
+    """The tokenizer option: the model's own, with the end of text that is asked for, or that its config.json names.
 
     Of several that one counts which is named as an end of text usually is, or the first: others end an answer.
     """
     path, ends = pretrained.directory / "tokenizer.json", config_json.end_of_text(pretrained.config)
     reading.regular_size(path)
     spec = f"file:{path}"
+    if end_of_text:
+        named = f"{spec}?end_of_text={end_of_text}"
+        try:
+            tokenizers.from_file(path, named)
+        except DataError as error:
+            raise UserError(f"--end_of_text={end_of_text}: {error}") from None
+        return named
     named = f"{spec}?end_of_text={ends[0]}" if ends else spec
     tokenizer = tokenizers.from_file(path, named)
     return spec if tokenizer.usual_ends and tokenizer.usual_ends[0] in (ends or tokenizer.usual_ends) else named
