@@ -157,8 +157,9 @@ def test_the_mean_is_that_of_the_noise_and_of_one_format_its_own_bits():
     four, eight, full = map(parse_format, ("int4", "int8", "bf16"))
     assert mixture.bits(((four, 1.0),)) == 4 and mixture.bits(((parse_format("mxfp4"), 1.0),)) == 4.25
     assert mixture.bits(((full, 0.5), (parse_format("fp32"), 0.5))) == 16
+    assert mixture.bits(((parse_format("ternary"), 1.0),)) == math.log2(3)
     # Half at a seventh: a step of 1/(7 √2), so 7 √2 levels.
-    assert mixture.bits(((four, 0.5), (full, 0.5))) == pytest.approx(1 + math.log2(1 + 7 * math.sqrt(2)), rel=1e-12)
+    assert mixture.bits(((four, 0.5), (full, 0.5))) == pytest.approx(1 + math.log2(1 + 7 * math.sqrt(2)), abs=1e-6)
     mixed = mixture.bits(((four, 0.25), (eight, 0.75)))
     assert 4 < mixed < 5 < 7  # far below the mean of the bits
     # 16 x 16 x 3, 16 x 16, 16 x 48, 24 x 16 parameters: projections count by theirs.

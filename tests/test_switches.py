@@ -82,6 +82,8 @@ def test_switches_are_at_steps_of_the_run():
     assert row["P_w"] == 3 and row["switched_share"] == 0.8 and row["switches"] == "wint8 until 0.25; wint4 until decay"
     assert run.id.startswith("25k-D64000-wint8_to0.25_then_wint4_todecay_then_wint3-wsd-s0-")
     assert results.setting_columns(base.get_config(), *runs("w4").runs)["switches"] == ""
+    (often,) = runs("_".join(f"w{n}@0.{n}_a{n}@0.{n}_kv{n}@0.{n}" for n in range(2, 10))).runs
+    assert len(often.precision.short) > 250 > len(often.id)
     # A cosine decays from the end of the warm-up on.
     assert runs("w4@decay").runs[0].switch_steps == (10,)
     for text, leaves in (

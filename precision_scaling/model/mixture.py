@@ -40,7 +40,7 @@ def bits(mixture: Shares) -> float:
         return different.pop()
     levels = lambda fmt: max(2.0 ** (fmt.bits - 1) - 1, _FEWEST_LEVELS)
     noise = sum(share * levels(fmt) ** -2 for fmt, share in mixture if fmt.bits < HIGH)
-    return min(HIGH, 1 + math.log2(1 + noise**-0.5))
+    return min(HIGH, round(1 + math.log2(1 + noise**-0.5), 6))
 
 
 def text(mixture: Shares) -> str:

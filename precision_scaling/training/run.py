@@ -17,6 +17,8 @@ from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.training import schedule
 from precision_scaling.training.schedule import Schedule
 
+LONGEST = 160  # letters of a precision in the name of a run: names of files have 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -91,7 +93,8 @@ class Run:
     def id(self) -> str:
         """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
         named = "" if self.schedule_name == "cosine" else f"-{self.schedule_name}"
-        readable = f"{self.shape.size}-D{self.tokens}-{self.precision.short}{named}-s{self.seed}"
+        short = self.precision.short[:LONGEST]
+        readable = f"{self.shape.size}-D{self.tokens}-{short}{named}-s{self.seed}"
         return f"{readable}-{digest(dataclasses.replace(self, ptq=False))}"
 
     @property
@@ -101,7 +104,7 @@ class Run:
 
     def bits(self, *operands: str) -> float:
         """Bits of an operand, by the mean noise where layers differ; of several, the fewest. bf16 counts as 16."""
-        return min(round(mixture.bits(self._mixture(name)), 6) for name in operands)
+        return min(mixture.bits(self._mixture(name)) for name in operands)
 
     def _mixture(self, name: str) -> mixture.Shares:
         return mixture.shares(self.precision, name, self.shape.model)
