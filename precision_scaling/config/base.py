@@ -125,10 +125,12 @@ def get_config() -> ml_collections.ConfigDict:
     # "tensor", "vector" (one per vector along the contraction of that product) or "group:32".
     c.precision.backward.gradient_granularity = ""
     c.precision.backward.saved_granularity = ""
-    c.precision.backward.gradient_rounding = ""  # "nearest" or "stochastic"
+    # "nearest", "stochastic", or "eden" (of rotated blocks with float scales: unbiased, with less than half the error)
+    c.precision.backward.gradient_rounding = ""
     c.precision.backward.saved_rounding = ""
-    # "none", or "hadamard:16": both operands of the weight gradient, which then have formats, rotated along the tokens.
+    # "none", or "hadamard:16": both operands of a gradient, which then have formats, rotated along the contraction.
     c.precision.backward.weights_rotation = ""
+    c.precision.backward.activations_rotation = ""
 
     c.optimizer = ml_collections.ConfigDict()
     # "adamw", or "muon": orthogonal updates (Newton-Schulz) of the blocks' kernels, AdamW for all else.

@@ -45,12 +45,16 @@ def _check_stage(precision: Precision, model: ModelConfig, tokens_per_part: int)
         held = layers.covered(rule.layers, model.depth)
         if len(held) and not (held[0] >= 0 and held[-1] < model.depth):
             raise ConfigError("precision.layers", str(rule), f"layers that there are, 0 to {model.depth - 1}")
-    if precision.gradient_rotation and tokens_per_part % precision.gradient_rotation:
-        raise ConfigError(
-            "precision.backward.weights_rotation",
-            f"hadamard:{precision.gradient_rotation}",
-            f"a width that divides the tokens of a microbatch, {tokens_per_part}",
-        )
+    for name, width in precision.gradient_rotations:
+        target = {"a": "activations", "w": "weights"}[name]
+        lengths = next(lengths for names, lengths in contracted if f"g_{name}" in names)
+        for what, length in lengths.items():
+            if length % width:
+                raise ConfigError(
+                    f"precision.backward.{target}_rotation",
+                    f"hadamard:{width}",
+                    f"a width that divides {what}, {length}",
+                )
     if precision.rotated:
         for what, length in features.items():
             if length % 2:

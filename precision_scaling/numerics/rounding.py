@@ -16,7 +16,8 @@ from jax import lax
 
 from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, FormatError, Grid, Kind, parse
 
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("nearest", "stochastic", "eden")
+RANDOM = ("stochastic", "eden")  # those that need a key
 
 _EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
@@ -40,8 +41,9 @@ def fake_quant_array(
     axis: the axes that share a scale; None is the whole tensor.
     group_size: splits `axis` (None is the last) into groups with a scale each; several axes into tiles of that many
         along each. Block formats do so by themselves, with their own size.
-    rounding: 'nearest' (ties to even) or 'stochastic', unbiased: scales that would saturate are then enlarged.
-    key: PRNG key, for stochastic rounding.
+    rounding: 'nearest' (ties to even); 'stochastic', unbiased: scales that would saturate are then enlarged; or 'eden',
+        for blocks with float scales of an x that was rotated at random, see `_eden`.
+    key: PRNG key, for the last two.
     Raises FormatError with one line.
     """
     fmt = parse(fmt)
@@ -66,13 +68,18 @@ def fake_quant_grid(
         raise FormatError(f"x has dtype {x.dtype}; allowed are floating-point arrays")
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding {rounding!r} is not known; allowed: {', '.join(ROUNDINGS)}")
-    if rounding == "stochastic" and not _is_key(key):
+    if rounding in RANDOM and not _is_key(key):
         found = "without a key" if key is None else f"with a key that is {type(key).__name__}"
-        raise FormatError(f"rounding 'stochastic' {found}; allowed: one JAX PRNG key, or rounding 'nearest'")
+        raise FormatError(f"rounding {rounding!r} {found}; allowed: one JAX PRNG key, or rounding 'nearest'")
+    if rounding == "eden" and (kind.block_scale is None or kind.block_scale in POWERS_OF_TWO):
+        raise FormatError(f"rounding 'eden' of family {kind.family!r}; allowed: blocks with float scales, as in nvfp4")
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
     if kind.family == "none" or x.size == 0:
         return x
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
+    if key is not None and rounding == "eden":
+        x_q = _eden(x_f32, grid, kind, axes, key).reshape(x.shape).astype(x.dtype)
+        return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
     noise = rounding_noise(key, grouped_shape) if key is not None and rounding == "stochastic" else None
     scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
@@ -269,6 +276,24 @@ def _four_over_six(x, largest, grid: Grid, kind: Kind, axes, unsaturated: bool) 
 
     (six, error_of_six), (four, error_of_four) = candidate(1.0), candidate(2 / 3)
     return jnp.where(error_of_four < error_of_six, four, six)
+
+
+def _eden(x, grid: Grid, kind: Kind, axes, key: jax.Array) -> jax.Array:
+    """MS-EDEN (arXiv 2601.22813): elements to nearest, each block's scale then multiplied by <x, x> / <x, q>, which
+    makes the estimate of a randomly rotated x unbiased (arXiv 2108.08842), and stored by rounding it at random.
+
+    The tensor's scale leaves room for the factor: before it stored scales go to 256, of 448.
+    """
+    assert kind.block_scale is not None
+    stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    tensor_scale = _fit(jnp.max(largest), grid.max_value * 256.0)
+    scale = _stored(largest / (grid.max_value + 0 * largest), tensor_scale, stored, unsaturated=False)
+    codes = _round_to_grid(_divided(x, scale), grid, kind, None, saturate=True)
+    found = jnp.sum(x * codes, axis=axes, keepdims=True)
+    exact = jnp.sum(jnp.square(x), axis=axes, keepdims=True) / jnp.where(found == 0, 1, found)
+    fmt, noise = parse(stored), rounding_noise(key, exact.shape)
+    return codes * _round_to_grid(exact / tensor_scale, fmt.grid(), fmt.kind, noise, saturate=True) * tensor_scale
 
 
 def _stored(scale: jax.Array, tensor_scale: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:

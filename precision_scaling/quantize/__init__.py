@@ -24,7 +24,8 @@ def fake_quant(
     fmt: a format's name ("int4", "e4m3", "mxfp4"), a number of bits, or a `formats.Format`.
     group_size: splits `axis` (None is the last) into groups with a scale each, or several axes into tiles of that many
         along each; block formats bring their own.
-    rounding: "nearest" (ties to even) or "stochastic" (unbiased), which needs `key`, a JAX PRNG key.
-    Raises FormatError, one line, for an unknown format, a group that does not divide, or stochastic without a key.
+    rounding: "nearest" (ties to even), "stochastic" (unbiased), or "eden" (blocks with float scales; unbiased for an x
+        that was rotated at random); the last two need `key`, a JAX PRNG key.
+    Raises FormatError, one line, for an unknown format, a group that does not divide, or one of them without a key.
     """
     return rounding_lib.fake_quant_array(x, fmt, axis, group_size, rounding, key)

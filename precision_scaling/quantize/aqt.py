@@ -48,10 +48,12 @@ class GridContext(aqt_utils.Context):
     """AQT's context with the traced grid of one operand, which flows through AQT's custom_vjp.
 
     exact: 1 where both operands of the product pass through, which are then not rotated; traced.
+    signs_key: of the rotation of both, where it is drawn anew.
     """
 
     grid: Any = aqt_utils.dynamic_field(default=None)
     exact: Any = aqt_utils.dynamic_field(default=None)
+    signs_key: Any = aqt_utils.dynamic_field(default=None)
 
 
 class Rotation(NamedTuple):
@@ -60,9 +62,9 @@ class Rotation(NamedTuple):
     block: int
     axis: int
 
-    def of(self, x):
-        """The same signs in every block, and always: one draw for each width."""
-        signs = hadamard.random_signs(jax.random.key(self.block), self.block)
+    def of(self, x, key):
+        """The same signs in every block, drawn with the key; without one always the same for each width."""
+        signs = hadamard.random_signs(jax.random.key(self.block) if key is None else key, self.block)
         return hadamard.rotate(x, jnp.tile(signs, x.shape[self.axis] // self.block), self.axis, self.block)
 
 
@@ -86,7 +88,7 @@ class GridNumerics(aqt_numerics.AqtNumerics):
 
     def vjp_fwd(self, x, context):
         if self.rotation is not None:
-            x = jnp.where(context.exact > 0, x, self.rotation.of(x))
+            x = jnp.where(context.exact > 0, x, self.rotation.of(x, context.signs_key))
         return on_static_grid(x, self.quantizer, self.axes, context.grid, context.key), ()
 
     def vjp_bwd(self, res, grad):
@@ -184,6 +186,8 @@ def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -
         integers = all(quantizer.container == "int8" for _, quantizer, _, _ in sides)
         raw.dg_accumulator_dtype = jnp.int32 if integers else jnp.float32
     exact = functools.reduce(jnp.multiply, (grids[name].passthrough for name, *_ in sides)) if rotation else None
+    anew = any(quantizer is not None and quantizer.rounding == "eden" for _, quantizer, _, _ in sides)
+    signs_key = fold_in(fold_in(_required(key), INDEX[sides[0][0]]), 1) if anew else None
     aqt_quantizers = (raw.lhs, raw.dg_quantizer.lhs), (raw.rhs, raw.dg_quantizer.rhs)
     for (name, quantizer, ndim, contracting), (tensor, aqt_quantizer) in zip(sides, aqt_quantizers, strict=True):
         if quantizer is None:
@@ -197,8 +201,10 @@ def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -
             aqt_quantizer.numerics = GridNumerics(quantizer=quantizer, axes=axes, rotation=rotated)
             aqt_quantizer.calibration = UnitScale
             tensor.dequant_mode = DequantMode.THIS_INPUT
-        own_key = fold_in(key, INDEX[name]) if quantizer.rounding == "stochastic" else None
-        aqt_quantizer.context = GridContext(key=own_key, train_step=None, grid=grids[name], exact=exact)
+        own_key = fold_in(key, INDEX[name]) if quantizer.rounding in rounding.RANDOM else None
+        aqt_quantizer.context = GridContext(
+            key=own_key, train_step=None, grid=grids[name], exact=exact, signs_key=signs_key
+        )
 
 
 def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, static: StaticPrecision, grids, key=None):
@@ -241,7 +247,7 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
             saved = (other_name, other, ndim, free)
         elif s is None and other is not None and x not in static.exact:
             raw.rhs.use_fwd_quant = True
-        rotation = static.gradient_rotation if x == "w" else 0
+        rotation = dict(static.gradient_rotations).get(x, 0)
         _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide, rotation)
 
     dtype = lhs.dtype

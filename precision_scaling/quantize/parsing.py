@@ -39,10 +39,7 @@ def _stage(options: Mapping[str, Any], preset: str | None, rules: str | None, re
     """The precision of a section, its switches aside."""
     precision = _resolve(options, preset, replaced, rules)
     _check_layers(precision)
-    if precision.gradient_rotation and not (precision.get("g_w") and precision.get("s_w") and not precision.native):
-        given = f"hadamard:{precision.gradient_rotation}"
-        allowed = "none, where weights_gradient and weights_saved do not both have formats, simulated"
-        raise ConfigError("precision.backward.weights_rotation", given, allowed)
+    _check_gradients(precision)
     if precision.native:
         check_products(precision)
     return precision
@@ -112,7 +109,10 @@ def _resolve(
             shared, rounding = chosen(f"{GROUPS[name]}_granularity"), chosen(f"{GROUPS[name]}_rounding")
             quantizer = _quantizer("precision.layers", name, fmt.name, shared, rounding)
             quantizers[name] = dataclasses.replace(quantizer, format=formats.parse("bf16"))
-    rotation = _gradient_rotation(chosen("backward.weights_rotation")[0])
+    rotations = {
+        name: _gradient_rotation(key, chosen(key)[0])
+        for name, key in (("w", "backward.weights_rotation"), ("a", "backward.activations_rotation"))
+    }
     for key, allowed in (("rotation", ROTATIONS), ("mode", MODES)):
         if chosen(key)[0] not in allowed:
             raise ConfigError(f"precision.{key}", chosen(key)[0], f"one of {', '.join(allowed)}")
@@ -123,18 +123,35 @@ def _resolve(
         rotated=chosen("rotation")[0] == "hadamard" and bool({"a", "w"} & set(quantizers)),
         native=chosen("mode")[0] == "native" and bool(quantizers),
         layers=by_layer,
-        gradient_rotation=rotation if {"g_w", "s_w"} & set(quantizers) else 0,
+        gradient_rotations=tuple(
+            (name, width) for name, width in rotations.items() if width and {f"g_{name}", f"s_{name}"} & set(quantizers)
+        ),
     )
 
 
-def _gradient_rotation(text: str) -> int:
+def _gradient_rotation(key: str, text: str) -> int:
     match = re.fullmatch(r"none|hadamard:([1-9]\d*)", text)
     width = int(match[1] or 0) if match else 1
     if width & (width - 1) or width == 1:
-        raise ConfigError(
-            "precision.backward.weights_rotation", text, "none, or hadamard:WIDTH with a power of two from 2"
-        )
+        raise ConfigError(f"precision.{key}", text, "none, or hadamard:WIDTH with a power of two from 2")
     return width
+
+
+def _check_gradients(precision: Precision) -> None:
+    """Raises ConfigError where gradients are rotated, or rounded by "eden", without what that needs."""
+    for name, width in precision.gradient_rotations:
+        if precision.native or not (precision.get(f"g_{name}") and precision.get(f"s_{name}")):
+            target = {"a": "activations", "w": "weights"}[name]
+            allowed = f"none, where {target}_gradient and {target}_saved do not both have formats, simulated"
+            raise ConfigError(f"precision.backward.{target}_rotation", f"hadamard:{width}", allowed)
+    rotated = {f"{side}_{name}": width for name, width in precision.gradient_rotations for side in "gs"}
+    for name, quantizer in precision.quantizers:
+        size = quantizer.format.block_size
+        if quantizer.rounding == "eden" and not (
+            size and quantizer.format.block_scale not in formats.POWERS_OF_TWO and rotated.get(name, 1) % size == 0
+        ):
+            allowed = "nearest or stochastic; eden for gradients in blocks with float scales, rotated by whole blocks"
+            raise ConfigError(f"precision.{OPTIONS[name]}", str(quantizer), allowed)
 
 
 def _rules(text: str, quantized: frozenset[str]) -> tuple[layers.Rule, ...]:

@@ -32,7 +32,7 @@ class Precision:
     layers: where operands have another format than their quantizer's; all else of it holds there, too.
     before: what it is in training before it is all this, (when it ends, precision) in order; see `switches`. All of
         them are rotated and native if the last is.
-    gradient_rotation: width of the Hadamard blocks in which both operands of the weight gradient are rotated; 0: none.
+    gradient_rotations: (operand, width) where both operands of its gradient are rotated, in Hadamard blocks of a width.
     """
 
     quantizers: tuple[tuple[str, Quantizer], ...] = dataclasses.field(metadata={"digest": "settings"})
@@ -41,7 +41,7 @@ class Precision:
     native: bool
     layers: tuple[Rule, ...] = ()
     before: tuple[tuple[str, "Precision"], ...] = ()
-    gradient_rotation: int = 0
+    gradient_rotations: tuple[tuple[str, int], ...] = ()
 
     @property
     def stages(self) -> tuple["Precision", ...]:
@@ -87,7 +87,7 @@ class Precision:
         """All of it in one line, e.g. "w=int4/channel/nearest a=int8/tensor/nearest"; "bf16" for full precision."""
         words = [f"{name}={quantizer}" for name, quantizer in self.quantizers]
         words += [f"s_{name}=exact" for name in self.exact]
-        words += [f"gradient_rotation={self.gradient_rotation}"] * bool(self.gradient_rotation)
+        words += [f"g_{name}=rotated:{width}" for name, width in self.gradient_rotations]
         words += [f"layers={self.rules}"] * bool(self.layers)
         words = words + ["rotated"] * self.rotated + ["native"] * self.native or ["bf16"]
         return "; ".join([*(f"{stage.describe()} until {end}" for end, stage in self.before), " ".join(words)])

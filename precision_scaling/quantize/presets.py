@@ -25,6 +25,7 @@ _UNQUANTIZED = {
     "layers": "none",
     "switches": "none",
     "backward.weights_rotation": "none",
+    "backward.activations_rotation": "none",
     "rotation": "none",
     "mode": "simulated",
 }

@@ -10,6 +10,7 @@ import numpy as np
 
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format, Grid, Kind
+from precision_scaling.numerics.rounding import RANDOM
 from precision_scaling.quantize import layers
 from precision_scaling.quantize.native import container_of
 from precision_scaling.quantize.operands import BACKWARD, FORWARD, OPERANDS, OUTER, PRODUCTS, partner
@@ -40,14 +41,14 @@ class StaticPrecision:
     exact: operands whose gradient is computed with the exact saved operand instead of the quantized one.
     wide: left operands of the products that are computed in float32 whatever the compute dtype.
     rotated: both operands of each projection are rotated along the contraction before they are quantized.
-    gradient_rotation: so are those of the weight gradient, in Hadamard blocks of that width; 0: they are not.
+    gradient_rotations: (operand, width) where those of its gradient are, in Hadamard blocks of a width.
     """
 
     quantizers: tuple[tuple[str, StaticQuantizer], ...] = dataclasses.field(default=(), metadata={"digest": "operands"})
     exact: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     rotated: bool = False
-    gradient_rotation: int = 0
+    gradient_rotations: tuple[tuple[str, int], ...] = ()
 
     def get(self, name: str) -> StaticQuantizer | None:
         """The quantizer of an operand, None where it is exact."""
@@ -56,7 +57,7 @@ class StaticPrecision:
     @property
     def stochastic(self) -> bool:
         """Whether anything rounds at random, so that products need a key."""
-        return any(quantizer.rounding == "stochastic" for _, quantizer in self.quantizers)
+        return any(quantizer.rounding in RANDOM for _, quantizer in self.quantizers)
 
     def evaluation(self) -> "StaticPrecision":
         """The same forward pass, rounding to nearest, without what only training needs."""
@@ -98,7 +99,7 @@ class StaticPrecision:
             details += [] if quantizer.rounding == "nearest" else [quantizer.rounding]
             words.append(f"{name} ({', '.join(details)})")
         words += ["rotated"] * self.rotated
-        words += [f"weight gradients rotated by {self.gradient_rotation}"] * bool(self.gradient_rotation)
+        words += [f"g_{name} rotated by {width}" for name, width in self.gradient_rotations]
         words += [f"float32 products of {', '.join(self.wide)}"] * bool(self.wide)
         return ", ".join(words) or "none"
 
@@ -164,15 +165,18 @@ def static_of(precisions: Iterable[Precision], dtype: str) -> StaticPrecision | 
             return None
         container = containers.pop() if native else None
         quantizers.append((name, StaticQuantizer(kind, quantized[0].granularity, quantized[0].rounding, container)))
-    # What passes through is not rotated.
-    rotations = {stage.gradient_rotation for stage in stages if stage.get("g_w") or stage.get("s_w")}
-    if len(rotations) > 1:
-        return None
+    rotations: dict[str, int] = {}
+    for name in OPERANDS:
+        # What passes through is not rotated.
+        rounded = [stage for stage in stages if stage.get(f"g_{name}") or stage.get(f"s_{name}")]
+        widths = {dict(stage.gradient_rotations).get(name, 0) for stage in rounded}
+        if len(widths) > 1:
+            return None
+        if width := max(widths, default=0):
+            rotations[name] = width
     exact = tuple(name for name in OPERANDS if any(name in stage.exact for stage in stages))
-    rotation = rotations.pop() if rotations else 0
-    return StaticPrecision(
-        tuple(quantizers), exact, _wide_products(precisions[0], dtype), precisions[0].rotated, rotation
-    )
+    wide, rotated = _wide_products(precisions[0], dtype), precisions[0].rotated
+    return StaticPrecision(tuple(quantizers), exact, wide, rotated, tuple(rotations.items()))
 
 
 def _wide_products(precision: Precision, dtype: str) -> tuple[str, ...]:
