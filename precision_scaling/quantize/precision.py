@@ -102,7 +102,7 @@ class Precision:
         """For names of runs: the forward formats, and marks of what else is special; "bf16" for full precision."""
         words = [name.replace("_", "") + found.format.name for name, found in self.quantizers if name in FORWARD]
         gradients = dict.fromkeys(found.format.name for name, found in self.quantizers if name.startswith("g_"))
-        words += [f"g{name}" for name in gradients]
+        words += [f"g{name}" for name in gradients] + ["grotated"] * bool(self.gradient_rotations)
         words += ["by.layer"] * bool(self.layers)
         words += ["rotated"] * self.rotated + ["native"] * self.native
         words = words or ["bf16"]
