@@ -56,6 +56,8 @@ def test_parts_begin_at_shares_of_the_steps_or_at_the_decay():
     (
         ("w4@1.5", ("4@1.5", "above 0 and below 1")),
         ("w4 @0", ("'@0'", "decay")),
+        ("bf16 @0.5", ("'bf16 @0.5'", "none after bf16")),
+        ("w4 @0.5 @0.6", ("'w4 @0.5 @0.6'", "one @SHARE")),
         ("w4@0.8_w5@0.8", ("each part once", "w is there twice")),
         ("w4/group:32@0.5_w4", ("precision.switches", "same kinds of formats, granularity")),
         ("w4_wmxfp4@0.5", ("precision.switches", "kinds of formats")),

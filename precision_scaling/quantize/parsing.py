@@ -210,7 +210,9 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
     key: names text in errors.
     """
     text, *given = text.split(" ")
-    start = next((word.removeprefix("@") for word in given if word.startswith("@")), "")
+    starting = [word for word in given if word.startswith("@")]
+    if len(starting) > (text != "bf16"):
+        raise ConfigError(key, " ".join([text, *given]), "one @SHARE after the parts, none after bf16: w4_a4 @0.8")
     rules = " ".join(word for word in given if word and not word.startswith("@")) or None
     if text == "bf16":
         nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
@@ -226,8 +228,8 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
         for part, value in _split(text[named.end() :] if named else text, key, allowed, text)
     ]
     preset_from = preset_from and switches.canonical(preset_from)
-    if start:
-        start = _timed(f"@{start}", key)[1]
+    if starting:
+        _, start = _timed(starting[0], key)
         words = [(part, value, when or start) for part, value, when in words]
         preset_from = preset_from or start
     for part, value, _ in words:
