@@ -51,7 +51,7 @@ ZERO_IS_RIGHT = {
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "weight_decay", "z_loss", "clip_norm", "muon_beta")),
     *(f"optimizer.{name}_rate" for name in ("embedding", "head", "vector")),
     *(f"train.{name}" for name in ("seed", "checkpoint_seconds", "rewinds")),
-    *(f"ptq.{name}" for name in ("damping", "group_size", "smoothing")),
+    *(f"ptq.{name}" for name in ("damping", "group_size", "smoothing", "target_bits")),
     "data.validation_fraction",  # not by itself: with data.validation_split it counts for nothing
 }
 # Options whose text is free.
@@ -63,7 +63,7 @@ FREE_TEXTS = {
 NAMES = {"data.name", "data.split", "data.feature", "data.tokenizer"}
 # Empty means something.
 EMPTY_IS_RIGHT = {
-    *("model.size", "model.base_size", "model.rope_scaling"),
+    *("model.size", "model.base_size", "model.rope_scaling", "ptq.layers"),
     *(name for name in OPTIONS if name.startswith("precision.")),
 }
 
@@ -414,6 +414,12 @@ _MORE = {
     "--act_order=2": (),
     "--full_range=2": (),
     "--clip=x": (),
+    "--layers=*.up=4": ("rules LAYERS",),
+    "--layers=*:4": ("rules LAYERS",),
+    "--layers=*=1": ("rules LAYERS",),
+    "--target_bits=9": ("0, or from 2 to 8",),
+    "--target_bits=nan": ("finite",),
+    "--target_bytes=much": (),
     "--save=x": (),
     "--damping=1": (),
 }
@@ -458,6 +464,15 @@ STUDIED = [
     Case(PTQ, ("--workdir={study}", "--method=rtn", "--act_order"), ("act_order", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=gptq", "--smoothing=0.25"), ("smoothing", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=kv_cache", "--save"), ("--save", "weights")),
+    Case(PTQ, ("--workdir={study}", "--target_bits=3", "--layers=*=4"), ("ptq.target_bits = 3.0", "0 with ptq.layers")),
+    Case(PTQ, ("--workdir={study}", "--target_bits=2.5", "--bits=3,4"), ("2.5 with bits (3, 4)", "not above it")),
+    Case(PTQ, ("--workdir={study}", "--target_bits=4", "--formats=e2m1"), ("ptq.target_bits", "no formats")),
+    Case(PTQ, ("--workdir={study}", "--layers=40.down=4"), ("ptq.layers = '40.down'", "layers from 0 to")),
+    Case(PTQ, ("--workdir={study}", "--layers=*.down=e2m1", "--save"), ("--save with --layers", "integers")),
+    Case(PTQ, ("--workdir={study}", "--method=smoothquant", "--layers=*.down=4"), ("layers", "no such option")),
+    Case(PTQ, ("--workdir={study}", "--method=awq", "--target_bits=3"), ("target_bits", "no such option")),
+    Case(PTQ, ("--workdir={study}", "--target_bytes=1e9"), ("--target_bytes=1e+09", "allowed")),
+    Case(PTQ, ("--workdir={study}", "--target_bytes=1e5", "--target_bits=3"), ("without --target_bits",)),
     Case(LAYER_STATS, ("--workdir={study}", "--run=nothing"), ("--run=nothing", "allowed is a trained run")),
     Case(LAYER_STATS, ("--workdir={study}", "--run="), ("--run=", "allowed is a trained run")),
     Case(LAYER_STATS, ("--workdir={study}", "--sequences=1000"), ("--sequences=1000", "1 to 8")),

@@ -6,7 +6,7 @@ import pytest
 from precision_scaling.errors import UserError
 from precision_scaling.huggingface import compressed
 
-CONFIG = compressed.description(4, 8, True)
+CONFIG = compressed.description({4: ["a"]}, 8, True)
 
 
 def test_words_worked_out_by_hand():
@@ -55,7 +55,9 @@ def layer(symmetric: bool, bits: int = 4, groups: int = 2):
 def test_a_layer_comes_back_as_its_kernel(bits, symmetric, groups):
     codes, scale, zero = layer(symmetric, bits, groups)
     tensors = {"norm.weight": np.ones(3, np.float32), **compressed.encoded("a", codes, scale, zero, bits)}
-    found = compressed.decoded(compressed.description(bits, 16 // groups if groups > 1 else 0, symmetric), tensors)
+    found = compressed.decoded(
+        compressed.description({bits: ["a"]}, 16 // groups if groups > 1 else 0, symmetric), tensors
+    )
     offset = np.zeros((6, groups)) if zero is None else zero.astype(float)
     expected = (codes.astype(float).reshape(6, groups, -1) - offset[..., None]) * scale[..., None]
     assert set(found) == {"norm.weight", "a.weight"}
@@ -136,7 +138,7 @@ def test_other_formats_are_refused_with_key_value_and_allowed(config, said):
     with pytest.raises(UserError, match=said) as error:
         compressed.check(config)
     assert str(error.value).startswith("quantization_config") and "allowed is" in str(error.value)
-    assert compressed.check(CONFIG) == (4, True, 8)
+    assert compressed.check(CONFIG) == [(["Linear"], (4, True, 8))]
 
 
 def test_a_layer_that_a_pattern_of_ignore_names_stays_as_it_is():
@@ -144,3 +146,21 @@ def test_a_layer_that_a_pattern_of_ignore_names_stays_as_it_is():
     tensors = {**plain, **compressed.encoded("a", *layer(True), 4)}
     found = compressed.decoded({**CONFIG, "ignore": ["lm_head", r"re:.*layers\.1\..*down_proj$"]}, tensors)
     assert set(found) == {*plain, "a.weight"}
+
+
+def test_layers_of_several_widths_are_told_by_name_and_one_of_none_or_two_is_refused():
+    parts = {"a": 4, "b": 3}
+    tensors: dict = {}
+    for name, bits in parts.items():
+        tensors |= compressed.encoded(name, *layer(True, bits), bits)
+    config = compressed.description({bits: [name] for name, bits in parts.items()}, 8, True)
+    found = compressed.decoded(config, tensors)
+    for name, bits in parts.items():
+        codes, scale, _ = layer(True, bits)
+        expected = codes.reshape(6, 2, -1) * scale[..., None]
+        np.testing.assert_allclose(found[f"{name}.weight"], expected.reshape(6, 16), rtol=1e-6)
+    groups = config["config_groups"]
+    for targets, said in ((["c"], "no group"), (["a", "re:b"], "2 groups"), (["Linear"], "targets"), ([], "targets")):
+        changed = {**config, "config_groups": {**groups, "group_1": {**groups["group_1"], "targets": targets}}}
+        with pytest.raises(UserError, match=said):
+            compressed.decoded(changed, tensors)

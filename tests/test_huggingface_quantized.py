@@ -15,7 +15,7 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Decoder
 from precision_scaling.ptq import codes, kernel_grid, rtn
 from precision_scaling.ptq.apply import LINEARS
-from precision_scaling.ptq.packed import Loaded
+from precision_scaling.ptq.packed import Bits, Loaded, bits_of
 from precision_scaling.ptq.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -31,7 +31,10 @@ VARIANTS = {
 TOKENS = np.random.default_rng(3).integers(0, 61, (2, 16)).astype(np.int32)
 
 
-def packed_model(model: ModelConfig, bits: int, group_size: int, symmetric: bool) -> Loaded:
+MIXED = {"attention": {"qkv": [8, 4], "out": [2, 4]}, "mlp": {"gate_up": [3, 3], "down": [4, 5]}}
+
+
+def packed_model(model: ModelConfig, bits: Bits, group_size: int, symmetric: bool) -> Loaded:
     """A random decoder rounded to nearest."""
     params = jax.tree.map(np.asarray, decoder.init(model, jax.random.key(0)))
     block = {name: dict(module) for name, module in params["layers"]["block"].items()}
@@ -41,11 +44,13 @@ def packed_model(model: ModelConfig, bits: int, group_size: int, symmetric: bool
         kernel = block[module].pop(name)["kernel"]
         flat = jnp.asarray(kernel).reshape(*kernel.shape[:2], -1)
 
-        def rounded(matrix, shape=kernel.shape[1:]):
-            found = rtn.solve(matrix, kernel_grid.integer_levels(bits), kernel_grid.INTEGER, scheme, None)
+        levels = kernel_grid.integer_levels([bits_of(bits, module, name, layer) for layer in range(model.depth)])
+
+        def rounded(matrix, levels, shape=kernel.shape[1:]):
+            found = rtn.solve(matrix, levels, kernel_grid.INTEGER, scheme, None)
             return codes.encode(found.code_IxO, found.scale_GxO, found.zero_GxO, symmetric, shape)
 
-        kernels.setdefault(module, {})[name] = jax.vmap(rounded)(flat)
+        kernels.setdefault(module, {})[name] = jax.vmap(rounded)(flat, levels)
     rest = {**params, "layers": {"block": {name: module for name, module in block.items() if module}}}
     return Loaded(codes.QuantizedModel(kernels, rest), scheme.name, bits, ())
 
@@ -58,7 +63,7 @@ def logits_of(model: ModelConfig, params):
     return np.asarray(jax.jit(lambda params: Decoder(model).apply({"params": params}, jnp.asarray(TOKENS)))(params))
 
 
-def exported(directory, name: str, bits: int, group_size: int, symmetric: bool):
+def exported(directory, name: str, bits: Bits, group_size: int, symmetric: bool):
     """(our logits) of a model that is written to the directory."""
     model = VARIANTS[name]
     loaded = packed_model(model, bits, group_size, symmetric)
@@ -72,12 +77,16 @@ def exported(directory, name: str, bits: int, group_size: int, symmetric: bool):
 CASES = [("llama", bits, 16, True) for bits in range(2, 9)] + [
     *(("llama", bits, size, symmetric) for bits in (3, 4) for size in (0, 16) for symmetric in (True, False)),
     *((name, 4, 0, True) for name in VARIANTS),
+    *(("llama", MIXED, size, True) for size in (0, 16)),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "bits", "group_size", "symmetric"),
-    [("multipliers", 3, 8, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (CASES[2], CASES[8]))],
+    [
+        *(("multipliers", 3, 8, False), ("llama", MIXED, 16, True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (CASES[2], CASES[8])),
+    ],
 )
 def test_our_reader_gives_the_kernels_back(tmp_path, name, bits, group_size, symmetric):
     ours = exported(tmp_path, name, bits, group_size, symmetric)
@@ -86,7 +95,8 @@ def test_our_reader_gives_the_kernels_back(tmp_path, name, bits, group_size, sym
     np.testing.assert_allclose(logits_of(model, found.params()), ours, atol=2e-5)
     tensors = safetensors.read(tmp_path / "model.safetensors")
     down = tensors["model.layers.1.mlp.down_proj.weight_packed"]
-    assert down.dtype == np.int32 and down.shape == (32, -(-48 * bits // 32))  # codes, not floats
+    # Codes, not floats.
+    assert down.dtype == np.int32 and down.shape == (32, -(-48 * bits_of(bits, "mlp", "down", 1) // 32))
 
 
 # The option is the only one that has asymmetric layers read on a CPU; the directory's own config counts, as it says.
@@ -99,9 +109,9 @@ def test_transformers_loads_it_with_our_logits(transformers, tmp_path, name, bit
     from transformers import CompressedTensorsConfig
 
     ours = exported(tmp_path, name, bits, group_size, symmetric)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    )
+    # It takes one grid for all layers then.
+    option = {} if isinstance(bits, dict) else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **option)
     with torch.no_grad():
         found = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
     assert np.std(ours) > 0.01 and np.max(np.abs(found - ours)) <= 1e-4
@@ -157,3 +167,8 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
     )
     with pytest.raises(UserError, match=r"--quantized=awq-4: its inputs have scales of their own"):
         quantized.check(loaded._replace(model=loaded.model._replace(kernels=scaled)), "awq-4")
+
+
+def test_several_widths_with_zero_points_are_refused_as_no_library_here_reads_them():
+    with pytest.raises(UserError, match="--quantized=x: has several widths, asymmetric; allowed are"):
+        quantized.check(packed_model(MODEL, MIXED, 0, False), "x")

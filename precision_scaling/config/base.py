@@ -188,6 +188,10 @@ def get_config() -> ml_collections.ConfigDict:
         False  # clip ranges to the least squared error (GPTQ: weighed by the Hessian); AWQ has a search of its own
     )
     c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range moved into the kernels
+    # Bits or formats by layer and projection, by rules as in precision.layers: "first:1=8, last:1=8, 3-5.qkv=3,
+    # *.down=4"; what no rule names keeps bits or formats.
+    c.ptq.layers = ""
+    c.ptq.target_bits = 0.0  # mean bits of a weight; each projection gets one of `bits`, by what it costs in loss
     c.ptq.granularity = "tensor"  # scales of activations, keys and values: per "tensor" or "token"
 
     c.study = ml_collections.ConfigDict()

@@ -19,6 +19,7 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder, sizes
 from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, QK_NORMS
 from precision_scaling.numerics import formats
+from precision_scaling.ptq import by_layer
 from precision_scaling.ptq.registry import METHODS
 from precision_scaling.ptq.scheme import GRANULARITIES
 from precision_scaling.quantize import parsing
@@ -81,6 +82,14 @@ def _is_weight_format(name: str) -> bool:
         return formats.parse(name).family not in ("none", "int")
     except formats.FormatError:
         return False
+
+
+def _is_by_layer(text: str) -> bool:
+    try:
+        by_layer.split(text)
+    except ConfigError:
+        return False
+    return True
 
 
 _ANY = Rule("a text", lambda text: True)
@@ -162,6 +171,8 @@ RULES = {
     "ptq.group_size": _whole(2, also=0),
     "ptq.smoothing": _FRACTION,
     "ptq.granularity": _one_of(GRANULARITIES),
+    "ptq.layers": Rule(by_layer.ALLOWED, _is_by_layer),
+    "ptq.target_bits": Rule("0, or from 2 to 8", lambda x: x == 0 or 2 <= x <= 8),
     "study.lanes": _COUNT,
     **{f"mesh.{axis}": _whole(1, also=-1) for axis in ("run", "data", "fsdp", "tensor")},
     "compilation_cache": _ANY,
@@ -215,6 +226,12 @@ def check_ptq(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for a value that the config's `ptq` section cannot have."""
     for name, value in options.items():
         check_option(f"ptq.{name}", value)
+    target = options.get("target_bits")
+    if target and options["layers"]:
+        raise ConfigError("ptq.target_bits", target, f"0 with ptq.layers = {options['layers']!r}")
+    if target and (options["formats"] or not options["bits"] or min(options["bits"]) > target):
+        found = f"{target:g} with bits {tuple(options['bits'])} and formats {tuple(options['formats'])}"
+        raise ConfigError("ptq.target_bits", found, "bits to choose among, the fewest not above it, and no formats")
 
 
 def unknown(section: Any, prefix: str, name: object) -> str:

@@ -59,25 +59,28 @@ def unpack(packed_RxW: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return np.packbits(stream.reshape(rows, columns, bits), axis=2, bitorder="little")[..., 0]
 
 
-def description(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """`quantization_config` of config.json for linear layers of one format; the head stays as it is.
+def description(names: Mapping[int, list[str]], group_size: int, symmetric: bool) -> dict[str, Any]:
+    """`quantization_config` of config.json; the head stays as it is.
 
-    group_size: inputs that share a scale; 0 is all of them.
+    names: of the linear layers at each bit-width. group_size: inputs that share a scale; 0 is all of them.
     """
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size or None,
-        "dynamic": False,
-        "actorder": None,
-    }
+    groups = {}
+    for i, (bits, layers) in enumerate(sorted(names.items())):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "group" if group_size else "channel",
+            "group_size": group_size or None,
+            "dynamic": False,
+            "actorder": None,
+        }
+        groups[f"group_{i}"] = {"targets": ["Linear"] if len(names) == 1 else layers, "weights": weights}
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": ["lm_head"],
     }
 
@@ -105,7 +108,7 @@ def decoded(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     config: its config.json's `quantization_config`. UserError, one line, for what is of another format or does not fit
     together.
     """
-    grid = check(config)
+    groups = check(config)
     names = [name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")]
     if not names:
         raise UserError("quantization_config: no packed tensor is there; allowed is one for each linear layer")
@@ -114,6 +117,7 @@ def decoded(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     _check_ignored(config.get("ignore") or [], names, plain)
     for name in names:
         parts = {part: tensors.get(f"{name}.{part}") for part in (PACKED, SCALE, SHAPE, ZERO)}
+        grid = _grid_of(name, groups)
         try:
             plain[f"{name}.weight"] = _weight(parts, grid)
         except ValueError as error:
@@ -122,8 +126,15 @@ def decoded(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dic
     return plain
 
 
-def check(config: Any) -> Grid:
-    """What config.json's `quantization_config` says of all linear layers.
+class Group(NamedTuple):
+    """Layers of one grid. targets: names, patterns after "re:", or "Linear" for all."""
+
+    targets: list[str]
+    grid: Grid
+
+
+def check(config: Any) -> list[Group]:
+    """What config.json's `quantization_config` says of the linear layers.
 
     UserError for other formats than this module's and for keys that it does not know, naming key, value and allowed.
     """
@@ -137,24 +148,48 @@ def check(config: Any) -> Grid:
         if config.get(key):
             _refuse(f".{key}", config[key], "none")
     _check_known("", config, (*_KEYS, *_EMPTY))
-    ignore = config.get("ignore") or []
-    if not isinstance(ignore, list) or not all(isinstance(one, str) and _is_pattern(one) for one in ignore):
-        _refuse(".ignore", ignore, "a list of names of layers, or of 're:' and a pattern with .* up to three times")
+    _check_names(".ignore", config.get("ignore") or [])
     groups = config.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        _refuse(".config_groups", groups, "one group")
-    (group,) = groups.values()
+    if not isinstance(groups, dict) or not groups:
+        _refuse(".config_groups", groups, "one group or more")
+    return [_group(groups, group) for group in groups.values()]
+
+
+def _check_names(key: str, names: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(one, str) and _is_pattern(one) for one in names):
+        _refuse(key, names, "a list of names of layers, or of 're:' and a pattern with .* up to three times")
+
+
+def _group(groups: Mapping[str, Any], group: Any) -> Group:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         _refuse(".config_groups", groups, "a group with weights")
     _check_known(".config_groups", group, _GROUP_KEYS)
-    if group.get("targets") != ["Linear"]:
-        _refuse(".targets", group.get("targets"), "['Linear']")
+    targets = group.get("targets")
+    if len(groups) == 1 and targets != ["Linear"]:
+        _refuse(".targets", targets, "['Linear']")
+    _check_names(".targets", targets or [])
+    if len(groups) > 1 and (not targets or "Linear" in targets):
+        _refuse(".targets", targets, "names or patterns of layers, where there are several groups")
     if group.get("format") not in (None, FORMAT):
         _refuse(".config_groups.format", group["format"], repr(FORMAT))
     for key in ("input_activations", "output_activations"):
         if group.get(key):
             _refuse(f".{key}", group[key], "none: weights alone are quantized")
-    return _of_weights(group["weights"])
+    return Group(list(targets or []), _of_weights(group["weights"]))
+
+
+def _grid_of(name: str, groups: list[Group]) -> Grid:
+    """The grid of a packed layer. UserError where not just one group has it."""
+    has = lambda group: any(target == "Linear" or _matches(target, name) for target in group.targets)
+    found = [group.grid for group in groups if has(group)]
+    if len(found) != 1:
+        said = "no group" if not found else f"{len(found)} groups"
+        raise UserError(f"tensor {shown(name)}: {said} of quantization_config has it; allowed is one")
+    return found[0]
+
+
+def _matches(entry: str, name: str) -> bool:
+    return bool(re.match(entry.removeprefix("re:"), name)) if entry.startswith("re:") else entry == name
 
 
 def _check_known(place: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -202,9 +237,7 @@ def _check_ignored(ignore: list[str], packed: list[str], plain: Mapping[str, np.
     """What is packed is not ignored, and a linear layer that is not packed is: the library goes by `ignore` alone."""
 
     def ignored(name: str) -> bool:
-        return any(
-            re.match(entry.removeprefix("re:"), name) if entry.startswith("re:") else entry == name for entry in ignore
-        )
+        return any(_matches(entry, name) for entry in ignore)
 
     for name in packed:
         if ignored(name):

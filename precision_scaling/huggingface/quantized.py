@@ -14,7 +14,7 @@ from precision_scaling.huggingface.architectures import Place
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.ptq import codes as codes_lib
 from precision_scaling.ptq.codes import Codes
-from precision_scaling.ptq.packed import Loaded
+from precision_scaling.ptq.packed import Loaded, bits_of
 
 _SCALED = (("attention", "out"), ("mlp", "down"))  # kernels that take over the multiplier of a residual branch
 
@@ -26,7 +26,13 @@ def check(loaded: Loaded, name: str) -> None:
             f"--quantized={name}: quantizes {', '.join(loaded.operands)} while it runs; allowed are models whose "
             "weights alone are quantized"
         )
-    if any(codes.row_scales is not None for codes in codes_lib.each(loaded.model.kernels)):
+    found = codes_lib.each(loaded.model.kernels)
+    if not isinstance(loaded.bits, int) and any(codes.zeros is not None for codes in found):
+        raise UserError(
+            f"--quantized={name}: has several widths, asymmetric; allowed are symmetric grids, or one width: "
+            "transformers reads zero points at one width alone"
+        )
+    if any(codes.row_scales is not None for codes in found):
         raise UserError(
             f"--quantized={name}: its inputs have scales of their own, which {compressed.FORMAT} cannot hold; allowed "
             "are methods without them, such as gptq and rtn"
@@ -52,6 +58,7 @@ def tensors(
             scale = np.float32(model.residual_scale)
             kernels[kernel] = kernels[kernel]._replace(scales=kernels[kernel].scales * scale)
     found: dict[str, np.ndarray] = {}
+    names: dict[int, list[str]] = {}
     for place in architectures.places(plain):
         codes = (
             kernels.get((place.path[2], place.path[3]))
@@ -59,13 +66,15 @@ def tensors(
             else None
         )
         if codes is not None:
-            found |= _of_place(place, codes, loaded.bits, dtype)
+            bits = bits_of(loaded.bits, place.path[2], place.path[3], place.layer or 0)
+            names.setdefault(bits, []).append(place.name.removesuffix(".weight"))
+            found |= _of_place(place, codes, bits, dtype)
         else:
             found[place.name] = architectures.view(params, place).astype(dtype)
     some = next(iter(kernels.values()))
     inputs, groups = some.codes.shape[1], some.scales.shape[1]
     group_size = inputs // groups if groups > 1 or _grouped(loaded.method) else 0
-    return plain, found, compressed.description(loaded.bits, group_size, some.zeros is None)
+    return plain, found, compressed.description(names, group_size, some.zeros is None)
 
 
 def _grouped(method: str) -> bool:

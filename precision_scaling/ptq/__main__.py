@@ -3,7 +3,6 @@
 python -m precision_scaling.ptq --workdir=DIR --method=gptq --bits=3,4,5,6 [--group_size=32 --act_order --save]
 """
 
-import dataclasses
 import functools
 import sys
 
@@ -11,7 +10,6 @@ from absl import flags
 
 from precision_scaling.config import command_line, options
 from precision_scaling.errors import UserError
-from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import layers, packed, registry
 from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
 from precision_scaling.runtime import cli, files, paths
@@ -46,6 +44,26 @@ _CLIP = flags.DEFINE_bool(
     "Shrink ranges to the least squared rounding error, for GPTQ weighed by the Hessian.",
     flag_values=FLAGS,
 )
+_LAYERS = flags.DEFINE_string(
+    "layers",
+    None,
+    "Bits or formats by layer and projection (qkv, out, gate_up, down), in place of the others: "
+    "first:1=8,last:1=8,3-5.qkv=3,*.down=4.",
+    flag_values=FLAGS,
+)
+_TARGET_BITS = flags.DEFINE_float(
+    "target_bits",
+    None,
+    "Mean bits of a weight, e.g. 3.5: each projection gets one of --bits (2,3,4,5,6,8 if not given), by the loss that "
+    "it is expected to cost.",
+    flag_values=FLAGS,
+)
+_TARGET_BYTES = flags.DEFINE_float(
+    "target_bytes",
+    None,
+    "The same from the size of the model exported with --dtype=bfloat16: codes, scales and all that is not quantized.",
+    flag_values=FLAGS,
+)
 _SMOOTHING = flags.DEFINE_float(
     "smoothing", None, "SmoothQuant: share of the range that is moved, alpha.", flag_values=FLAGS
 )
@@ -69,6 +87,8 @@ def _given() -> dict[str, object]:
         "full_range": _FULL_RANGE.value,
         "act_order": _ACT_ORDER.value,
         "clip": _CLIP.value,
+        "layers": _LAYERS.value,
+        "target_bits": _TARGET_BITS.value,
         "smoothing": _SMOOTHING.value,
         "granularity": _GRANULARITY.value,
     }
@@ -87,14 +107,35 @@ def _scheme(method: str, config, given: dict[str, object]) -> Scheme:
     return scheme
 
 
-def _sizes(workspace: Workspace, scheme: Scheme, bits: list[int]) -> list[str]:
-    """A line for each packed model: where it is and what it takes."""
+def _target(workspace: Workspace, given: dict[str, object]) -> dict[str, object]:
+    """The target in bits of --target_bytes, of which the whole model in 16 bits counts, beside its codes."""
+    if _TARGET_BYTES.value is None:
+        return {}
+    if "target_bits" in given:
+        raise UserError(f"--target_bytes={_TARGET_BYTES.value:g}: allowed without --target_bits, which says the same")
+    if len(workspace.experiment.runs) != 1:
+        raise UserError(
+            f"--target_bytes={_TARGET_BYTES.value:g}: allowed with a workdir of one run; --target_bits has none"
+        )
+    (run,), scheme = workspace.experiment.runs, _scheme(_METHOD.value, workspace.experiment.config.ptq, given)
+    bits, least = registry.target_bits(scheme, run.shape.model, _TARGET_BYTES.value)
+    if not 2 <= bits <= 8:
+        most = least + (8 - 2) / 8 * sum(registry.sizes(run.shape.model).values()) * run.shape.model.depth
+        raise UserError(
+            f"--target_bytes={_TARGET_BYTES.value:.6g}: allowed is {least:.6g} (2 bits) to {most:.6g} (8 bits)"
+        )
+    return {"target_bits": bits}
+
+
+def _sizes(workspace: Workspace, scheme: Scheme) -> list[str]:
+    """A line for each packed model of a scheme: where it is and what it takes."""
     lines = []
     for run in workspace.experiment.runs:
-        for b in bits:
-            path = paths.packed(workspace.directory(run), scheme.name, b)
+        for row in results.read_rows(workspace.directory(run), scheme.name):
+            path = paths.packed(workspace.directory(run), scheme.name, row["P_post"])
             if files.exists(path / paths.DESCRIPTION):
-                arrays = packed.packed_bytes(packed.load(path).model, b)
+                loaded = packed.load(path)
+                arrays = packed.packed_bytes(loaded.model, loaded.bits)
                 lines.append(f"{path}: {packed.bytes_on_disk(path):,} bytes on disk for {arrays:,} of packed arrays")
     return lines
 
@@ -103,9 +144,14 @@ def main() -> None:
     """Quantize and evaluate as the flags say, and print where the rows are. Raises UserError."""
     workdir, given, formats = _WORKDIR.value, _given(), tuple(name.strip() for name in _FORMATS.value)
     options.check_option("ptq.formats", formats, shown="--formats")
-    bits = _bits(_BITS.value) if _BITS.value is not None else [] if formats else [3, 4, 5, 6]
+    wanted = None if _BITS.value is None else _bits(_BITS.value)
     workspace = reopen_workspace(workdir)
-    scheme = _scheme(_METHOD.value, workspace.experiment.config.ptq, given)
+    given |= _target(workspace, given)
+    usual = [2, 3, 4, 5, 6, 8] if given.get("target_bits") else [3, 4, 5, 6]
+    bits = wanted if wanted is not None else [] if formats else usual
+    chosen = {**workspace.experiment.config.ptq, **given, "methods": (_METHOD.value,), "bits": bits, "formats": formats}
+    _scheme(_METHOD.value, chosen, given)
+    options.check_ptq(chosen)
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
             warnings = quantize_missing(
@@ -113,10 +159,12 @@ def main() -> None:
             )
     finally:
         rows = results.gather(workdir)
-    names = [scheme.name] * bool(bits) + [dataclasses.replace(scheme, format=parse(name).name).name for name in formats]
-    figures = [layers.draw(workspace.directory(run), name) for run in workspace.experiment.runs for name in names]
+    schemes = [scheme for scheme, _ in registry.planned(chosen)]
+    figures = [
+        layers.draw(workspace.directory(run), scheme.name) for run in workspace.experiment.runs for scheme in schemes
+    ]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
-    sizes = _sizes(workspace, scheme, bits) if _SAVE.value else []
+    sizes = [line for scheme in schemes for line in _sizes(workspace, scheme)] if _SAVE.value else []
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / paths.TABLE}"]))
 
 

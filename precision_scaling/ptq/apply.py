@@ -22,7 +22,7 @@ from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.forward import Forward, forward
-from precision_scaling.ptq.scheme import Calibration, Rounded, Scheme
+from precision_scaling.ptq.scheme import LINEARS, Calibration, Linear, Rounded, Scheme
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import of_layer, of_place
 from precision_scaling.runtime import compilation
@@ -30,13 +30,9 @@ from precision_scaling.runtime.sharding import Layout, split_batch, split_hessia
 from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.step import StepConfig
 
-# The projections of a block in the order in which data reaches them.
-LINEARS = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
 QKV, OUT, GATE_UP, DOWN = LINEARS
 # The norms whose gains can take a factor of the input of a projection.
 NORMS = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
-
-Linear = tuple[str, str]
 
 
 class Report(NamedTuple):
@@ -177,9 +173,9 @@ class _Task:
     def _solve(self, linear: Linear, found: Statistics | None, batches_CxBxSxI, unusable=False):
         """Puts the codes of a projection in its place; the factors (I,) that its inputs are to get, or None."""
         of, fmt = self._of, self._wanted[linear]
-        solver = _solver(of.step_config, dataclasses.replace(of.scheme, format=""), fmt.kind, linear, of.layout)
+        solve = solver(of.step_config, of.scheme, fmt.kind, linear, of.layout)
         levels = jax.tree.map(jnp.asarray, fmt.grid())
-        codes, report = solver(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping)
+        codes, report = solve(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping)
         self._notes.append(report._replace(fell_back=report.fell_back | unusable))
         self._codes[linear] = codes._replace(row_scales=None)
         self._set(linear)
@@ -191,12 +187,8 @@ class _Task:
         self.block = with_kernel(self.block, linear, _dequantized(self._codes[linear]).astype(dtype))
 
     def _statistics(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Statistics:
-        add = _adder(self._of.step_config, self._of.layout)
-        found, tokens = no_statistics(kernel_of(self.block, linear).shape[0]), 0
-        for h_BxSxI in inputs(self.block):
-            found = add(found, h_BxSxI, of_place(self._of.block_grids, linear[1]))
-            tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
-        return found._replace(magnitude_I=found.magnitude_I / tokens)
+        size, grids = kernel_of(self.block, linear).shape[0], of_place(self._of.block_grids, linear[1])
+        return statistics(self._of.step_config, self._of.layout, grids, size, inputs(self.block))
 
     def _move_scales(self, linear: Linear, largest_I):
         """The method's factors moved from the norm before a projection into its kernel; whether that was impossible."""
@@ -291,9 +283,14 @@ def quantize_model(
     return tuple(models), jax.tree.map(lambda *formats: np.stack(formats), *reports)
 
 
+def solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
+    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping) -> (Codes, Report), for a
+    projection in formats of that kind."""
+    return _solver(step_config, scheme.of_kind(kind), kind, linear, layout)
+
+
 @functools.lru_cache(maxsize=64)
 def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
-    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping) -> (Codes, Report)."""
     method, model = scheme.method, step_config.model
     assert method.solve is not None, "what leaves kernels alone is not applied"
     method_solve = method.solve
@@ -359,6 +356,15 @@ def _branch_error(model: ModelConfig, products: Products, block, linear: Linear,
         return jnp.sum(jnp.square(added(with_kernel(block, linear, other_IxO.reshape(kernel.shape))) - before))
 
     return objective
+
+
+def statistics(step_config: StepConfig, layout: Layout, grids: Any, size: int, inputs: Iterable[Any]) -> Statistics:
+    """Of inputs (B, S, I), batch by batch, of a projection; size: I."""
+    add, found, tokens = _adder(step_config, layout), no_statistics(size), 0
+    for h_BxSxI in inputs:
+        found = add(found, h_BxSxI, grids)
+        tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
+    return found._replace(magnitude_I=found.magnitude_I / tokens)
 
 
 @functools.lru_cache(maxsize=16)

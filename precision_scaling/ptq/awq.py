@@ -160,7 +160,7 @@ def _solve_projection(
 METHOD = Method(
     "awq",
     solve=_solve_projection,
-    options=("group_size", "symmetric", "full_range"),
+    options=("group_size", "symmetric", "full_range", "layers"),
     calibrated=True,
     branch_error=True,
 )

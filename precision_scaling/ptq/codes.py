@@ -4,10 +4,15 @@ Between `apply`, which makes them, and `packed`, which keeps them on disk. `dequ
 to a kernel, so a model that was stored and read again has the same kernels, bit for bit.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from precision_scaling.numerics import formats
+from precision_scaling.numerics.formats import Format
+from precision_scaling.ptq.scheme import Linear
 
 
 class Codes(NamedTuple):
@@ -80,6 +85,11 @@ def each(kernels: Any) -> list[Codes]:
     return jax.tree.leaves(kernels, is_leaf=is_codes)
 
 
+def named(kernels: dict[str, dict[str, Codes]]) -> list[tuple[str, str, Codes]]:
+    """(module, name, codes) of each kernel."""
+    return [(module, name, codes) for module, names in kernels.items() for name, codes in names.items()]
+
+
 def is_codes(x: Any) -> bool:
     """Whether a node of a tree is a kernel's codes, of which `jax.tree` would make its arrays."""
     return isinstance(x, Codes)
@@ -87,16 +97,18 @@ def is_codes(x: Any) -> bool:
 
 def stored_bits(model: QuantizedModel, bits: float) -> float:
     """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
-    total, weights = stored_size(model.kernels, bits)
+    wanted = {(module, name): formats.parse(bits) for module, name, _ in named(model.kernels)}
+    total, weights = stored_size(model.kernels, wanted)
     return total / weights
 
 
-def stored_size(kernels: Any, bits: float) -> tuple[float, int]:
-    """(bits that these kernels take, their weights)."""
+def stored_size(kernels: Any, wanted: Mapping[Linear, Format]) -> tuple[float, int]:
+    """(bits that kernels in these formats take, their weights). Formats of blocks count the bits of their scales."""
     total, weights = 0.0, 0
-    for codes in each(kernels):
+    for linear, fmt in wanted.items():
+        codes = kernels[linear[0]][linear[1]]
         weights += codes.codes.size
         integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)
         scales = codes.scales.size + (0 if codes.row_scales is None else codes.row_scales.size)
-        total += bits * integers + 32 * scales
+        total += fmt.bits * integers + (0 if fmt.family in ("block", "wide") else 32 * scales)
     return total, weights

@@ -34,6 +34,7 @@ class Forward(NamedTuple):
     before_down: Callable[..., Any]  # (block, grids, h of gate_up) -> h
     after_down: Callable[..., Any]  # (block, grids, x after attention, h of down) -> x
     loss: Callable[..., Any]  # (top, grids, x, next tokens (B, S)) -> mean loss in nats per token
+    loss_gradient: Callable[..., Any]  # (the same) -> gradient of the sum of the tokens' losses with respect to x
 
     def through(self, block: Any, grids: Any, x_BxSxD):
         """The residual stream of a batch after a block."""
@@ -74,6 +75,9 @@ def forward(step_config: StepConfig, layout: Layout) -> Forward:
         # One sequence after the other: logits are the largest array of all.
         return jnp.mean(jax.lax.map(lambda one: mean(one[0][None], one[1][None]), (x_BxSxD, next_BxS)))
 
+    def loss_gradient(top, products, x_BxSxD, next_BxS):
+        return jax.grad(lambda x_BxSxD: next_BxS.size * loss(top, products, x_BxSxD, next_BxS))(x_BxSxD)
+
     return Forward(
         embed=compiled(embed),
         before_qkv=of_block(Block.before_qkv, takes_products=False),
@@ -83,4 +87,5 @@ def forward(step_config: StepConfig, layout: Layout) -> Forward:
         before_down=of_block(Block.before_down),
         after_down=of_block(Block.after_down),
         loss=compiled(loss),
+        loss_gradient=compiled(loss_gradient),
     )

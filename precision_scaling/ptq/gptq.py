@@ -302,7 +302,7 @@ def _solve_projection(
 METHOD = Method(
     "gptq",
     solve=_solve_projection,
-    options=("group_size", "symmetric", "full_range", "act_order", "clip"),
+    options=("group_size", "symmetric", "full_range", "act_order", "clip", "layers", "target_bits"),
     calibrated=True,
     any_format=True,
 )

@@ -55,4 +55,9 @@ def solve(
     return Rounded(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO)
 
 
-METHOD = Method("rtn", solve=solve, options=("group_size", "symmetric", "full_range", "clip"), any_format=True)
+METHOD = Method(
+    "rtn",
+    solve=solve,
+    options=("group_size", "symmetric", "full_range", "clip", "layers", "target_bits"),
+    any_format=True,
+)

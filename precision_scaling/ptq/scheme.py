@@ -6,6 +6,7 @@ Shape letters: I inputs and O outputs of a projection, G groups of inputs.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from precision_scaling.numerics.formats import Kind
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
 GRANULARITIES = ("tensor", "token")  # what may share a scale in activations, keys and values
+
+Linear = tuple[str, str]
+# The projections of a block in the order in which data reaches them.
+LINEARS: tuple[Linear, ...] = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
 
 
 class Calibration(NamedTuple):
@@ -81,8 +86,10 @@ class Scheme:
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
     2^b levels from a zero point. full_range: symmetric integers with all 2^b levels, see `kernel_grid.find`. act_order:
     inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error. smoothing:
-    SmoothQuant's α. granularity: what shares a scale in activations, keys and values. format: of the kernels, where it
-    is not integers, whose bits are data.
+    SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by layer and
+    projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths allotted by
+    what each projection costs in loss, see `allotment`; 0: none. format: of the kernels, where it is not integers,
+    whose bits are data. widths: that a target chooses among.
     """
 
     method: Method
@@ -93,7 +100,10 @@ class Scheme:
     clip: bool = False
     smoothing: float = 0.5
     granularity: str = "tensor"
+    layers: str = ""
+    target_bits: float = 0.0
     format: str = ""
+    widths: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -111,8 +121,28 @@ class Scheme:
             "clip": self.clip,
             f"smoothing{self.smoothing:g}": self.smoothing != 0.5,
             self.granularity: self.granularity != "tensor",
+            f"layers{hashlib.sha256(self.layers.encode()).hexdigest()[:8]}": self.layers,
+            f"target{self.target_bits:g}": self.target_bits,
+            f"of{'.'.join(map(str, self.widths))}": self.target_bits,
         }
         return tuple(word for word, chosen in words.items() if chosen)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether projections have formats of their own."""
+        return bool(self.layers or self.target_bits)
+
+    @property
+    def without_target(self) -> "Scheme":
+        """What a projection is quantized by, whatever it is allotted."""
+        return dataclasses.replace(self, target_bits=0.0, widths=())
+
+    def of_kind(self, kind: Kind) -> "Scheme":
+        """What a kernel of a format of that kind is quantized by: it may have scales or groups of its own."""
+        given = kind.family in ("block", "wide")
+        size = 0 if kind.block_size else self.group_size
+        alike = dataclasses.replace(self.without_target, layers="", format="")
+        return dataclasses.replace(alike, clip=self.clip and not given, group_size=size)
 
     def has_full_range(self, kind: Kind) -> bool:
         """Whether kernels of that kind have all 2^b levels of a symmetric grid; other grids have theirs anyway."""

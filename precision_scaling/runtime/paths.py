@@ -64,6 +64,11 @@ def layer_errors(run_directory: Path, scheme: str) -> Path:
     return run_directory / f"layers-{scheme}.json"
 
 
+def sensitivity(run_directory: Path, scheme: str) -> Path:
+    """The loss that each projection is expected to add at each width under a scheme; sealed."""
+    return run_directory / f"sensitivity-{scheme}.json"
+
+
 def layer_stats(run_directory: Path, precision: str = "") -> Path:
     """The table of `layer_stats`, for the run's own precision or another; its figure lies beside it, as .png."""
     return run_directory / f"layer-stats{precision and f'-{precision}'}.csv"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.registry import planned
+from precision_scaling.ptq.registry import bits_post, planned
+from precision_scaling.ptq.scheme import Scheme
 from precision_scaling.runtime import files
 from precision_scaling.study import results
 from precision_scaling.study.workspace import Workspace
@@ -87,7 +88,13 @@ def _is_complete(rows: Mapping[str, list[dict[str, Any]]], run: Run, workspace: 
     ptq = workspace.experiment.config.ptq
     if rows[TRAINED][0]["status"] != "ok" or not run.ptq:
         return True
-    return all(set(bits) <= {row["P_post"] for row in rows.get(scheme.name, ())} for scheme, bits in planned(ptq))
+
+    def is_complete(scheme: Scheme, bits: tuple[float, ...]) -> bool:
+        found = {row["P_post"] for row in rows.get(scheme.name, ())}
+        # What a target comes to is known when it is done.
+        return bool(found) if scheme.target_bits else {bits_post(scheme, b, run.shape.model) for b in bits} <= found
+
+    return all(is_complete(*both) for both in planned(ptq))
 
 
 def _check(table: Path, row: Mapping[str, Any], run: Run, workspace: Workspace) -> None:

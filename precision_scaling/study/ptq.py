@@ -16,9 +16,11 @@ import numpy as np
 
 from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, codes, layers, packed
+from precision_scaling.ptq import apply, by_layer, codes, layers, packed, registry, sensitivity
 from precision_scaling.ptq.activations import memory_limit
+from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.parts import Parts
 from precision_scaling.ptq.registry import planned
 from precision_scaling.ptq.scheme import Scheme
@@ -46,7 +48,8 @@ class _Job:
 
     def order(self, bits: float) -> int:
         """Place of a row among those of its scheme: as planned, others before."""
-        return self.planned.index(bits) if bits in self.planned else -1
+        planned = [registry.bits_post(self.scheme, b, self.group.shape.model) for b in self.planned]
+        return planned.index(bits) if bits in planned else -1
 
 
 def packed_path(run_directory: Path, name: str) -> Path:
@@ -87,11 +90,6 @@ def quantize_missing(
     for name in chosen["formats"] if (options or {}).get("clip") else ():
         if parse(name).family in ("block", "wide"):
             raise ConfigError("ptq.clip", True, f"False with the format {name}, whose scales are given")
-    for scheme, _ in schemes if save else ():
-        if scheme.format:
-            raise UserError(f"--save with the format {scheme.format}: allowed are integers, which can be packed")
-        if not scheme.method.solve:
-            raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
     for group in workspace.experiment.cohorts:
         for run in shard.of(group.runs):
             trained = results.read_rows(workspace.directory(run), "trained")
@@ -99,12 +97,13 @@ def quantize_missing(
                 continue
             for scheme, bits_post in schemes:
                 scheme.check_model(group.shape.model)
-                missing = tuple(b for b in bits_post if _is_missing(workspace.directory(run), scheme, b, save))
+                _check_packable(scheme, bits_post, group.shape.model, save)
+                missing = tuple(b for b in bits_post if _is_missing(workspace, run, scheme, b, save))
                 if missing:
                     todo.append(_Job(group, run, scheme, missing, bits_post))
     warnings: list[str] = []
     unreadable: list[tuple[Run, UserError]] = []
-    blocks = sum(len(job.bits) * job.group.shape.model.depth for job in todo)
+    blocks = sum(len(job.bits) * job.group.shape.model.depth * _passes(job.scheme) for job in todo)
     with progress_bar(total=blocks, desc="quantizing", unit="block", disable=not progress or not todo) as bar:
         for job in todo:
             if stop is not None and stop.asked():
@@ -122,17 +121,41 @@ def quantize_missing(
     return warnings
 
 
-def _is_missing(directory: Path, scheme: Scheme, bits: float, save: bool) -> bool:
-    if save and not files.exists(paths.packed(directory, scheme.name, bits) / paths.DESCRIPTION):
-        return True
-    return bits not in {row["P_post"] for row in results.read_rows(directory, scheme.name)}
+def _check_packable(scheme: Scheme, bits: Iterable[float], model: ModelConfig, save: bool) -> None:
+    """UserError for a model that is to be saved and cannot be packed; ConfigError for layers that it has not."""
+    if not scheme.method.solve:
+        if save:
+            raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
+        return
+    for b in () if scheme.target_bits else bits:
+        if by_layer.integers(registry.by_layer_of(scheme, b, model)) is None and save:
+            found = f"the format {scheme.format}" if scheme.format else f"--layers={scheme.layers}"
+            raise UserError(f"--save with {found}: allowed are integers, which can be packed")
+
+
+def _is_missing(workspace: Workspace, run: Run, scheme: Scheme, b: float, save: bool) -> bool:
+    directory, model = workspace.directory(run), run.shape.model
+    rows = results.read_rows(directory, scheme.name)
+    if scheme.target_bits:  # what it comes to is known when it is done
+        label = next((row["P_post"] for row in rows), None)
+    else:
+        label = registry.bits_post(scheme, b, model)
+        label = label if label in {row["P_post"] for row in rows} else None
+    return label is None or (save and not files.exists(paths.packed(directory, scheme.name, label) / paths.DESCRIPTION))
+
+
+def _passes(scheme: Scheme) -> int:
+    """How often a scheme goes through the blocks."""
+    return 1 + sensitivity.PASSES * bool(scheme.target_bits)
 
 
 def _quantize_run(workspace: Workspace, job: _Job, save: bool, bar: Bar) -> list[str]:
     """Rows at each of the job's bit-widths, each written when it is measured; lines on what fell back."""
     directory, scheme, warnings = workspace.directory(job.run), job.scheme, []
-    for b in job.bits:
-        found = _quantize_at(workspace, job, b, save, bar)
+    for planned_bits in job.bits:
+        formats = _formats(workspace, job, planned_bits, bar)
+        b = registry.mean_bits(formats, job.group.shape.model)
+        found = _quantize_at(workspace, job, b, formats, save, bar)
         if found.report is not None and np.isfinite(found.report.error).any():
             layers.write(directory, scheme.name, [b], found.report)
         fallen = [] if found.report is None else np.argwhere(found.report.fell_back[0]).tolist()
@@ -141,11 +164,34 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool, bar: Bar) -> list
             warnings.append(f"{job.run.id} at {b} bits: {name} was rounded to nearest, its calibration is unusable")
         stored = None if found.stored_bits is None else round(found.stored_bits, 4)
         columns = {**scheme.columns, "P_post": b, "fallback_layers": len(fallen), "stored_bits": stored}
+        columns["post_layers"] = by_layer.describe(formats)
         row = results.row(workspace, job.run, found.loss, **columns)
         kept = [other for other in results.read_rows(directory, scheme.name) if other["P_post"] != b]
         results.write_rows(directory, scheme.name, sorted([*kept, row], key=lambda row: job.order(row["P_post"])))
-        _parts(workspace, job, b).clear()
+        _parts(workspace, job, b, formats).clear()
     return warnings
+
+
+def _formats(workspace: Workspace, job: _Job, b: float, bar: Bar) -> ByLayer:
+    """Of every projection. For a target each one's expected loss is measured at every width, and kept."""
+    scheme, model = job.scheme, job.group.shape.model
+    if not scheme.target_bits:
+        return registry.by_layer_of(scheme, b, model)
+    path = paths.sensitivity(workspace.directory(job.run), scheme.without_target.name)
+    key = _key(workspace, job)
+    cost_LxPxK = sensitivity.read(path, key, scheme.widths)
+    if cost_LxPxK is None:
+        step_config = StepConfig(model, job.group.static, workspace.experiment.optimizer)
+        limit, damping = memory_limit(workspace.layout), workspace.experiment.config.ptq.damping
+        tokens_NxS1 = _calibration_windows(workspace, job)
+        batches = tokens_NxS1.reshape(-1, _batch_size(workspace), tokens_NxS1.shape[1])
+        blocks = workspace.blocks(job.run)
+        arguments = step_config, scheme, workspace.layout, blocks, batches, damping, limit, bar.update
+        cost_LxPxK = sensitivity.measure(*arguments)
+        sensitivity.write(path, key, scheme.widths, cost_LxPxK)
+    else:
+        bar.update(sensitivity.PASSES * model.depth)
+    return registry.allotted(scheme, cost_LxPxK, model)
 
 
 class _Measured(NamedTuple):
@@ -156,30 +202,46 @@ class _Measured(NamedTuple):
     stored_bits: float | None
 
 
-def _parts(workspace: Workspace, job: _Job, b: float) -> Parts:
-    """Where the blocks are that are done: of the same scheme, model, text and versions."""
+def _key(workspace: Workspace, job: _Job) -> str:
+    """Whatever a block's quantization depends on, but for its formats, in words."""
     ptq, devices = workspace.experiment.config.ptq, workspace.layout.mesh.devices
-    what = [job.scheme, job.run.id, ptq.damping, ptq.calibration_sequences, workspace.corpus.meta["hash"]]
+    scheme = job.scheme.without_target
+    what = [scheme, job.run.id, ptq.damping, ptq.calibration_sequences, workspace.corpus.meta["hash"]]
     where = [jax.__version__, jaxlib.__version__, devices.flat[0].device_kind, devices.size]
-    key = repr([*what, workspace.experiment.config.model.imported, *where])
+    return repr([*what, workspace.experiment.config.model.imported, *where])
+
+
+def _parts(workspace: Workspace, job: _Job, b: float, formats: ByLayer) -> Parts:
+    """Where the blocks are that are done: of the same scheme, formats, model, text and versions."""
+    key = f"{_key(workspace, job)} {by_layer.describe(formats)}"
     return Parts(paths.parts(workspace.directory(job.run), job.scheme.name, b), key)
 
 
-def _quantize_at(workspace: Workspace, job: _Job, b: float, save: bool, bar: Bar) -> _Measured:
-    """Quantizes and evaluates block by block: in memory are one block and two texts on their way."""
+def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, save: bool, bar: Bar) -> _Measured:
+    """Quantizes and evaluates block by block: in memory are one block and two texts on their way.
+
+    b: mean bits of the formats, that of the operands which are quantized on the fly where all are alike.
+    """
     scheme, run, model = job.scheme, job.run, job.group.shape.model
     static = scheme.static(job.group.static)
     step_config = StepConfig(model, static, workspace.experiment.optimizer)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
+<<<<<<< HEAD
     grids = static.grids(run.precision, model.depth, w=parse("bf16"))
     fmt = parse(scheme.format or b)
     grids = {**grids, **dict.fromkeys(scheme.method.operands, fmt.grid())}
     blocks, parts = workspace.blocks(run), _parts(workspace, job, b)
+=======
+    grids = static.grids(run.precision, w=parse("bf16"))
+    if scheme.method.operands:
+        grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or b).grid())}
+    blocks, parts = workspace.blocks(run), _parts(workspace, job, b, formats)
+>>>>>>> 5f7d5f7 (PTQ by layer: formats for each projection, and bits allotted by the loss that each is expected to cost)
     top = blocks.top()
     held_out = by_blocks(blocks)(workspace, job.group.shape, static, grids, top)
     quantizer = _quantizer(workspace, job, step_config, grids, top) if scheme.method.solve else None
     kept, reports, sizes, written = [], [], [], time.monotonic()
-    for layer in range(blocks.depth):
+    for layer, wanted in enumerate(formats):
         if quantizer is None:
             held_out.advance(blocks.block(layer))
             bar.update()
@@ -188,35 +250,42 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, save: bool, bar: Bar
         if found is not None:
             quantizer.follow(found)
         else:
-            found = quantizer.quantize(blocks.block(layer), dict.fromkeys(apply.LINEARS, fmt))
+            found = quantizer.quantize(blocks.block(layer), wanted)
             if time.monotonic() - written > PART_SECONDS:
                 parts.write(layer, found)
         written = time.monotonic()
         held_out.advance(codes.block_parameters(found.kernels, found.rest))
         reports.append(jax.tree.map(np.asarray, found.report))
-        sizes.append(codes.stored_size(found.kernels, b))
+        sizes.append(codes.stored_size(found.kernels, wanted))
         if save:
-            kept.append(packed.pack_block(found.kernels, found.rest, int(b)))
+            kept.append(packed.pack_block(found.kernels, found.rest, wanted))
         bar.update()
     loss = held_out.loss()
     if quantizer is None:
         return _Measured(loss, None, None)
     if save:
         path = paths.packed(workspace.directory(run), scheme.name, b)
-        packed.save_blocks(path, kept, top, scheme.name, int(b), scheme.method.operands)
+        packed.save_blocks(path, kept, top, scheme.name, formats, scheme.method.operands)
     bits, weights = map(sum, zip(*sizes, strict=True))
-    # Formats of blocks count the bits of their scales.
-    own_scales = scheme.format and fmt.family in ("block", "wide")
     report = jax.tree.map(lambda *found: np.stack(found)[None], *reports)
-    return _Measured(loss, report, b if own_scales else bits / weights)
+    return _Measured(loss, report, bits / weights)
 
 
 def _quantizer(workspace: Workspace, job: _Job, step_config: StepConfig, grids: Any, top: Any) -> apply.BlockQuantizer:
-    config, limit = workspace.experiment.config, memory_limit(workspace.layout)
-    loader = workspace.loader(job.group.shape)
-    sequences = config.ptq.calibration_sequences
-    tokens_NxS1 = loader.calibration_windows(sequences, seed=job.run.seed)
-    tokens_NxS = tokens_NxS1[: sequences if apply.needs_calibration(job.scheme) else 0, :-1]
-    batch = math.gcd(config.evaluate.batch_size, sequences)
+    tokens_NxS1 = _calibration_windows(workspace, job)
+    tokens_NxS = tokens_NxS1[: len(tokens_NxS1) if apply.needs_calibration(job.scheme) else 0, :-1]
+    batch, limit = _batch_size(workspace), memory_limit(workspace.layout)
     stream = apply.calibration_stream(step_config, workspace.layout, grids, top, tokens_NxS, batch, limit)
-    return apply.BlockQuantizer(step_config, job.scheme, workspace.layout, grids, config.ptq.damping, stream)
+    damping = workspace.experiment.config.ptq.damping
+    return apply.BlockQuantizer(step_config, job.scheme, workspace.layout, grids, damping, stream)
+
+
+def _calibration_windows(workspace: Workspace, job: _Job) -> np.ndarray:
+    """(N, S + 1)."""
+    sequences = workspace.experiment.config.ptq.calibration_sequences
+    return workspace.loader(job.group.shape).calibration_windows(sequences, seed=job.run.seed)
+
+
+def _batch_size(workspace: Workspace) -> int:
+    config = workspace.experiment.config
+    return math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)

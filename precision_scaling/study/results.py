@@ -15,6 +15,7 @@ import jax
 from precision_scaling.errors import UserError
 from precision_scaling.model import mixture
 from precision_scaling.model.accounting import count_parameters, training_flops_per_token
+from precision_scaling.ptq.registry import bits_post as bits_post_of
 from precision_scaling.ptq.registry import planned
 from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.files import atomic_write
@@ -66,6 +67,7 @@ COLUMNS = {
     "ptq_options": "other options of the quantization after training",
     "post_parts": "what it quantized: `w`, `wa` (activations, too) or `kv`",
     "post_format": "format of the weights after training, where it is not integers",
+    "post_layers": "bits or formats by layer after training, where they differ: what `ptq.layers` would say",
     "stored_bits": "bits per weight on disk, scales and zero points included",
     "validation_tokens": "held-out tokens in the loss",
     "vocab_size": "of the tokenizer",
@@ -224,4 +226,4 @@ def planned_rows(config, run: Run) -> Iterator[dict[str, Any]]:
     yield columns
     for scheme, bits_post in planned(config.ptq) if run.ptq else ():
         for bits in bits_post:
-            yield {**columns, **scheme.columns, "P_post": bits}
+            yield {**columns, **scheme.columns, "P_post": bits_post_of(scheme, bits, run.shape.model)}

@@ -29,7 +29,7 @@ from precision_scaling.training.run import Run
 # Options that change no measured number: a workdir may be used again with others. Whether two roots hold the same
 # corpus, its hash says.
 _FREE_OPTIONS = re.compile(
-    r"study\.|ptq\.(methods|bits|formats|group_size|symmetric|full_range|act_order|clip|smoothing|granularity)"
+    r"study\.|ptq\.(methods|bits|formats|group_size|symmetric|full_range|act_order|clip|smoothing|granularity|layers|target_bits)"
     r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|trackers)"
     r"|data\.(cache_dir|tfds_dir|workers|beam_options|hash|root)|compilation_cache|mesh\."
 )
@@ -63,7 +63,7 @@ class Workspace:
         """The same a block at a time: of a model from elsewhere, no more than one is in memory."""
         directory = self.directory(run) / paths.CHECKPOINT
         if blocks.is_stored(directory):
-            return blocks.Stored(directory, run.shape.model, self.layout)
+            return blocks.ReadAhead(blocks.Stored(directory, run.shape.model, self.layout))
         return blocks.Stacked(self.parameters(run))
 
 

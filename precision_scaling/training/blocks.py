@@ -6,6 +6,7 @@ checkpoint of its own; of a run trained here the stacked parameters are cut.
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +77,41 @@ class Stored:
 
     def _read(self, path: Path, abstract: Any) -> Any:
         return checkpoint.restore(path, self.layout.abstract(abstract))
+
+
+@dataclasses.dataclass
+class ReadAhead:
+    """Stored blocks in their order, the next one read while one is worked on; only where blocks are small beside the
+    memory that a command takes anyway, and one process reads."""
+
+    blocks: Stored
+    _next: tuple[int, Future[Any]] | None = None
+
+    LARGEST = 1 << 27  # bytes of a block
+
+    def __post_init__(self) -> None:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract_block(self.blocks.model)))
+        alone = jax.process_count() == 1 and size <= self.LARGEST
+        self._reader = ThreadPoolExecutor(1, "read-ahead") if alone else None
+
+    @property
+    def depth(self) -> int:
+        """Blocks that there are."""
+        return self.blocks.depth
+
+    def top(self) -> Any:
+        """See `Blocks`."""
+        return self.blocks.top()
+
+    def block(self, layer: int) -> Any:
+        """See `Blocks`."""
+        if self._reader is None:
+            return self.blocks.block(layer)
+        ahead, self._next = self._next, None
+        found = ahead[1].result() if ahead and ahead[0] == layer else self.blocks.block(layer)
+        if layer + 1 < self.depth:
+            self._next = layer + 1, self._reader.submit(self.blocks.block, layer + 1)
+        return found
 
 
 def is_stored(directory: Path) -> bool:
