@@ -16,8 +16,8 @@ from precision_scaling.quantize import layers as rules
 
 NAMES: dict[str, Linear] = {linear[1]: linear for linear in LINEARS}
 ALLOWED = (
-    "rules LAYERS[.PROJECTION]=FORMAT with commas between them, such as first:2=8, *.down=4 or 3-5.qkv=3; projections are "
-    f"{', '.join(NAMES)}, formats 2 to 8 or names"
+    "rules LAYERS[.PROJECTION]=FORMAT with commas between them, such as first:2=8, *.down=4 or 3-5.qkv=3; projections "
+    f"are {', '.join(NAMES)}, formats 2 to 8 or names"
 )
 
 ByLayer = tuple[Mapping[Linear, Format], ...]  # a format of each projection, for each layer

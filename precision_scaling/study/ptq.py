@@ -226,17 +226,10 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, sa
     static = scheme.static(job.group.static)
     step_config = StepConfig(model, static, workspace.experiment.optimizer)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
-<<<<<<< HEAD
     grids = static.grids(run.precision, model.depth, w=parse("bf16"))
-    fmt = parse(scheme.format or b)
-    grids = {**grids, **dict.fromkeys(scheme.method.operands, fmt.grid())}
-    blocks, parts = workspace.blocks(run), _parts(workspace, job, b)
-=======
-    grids = static.grids(run.precision, w=parse("bf16"))
     if scheme.method.operands:
         grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or b).grid())}
     blocks, parts = workspace.blocks(run), _parts(workspace, job, b, formats)
->>>>>>> 5f7d5f7 (PTQ by layer: formats for each projection, and bits allotted by the loss that each is expected to cost)
     top = blocks.top()
     held_out = by_blocks(blocks)(workspace, job.group.shape, static, grids, top)
     quantizer = _quantizer(workspace, job, step_config, grids, top) if scheme.method.solve else None

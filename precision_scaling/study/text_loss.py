@@ -61,15 +61,9 @@ def model_of(workspace: Workspace, cohort: Cohort, run: Run, quantized: str = ""
     if loaded.operands and scheme.name != loaded.method:  # what shares a scale in activations is an option, too
         raise UserError(f"--quantized={quantized}: allowed with the options of {scheme.name}, those of the workdir")
     static = scheme.static(cohort.static)
-<<<<<<< HEAD
-    grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16")) | dict.fromkeys(
-        loaded.operands, parse(loaded.bits).grid()
-    )
-=======
-    grids = static.grids(run.precision, w=parse("bf16"))
+    grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16"))
     if loaded.operands:  # at the width of the kernels, which is one then
         grids |= dict.fromkeys(loaded.operands, parse(loaded.bits).grid())
->>>>>>> 5f7d5f7 (PTQ by layer: formats for each projection, and bits allotted by the loss that each is expected to cost)
     config = StepConfig(run.shape.model, static, workspace.experiment.optimizer)
     return Model(codes.parameters(loaded.model), config, grids)
 
