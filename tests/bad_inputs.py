@@ -164,7 +164,7 @@ TOGETHER = [
         ("optimizer.decay_fraction", "within"),
         *("--config.optimizer.schedule=wsd", "--config.optimizer.decay_fraction=1"),
     ),
-    _trains(("ptq.group_size", "divisor"), "--config.ptq.group_size=7"),
+    _trains(("ptq.group_size", "0, or at most"), "--config.ptq.group_size=7000"),
     _trains(("ptq.bits", "at least one"), "--config.ptq.bits="),
     _trains(("ptq.methods", "twice"), "--config.ptq.methods=rtn,rtn"),
     _trains(("ptq.methods", "gptq$"), "--config.ptq.methods=gptq$"),
@@ -460,7 +460,8 @@ WORKDIRS = [
     *_flags(LAYER_STATS, ("--workdir={tmp}",), {f"--sequences={text}": () for text in ("0", "-1", "x", "1.5")}),
 ]
 STUDIED = [
-    Case(PTQ, ("--workdir={study}", "--method=gptq", "--group_size=7"), ("ptq.group_size", "divisor")),
+    Case(PTQ, ("--workdir={study}", "--method=gptq", "--group_size=700"), ("ptq.group_size", "0, or at most")),
+    Case(PTQ, ("--workdir={study}", "--formats=ternary", "--group_size=7"), ("ptq.group_size", "a divisor of")),
     Case(PTQ, ("--workdir={study}", "--method=rtn", "--act_order"), ("act_order", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=gptq", "--smoothing=0.25"), ("smoothing", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=kv_cache", "--save"), ("--save", "weights")),

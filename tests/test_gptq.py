@@ -46,7 +46,8 @@ def damped(hessian, damping=0.01):
 def grid_by_hand(kernel, bits, group_size, symmetric, full_range=False):
     """Per row of the kernel: scale, zero, lowest and highest code."""
     size = group_size or len(kernel)
-    groups = kernel.reshape(-1, size, kernel.shape[1])
+    rows = len(kernel)
+    groups = np.pad(kernel, ((0, -rows % size), (0, 0))).reshape(-1, size, kernel.shape[1])
     if full_range:
         low, high = 0, 2**bits - 1
         scale = np.abs(groups).max(1) / np.float32(high / 2)
@@ -60,8 +61,8 @@ def grid_by_hand(kernel, bits, group_size, symmetric, full_range=False):
         bottom, top = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
         scale = (top - bottom) / np.float32(high)
         zero = np.rint(-bottom / scale)
-    scale = np.repeat(scale.astype(np.float64), size, 0)
-    return scale, np.repeat(zero, size, 0), low, high
+    scale = np.repeat(scale.astype(np.float64), size, 0)[:rows]
+    return scale, np.repeat(zero, size, 0)[:rows], low, high
 
 
 def brain_surgeon(
@@ -99,9 +100,11 @@ SLOW = pytest.mark.slow
         (True, None, True),
         (True, 16, False),
         (True, 16, True),
+        (True, 64, True),  # the last group has 32
         (False, None, False),
         pytest.param(False, None, True, marks=SLOW),
         pytest.param(False, 16, False, marks=SLOW),
+        pytest.param(False, 48, False, marks=SLOW),
         pytest.param(False, 16, True, marks=SLOW),
     ],
 )
@@ -123,7 +126,7 @@ def test_codes_are_those_of_the_one_by_one_method_but_for_ties(symmetric, group_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("group_size", [None, 48])
 def test_layer_errors_with_all_levels_are_those_of_the_one_by_one_method(group_size, act_order):
     kernel, hessian = problem()
     settings = {"group_size": group_size, "act_order": act_order, "full_range": True}
@@ -441,7 +444,8 @@ def test_a_bad_layer_does_not_spoil_the_others_of_its_batch():
         {"bits": 1},
         {"bits": 4.5},
         {"bits": "e9m9"},
-        {"group_size": 7},
+        {"group_size": 33},
+        {"bits": "ternary", "group_size": 7},
         {"group_size": 0},
         {"damping": -1},
         {"damping": float("nan")},

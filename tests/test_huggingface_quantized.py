@@ -48,7 +48,9 @@ def packed_model(model: ModelConfig, bits: Bits, group_size: int, symmetric: boo
 
         def rounded(matrix, levels, shape=kernel.shape[1:]):
             found = rtn.solve(matrix, levels, kernel_grid.INTEGER, scheme, None)
-            return codes.encode(found.code_IxO, found.scale_GxO, found.zero_GxO, symmetric, shape)
+            return codes.encode(
+                found.code_IxO, found.scale_GxO, found.zero_GxO, symmetric, shape, group_size=group_size
+            )
 
         kernels.setdefault(module, {})[name] = jax.vmap(rounded)(flat, levels)
     rest = {**params, "layers": {"block": {name: module for name, module in block.items() if module}}}
@@ -167,6 +169,11 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
     )
     with pytest.raises(UserError, match=r"--quantized=awq-4: its inputs have scales of their own"):
         quantized.check(loaded._replace(model=loaded.model._replace(kernels=scaled)), "awq-4")
+
+
+def test_a_shorter_last_group_is_refused_as_the_format_has_none():
+    with pytest.raises(UserError, match="--quantized=x: has groups with a shorter last one"):
+        quantized.check(packed_model(MODEL, 4, 20, True), "x")
 
 
 def test_several_widths_with_zero_points_are_refused_as_no_library_here_reads_them():

@@ -204,20 +204,20 @@ def params_of(workspace, run):
 
 
 @pytest.mark.slow
-def test_a_target_is_met_and_costs_less_than_the_same_bits_everywhere(finished_study, run_command, tmp_path):
+def test_a_target_is_met_and_costs_less_than_fewer_bits_everywhere(finished_study, run_command, tmp_path):
     workspace, workdir = finished_study
     shutil.copytree(workdir, tmp_path / "study")
     options = f"--workdir={tmp_path / 'study'}", "--method=gptq"
-    done = run_command("precision_scaling.ptq", *options, "--bits=2,3,4,6", "--target_bits=3", "--save")
+    done = run_command("precision_scaling.ptq", *options, "--bits=2,3,4,6", "--target_bits=3.4", "--save")
     assert done.returncode == 0, done.stderr
     assert run_command("precision_scaling.ptq", *options, "--bits=3").returncode == 0
     with open(tmp_path / "study" / "runs.csv") as file:
         rows = list(csv.DictReader(file))
     for run in workspace.experiment.runs:
         own = {row["method"]: row for row in rows if row["run"] == run.id}
-        mixed, alike = own["gptq-target3-of2.3.4.6"], own["gptq"]
-        assert 2.8 < float(mixed["P_post"]) <= 3 and mixed["post_layers"]
-        assert float(mixed["loss"]) < float(alike["loss"]) + 0.02
+        mixed, alike = own["gptq-target3.4-of2.3.4.6"], own["gptq"]
+        assert 3.2 < float(mixed["P_post"]) <= 3.4 and mixed["post_layers"]
+        assert float(mixed["loss"]) < float(alike["loss"])
     again = run_command("precision_scaling.ptq", *options, "--bits=2,3,4,6", "--target_bits=2.5")
     assert again.returncode == 0  # by the same measurement, which is kept
     files_kept = list((tmp_path / "study" / "runs").glob("*/sensitivity-gptq.json"))

@@ -32,7 +32,7 @@ SCHEMES = {
     "awq": scheme_of("awq", group_size=8),
     "rtn": scheme_of("rtn", group_size=4, symmetric=False),
     "full_range": scheme_of("rtn", group_size=8, full_range=True),
-    "act_order": scheme_of("gptq", group_size=8, symmetric=False, act_order=True, clip=True),
+    "act_order": scheme_of("gptq", group_size=7, symmetric=False, act_order=True, clip=True),
 }
 SLOW = pytest.mark.slow
 EACH = ["rtn", *(pytest.param(name, marks=SLOW) for name in ("gptq", "awq", "full_range", "act_order"))]

@@ -44,6 +44,17 @@ def test_is_the_rounding_of_training_bit_for_bit(group_size):
         np.testing.assert_array_equal(rtn.quantize_kernel(kernel, bits, group_size=group_size), expected)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"full_range": True}], ids=str)
+def test_a_last_group_of_fewer_inputs_is_rounded_as_if_it_were_alone(options, clip):
+    kernel = kernel_of()
+    rows = len(kernel)
+    size = rows // 2 + 5
+    found = rtn.quantize_kernel(kernel, 3, group_size=size, clip=clip, **options)
+    parts = [rtn.quantize_kernel(part, 3, clip=clip, **options) for part in (kernel[:size], kernel[size:])]
+    np.testing.assert_array_equal(found, np.concatenate(parts))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_twice_changes_nothing_and_errors_are_half_a_step_at_most(symmetric):
@@ -104,7 +115,8 @@ def test_bit_widths_and_layers_can_be_mapped_over():
         ({"bits": 1}, "1"),
         ({"bits": 2.5}, "2.5"),
         ({"bits": "int99"}, "int99"),
-        ({"group_size": 7}, "group_size = 7"),
+        ({"group_size": 700}, "group_size = 700"),
+        ({"bits": "ternary", "group_size": 7}, "group_size = 7"),
         ({"bits": "e2m1", "symmetric": False}, "symmetric"),
         ({"bits": "nvfp4", "clip": True}, "clip"),
     ],

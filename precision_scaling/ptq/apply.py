@@ -456,7 +456,8 @@ def _encoded(scheme: Scheme, kind: formats.Kind, rounded: Rounded, shape: tuple[
     # The zero of all 2^b levels is the same everywhere, so the codes are kept without it.
     code_IxO = rounded.code_IxO - rounded.zero_GxO[:1] if scheme.has_full_range(kind) else rounded.code_IxO
     arrays = code_IxO, rounded.scale_GxO, rounded.zero_GxO
-    return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers=kind.family == "int")
+    integers = kind.family == "int"
+    return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers, scheme.group_size)
 
 
 _dequantized = jax.jit(dequantize)

@@ -93,7 +93,7 @@ def _solve(
         scaled_IxO = s_I[:, None] * kernel_IxO
         options = {"symmetric": symmetric, "full_range": full_range, "clip": clip}
         grid = kernel_grid.find(scaled_IxO, levels, kind, group_size=group_size, **options)
-        value_IxO, level_IxO = kernel_grid.quantize(scaled_IxO, grid, kind, symmetric and not full_range)
+        value_IxO, level_IxO = kernel_grid.quantize(scaled_IxO, grid, kind, symmetric and not full_range, group_size)
         return value_IxO * (1 / s_I)[:, None], level_IxO, grid
 
     def attempt(best, exponent):
@@ -107,17 +107,19 @@ def _solve(
     s_I = channel_scales(mean_I, exponent)
     chosen = round_scaled(s_I, False)
     if clip:
-        inverse_Sx1 = (1 / s_I).reshape(-1, size)[:, :, None]
+        inverse_Sx1 = kernel_grid.grouped(1 / s_I, size)[..., None]
         clipped = round_scaled(s_I, lambda e_GxSxO: _group_error(e_GxSxO * inverse_Sx1, own_GxSxS))
         clipped_error = objective(clipped[0])
         better = clipped_error < error
         chosen = jax.tree.map(lambda a, b: jnp.where(better, a, b), clipped, chosen)
         error = jnp.where(better, clipped_error, error)
     dequantized_IxO, level_IxO, grid = chosen
-    code_GxSxO = level_IxO.reshape(-1, size, level_IxO.shape[1]) + grid.zero_GxO[:, None]
+    code_GxSxO = kernel_grid.grouped(level_IxO, size) + grid.zero_GxO[:, None]
     return Solution(
         dequantized=dequantized_IxO,
-        codes=code_GxSxO.astype(kernel_grid.code_dtype(kind, symmetric and not full_range)).reshape(level_IxO.shape),
+        codes=kernel_grid.ungrouped(
+            code_GxSxO.astype(kernel_grid.code_dtype(kind, symmetric and not full_range)), len(level_IxO)
+        ),
         scales=grid.scale_GxO,
         zeros=grid.zero_GxO,
         channel_scales=s_I,
@@ -129,8 +131,8 @@ def _solve(
 
 
 def _diagonal_blocks(hessian_IxI, size):
-    groups = hessian_IxI.shape[0] // size
-    block = jnp.arange(groups)
+    groups, left = -(-hessian_IxI.shape[0] // size), -hessian_IxI.shape[0] % size
+    hessian_IxI, block = jnp.pad(hessian_IxI, ((0, left), (0, left))), jnp.arange(groups)
     return hessian_IxI.reshape(groups, size, groups, size)[block, :, block]
 
 

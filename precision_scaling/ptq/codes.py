@@ -26,6 +26,7 @@ class Codes(NamedTuple):
     scales: jax.Array  # (G, *F), float32
     zeros: jax.Array | None = None  # (G, *F), uint8; None where the grid is symmetric
     row_scales: jax.Array | None = None  # (I,), float32, AWQ's 1/s; None is 1
+    group_size: jax.Array | None = None  # int32, where the last group has fewer inputs; None: all have as many
 
 
 class QuantizedModel(NamedTuple):
@@ -36,25 +37,41 @@ class QuantizedModel(NamedTuple):
 
 
 def encode(
-    code_IxO, scale_GxO, zero_GxO, symmetric: bool, shape: tuple[int, ...], row_scale_I=None, integers: bool = True
+    code_IxO,
+    scale_GxO,
+    zero_GxO,
+    symmetric: bool,
+    shape: tuple[int, ...],
+    row_scale_I=None,
+    integers: bool = True,
+    group_size: int = 0,
 ) -> Codes:
-    """Codes of a kernel of that shape (in, *features), from a method's codes (level + zero) of it as a matrix."""
+    """Codes of a kernel of that shape (in, *features), from a method's codes (level + zero) of it as a matrix.
+
+    group_size: inputs that share a scale; 0: all of them.
+    """
     dtype = jnp.float32 if not integers else jnp.int8 if symmetric else jnp.uint8
 
     def features(x):
         return x.reshape(x.shape[0], *shape[1:])
 
     zeros = None if symmetric else features(zero_GxO.astype(dtype))
-    return Codes(features(code_IxO.astype(dtype)), features(scale_GxO), zeros, row_scale_I)
+    ragged = jnp.int32(group_size) if group_size and shape[0] % group_size else None
+    return Codes(features(code_IxO.astype(dtype)), features(scale_GxO), zeros, row_scale_I, ragged)
 
 
 def dequantize(codes: Codes) -> jax.Array:
     """The kernel (in, *features) in float32."""
     groups, *features = codes.scales.shape
-    level = codes.codes.astype(jnp.float32).reshape(groups, -1, *features)
+    level, by_input = codes.codes.astype(jnp.float32), lambda x: x[:, None]
+    if codes.group_size is None:
+        level = level.reshape(groups, -1, *features)
+    else:
+        group_I = jnp.arange(len(level)) // codes.group_size
+        by_input = lambda x: x[group_I]
     if codes.zeros is not None:
-        level -= codes.zeros.astype(jnp.float32)[:, None]
-    kernel = (level * codes.scales[:, None]).reshape(codes.codes.shape)
+        level -= by_input(codes.zeros.astype(jnp.float32))
+    kernel = (level * by_input(codes.scales)).reshape(codes.codes.shape)
     if codes.row_scales is None:
         return kernel
     return kernel * codes.row_scales.reshape(-1, *(1 for _ in features))

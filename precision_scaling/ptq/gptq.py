@@ -184,7 +184,7 @@ def _solve(
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     hessian_IxI = jnp.asarray(hessian)
     hessian_IxI = hessian_IxI.astype(jnp.promote_types(hessian_IxI.dtype, jnp.float32))
-    rows, outputs = kernel_IxO.shape
+    rows = kernel_IxO.shape[0]
     size = kernel_grid.group_rows(rows, group_size, kind)
     factor = factorize(hessian_IxI, act_order=act_order, damping=damping)
     measure = _weighted_error(factor, size) if clip else False
@@ -196,12 +196,12 @@ def _solve(
     level_IxO = _round_rows(feedback_IxI, w_IxO, factor.order_I // size, grid, kind, symmetric, min(block, rows))
     if act_order:
         level_IxO = level_IxO[jnp.argsort(factor.order_I)]
-    level_GxSxO = level_IxO.reshape(-1, size, outputs)
-    value_IxO = (level_GxSxO * grid.scale_GxO[:, None]).reshape(rows, outputs)
+    level_GxSxO = kernel_grid.grouped(level_IxO, size)
+    value_IxO = kernel_grid.ungrouped(level_GxSxO * grid.scale_GxO[:, None], rows)
     code_GxSxO = level_GxSxO + grid.zero_GxO[:, None].astype(level_GxSxO.dtype)
     return Solution(
         dequantized=jnp.where(levels.passthrough > 0, kernel_IxO, value_IxO),
-        codes=code_GxSxO.reshape(rows, outputs),
+        codes=kernel_grid.ungrouped(code_GxSxO, rows),
         scales=grid.scale_GxO,
         zeros=grid.zero_GxO,
         damping_used=factor.damping,
@@ -212,7 +212,7 @@ def _solve(
 def _weighted_error(factor: Factor, size: int):
     """Of rounding errors (G, S, O): their squares weighed by what GPTQ pays for a row, R_ii², summed over S."""
     weight_I = jnp.square(factor.diagonal_I)[jnp.argsort(factor.order_I)]
-    weight_GxSx1 = weight_I.reshape(-1, size, 1).astype(jnp.float32)
+    weight_GxSx1 = kernel_grid.grouped(weight_I, size)[..., None].astype(jnp.float32)
     return lambda e_GxSxO: jnp.sum(weight_GxSx1 * jnp.square(e_GxSxO), axis=1)
 
 

@@ -56,10 +56,15 @@ def levels_of(spec: object) -> tuple[formats.Grid, formats.Kind]:
 
 
 def group_rows(rows: int, group_size: int | None, kind: formats.Kind = INTEGER) -> int:
-    """Inputs per group: all of them for None, a block format's own size. Raises UserError if they don't fit."""
+    """Inputs per group: all of them for None, a block format's own size. Raises UserError if they don't fit.
+
+    The last group may have fewer, but for formats of blocks and those whose scale is a mean.
+    """
     size = kind.block_size or group_size or rows
-    if group_size not in (None, size) or size < 1 or rows % size:
-        allowed = f"None or the format's {kind.block_size}" if kind.block_size else "None or a divisor"
+    whole = kind.block_size or kind.scale != "absmax"
+    if group_size not in (None, size) or not 1 <= size <= rows or (whole and rows % size):
+        allowed = f"None or the format's {kind.block_size}" if kind.block_size else f"None or 1 to {rows}"
+        allowed = "None or a divisor" if whole and not kind.block_size else allowed
         raise UserError(f"group_size = {group_size!r} for a kernel with {rows} inputs: allowed is {allowed}")
     return size
 
@@ -91,7 +96,7 @@ def find(
         raise UserError(f"clip = True with formats of family {kind.family}: allowed are those whose scale can be any")
     if full_range and (not symmetric or kind.family != "int"):
         raise UserError("full_range = True: allowed with symmetric grids of integers, others have all their levels")
-    w_GxSxO = _grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
+    w_GxSxO = grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
     if full_range:
         largest_GxO = jnp.max(jnp.abs(w_GxSxO), axis=1)
         full_GxO = jnp.where(largest_GxO == 0, 1, largest_GxO / (levels.max_value + (0 if clip else 0.5)))
@@ -148,15 +153,32 @@ def code_dtype(kind: formats.Kind, symmetric: bool):
     return jnp.float32 if kind.family != "int" else jnp.int16 if symmetric else jnp.int32
 
 
-def quantize(kernel_IxO, grid: KernelGrid, kind: formats.Kind = INTEGER, symmetric: bool = True):
-    """Round to nearest: (dequantized kernel, levels), both (in, out)."""
-    groups = grid.scale_GxO.shape[0]
-    value, level = _round_groups(_grouped(kernel_IxO, kernel_IxO.shape[0] // groups), grid, kind, symmetric)
-    return value.reshape(kernel_IxO.shape), level.reshape(kernel_IxO.shape)
+def quantize(
+    kernel_IxO,
+    grid: KernelGrid,
+    kind: formats.Kind = INTEGER,
+    symmetric: bool = True,
+    group_size: int | None = None,
+):
+    """Round to nearest: (dequantized kernel, levels), both (in, out).
+
+    group_size: as for `find`; None where all groups have as many rows.
+    """
+    rows, groups = kernel_IxO.shape[0], grid.scale_GxO.shape[0]
+    w_GxSxO = grouped(kernel_IxO, group_size or -(-rows // groups))
+    return tuple(ungrouped(x, rows) for x in _round_groups(w_GxSxO, grid, kind, symmetric))
 
 
-def _grouped(kernel_IxO, size):
-    return kernel_IxO.reshape(-1, size, kernel_IxO.shape[1])
+def grouped(x_IxO, size: int):
+    """(G, size, O), a last group of fewer rows filled up with zeros: they change no range and are a level of each grid,
+    so they round to themselves."""
+    rows, *features = x_IxO.shape
+    return jnp.pad(x_IxO, ((0, -rows % size), *((0, 0) for _ in features))).reshape(-1, size, *features)
+
+
+def ungrouped(x_GxSxO, rows: int):
+    """The first rows (rows, O) of what `grouped` made."""
+    return x_GxSxO.reshape(-1, *x_GxSxO.shape[2:])[:rows]
 
 
 def _round_groups(w_GxSxO, grid, kind, symmetric):

@@ -73,7 +73,7 @@ def packed_bytes(model: QuantizedModel, bits: Bits) -> int:
             if integers is not None:
                 size = integers.size // layers
                 total += sum(-(-size * bits_of(bits, module, name, layer) // 8) for layer in range(layers))
-        for scales in (codes.scales, codes.row_scales):
+        for scales in (codes.scales, codes.row_scales, codes.group_size):
             if scales is not None:
                 total += 4 * scales.size
     return total

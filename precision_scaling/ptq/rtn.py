@@ -38,7 +38,7 @@ def nearest(
     kernel_IxO = jnp.asarray(kernel).astype(jnp.float32)
     options = {"symmetric": symmetric, "full_range": full_range, "clip": clip}
     found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, **options)
-    return kernel_grid.quantize(kernel_IxO, found, kind, symmetric and not full_range)[0]
+    return kernel_grid.quantize(kernel_IxO, found, kind, symmetric and not full_range, group_size)[0]
 
 
 def solve(
@@ -50,8 +50,9 @@ def solve(
     full_range = scheme.has_full_range(kind)
     options = {"symmetric": scheme.symmetric, "full_range": full_range, "clip": scheme.clip}
     found = kernel_grid.find(kernel_IxO, levels, kind, group_size=group_size, **options)
-    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, kind, scheme.symmetric and not full_range)
-    zero_IxO = jnp.repeat(found.zero_GxO, kernel_IxO.shape[0] // found.zero_GxO.shape[0], axis=0)
+    _, level_IxO = kernel_grid.quantize(kernel_IxO, found, kind, scheme.symmetric and not full_range, group_size)
+    rows = kernel_IxO.shape[0]
+    zero_IxO = jnp.repeat(found.zero_GxO, kernel_grid.group_rows(rows, group_size, kind), axis=0)[:rows]
     return Rounded(level_IxO + zero_IxO, found.scale_GxO, found.zero_GxO)
 
 

@@ -187,9 +187,12 @@ class Scheme:
             "model.mlp_width": model.mlp_width,
             "all heads": model.heads * model.head_dim,
         }
+        # The last group may have fewer inputs, but not where a scale is a mean over the group.
+        whole = bool(self.format) and formats.parse(self.format).scale != "absmax"
         for name, rows in inputs.items():
-            if self.group_size and rows % self.group_size:
-                raise ConfigError("ptq.group_size", self.group_size, f"0, or a divisor of {name}, {rows}")
+            if self.group_size > rows or (whole and self.group_size and rows % self.group_size):
+                allowed = f"0, or {'a divisor of' if whole else 'at most'} {name}, {rows}"
+                raise ConfigError("ptq.group_size", self.group_size, allowed)
             if block_size and rows % block_size:
                 raise ConfigError("ptq.formats", self.format, f"formats whose blocks divide {name}, {rows}")
         if self.method.input_scales and (model.norm_placement, model.norm_type) != ("pre", "rms"):
