@@ -1,8 +1,9 @@
 """Formats by layer and projection: what a user's words say, what a budget of bits buys, and what a model of them is."""
 
-import csv
 import dataclasses
 import itertools
+import json
+import re
 import shutil
 
 import jax
@@ -25,6 +26,7 @@ from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.training import step
 from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.run import Shard
 from precision_scaling.training.step import StepConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -204,21 +206,24 @@ def params_of(workspace, run):
 
 
 @pytest.mark.slow
-def test_a_target_is_met_and_costs_less_than_fewer_bits_everywhere(finished_study, run_command, tmp_path):
+def test_a_target_is_met_and_costs_less_than_fewer_bits_everywhere(finished_study, tmp_path):
     workspace, workdir = finished_study
     shutil.copytree(workdir, tmp_path / "study")
-    options = f"--workdir={tmp_path / 'study'}", "--method=gptq"
-    done = run_command("precision_scaling.ptq", *options, "--bits=2,3,4,6", "--target_bits=3.4", "--save")
-    assert done.returncode == 0, done.stderr
-    assert run_command("precision_scaling.ptq", *options, "--bits=3").returncode == 0
-    with open(tmp_path / "study" / "runs.csv") as file:
-        rows = list(csv.DictReader(file))
-    for run in workspace.experiment.runs:
-        own = {row["method"]: row for row in rows if row["run"] == run.id}
-        mixed, alike = own["gptq-target3.4-of2.3.4.6"], own["gptq"]
-        assert 3.2 < float(mixed["P_post"]) <= 3.4 and mixed["post_layers"]
-        assert float(mixed["loss"]) < float(alike["loss"])
-    again = run_command("precision_scaling.ptq", *options, "--bits=2,3,4,6", "--target_bits=2.5")
-    assert again.returncode == 0  # by the same measurement, which is kept
-    files_kept = list((tmp_path / "study" / "runs").glob("*/sensitivity-gptq.json"))
-    assert len(files_kept) == len(workspace.experiment.runs)
+    workspace, widths = dataclasses.replace(workspace, workdir=tmp_path / "study"), (2, 3, 4, 6)
+    run = workspace.experiment.runs[0]
+    one = Shard(only=f"^{re.escape(run.id)}$")
+    directory, options = workspace.directory(run), {"everything": True, "progress": False}
+    quantize_missing(workspace, ["gptq"], widths, one, options={"target_bits": 3.4}, save=True, **options)
+    (row,) = results.read_rows(directory, "gptq-target3.4-of2.3.4.6")
+    assert 3.2 < row["P_post"] <= 3.4
+    cost_LxPxK = np.asarray(json.loads((directory / "sensitivity-gptq.json").read_text())["loss"])
+    found = bits(row["post_layers"], depth=run.shape.model.depth)
+    chosen = [[cost_LxPxK[i, j, widths.index(b)] for j, b in enumerate(row)] for i, row in enumerate(found)]
+    assert np.sum(chosen) < cost_LxPxK[..., 1].sum()  # 3 bits everywhere
+    packed.load(paths.packed(directory, "gptq-target3.4-of2.3.4.6", row["P_post"]))
+    # Another target takes the measurement that is kept, and the same one nothing.
+    before = (directory / "sensitivity-gptq.json").stat().st_mtime_ns
+    for target in (3.4, 2.5):
+        quantize_missing(workspace, ["gptq"], widths, one, options={"target_bits": target}, **options)
+    assert (directory / "sensitivity-gptq.json").stat().st_mtime_ns == before
+    assert len(results.read_rows(directory, "gptq-target2.5-of2.3.4.6")) == 1

@@ -108,7 +108,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         schedule_name=point.schedule,
         decay_steps=decay_steps,
     )
-    if list(run.switch_steps) != sorted(set(run.switch_steps) & set(range(1, steps))):
+    if not all(one < after for one, after in itertools.pairwise((0, *run.switch_steps, steps))):
         found = f"{run.precision.short} at steps {', '.join(map(str, run.switch_steps))} of a {point.schedule} schedule"
         raise ConfigError("precision.switches", found, f"one after the other, at steps 1 to {steps - 1}")
     return run

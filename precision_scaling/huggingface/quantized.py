@@ -29,8 +29,8 @@ def check(loaded: Loaded, name: str) -> None:
     found = codes_lib.each(loaded.model.kernels)
     if any(codes.group_size is not None for codes in found):
         raise UserError(
-            f"--quantized={name}: has groups with a shorter last one, which {compressed.FORMAT} cannot hold; allowed are "
-            "group sizes that divide the inputs of every projection"
+            f"--quantized={name}: has groups with a shorter last one, which {compressed.FORMAT} cannot hold; allowed "
+            "are group sizes that divide the inputs of every projection"
         )
     if not isinstance(loaded.bits, int) and any(codes.zeros is not None for codes in found):
         raise UserError(

@@ -61,6 +61,8 @@ class Run:
     @functools.cached_property
     def switch_steps(self) -> tuple[int, ...]:
         """The first step of each precision but the first."""
+        if not self.precision.before:  # a model from elsewhere may have more steps than a schedule counts
+            return ()
         decay_start = int(self.schedule.decay_start)
         return tuple(switches.step_of(when, self.steps, decay_start) for when, _ in self.precision.before)
 
