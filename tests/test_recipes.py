@@ -68,6 +68,13 @@ def rotated(x):
     return np.einsum("ij,bjk->bik", matrix, x.reshape(-1, 16, x.shape[1])).reshape(x.shape).astype(np.float32)
 
 
+@functools.cache
+def nearest(**leaves):
+    """Product and gradients in the recipe without its random rounding."""
+    leaves = {"preset": "nvfp4_train", "backward__gradient_rounding": "nearest", **leaves}
+    return forward_and_gradients(from_options(options(**leaves)))
+
+
 def forward_and_gradients(precision, key=None, at="down"):
     static = static_of_one(precision, "float32")
     grids = of_layer(static.grids(precision, 8), 0)
@@ -86,8 +93,7 @@ def close(ours, theirs):
 
 
 def test_nvfp4_training_is_its_three_products():
-    precision = from_options(options(preset="nvfp4_train", backward__gradient_rounding="nearest"))
-    y, dx, dw = forward_and_gradients(precision)
+    y, dx, dw = nearest()
     x, w, g = arrays()
     w_q = nvfp4(w, 16, 16)
     np.testing.assert_array_equal(nvfp4(w.T, 16, 16), w_q.T)  # why they are tiles
@@ -102,18 +108,15 @@ def test_nvfp4_training_is_its_three_products():
         ("weights_granularity", "group:16", {0: lambda x, w: nvfp4(x, 1, 16) @ nvfp4(w, 16, 1)}),
         ("backward__weights_rotation", "none", {2: lambda x, g: nvfp4(x, 16, 1).T @ nvfp4(g, 16, 1)}),
         ("backward__weights_saved", "bf16", None),
-        ("activations", "nvint4", {}),
     ),
 )
 def test_each_part_of_the_recipe_is_an_option_of_its_own(leaf, value, changed):
-    leaves = {"preset": "nvfp4_train", "backward__gradient_rounding": "nearest", leaf: value}
     if changed is None:
         with pytest.raises(ConfigError, match=r"weights_rotation = 'hadamard:16': allowed is none, where weights_grad"):
-            from_options(options(**leaves))
+            nearest(**{leaf: value})
         return
     x, w, g = arrays()
-    found = forward_and_gradients(from_options(options(**leaves)))
-    plain = forward_and_gradients(from_options(options(preset="nvfp4_train", backward__gradient_rounding="nearest")))
+    found, plain = nearest(**{leaf: value}), nearest()
     assert not np.array_equal(found[2 if 2 in changed else 0], plain[2 if 2 in changed else 0])
     for i, by_hand in changed.items():
         close(found[i], by_hand(x, w if i == 0 else g))
