@@ -4,7 +4,7 @@ A line of JSON for each mesh.
 
 python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
 
-MESH:muon trains with Muon, and quantizes nothing.
+MESH:muon trains with Muon, and quantizes nothing. MESH:parts makes logits in chunks, and attention goes by blocks.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from precision_scaling.config import base, experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
+from precision_scaling.model import blockwise, cross_entropy
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.products import Products
@@ -34,15 +35,17 @@ from precision_scaling.training.compiled import compiled_cohort
 from precision_scaling.training.step import StepConfig
 
 VOCABULARY = 64
+DEFAULTS = blockwise.BLOCK, cross_entropy.CHUNK_BYTES
 
 
-def config(optimizer: str):
+def config(optimizer: str, parts: bool = False):
     """Three runs of one shape, with a lane to spare: unquantized, quantized weights, and all parts quantized."""
     c = base.get_config()
     shape = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64, "sequence_length": 16}
     c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
     c.optimizer.name = optimizer
     c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
+    c.model.attention = "blocks" if parts else "auto"
     tokens = (16 * 16 * 12,)
     c.study.grid.all = base.grid(("25k",), tokens, ("bf16", "w4", "w4_a6_kv4"))
     return c
@@ -57,7 +60,9 @@ def corpus() -> Corpus:
 
 def train(sizes: tuple[int, ...], optimizer: str, workdir: Path) -> dict:
     """Losses of every run at every step and bytes on every device, on one mesh."""
-    c = config(optimizer)
+    parts, optimizer = optimizer == "parts", "adamw" if optimizer == "parts" else optimizer
+    blockwise.BLOCK, cross_entropy.CHUNK_BYTES = (6, 4 * 6 * VOCABULARY) if parts else DEFAULTS
+    c = config(optimizer, parts)
     resolved = experiment.resolve(c, VOCABULARY)
     (group,) = resolved.cohorts
     devices = jax.devices()[: int(np.prod(sizes))]

@@ -110,7 +110,7 @@ def test_what_the_mesh_does_not_divide_is_one_line(sizes, options, named):
         assert part in str(error.value)
 
 
-MESHES = ("1,1,1,1", "1,8,1,1", "1,1,8,1", "1,1,2,4", "1,2,2,2", "2,2,2,1")
+MESHES = ("1,1,1,1", "1,8,1,1", "1,1,8,1", "1,1,2,4", "1,2,2,2", "2,2,2,1", "2,2,2,1:parts")
 OF_MUON = ("1,1,1,1:muon", "1,1,2,4:muon", "2,2,2,1:muon")
 
 

@@ -65,6 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
     # What the backward pass recomputes to save memory: "none", "dots" (all but the products of projections), or "full"
     # (each block from its input; a third more time).
     c.model.remat = "none"
+    # "whole" (an array of all scores), "blocks" (in the memory of queries, keys and values), or "cudnn" (the same, on
+    # a GPU); the latter two for exact queries and probabilities. "auto": blocks there from 1024 positions on, or whole.
+    c.model.attention = "auto"
     # depth-µP equals the standard parametrization at this size's width and depth. Empty: at the model's own.
     c.model.base_size = "25k"
     c.model.imported = ""  # set by `precision_scaling.huggingface import`: which model, trained elsewhere, this is

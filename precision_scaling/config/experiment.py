@@ -16,7 +16,7 @@ import ml_collections
 from precision_scaling.config import options
 from precision_scaling.data import tokenizer as tokenizers
 from precision_scaling.errors import ConfigError
-from precision_scaling.model import contraction, rope, sizes
+from precision_scaling.model import attention, contraction, rope, sizes
 from precision_scaling.model.accounting import count_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.ptq import registry
@@ -94,6 +94,7 @@ def _run(config, vocab_size: int, point: _Point) -> Run:
         raise ConfigError(f"optimizer.{key}", value, f"warm-up and decay within the run's {steps} steps")
     shape = Shape(_label(size, decoder), decoder, config.train.batch_size, config.train.microbatches)
     contraction.check_shape(point.precision, shape.model, shape.tokens_per_step // shape.microbatches)
+    attention.check(shape.model, point.precision)
     for scheme, _ in registry.planned(config.ptq) if point.ptq else ():
         scheme.check_model(shape.model)
     run = Run(
@@ -175,6 +176,7 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> ModelConfig:
         tie_embeddings=c.tie_embeddings,
         rope_scaling=c.rope_scaling,
         qkv_bias=c.qkv_bias,
+        attention=c.attention,
     )
 
 

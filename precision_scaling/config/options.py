@@ -16,7 +16,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from precision_scaling.config import base
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.model import decoder, sizes
+from precision_scaling.model import attention, decoder, sizes
 from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, QK_NORMS
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import by_layer
@@ -131,6 +131,7 @@ RULES = {
     "model.norm_type": _one_of(NORM_TYPES),
     "model.qk_norm": _one_of(QK_NORMS),
     "model.norm_epsilon": _ABOVE_0,
+    "model.attention": _one_of(attention.WAYS),
     "model.remat": _one_of(decoder.REMATS),
     "model.base_size": _SIZE,
     "model.imported": _ANY,

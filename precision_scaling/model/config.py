@@ -34,7 +34,7 @@ class ModelConfig:
     are stretched, see `rope`. qkv_bias: biases of queries, keys and values (Qwen 2, arXiv 2407.10671).
 
     remat: of REMATS. "full" recomputes each block from its input in the backward pass; "dots" keeps the results of the
-    projections, and recomputes attention, norms and quantization.
+    projections, and recomputes attention, norms and quantization. attention: of `attention.WAYS`.
     """
 
     vocab_size: int
@@ -57,6 +57,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_scaling: str = ""
     qkv_bias: bool = False
+    attention: str = "auto"
 
     @property
     def head_dim(self) -> int:

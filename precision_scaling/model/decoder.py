@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from precision_scaling.model import cross_entropy, lean, rope
+from precision_scaling.model import attention, cross_entropy, lean, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, by_layer
@@ -105,7 +105,6 @@ class Attention(nn.Module):
     def mix(self, qkv_BxSxAxK, products: Products):
         """What the heads read, side by side: (B, S, H·K). A: heads of queries, then of keys, then of values."""
         c = self.config
-        batch, length = qkv_BxSxAxK.shape[:2]
         if c.qkv_bias:
             qkv_BxSxAxK = qkv_BxSxAxK + self.qkv_bias.astype(qkv_BxSxAxK.dtype)[None, None]
         q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = jnp.split(qkv_BxSxAxK, (c.heads, c.heads + c.key_heads), axis=2)
@@ -113,17 +112,7 @@ class Attention(nn.Module):
             q_BxSxHxK, k_BxSxGxK = self._normalized(self.q_norm, q_BxSxHxK), self._normalized(self.k_norm, k_BxSxGxK)
         q_BxSxHxK = rotary(q_BxSxHxK, c.rope_theta, c.rope_scaling) * (1 / math.sqrt(c.head_dim))
         k_BxSxGxK = rotary(k_BxSxGxK, c.rope_theta, c.rope_scaling)
-        # Queries that share a key stand one after the other, as if they were positions: keys and values are quantized
-        # and multiplied as they are, never repeated.
-        shared = c.heads // c.key_heads
-        q_BxSxGxQxK = q_BxSxHxK.reshape(batch, length, c.key_heads, shared, c.head_dim)
-        q_BxSQxGxK = q_BxSxGxQxK.swapaxes(2, 3).reshape(batch, length * shared, c.key_heads, c.head_dim)
-        score_BxGxSQxS = products.part(1).attention_scores(q_BxSQxGxK, k_BxSxGxK)
-        causal_SQxS = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
-        p_BxGxSQxS = lean.causal_softmax(score_BxGxSQxS, causal_SQxS, v_BxSxGxK.dtype.name)
-        o_BxSQxGxK = products.part(2).attention_values(p_BxGxSQxS, v_BxSxGxK)
-        o_BxSxQxGxK = o_BxSQxGxK.reshape(batch, length, shared, c.key_heads, c.head_dim)
-        return o_BxSxQxGxK.swapaxes(2, 3).reshape(batch, length, -1)
+        return attention.attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products, c)
 
     def _normalized(self, norm, x_BxSxHxK):
         if self.config.qk_norm == "head":

@@ -38,6 +38,11 @@ def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None], No
         _observer.reset(token)
 
 
+def observing() -> bool:
+    """Whether an observer is shown the operands of the products that are traced now."""
+    return _observer.get() is not None
+
+
 def fold_in(key: jax.Array | None, index) -> jax.Array | None:
     """A key for the part of a model with that index; None stays None, where nothing rounds at random."""
     return None if key is None else jax.random.fold_in(key, index)

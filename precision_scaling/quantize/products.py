@@ -6,7 +6,7 @@ import functools
 import jax
 
 from precision_scaling.numerics import hadamard
-from precision_scaling.quantize.aqt import dot_general, fold_in, on_static_grid, scale_axes
+from precision_scaling.quantize.aqt import dot_general, fold_in, observing, on_static_grid, scale_axes
 from precision_scaling.quantize.operands import INDEX
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, of_place
 
@@ -50,6 +50,21 @@ class Products:
         """(B, S, H, K)."""
         o_BxHxSxK = self._dot_general(p_BxHxSxS, v_BxSxHxK, (((3,), (1,)), ((0, 1), (0, 2))), "p", "v", "attention")
         return o_BxHxSxK.transpose(0, 2, 1, 3)
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody is shown the operands of products, see `aqt.observed`."""
+        return observing()
+
+    def key_or_value(self, x_BxSxHxK, name: str):
+        """Keys ("k") or values ("v") as their product sees them; gradients pass straight through."""
+        quantizer = self.static.get(name)
+        if quantizer is None:
+            return x_BxSxHxK
+        axes = scale_axes(name, quantizer, 4, (3,) if name == "k" else (1,))
+        own_key = fold_in(self.key, INDEX[name]) if quantizer.rounding == "stochastic" else None
+        grid = of_place({name: self.grids[name]}, "attention")[name]
+        return on_static_grid(x_BxSxHxK, quantizer, axes, grid, own_key)
 
     def embedding_table(self, table_VxD):
         """The embedding's table as it is looked up; gradients pass straight through."""

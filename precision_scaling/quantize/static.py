@@ -59,6 +59,17 @@ class StaticPrecision:
         """Whether anything rounds at random, so that products need a key."""
         return any(quantizer.rounding in RANDOM for _, quantizer in self.quantizers)
 
+    @property
+    def exact_attention(self) -> bool:
+        """Whether attention computes with exact queries and probabilities, forward and backward, in the compute dtype.
+
+        Keys and values may be rounded, before they are multiplied; their gradients are straight-through.
+        """
+        attention = {x for x in FORWARD + BACKWARD if x.removeprefix("g_").removeprefix("s_") in ("q", "k", "v", "p")}
+        rounded = {name: quantizer for name, quantizer in self.quantizers if name in attention}
+        simulated = all(quantizer.container is None for quantizer in rounded.values())
+        return rounded.keys() <= {"k", "v"} and simulated and not {"q", "p"} & {*self.exact, *self.wide}
+
     def evaluation(self) -> "StaticPrecision":
         """The same forward pass, rounding to nearest, without what only training needs."""
         quantizers = tuple(

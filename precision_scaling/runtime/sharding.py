@@ -123,17 +123,20 @@ def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
         _batches.reset(token)
 
 
-def split_batch(x: jax.Array) -> jax.Array:
+def split_batch(x: jax.Array, rest: Sequence[Any] | None = None) -> jax.Array:
     """x with its first axis, sequences, sharded over the devices; outside of `splitting`, as it is.
 
+    rest: axes of the mesh for the other dimensions; without it, those are the partitioner's to choose.
     Left to itself the partitioner follows the parameters, which fsdp shards over the same devices, and gives every
     device the activations of the whole batch.
     """
     if (split := _batches.get()) is None:
         return x
     mesh, axes = split
-    (first,) = fit(P(axes), x.shape[:1], dict(mesh.shape))
-    spec = P(first, *(P.UNCONSTRAINED for _ in x.shape[1:]))
+    sizes = dict(mesh.shape)
+    (first,) = fit(P(axes), x.shape[:1], sizes)
+    others = [P.UNCONSTRAINED] * (x.ndim - 1) if rest is None else fit(rest, x.shape[1:], sizes)
+    spec = P(first, *others)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -4,6 +4,7 @@ import re
 
 from precision_scaling.config.experiment import Experiment
 from precision_scaling.errors import UserError
+from precision_scaling.model import attention
 from precision_scaling.model.accounting import count_parameters, training_flops_per_token
 from precision_scaling.runtime import patterns
 from precision_scaling.training import optimizer
@@ -28,7 +29,8 @@ def plan_text(resolved: Experiment, shard: Shard = WHOLE) -> str:
         of_updates += sum(run.steps for run in runs) * of_update
         lines.append(
             f"{group.shape.size:>8} {len(runs):>5} {non_embedding:>14,} {parameters:>14,} {tokens:>18,} "
-            f"{flops:>10.2e} {state / 1e6:>10,.3g}  {group.static.describe()}"
+            f"{flops:>10.2e} {state / 1e6:>10,.3g}  {group.static.describe()}; "
+            f"{attention.described(group.shape.model, group.static)}"
         )
     updates = f" and {of_updates:.2e} in updates" if of_updates else ""
     chosen = [run for _, runs in cohorts for run in runs]

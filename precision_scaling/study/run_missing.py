@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from precision_scaling.errors import ConfigError
+from precision_scaling.model import attention
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import files, hosts, paths, sharding
 from precision_scaling.runtime.profiling import Profile
@@ -86,7 +87,8 @@ def train_missing(
             between,
         )
         for group, lanes in todo:
-            progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs)")
+            how = attention.described(group.shape.model, group.static)
+            progress.set_description(f"training {group.shape.size} ({len(group.runs)} runs; {how})")
             static = group.static.evaluation()
             evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
             record = functools.partial(_record, workspace, static, evaluate, written)

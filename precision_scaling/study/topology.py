@@ -9,6 +9,7 @@ from absl import flags
 
 from precision_scaling.config import experiment
 from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.model import attention
 from precision_scaling.runtime import sharding, targets
 from precision_scaling.runtime.targets import Target
 from precision_scaling.training import forecast, optimizer
@@ -72,7 +73,8 @@ def report(config: ml_collections.ConfigDict, target: Target) -> str:
     resolved = experiment.resolve(config, vocab_size)
     lines = []
     for cohort in resolved.cohorts:
-        where = f"{cohort.shape.size} on {len(target.devices)} x {target.name.partition(':')[0]}, by its compiler"
+        where = f"{cohort.shape.size} on {len(target.devices)} x {target.name.partition(':')[0]}, by its compiler, "
+        where += attention.described(cohort.shape.model, cohort.static)
         try:
             found = _compile(config, resolved.optimizer, cohort, target)
         except TooLargeError as error:

@@ -17,7 +17,7 @@ from precision_scaling.config.experiment import Experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus, prepare
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.model import decoder
+from precision_scaling.model import attention, decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import native
 from precision_scaling.runtime import compilation, files, hosts, paths, patterns, sharding
@@ -91,6 +91,7 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
     resolved = experiment.resolve(config, corpus.vocab_size)
     for run in resolved.runs:
         native.check_device(run.precision)
+        attention.check_device(run.shape.model)
     workspace = Workspace(resolved, corpus, workdir, layout)
     for group in resolved.cohorts:
         loader = workspace.loader(group.shape)
