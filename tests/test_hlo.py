@@ -31,6 +31,18 @@ PROGRAM = """HloModule toy
   ROOT %gather.2 = bf16[32,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%async_collective_fusion.2 (p: f32[10]) -> f32[40] {
+  %p.2 = f32[10]{0} parameter(0)
+  ROOT %gather.3 = f32[40]{0} all-gather(%p.2), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+
+%all-reduce-scatter.1 (g: f32[16]) -> f32[2] {
+  %g = f32[16]{0} parameter(0)
+  %whole = f32[16]{0} all-reduce(%g), channel_id=13, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %here = s32[] constant(0)
+  ROOT %mine = f32[2]{0} dynamic-slice(%whole, %here), dynamic_slice_sizes={2}
+}
+
 %body (t: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %t = (s32[], bf16[8,4]{1,0}, /*index=2*/f32[3]{0}) parameter(0)
   %i = s32[] get-tuple-element(%t), index=0
@@ -41,6 +53,7 @@ PROGRAM = """HloModule toy
   %codes = s8[32,4]{1,0} convert(%fused)
   %product = s32[32,6]{1,0} dot(%codes, %kernel), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %kept = bf16[8,4]{0,1} copy(%x)
+  %meanwhile = f32[40]{0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.2
   ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %kept)
 }
 
@@ -60,6 +73,8 @@ ENTRY %main (x: bf16[8,4]) -> f32[10] {
   %reduced = f32[10]{0} all-reduce(%grads), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   %both = (f32[10]{0}, f32[2]{0}) all-reduce(%grads, %grads), channel_id=10, replica_groups=mesh['a'=4,'b'=2] {'b'}
   %shard = f32[10]{0} reduce-scatter(%grads), channel_id=11, replica_groups={}, dimensions={0}, to_apply=%add
+  %sixteen = f32[16]{0} constant({...})
+  %scattered = f32[2]{0} fusion(%sixteen), kind=kCustom, calls=%all-reduce-scatter.1
   %begin = (f32[10]{0}, f32[40]{0}) all-gather-start(%grads), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}
   ROOT %end = f32[40]{0} all-gather-done(%begin)
 }
@@ -68,16 +83,20 @@ ENTRY %main (x: bf16[8,4]) -> f32[10] {
 
 def test_a_program_counted_by_hand():
     counts = hlo.count(PROGRAM, devices=8)
-    found = {(one.kind, one.devices, one.times): (one.sent, one.overlapped) for one in counts.collectives}
+    found = {(one.kind, one.devices, one.times): (0.0, one.overlapped) for one in counts.collectives}
+    for one in counts.collectives:
+        sent, overlapped = found[one.kind, one.devices, one.times]
+        found[one.kind, one.devices, one.times] = (sent + one.sent, overlapped)
     assert found == {
         # Five turns of 32 x 4 values in bf16 over four devices; in two pieces of one channel, so that it overlaps.
         ("all-gather", 4, 5): (5 * 32 * 4 * 2 * 3 / 4, True),
         ("all-reduce", 8, 1): (2 * 40 * 7 / 8, False),
         ("all-reduce", 2, 1): (2 * 48 * 1 / 2, False),
-        ("reduce-scatter", 8, 1): (80 * 4 * 7 / 8, False),
+        # It goes on through the five turns of the loop.
         ("all-gather", 4, 1): (160 * 3 / 4, True),
+        ("reduce-scatter", 8, 1): (80 * 4 * 7 / 8 + 64 * 7 / 8, False),
     }
-    assert counts.blocking == 3 and counts.sent == sum(sent for sent, _ in found.values())
+    assert counts.blocking == 4 and counts.sent == sum(sent for sent, _ in found.values())
     assert counts.products == {"s8 x s8": 5}
     assert (counts.copies, counts.copied_bytes) == (5, 5 * 8 * 4 * 2)
     with pytest.raises(ValueError, match="no HLO"):

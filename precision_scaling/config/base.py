@@ -155,6 +155,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.weight_decay = 0.1  # decoupled
     c.optimizer.decay_pattern = "kernel|embedding"  # regex on the paths of parameters that decay: all but norms
     c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported
+    # In which devices add up the gradients of kernels where model.dtype is bfloat16; "bfloat16" sends half as much.
+    c.optimizer.gradient_sum = "float32"
     c.optimizer.clip_norm = 1.0  # global gradient norm; 0: no clipping
 
     c.train = ml_collections.ConfigDict()

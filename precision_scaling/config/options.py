@@ -153,6 +153,7 @@ RULES = {
     "optimizer.decay_pattern": Rule("a regular expression", _is_pattern),
     "optimizer.z_loss": _number(0),
     "optimizer.clip_norm": _number(0),
+    "optimizer.gradient_sum": _one_of(DTYPES),
     "train.tokens": _whole(1, MOST_TOKENS),
     "train.batch_size": _whole(1, 2**24),
     "train.microbatches": _whole(1, 2**24),

@@ -13,16 +13,16 @@ from flax import linen as nn
 
 from precision_scaling.model import attention, cross_entropy, lean, rope
 from precision_scaling.model.config import ModelConfig
+from precision_scaling.numerics import rounding
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, by_layer
 from precision_scaling.runtime.sharding import split_batch
 
-# What the backward pass keeps of a block instead of recomputing it; "none": everything.
-REMATS = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+# What the backward pass keeps of a block instead of recomputing it; "none": everything. Devices would have to agree
+# again on a scale that they share.
+_SCALES = jax.checkpoint_policies.save_only_these_names(rounding.SCALE)
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMATS = {"none": None, "dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _SCALES), "full": _SCALES}
 _HEAD = ("head_a", "head_w")  # operands of the last product
 
 

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, FormatError, Grid, Kind, parse
 
 ROUNDINGS = ("nearest", "stochastic", "eden")
 RANDOM = ("stochastic", "eden")  # those that need a key
 
+SCALE = "scale"  # by which a policy of recomputation knows the abs-max of a whole tensor
 _EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
 LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
@@ -146,7 +148,7 @@ def scale_of(
         # A sum can overflow where the mean does not.
         shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
         return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
-    largest = jnp.max(magnitudes, axis=axes, keepdims=True)
+    largest = _kept(jnp.max(magnitudes, axis=axes, keepdims=True))
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
     if kind.family != "block":
@@ -157,6 +159,11 @@ def scale_of(
     if kind.block_scale.endswith(FOUR_OVER_SIX):
         return _four_over_six(x, largest, grid, kind, axes, unsaturated)
     return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
+
+
+def _kept(largest: jax.Array) -> jax.Array:
+    """The abs-max of a whole tensor, named `SCALE`: kept where the tensor is recomputed, devices agree on it once."""
+    return checkpoint_name(largest, SCALE) if largest.size == 1 else largest
 
 
 @jax.custom_jvp
@@ -257,7 +264,7 @@ def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str,
     """As NVFP4 (arXiv 2509.25149) has it: a float32 scale maps the tensor's abs-max to the largest block scale times
     the largest element, and each block's scale is stored in `block_scale` relative to that."""
     scale_format = parse(block_scale)
-    tensor_scale = _fit(jnp.max(largest), max_value * scale_format.max_value)
+    tensor_scale = _fit(_kept(jnp.max(largest)), max_value * scale_format.max_value)
     return _stored(largest / (max_value + 0 * largest), tensor_scale, block_scale, unsaturated)
 
 
@@ -267,7 +274,7 @@ def _four_over_six(x, largest, grid: Grid, kind: Kind, axes, unsaturated: bool) 
     stored scales go to 256, and 384 is one, too."""
     assert kind.block_scale is not None
     stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
-    tensor_scale = _fit(jnp.max(largest), grid.max_value * 256.0)
+    tensor_scale = _fit(_kept(jnp.max(largest)), grid.max_value * 256.0)
 
     def candidate(share: float):
         scale = _stored(largest / (grid.max_value * share + 0 * largest), tensor_scale, stored, unsaturated)
@@ -287,7 +294,7 @@ def _eden(x, grid: Grid, kind: Kind, axes, key: jax.Array) -> jax.Array:
     assert kind.block_scale is not None
     stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    tensor_scale = _fit(jnp.max(largest), grid.max_value * 256.0)
+    tensor_scale = _fit(_kept(jnp.max(largest)), grid.max_value * 256.0)
     scale = _stored(largest / (grid.max_value + 0 * largest), tensor_scale, stored, unsaturated=False)
     codes = _round_to_grid(_divided(x, scale), grid, kind, None, saturate=True)
     found = jnp.sum(x * codes, axis=axes, keepdims=True)

@@ -20,6 +20,7 @@ from precision_scaling.numerics import hadamard, rounding
 from precision_scaling.numerics.formats import FormatError, Grid
 from precision_scaling.quantize.operands import INDEX, PRODUCTS, SCALE_AXES, group_size
 from precision_scaling.quantize.static import Grids, StaticPrecision, StaticQuantizer
+from precision_scaling.runtime import sharding
 
 _observer: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("observer", default=None)
 
@@ -180,6 +181,32 @@ def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     )
 
 
+def _summed_in_float32(dot: Callable) -> Callable:
+    """`dot` whose partial sums, one on each device, are float32; rounded to its own dtype when they are added up."""
+
+    def wide(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
+        return dot(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32).astype(dtype)
+
+    return wide
+
+
+@jax.custom_vjp
+def _matmul(x, kernel):
+    """x @ kernel, the kernel's gradient summed in float32 over devices."""
+    return _dot(x, kernel, (((1,), (0,)), ((), ())))
+
+
+def _matmul_backward(kept, g):
+    x, kernel = kept
+    dx = _dot(g, kernel, (((1,), (1,)), ((), ())))
+    return dx, _summed_in_float32(_dot)(x, g, (((0,), (0,)), ((), ())))
+
+
+# The product itself, not `_matmul`: policies of recomputation look for it.
+_matmul.defvjp(lambda x, kernel: (_dot(x, kernel, (((1,), (0,)), ((), ()))), (x, kernel)), _matmul_backward)
+
+
 def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -> None:
     """Sets how AQT computes one product; sides: (name, quantizer or None, ndim, contracted axes) of left and right.
 
@@ -226,8 +253,10 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
         _show(observe, rhs, rhs_name, dimension_numbers[0][1], static, grids)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
     lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (static.get(name) for name in names)
+    # Tokens lie on many devices, which add up the gradients of a kernel.
+    sums_wide = sharding.sums_in_float32() and lhs.dtype == jnp.bfloat16 and rhs_name in ("w", "head_w")
     if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
-        return jax.lax.dot_general(lhs, rhs, dimension_numbers)
+        return _matmul(lhs, rhs) if sums_wide else jax.lax.dot_general(lhs, rhs, dimension_numbers)
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     lhs_free = tuple(sorted({*range(lhs.ndim)} - {*lhs_contracting, *lhs_batch}))
     rhs_free = tuple(sorted({*range(rhs.ndim)} - {*rhs_contracting, *rhs_batch}))
@@ -254,6 +283,8 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
             raw.rhs.use_fwd_quant = True
         rotation = dict(static.gradient_rotations).get(x, 0)
         _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide, rotation)
+    if sums_wide and not wide and not config.drhs.dg_accumulator_dtype:
+        config.drhs.dot_general = _summed_in_float32(_dot)
 
     dtype = lhs.dtype
     if wide:

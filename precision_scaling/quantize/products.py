@@ -9,6 +9,7 @@ from precision_scaling.numerics import hadamard
 from precision_scaling.quantize.aqt import dot_general, fold_in, observing, on_static_grid, scale_axes
 from precision_scaling.quantize.operands import INDEX
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, of_place
+from precision_scaling.runtime import sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("grids", "key"), meta_fields=("static",))
@@ -35,6 +36,8 @@ class Products:
         """
         # A product of matrices, whatever the ranks: XLA's CPU backend is 1.5 times slower on the higher-rank form.
         x_2d, kernel_2d = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
+        if kernel.ndim > 2:  # of which the compilers of TPUs do not scatter the gradient
+            kernel_2d = sharding.split_rows(kernel_2d)
         if self.static.rotated and names == ("a", "w"):
             signs = _rotation_signs(x.shape[-1])
             x_2d, kernel_2d = hadamard.rotate(x_2d, signs, 1), hadamard.rotate(kernel_2d, signs, 0)

@@ -190,18 +190,25 @@ def _collectives(program: Program, devices: int) -> Iterator[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        if computation.startswith("all-reduce-scatter"):  # TPUs' name of a reduce-scatter, from what it was made of
+            kind = "reduce-scatter"
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         key = channel[1] if channel else f"{computation} {instruction.name}"
         members = group_size(instruction.rest, devices)
         parts = [bytes_of(*shape) for shape in shapes(instruction.type)]
         # A start has the operands in its type, too; a collective of several arrays adds them up.
         whole = sum(parts) if kind == instruction.opcode or kind == "all-reduce" else max(parts, default=0)
-        whole *= members if kind == "reduce-scatter" and kind == instruction.opcode else 1
-        overlapped = kind != instruction.opcode or "async" in computation or "async_collective_name" in instruction.rest
+        whole *= members if instruction.opcode == "reduce-scatter" else 1
+        overlapped = (
+            instruction.opcode not in COLLECTIVES
+            or "async" in computation
+            or "async_collective_name" in instruction.rest
+        )
         earlier = found.get(key)
-        most = max(times, earlier.times if earlier else 0)
+        # Of a collective that goes on through the turns of a loop, start and end lie outside.
+        fewest = min(times, earlier.times) if earlier else times
         overlapped = overlapped or bool(earlier and earlier.overlapped)
-        found[key] = Collective(kind, most, most * whole * SENT[kind](members), members, overlapped)
+        found[key] = Collective(kind, fewest, fewest * whole * SENT[kind](members), members, overlapped)
     yield from (one for one in found.values() if one.devices > 1)
 
 

@@ -112,6 +112,8 @@ class Layout:
 
 _batches: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextvars.ContextVar("batches", default=None)
 
+_gradients: contextvars.ContextVar[str] = contextvars.ContextVar("gradients", default="")
+
 
 @contextlib.contextmanager
 def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
@@ -140,6 +142,15 @@ def split_batch(x: jax.Array, rest: Sequence[Any] | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def split_rows(kernel_2d: jax.Array) -> jax.Array:
+    """A kernel of a projection, and so its gradient, with its inputs over fsdp; outside of `splitting`, as it is."""
+    if (split := _batches.get()) is None:
+        return kernel_2d
+    mesh, _ = split
+    (rows,) = fit(P("fsdp"), kernel_2d.shape[:1], dict(mesh.shape))
+    return jax.lax.with_sharding_constraint(kernel_2d, NamedSharding(mesh, P(rows, P.UNCONSTRAINED)))
+
+
 def batch_parts(size: int) -> int:
     """Into how many parts `split_batch` cuts a first axis of that size."""
     if (split := _batches.get()) is None:
@@ -147,6 +158,41 @@ def batch_parts(size: int) -> int:
     mesh, axes = split
     (first,) = fit(P(axes), (size,), dict(mesh.shape))
     return math.prod(mesh.shape[axis] for axis in first or ())
+
+
+def summed_parts(x_PxIxO: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    """The sum of one array for each of the `batch_parts`, sharded over the axes of `spec`: as gradients are.
+
+    One axis of the mesh after the other, the innermost first: all but the first sum shares of what is left.
+    """
+    if (split := _batches.get()) is None:
+        return jax.numpy.sum(x_PxIxO, axis=0)
+    mesh, axes = split
+    sizes = dict(mesh.shape)
+    (first,) = fit(P(axes), x_PxIxO.shape[:1], sizes)
+    left = list(first or ())
+    x = x_PxIxO.reshape(*(sizes[axis] for axis in left), *x_PxIxO.shape[1:]) if left else x_PxIxO[0]
+    own = fit(spec, x_PxIxO.shape[1:], sizes)
+    while left:
+        left.pop()
+        x = jax.numpy.sum(x, axis=len(left))
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*left, *own)))
+    return x
+
+
+@contextlib.contextmanager
+def summing_gradients(dtype: str) -> Iterator[None]:
+    """While a program is traced in here, devices add up gradients of kernels in that dtype, see `sums_in_float32`."""
+    token = _gradients.set(dtype)
+    try:
+        yield
+    finally:
+        _gradients.reset(token)
+
+
+def sums_in_float32() -> bool:
+    """Whether a product that several devices add up leaves each of them in float32. On one device there is none."""
+    return _batches.get() is not None and _gradients.get() == "float32"
 
 
 def gathered(x: jax.Array, spec: Sequence[Any]) -> jax.Array:

@@ -29,7 +29,8 @@ class OptimizerConfig:
     decay_pattern: regex on the paths of the parameters that weight decay acts on. z_loss: weight of mean(log² Z) in the
     training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer. name: of NAMES; "muon" has Muon for the kernels
     of the blocks, with the momentum muon_beta, and AdamW for all else. embedding_rate, head_rate, vector_rate: rates of
-    the embedding, of the head, and of norm gains and biases as multiples of the schedule's.
+    the embedding, of the head, and of norm gains and biases as multiples of the schedule's. gradient_sum: dtype
+    in which devices add up the gradients of kernels.
     """
 
     beta1: float
@@ -45,6 +46,7 @@ class OptimizerConfig:
     embedding_rate: float = 1.0
     head_rate: float = 1.0
     vector_rate: float = 1.0
+    gradient_sum: str = "float32"
 
 
 _path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")

@@ -16,6 +16,7 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Decoder
 from precision_scaling.quantize import aqt
 from precision_scaling.quantize.static import StaticPrecision
+from precision_scaling.runtime import sharding
 from precision_scaling.training import optimizer as optimizer_lib
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.schedule import Schedule, learning_rate
@@ -87,7 +88,8 @@ def _loss_and_grads(config: StepConfig, params: Any, grids: Any, tokens, key):
     """Loss and gradients of a batch; with microbatches, their means over the parts, one part in memory at a time."""
 
     def grad_fn(*args):
-        (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args, config.optimizer.z_loss)
+        with sharding.summing_gradients(config.optimizer.gradient_sum):
+            (_, loss), grads = jax.value_and_grad(_objective, has_aux=True)(*args, config.optimizer.z_loss)
         return loss, grads
 
     tokens_MxBxS1 = tokens.reshape(config.microbatches, -1, tokens.shape[-1])
