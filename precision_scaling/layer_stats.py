@@ -22,7 +22,7 @@ from absl import flags
 
 from precision_scaling.config import command_line
 from precision_scaling.errors import UserError
-from precision_scaling.model import contraction
+from precision_scaling.model import contraction, documents
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize import aqt, layers, parsing
@@ -105,7 +105,7 @@ def _quantized(static: StaticPrecision) -> list[Place]:
 def _compiled(config: ModelConfig, static: StaticPrecision):
     block = Block(config)
 
-    def layer(x_BxSxD, of_block):
+    def layer(starts_BxS, x_BxSxD, of_block):
         params, grids = of_block
         seen: list[tuple[str, Sums]] = []
 
@@ -114,7 +114,7 @@ def _compiled(config: ModelConfig, static: StaticPrecision):
                 seen.append((name, sums(x, x_q, saturated)))
 
         with aqt.observed(observe):
-            x_BxSxD = block.apply({"params": params}, x_BxSxD, Products(static, grids))
+            x_BxSxD = block.apply({"params": params}, x_BxSxD, Products(static, grids), starts_BxS)
         assert [name for name, _ in seen] == [name for _, name in _quantized(static)]
         return x_BxSxD, tuple(found for _, found in seen)
 
@@ -123,7 +123,7 @@ def _compiled(config: ModelConfig, static: StaticPrecision):
             products = Products(static, grids)
             x_BxSxD = Decoder(config).apply({"params": params}, tokens_BxS, products, method=Decoder.embed)
             blocks = params["layers"]["block"], by_layer(grids, config.depth)
-            return jax.lax.scan(layer, x_BxSxD, blocks)[1]
+            return jax.lax.scan(functools.partial(layer, documents.starts(config, tokens_BxS)), x_BxSxD, blocks)[1]
 
         return jax.lax.map(of_batch, tokens_CxBxS)
 

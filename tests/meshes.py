@@ -5,6 +5,7 @@ A line of JSON for each mesh.
 python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
 
 MESH:muon trains with Muon, and quantizes nothing. MESH:parts makes logits in chunks, and attention goes by blocks.
+MESH:documents keeps attention within documents.
 """
 
 import dataclasses
@@ -38,14 +39,16 @@ VOCABULARY = 64
 DEFAULTS = blockwise.BLOCK, cross_entropy.CHUNK_BYTES
 
 
-def config(optimizer: str, parts: bool = False):
+def config(kind: str):
     """Three runs of one shape, with a lane to spare: unquantized, quantized weights, and all parts quantized."""
     c = base.get_config()
     shape = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64, "sequence_length": 16}
     c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
-    c.optimizer.name = optimizer
+    c.optimizer.name = "muon" if kind == "muon" else "adamw"
+    if kind == "documents":
+        c.data.within_documents, c.data.tokenizer = True, "bpe:300"  # whose end of text is 0, as the corpus' is
     c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
-    c.model.attention = "blocks" if parts else "auto"
+    c.model.attention = "blocks" if kind == "parts" else "auto"
     tokens = (16 * 16 * 12,)
     c.study.grid.all = base.grid(("25k",), tokens, ("bf16", "w4", "w4_a6_kv4"))
     return c
@@ -58,11 +61,11 @@ def corpus() -> Corpus:
     return Corpus(tokens, tokens[:500], VOCABULARY, 0, Path(), {})
 
 
-def train(sizes: tuple[int, ...], optimizer: str, workdir: Path) -> dict:
+def train(sizes: tuple[int, ...], kind: str, workdir: Path) -> dict:
     """Losses of every run at every step and bytes on every device, on one mesh."""
-    parts, optimizer = optimizer == "parts", "adamw" if optimizer == "parts" else optimizer
+    parts = kind == "parts"
     blockwise.BLOCK, cross_entropy.CHUNK_BYTES = (6, 4 * 6 * VOCABULARY) if parts else DEFAULTS
-    c = config(optimizer, parts)
+    c = config(kind)
     resolved = experiment.resolve(c, VOCABULARY)
     (group,) = resolved.cohorts
     devices = jax.devices()[: int(np.prod(sizes))]
@@ -94,7 +97,7 @@ def train(sizes: tuple[int, ...], optimizer: str, workdir: Path) -> dict:
         "losses": losses,
         "bytes": sorted(set(held.values())),
         "total": total,
-        **(quantize(step_config, layout, loader) if optimizer == "adamw" else {}),
+        **(quantize(step_config, layout, loader) if kind != "muon" else {}),
     }
 
 

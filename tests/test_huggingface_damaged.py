@@ -21,6 +21,7 @@ from precision_scaling.huggingface.directory import open_pretrained
 from precision_scaling.huggingface.workdir import _tokenizer_of, export_run, import_model
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.study import results
+from precision_scaling.study.evaluate import evaluator
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import reopen_workspace
 
@@ -416,6 +417,23 @@ def test_a_text_ends_with_the_token_that_config_json_names(whole, tiny_config, t
         assert corpus.load_tokenizer().end_of_text == expected
         export_run(workdir, tmp_path / f"out {number}")
         assert json.loads((tmp_path / f"out {number}" / "config.json").read_text())["eos_token_id"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_an_imported_model_is_evaluated_within_documents(whole, tiny_config, tmp_path):
+    rows = {}
+    for within in (False, True):
+        run = import_model(whole, tmp_path / str(within), 1e6, tiny_config(data__within_documents=within))
+        (rows[within],) = results.read_rows(tmp_path / str(within) / "runs" / run.id, "trained")
+        workspace = reopen_workspace(tmp_path / str(within))
+        (group,) = workspace.experiment.cohorts
+        assert group.shape.model.document_token == (workspace.corpus.end_of_text if within else -1)
+        # Block by block it is the loss of the model as a whole.
+        static = group.static.evaluation()
+        loss = evaluator(workspace, group.shape, static)(workspace.parameters(run), static.grids(run.precision, 2))
+        np.testing.assert_allclose(rows[within]["loss"], loss, rtol=1e-5)
+    assert rows[True]["loss"] != rows[False]["loss"] and rows[True]["within_documents"] == "yes"
 
 
 def test_the_end_of_text_that_is_asked_for_goes_before_the_one_of_config_json(whole, tmp_path):

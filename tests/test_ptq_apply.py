@@ -246,7 +246,7 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
     block["attention"]["qkv_bias"] = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)
     stream = Stream([x], math.inf)
-    quantizer = apply.BlockQuantizer(step_config, scheme_of("awq"), local_layout(), {}, DAMPING, stream)
+    quantizer = apply.BlockQuantizer(step_config, scheme_of("awq"), local_layout(), {}, DAMPING, stream, [None])
     task = apply._Task(quantizer, block, dict.fromkeys(apply.LINEARS, parse(8)))
     task._of = dataclasses.replace(quantizer, scheme=scheme_of("rtn"))  # codes without scales of their own
     for linear in apply.LINEARS:
@@ -306,8 +306,8 @@ def test_a_block_that_was_quantized_before_is_followed_to_the_same_bits(params, 
     grids, layout, blocks = grids_of(a=4), local_layout(), Stacked(params)
 
     def quantizer():
-        stream = apply.calibration_stream(step_config, layout, grids, blocks.top(), tokens, 3, 100)  # all in a file
-        return apply.BlockQuantizer(step_config, scheme, layout, grids, DAMPING, stream)
+        text = apply.calibration_stream(step_config, layout, grids, blocks.top(), tokens, 3, 100)  # all in a file
+        return apply.BlockQuantizer(step_config, scheme, layout, grids, DAMPING, *text)
 
     wanted = dict.fromkeys(apply.LINEARS, parse(4))
     undisturbed, parts = quantizer(), Parts(tmp_path / "parts", "key")

@@ -112,13 +112,14 @@ def test_what_the_mesh_does_not_divide_is_one_line(sizes, options, named):
 
 MESHES = ("1,1,1,1", "1,8,1,1", "1,1,8,1", "1,1,2,4", "1,2,2,2", "2,2,2,1", "2,2,2,1:parts")
 OF_MUON = ("1,1,1,1:muon", "1,1,2,4:muon", "2,2,2,1:muon")
+OF_DOCUMENTS = ("1,1,1,1:documents", "1,2,2,2:documents")
 
 
 @pytest.fixture(scope="module")
 def on_meshes(tmp_path_factory):
     """{mesh: what came of it}, from one process with eight devices."""
     done = subprocess.run(
-        [sys.executable, "tests/meshes.py", tmp_path_factory.mktemp("meshes"), *MESHES, *OF_MUON],
+        [sys.executable, "tests/meshes.py", tmp_path_factory.mktemp("meshes"), *MESHES, *OF_MUON, *OF_DOCUMENTS],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -131,7 +132,7 @@ def on_meshes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("meshes", [MESHES, OF_MUON])
+@pytest.mark.parametrize("meshes", [MESHES, OF_MUON, OF_DOCUMENTS])
 def test_every_mesh_gives_the_losses_of_one_device(on_meshes, meshes):
     one = on_meshes[meshes[0]]
     assert len(one["losses"]) == 3 and one["losses"]["bf16"][0] > one["losses"]["bf16"][-1] + 0.5
@@ -141,7 +142,7 @@ def test_every_mesh_gives_the_losses_of_one_device(on_meshes, meshes):
             assert len(losses) == 12
             # Devices sum in another order. Where activations are quantized, one that lies between two levels may then
             # go the other way: on one device, parameters changed by 1e-7 move the first loss by up to 1e-3, too.
-            tolerance = 2e-2 if "_a" in run else 1e-5 if meshes == MESHES else 1e-4
+            tolerance = 2e-2 if "_a" in run else 1e-4 if meshes == OF_MUON else 1e-5
             np.testing.assert_allclose(other["losses"][run], losses, rtol=tolerance, err_msg=f"{mesh} {run}")
 
 

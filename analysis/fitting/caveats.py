@@ -7,7 +7,18 @@ from analysis.table.columns import ALL_FORMAT_COLUMNS, BASE, MODEL, NUMERIC, PRE
 from analysis.table.runs import PLACE
 
 # In columns with one of these words in their name, values that follow N or D are a mixture, too.
-RECIPE = ("method", "quantizer", "format", "granularity", "dataset", "corpus", "tokenizer", "schedule", "group_size")
+RECIPE = (
+    "method",
+    "quantizer",
+    "format",
+    "granularity",
+    "dataset",
+    "corpus",
+    "within_documents",
+    "tokenizer",
+    "schedule",
+    "group_size",
+)
 # Columns about the measurement or the machine, not about how the model was trained or quantized.
 MEASURED = (
     *("status", "seed", "device", "imported", "diverged_step", "batches_left_out", "fallback_layers", "epochs"),

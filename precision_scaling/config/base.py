@@ -30,6 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
     # "bytes", "bpe:VOCAB" (trained on the corpus), or "file:PATH" of a tokenizer.json; "file:PATH?end_of_text=TOKEN"
     # with the name or id of its end of text where that has none of the usual names, or where several have one.
     c.data.tokenizer = "bytes"
+    # Attention and positions stay within documents, in training, evaluation and calibration; each document begins with
+    # the end of text before it. False: windows are read as a whole.
+    c.data.within_documents = False
     c.data.validation_fraction = 0.05  # share of documents held out, by a hash of their content
     c.data.split_seed = 0  # another seed holds out other documents
     c.data.hash = ""  # required hash of the corpus (the table's column `corpus`); empty: any

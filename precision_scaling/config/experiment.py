@@ -177,6 +177,7 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> ModelConfig:
         rope_scaling=c.rope_scaling,
         qkv_bias=c.qkv_bias,
         attention=c.attention,
+        document_token=end_of_text(config.data.tokenizer) if config.data.within_documents else -1,
     )
 
 
@@ -242,3 +243,13 @@ def vocab_size(tokenizer: str) -> int:
     if tokenizer.startswith("file:"):
         return tokenizers.given(tokenizer).vocab_size
     return tokenizers.ByteTokenizer.vocab_size
+
+
+def end_of_text(tokenizer: str) -> int:
+    """The id that a tokenizer option ends texts with, without the corpus. Raises DataError as `vocab_size` does."""
+    tokenizers.identify(tokenizer)
+    if tokenizer.startswith("bpe:"):
+        return tokenizers.LEARNED_END_OF_TEXT
+    if tokenizer.startswith("file:"):
+        return tokenizers.given(tokenizer).end_of_text
+    return tokenizers.ByteTokenizer.end_of_text

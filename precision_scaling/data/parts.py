@@ -117,6 +117,10 @@ class TokenParts:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def last(self) -> int:
+        """The last element."""
+        return int(self._parts[-1][-1])
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.concatenate(self._parts, dtype=dtype)
 

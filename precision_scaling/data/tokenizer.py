@@ -22,6 +22,7 @@ _ALLOWED = (
     "'file:PATH?end_of_text=NAME' or '...=ID' of one of its tokens"
 )
 _SHOWN = 8  # tokens that an error lists
+LEARNED_END_OF_TEXT = 0  # id in a BPE of our own
 _MIN_BPE = 257  # the 256 bytes and end-of-text
 
 
@@ -193,7 +194,7 @@ def build(spec: str, train_documents: Callable[[], Iterable[bytes]]) -> Tokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=int(value),
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT],  # they come first
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -53,6 +53,11 @@ class Corpus:
     directory: Path
     meta: dict[str, Any]
 
+    def last_tokens(self) -> dict[str, int]:
+        """Of each side."""
+        ends = {"train": self.train, "validation": self.validation}
+        return {side: ids.last() if isinstance(ids, TokenParts) else int(ids[-1]) for side, ids in ends.items()}
+
     def load_tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer that made the tokens."""
         return tokenizers.load(self.meta["tokenizer"], self.directory / "tokenizer.json")
@@ -78,6 +83,7 @@ def prepare(
     tfds_dir: str,
     workers: int,
     beam_options: str,
+    within_documents: bool = False,
     progress: bool = True,
 ) -> Corpus:
     """Tokenizes a corpus, or finds it tokenized. The arguments are those of `config.data`: `prepare(**config.data)`.
@@ -85,6 +91,8 @@ def prepare(
     Exact duplicates and empty documents are dropped. A document is held out for validation by a hash of its content
     and `split_seed`: the choice depends on nothing else. With `validation_split` named, its documents are the
     validation set, and training documents equal to one of them are dropped. Near-duplicates are not looked for.
+
+    `within_documents` is for the model (`model.documents`): no token depends on it.
 
     `hash`, where it is not empty, is the one that the corpus must have: content, split and tokenizer.
 

@@ -5,10 +5,9 @@ those of `model.config`.
 """
 
 import jax
-import jax.numpy as jnp
 
 from precision_scaling.errors import ConfigError
-from precision_scaling.model import blockwise, lean
+from precision_scaling.model import blockwise, documents, lean
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.products import Products
@@ -23,7 +22,8 @@ def way(config: ModelConfig, static: StaticPrecision, length: int) -> str:
     """Of `WAYS` but "auto": how a sequence of that length is computed."""
     if config.attention != "auto":
         return config.attention
-    return "blocks" if length >= BLOCKS_FROM and static.exact_attention else "whole"
+    exact = static.exact_attention and config.document_token < 0
+    return "blocks" if length >= BLOCKS_FROM and exact else "whole"
 
 
 def described(config: ModelConfig, static: StaticPrecision) -> str:
@@ -32,6 +32,8 @@ def described(config: ModelConfig, static: StaticPrecision) -> str:
     words = {"whole": "with all scores at once", "blocks": "block by block", "cudnn": "by cuDNN"}[chosen]
     if config.attention != "auto":
         why = f"model.attention={config.attention}"
+    elif config.document_token >= 0:
+        why = "within documents"
     else:
         why = f"length {config.sequence_length}" if static.exact_attention else "quantized queries or probabilities"
     return f"attention {words} ({why})"
@@ -41,6 +43,8 @@ def check(config: ModelConfig, precision: Precision) -> None:
     """Raises ConfigError for a way that a precision or a shape does not allow."""
     if config.attention in ("auto", "whole"):
         return
+    if config.document_token >= 0:
+        raise ConfigError("model.attention", config.attention, "auto or whole with data.within_documents")
     if not static_of_one(precision, config.dtype).exact_attention:
         raise ConfigError(
             "model.attention",
@@ -62,9 +66,10 @@ def check_device(config: ModelConfig, device: jax.Device | None = None) -> None:
         raise ConfigError("model.attention", "cudnn", f"auto, whole or blocks on {device.platform}")
 
 
-def attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products: Products, config: ModelConfig):
+def attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products: Products, config: ModelConfig, starts_BxS=None):
     """Values weighted by the causal softmax of the scores, (B, S, H·K). Queries are scaled already.
 
+    starts_BxS: of the documents that it stays in, of `documents.starts`; all scores are then computed.
     Keys and values are quantized and multiplied as they are, never repeated for the queries that share them.
     """
     batch, length = q_BxSxHxK.shape[:2]
@@ -88,8 +93,8 @@ def attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products: Products, config: ModelCon
         o_BxSQxGxK = blockwise.attend(q_BxSQxGxK, k_BxSxGxK, v_BxSxGxK)
     else:
         score_BxGxSQxS = products.part(1).attention_scores(q_BxSQxGxK, k_BxSxGxK)
-        causal_SQxS = jnp.repeat(jnp.tril(jnp.ones((length, length), bool)), shared, axis=0)
-        p_BxGxSQxS = lean.causal_softmax(score_BxGxSQxS, causal_SQxS, v_BxSxGxK.dtype.name)
+        visible = documents.visible(length, shared, starts_BxS)
+        p_BxGxSQxS = lean.causal_softmax(score_BxGxSQxS, visible, v_BxSxGxK.dtype.name)
         o_BxSQxGxK = products.part(2).attention_values(p_BxGxSQxS, v_BxSxGxK)
     o_BxSxQxGxK = o_BxSQxGxK.reshape(batch, length, shared, heads, -1)
     return o_BxSxQxGxK.swapaxes(2, 3).reshape(batch, length, -1)

@@ -31,7 +31,8 @@ class ModelConfig:
     adds (OLMo 2, arXiv 2501.00656). norm_type: "rms" with gains, or "layer" without any parameters (OLMo, arXiv
     2402.00838). qk_norm: of queries and keys before they are rotated, over the "projection" (OLMo 2) or each "head".
     tie_embeddings: the head multiplies by the embedding's table. rope_scaling: how the rotary embedding's wavelengths
-    are stretched, see `rope`. qkv_bias: biases of queries, keys and values (Qwen 2, arXiv 2407.10671).
+    are stretched, see `rope`. qkv_bias: biases of queries, keys and values (Qwen 2, arXiv 2407.10671). document_token:
+    id of the token that opens a document, in which attention then stays, see `documents`; -1: it reads whole windows.
 
     remat: of REMATS. "full" recomputes each block from its input in the backward pass; "dots" keeps the results of the
     projections, and recomputes attention, norms and quantization. attention: of `attention.WAYS`.
@@ -58,6 +59,7 @@ class ModelConfig:
     rope_scaling: str = ""
     qkv_bias: bool = False
     attention: str = "auto"
+    document_token: int = -1
 
     @property
     def head_dim(self) -> int:

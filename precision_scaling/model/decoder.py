@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from precision_scaling.model import attention, cross_entropy, lean, rope
+from precision_scaling.model import attention, cross_entropy, documents, lean, rope
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import rounding
 from precision_scaling.quantize.products import Products
@@ -69,12 +69,16 @@ class Linear(nn.Module):
         return products.linear(x, kernel.astype(x.dtype), self.names, place=str(self.name))
 
 
-def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
-    """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension."""
+def rotary(x_BxSxHxK, theta: float, scaling: str = "", positions_BxS=None):
+    """Rotary position embedding (Su et al., arXiv 2104.09864) on the two halves of the head dimension.
+
+    positions_BxS: 0 to S - 1 where none are given.
+    """
     length, head_dim = x_BxSxHxK.shape[1], x_BxSxHxK.shape[-1]
     frequency_k = rope.frequencies(head_dim, theta, scaling)
-    angle_Sxk = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency_k[None, :]
-    cos, sin = (wave(angle_Sxk)[None, :, None, :] for wave in (jnp.cos, jnp.sin))
+    position_BxS = jnp.arange(length)[None] if positions_BxS is None else positions_BxS
+    angle_BxSxk = position_BxS.astype(jnp.float32)[:, :, None] * frequency_k[None, None, :]
+    cos, sin = (wave(angle_BxSxk)[:, :, None, :] for wave in (jnp.cos, jnp.sin))
     if (amplitude := rope.amplitude(scaling)) != 1:
         cos, sin = cos * amplitude, sin * amplitude
     first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
@@ -83,7 +87,10 @@ def rotary(x_BxSxHxK, theta: float, scaling: str = ""):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; q, k, v and the probabilities are each quantized as `products` says."""
+    """Causal self-attention; q, k, v and the probabilities are each quantized as `products` says.
+
+    starts_BxS: of the documents that it stays in, of `documents.starts`.
+    """
 
     config: ModelConfig
 
@@ -98,11 +105,11 @@ class Attention(nn.Module):
             shape = (c.heads + 2 * c.key_heads, c.head_dim)
             self.qkv_bias = self.param("qkv_bias", nn.initializers.zeros, shape, jnp.float32)
 
-    def __call__(self, x_BxSxD, products: Products):
-        mixed_BxSxO = self.mix(self.qkv(x_BxSxD, products.part(0)), products)
+    def __call__(self, x_BxSxD, products: Products, starts_BxS=None):
+        mixed_BxSxO = self.mix(self.qkv(x_BxSxD, products.part(0)), products, starts_BxS)
         return self.out(mixed_BxSxO, products.part(3))
 
-    def mix(self, qkv_BxSxAxK, products: Products):
+    def mix(self, qkv_BxSxAxK, products: Products, starts_BxS=None):
         """What the heads read, side by side: (B, S, H·K). A: heads of queries, then of keys, then of values."""
         c = self.config
         if c.qkv_bias:
@@ -110,9 +117,10 @@ class Attention(nn.Module):
         q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = jnp.split(qkv_BxSxAxK, (c.heads, c.heads + c.key_heads), axis=2)
         if c.qk_norm != "none":
             q_BxSxHxK, k_BxSxGxK = self._normalized(self.q_norm, q_BxSxHxK), self._normalized(self.k_norm, k_BxSxGxK)
-        q_BxSxHxK = rotary(q_BxSxHxK, c.rope_theta, c.rope_scaling) * (1 / math.sqrt(c.head_dim))
-        k_BxSxGxK = rotary(k_BxSxGxK, c.rope_theta, c.rope_scaling)
-        return attention.attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products, c)
+        positions_BxS = None if starts_BxS is None else documents.positions(starts_BxS)
+        q_BxSxHxK = rotary(q_BxSxHxK, c.rope_theta, c.rope_scaling, positions_BxS) * (1 / math.sqrt(c.head_dim))
+        k_BxSxGxK = rotary(k_BxSxGxK, c.rope_theta, c.rope_scaling, positions_BxS)
+        return attention.attend(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, products, c, starts_BxS)
 
     def _normalized(self, norm, x_BxSxHxK):
         if self.config.qk_norm == "head":
@@ -152,8 +160,8 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = _norm(c), _norm(c)
         self.attention, self.mlp = Attention(c), MLP(c)
 
-    def __call__(self, x_BxSxD, products: Products):
-        h_BxSxD = self.attention(self._read(self.attention_norm, x_BxSxD), products.part(0))
+    def __call__(self, x_BxSxD, products: Products, starts_BxS=None):
+        h_BxSxD = self.attention(self._read(self.attention_norm, x_BxSxD), products.part(0), starts_BxS)
         x_BxSxD = self._add(self.attention_norm, x_BxSxD, h_BxSxD)
         h_BxSxD = self.mlp(self._read(self.mlp_norm, x_BxSxD), products.part(1))
         return self._add(self.mlp_norm, x_BxSxD, h_BxSxD)
@@ -162,9 +170,9 @@ class Block(nn.Module):
         """Input of the qkv projection."""
         return self._read(self.attention_norm, x_BxSxD)
 
-    def before_out(self, h_BxSxD, products: Products):
+    def before_out(self, h_BxSxD, products: Products, starts_BxS=None):
         """Input of attention's out projection, from that of qkv."""
-        return self.attention.mix(self.attention.qkv(h_BxSxD, products), products)
+        return self.attention.mix(self.attention.qkv(h_BxSxD, products), products, starts_BxS)
 
     def after_out(self, x_BxSxD, o_BxSxO, products: Products):
         """The residual stream after attention, from the one before and the input of out."""
@@ -197,12 +205,13 @@ class _ScannedBlock(nn.Module):
     static: StaticPrecision
 
     @nn.compact
-    def __call__(self, x_BxSxD, grids, key):
+    def __call__(self, x_BxSxD, grids, key, starts_BxS):
         policy, block = REMATS[self.config.remat], Block
         if policy is not None:
             # The scan over layers keeps the recomputation from being merged with the forward pass, without barriers.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        return block(self.config, name="block")(split_batch(x_BxSxD), Products(self.static, grids, key)), None
+        products = Products(self.static, grids, key)
+        return block(self.config, name="block")(split_batch(x_BxSxD), products, starts_BxS), None
 
 
 class Decoder(nn.Module):
@@ -224,7 +233,7 @@ class Decoder(nn.Module):
             _ScannedBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0),
+            in_axes=(0, 0, nn.broadcast),
             length=c.depth,
         )(c, self.static)
         self.final_norm = _norm(c)
@@ -275,7 +284,8 @@ class Decoder(nn.Module):
         x_BxSxD = self.embed(tokens_BxS, products.part(0))
         layers_key = products.part(2).key
         layer_keys = None if layers_key is None else jax.random.split(layers_key, self.config.depth)
-        x_BxSxD, _ = self.layers(x_BxSxD, by_layer(products.grids, self.config.depth), layer_keys)
+        starts_BxS = documents.starts(self.config, tokens_BxS)
+        x_BxSxD, _ = self.layers(x_BxSxD, by_layer(products.grids, self.config.depth), layer_keys, starts_BxS)
         return x_BxSxD
 
 

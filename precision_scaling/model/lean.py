@@ -12,17 +12,19 @@ import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def causal_softmax(score_BxGxSQxS, causal_SQxS, dtype: str):
-    """Probabilities of the scores where `causal_SQxS` is true, of that dtype; computed in float32 or wider.
+def causal_softmax(score_BxGxSQxS, visible, dtype: str):
+    """Probabilities of the scores where `visible` is true, of that dtype; computed in float32 or wider.
+
+    visible: (S·Q, S) or (B, 1, S·Q, S), see `documents`.
 
     The backward pass keeps the probabilities as they are returned, which the product with the values keeps already.
     """
     score_BxGxSQxS = score_BxGxSQxS.astype(jnp.promote_types(score_BxGxSQxS.dtype, jnp.float32))
-    return jax.nn.softmax(jnp.where(causal_SQxS, score_BxGxSQxS, -1e30), axis=-1).astype(dtype)
+    return jax.nn.softmax(jnp.where(visible, score_BxGxSQxS, -1e30), axis=-1).astype(dtype)
 
 
-def _softmax_forward(score_BxGxSQxS, causal_SQxS, dtype):
-    p_BxGxSQxS = causal_softmax(score_BxGxSQxS, causal_SQxS, dtype)
+def _softmax_forward(score_BxGxSQxS, visible, dtype):
+    p_BxGxSQxS = causal_softmax(score_BxGxSQxS, visible, dtype)
     # An array without elements carries the type of the scores.
     return p_BxGxSQxS, (p_BxGxSQxS, jnp.empty((0,), score_BxGxSQxS.dtype))
 

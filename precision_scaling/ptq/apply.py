@@ -70,7 +70,8 @@ class BlockQuantizer:
 
     step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
     passing through, with those of the scheme's operands. stream: the calibration text's residual stream before the
-    next block; without batches where the method needs none.
+    next block; without batches where the method needs none. starts: of the documents in each batch (`documents`), which
+    are None where attention reads whole windows.
     """
 
     step_config: StepConfig
@@ -79,6 +80,7 @@ class BlockQuantizer:
     grids: Any
     damping: float
     stream: Stream
+    starts: Sequence[Any]
     layer: int = 0  # of the next block
 
     @property
@@ -99,7 +101,7 @@ class BlockQuantizer:
         task.solve(QKV, lambda block: (f.before_qkv(block, g, x) for x in self.stream))
 
         def mixed(block):
-            return self._stream(f.before_out(block, g, f.before_qkv(block, g, x)) for x in self.stream)
+            return self._stream(f.before_out(block, g, f.before_qkv(block, g, x), starts) for x, starts in self._pairs)
 
         h = mixed(task.block)
         if task.solve(OUT, lambda block: h):
@@ -120,12 +122,16 @@ class BlockQuantizer:
         """The stream goes through a block that was quantized before."""
         if self._calibrated:
             parameters, grids = block_parameters(block.kernels, block.rest), self.block_grids
-            self.stream = self._stream(self._forward.through(parameters, grids, x) for x in self.stream)
+            self.stream = self._stream(self._forward.through(parameters, grids, *pair) for pair in self._pairs)
         self.layer += 1
 
     @property
     def _calibrated(self) -> bool:
         return needs_calibration(self.scheme)
+
+    @property
+    def _pairs(self) -> Iterable[tuple[Any, Any]]:
+        return zip(self.stream, self.starts, strict=True)
 
     @property
     def _forward(self) -> Forward:
@@ -175,7 +181,8 @@ class _Task:
         of, fmt = self._of, self._wanted[linear]
         solve = solver(of.step_config, of.scheme, fmt.kind, linear, of.layout)
         levels = jax.tree.map(jnp.asarray, fmt.grid())
-        codes, report = solve(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping)
+        starts = None if batches_CxBxSxI is None else jax.tree.map(lambda *batches: jnp.stack(batches), *of.starts)
+        codes, report = solve(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping, starts)
         self._notes.append(report._replace(fell_back=report.fell_back | unusable))
         self._codes[linear] = codes._replace(row_scales=None)
         self._set(linear)
@@ -243,11 +250,14 @@ def needs_calibration(scheme: Scheme) -> bool:
 
 def calibration_stream(
     step_config: StepConfig, layout: Layout, grids: Any, top: Any, tokens_NxS, batch_size: int, limit: float
-) -> Stream:
-    """The residual stream before the first block, in batches. tokens_NxS: N a multiple of batch_size."""
-    embed = forward(step_config, layout).embed
+) -> tuple[Stream, list[Any]]:
+    """The residual stream before the first block and the starts of documents, in batches, as `BlockQuantizer` has them.
+
+    tokens_NxS: N a multiple of batch_size.
+    """
+    f = forward(step_config, layout)
     batches = np.asarray(tokens_NxS).reshape(-1, batch_size, np.shape(tokens_NxS)[1])
-    return Stream((embed(top, grids, batch) for batch in batches), limit)
+    return Stream((f.embed(top, grids, batch) for batch in batches), limit), list(map(f.starts, batches))
 
 
 def quantize_model(
@@ -274,8 +284,8 @@ def quantize_model(
     for fmt in map(formats.parse, bits):
         now = {**grids, **dict.fromkeys(scheme.method.operands, jax.tree.map(jnp.asarray, fmt.grid()))}
         text = tokens_NxS if needs_calibration(scheme) else tokens_NxS[:0]
-        stream = calibration_stream(step_config, layout, now, blocks.top(), text, batch_size, np.inf)
-        quantizer = BlockQuantizer(step_config, scheme, layout, now, damping, stream)
+        text = calibration_stream(step_config, layout, now, blocks.top(), text, batch_size, np.inf)
+        quantizer = BlockQuantizer(step_config, scheme, layout, now, damping, *text)
         found = [quantizer.quantize(blocks.block(i), dict.fromkeys(LINEARS, fmt)) for i in range(blocks.depth)]
         kernels, rest, report = jax.tree.map(lambda *layers: jnp.stack(layers), *found)
         models.append(QuantizedModel(kernels, {**params, "layers": {"block": rest}}))
@@ -284,8 +294,8 @@ def quantize_model(
 
 
 def solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
-    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping) -> (Codes, Report), for a
-    projection in formats of that kind."""
+    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping, starts (C, B, S) or None) ->
+    (Codes, Report), for a projection in formats of that kind."""
     return _solver(step_config, scheme.of_kind(kind), kind, linear, layout)
 
 
@@ -295,7 +305,7 @@ def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear:
     assert method.solve is not None, "what leaves kernels alone is not applied"
     method_solve = method.solve
 
-    def solve(block, found, inputs_CxBxSxI, grids, levels, damping):
+    def solve(block, found, inputs_CxBxSxI, grids, levels, damping, starts_CxBxS=None):
         kernel = kernel_of(block, linear)
         if found is None:
             rounded, hessian_IxI = method_solve(flat(kernel), levels, kind, scheme, None), None
@@ -308,7 +318,7 @@ def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear:
             objective = None
             if inputs_CxBxSxI is not None:
                 products = Products(step_config.static, grids)
-                objective = _branch_error(model, products, block, linear, inputs_CxBxSxI)
+                objective = _branch_error(model, products, block, linear, inputs_CxBxSxI, starts_CxBxS)
             calibration = Calibration(hessian_IxI, magnitude_I, jnp.asarray(damping), objective)
             rounded = method_solve(flat(kernel), levels, kind, scheme, calibration)
         codes = _encoded(scheme, kind, rounded, kernel.shape)
@@ -334,21 +344,22 @@ def _per_value(magnitude_I, model: ModelConfig):
     return jnp.broadcast_to(jnp.mean(heads_GxQxK, axis=1, keepdims=True), heads_GxQxK.shape).reshape(-1)
 
 
-def _branch_error(model: ModelConfig, products: Products, block, linear: Linear, inputs_CxBxSxI):
+def _branch_error(model: ModelConfig, products: Products, block, linear: Linear, inputs_CxBxSxI, starts_CxBxS):
     """Of a kernel that begins a branch (the whole attention or MLP): another kernel (I, O) -> the squared error of what
     the branch adds."""
     module = Block(model)
     nothing_BxSxD = jnp.zeros((*inputs_CxBxSxI.shape[1:3], model.width), model.dtype)
 
     def added(block):
-        def one(h_BxSxI):
-            call = lambda method, *args: module.apply({"params": block}, *args, products, method=method)
-            h_BxSxI = split_batch(h_BxSxI)
+        def one(batch):
+            call = lambda method, *args: module.apply({"params": block}, *args, method=method)
+            h_BxSxI, starts_BxS = jax.tree.map(split_batch, batch)
             if linear == QKV:
-                return call(Block.after_out, nothing_BxSxD, call(Block.before_out, h_BxSxI))
-            return call(Block.after_down, nothing_BxSxD, call(Block.before_down, h_BxSxI))
+                mixed_BxSxI = call(Block.before_out, h_BxSxI, products, starts_BxS)
+                return call(Block.after_out, nothing_BxSxD, mixed_BxSxI, products)
+            return call(Block.after_down, nothing_BxSxD, call(Block.before_down, h_BxSxI, products), products)
 
-        return jax.lax.map(one, inputs_CxBxSxI).astype(jnp.float32)
+        return jax.lax.map(one, (inputs_CxBxSxI, starts_CxBxS)).astype(jnp.float32)
 
     kernel, before = kernel_of(block, linear), added(block)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from precision_scaling.model import documents
 from precision_scaling.model.decoder import Block, Decoder
 from precision_scaling.quantize.products import Products
 from precision_scaling.runtime import compilation
@@ -23,12 +24,14 @@ from precision_scaling.training.step import StepConfig
 class Forward(NamedTuple):
     """The pieces. block: parameters of one block; top: those outside of the blocks; grids: of the operands.
 
-    Activations of a batch: x (B, S, D) is the residual stream, h (B, S, I) the input of a projection.
+    Activations of a batch: x (B, S, D) is the residual stream, h (B, S, I) the input of a projection. starts (B, S): of
+    the documents that attention stays in; None where it reads whole windows.
     """
 
+    starts: Callable[..., Any]  # (tokens (B, S)) -> starts
     embed: Callable[..., Any]  # (top, grids, tokens (B, S)) -> x
     before_qkv: Callable[..., Any]  # (block, grids, x) -> h
-    before_out: Callable[..., Any]  # (block, grids, h of qkv) -> h
+    before_out: Callable[..., Any]  # (block, grids, h of qkv, starts) -> h
     after_out: Callable[..., Any]  # (block, grids, x, h of out) -> x after attention
     before_gate_up: Callable[..., Any]  # (block, grids, x after attention) -> h
     before_down: Callable[..., Any]  # (block, grids, h of gate_up) -> h
@@ -36,9 +39,9 @@ class Forward(NamedTuple):
     loss: Callable[..., Any]  # (top, grids, x, next tokens (B, S)) -> mean loss in nats per token
     loss_gradient: Callable[..., Any]  # (the same) -> gradient of the sum of the tokens' losses with respect to x
 
-    def through(self, block: Any, grids: Any, x_BxSxD):
+    def through(self, block: Any, grids: Any, x_BxSxD, starts_BxS):
         """The residual stream of a batch after a block."""
-        h_BxSxI = self.before_out(block, grids, self.before_qkv(block, grids, x_BxSxD))
+        h_BxSxI = self.before_out(block, grids, self.before_qkv(block, grids, x_BxSxD), starts_BxS)
         x_BxSxD = self.after_out(block, grids, x_BxSxD, h_BxSxI)
         h_BxSxI = self.before_down(block, grids, self.before_gate_up(block, grids, x_BxSxD))
         return self.after_down(block, grids, x_BxSxD, h_BxSxI)
@@ -52,7 +55,7 @@ def forward(step_config: StepConfig, layout: Layout) -> Forward:
     def compiled(piece):
         def run(params, grids, *batch):
             with splitting(layout):
-                return piece(params, Products(static, grids), *map(split_batch, batch))
+                return piece(params, Products(static, grids), *jax.tree.map(split_batch, batch))
 
         return compilation.jit(run)
 
@@ -61,6 +64,9 @@ def forward(step_config: StepConfig, layout: Layout) -> Forward:
             return Block(model).apply({"params": block}, *batch, *[products] * takes_products, method=method)
 
         return compiled(piece)
+
+    def before_out(block, products, h_BxSxD, starts_BxS):
+        return Block(model).apply({"params": block}, h_BxSxD, products, starts_BxS, method=Block.before_out)
 
     def embed(top, products, tokens_BxS):
         return Decoder(model, static).apply({"params": top}, tokens_BxS, products, method=Decoder.embed)
@@ -79,9 +85,10 @@ def forward(step_config: StepConfig, layout: Layout) -> Forward:
         return jax.grad(lambda x_BxSxD: next_BxS.size * loss(top, products, x_BxSxD, next_BxS))(x_BxSxD)
 
     return Forward(
+        starts=lambda tokens_BxS: documents.starts(model, tokens_BxS),
         embed=compiled(embed),
         before_qkv=of_block(Block.before_qkv, takes_products=False),
-        before_out=of_block(Block.before_out),
+        before_out=compiled(before_out),
         after_out=of_block(Block.after_out),
         before_gate_up=of_block(Block.before_gate_up, takes_products=False),
         before_down=of_block(Block.before_down),

@@ -78,20 +78,23 @@ def measure(
     gradients = _gradients(step_config, layout, blocks, tokens_CxBxS1, limit, done)
     pieces, tokens = forward(step_config, layout), tokens_CxBxS1[..., 1:].size
     x = Stream((pieces.embed(blocks.top(), {}, batch[:, :-1]) for batch in tokens_CxBxS1), limit)
+    starts = [pieces.starts(batch[:, :-1]) for batch in tokens_CxBxS1]
     found = []
     for layer in range(blocks.depth):
         block = apply.as_multiplied(blocks.block(layer), step_config.model.dtype)
-        found.append(_costs(step_config, scheme, layout, block, x, gradients[layer], damping, tokens))
-        x = Stream((pieces.through(block, {}, batch) for batch in x), limit)
+        found.append(_costs(step_config, scheme, layout, block, x, starts, gradients[layer], damping, tokens))
+        x = Stream((pieces.through(block, {}, *batch) for batch in zip(x, starts, strict=True)), limit)
         done()
     return np.asarray(found)
 
 
-def _costs(step_config, scheme: Scheme, layout: Layout, block: Any, x: Stream, gradients: Gradients, damping, tokens):
+def _costs(
+    step_config, scheme: Scheme, layout: Layout, block: Any, x: Stream, starts, gradients: Gradients, damping, tokens
+):
     """(projections, K) of a block."""
     costs = []
     for linear in LINEARS:
-        inputs = _inputs(step_config, layout, block, x, linear)
+        inputs = _inputs(step_config, layout, block, x, starts, linear)
         kernel = apply.kernel_of(block, linear)
         found = apply.statistics(step_config, layout, {}, kernel.shape[0], inputs)
         given = found if scheme.method.calibrated else None
@@ -113,12 +116,14 @@ def _expected(error_IxO, hessian_IxI, gradient_O):
     return 0.5 * jnp.sum(gradient_O * jnp.sum(error_IxO * added_IxO, axis=0))
 
 
-def _inputs(step_config: StepConfig, layout: Layout, block: Any, stream: Stream, linear: Linear) -> Iterable[Any]:
+def _inputs(
+    step_config: StepConfig, layout: Layout, block: Any, stream: Stream, starts: list[Any], linear: Linear
+) -> Iterable[Any]:
     f = forward(step_config, layout)
-    for x in stream:
+    for x, starts_BxS in zip(stream, starts, strict=True):
         h = f.before_qkv(block, {}, x)
         if linear != apply.QKV:
-            h = f.before_out(block, {}, h)
+            h = f.before_out(block, {}, h, starts_BxS)
         if linear in (apply.GATE_UP, apply.DOWN):
             h = f.before_gate_up(block, {}, f.after_out(block, {}, x, h))
         yield f.before_down(block, {}, h) if linear == apply.DOWN else h
@@ -131,9 +136,10 @@ def _gradients(
     pieces, top = forward(step_config, layout), blocks.top()
     each = limit / (blocks.depth + 1)
     streams = [Stream((pieces.embed(top, {}, batch[:, :-1]) for batch in tokens_CxBxS1), each)]
+    starts = [pieces.starts(batch[:, :-1]) for batch in tokens_CxBxS1]
     for layer in range(blocks.depth):
-        block = blocks.block(layer)
-        streams.append(Stream((pieces.through(block, {}, x) for x in streams[-1]), each))
+        block, pairs = blocks.block(layer), zip(streams[-1], starts, strict=True)
+        streams.append(Stream((pieces.through(block, {}, *pair) for pair in pairs), each))
         done()
     back, tokens = _backward(step_config, layout), tokens_CxBxS1[..., 1:].size
     pairs = zip(streams.pop(), tokens_CxBxS1, strict=True)
@@ -143,12 +149,12 @@ def _gradients(
         block, sums = blocks.block(layer), dict.fromkeys(LINEARS, jnp.zeros(()))
 
         def below(pairs, block=block, sums=sums):
-            for x, above in pairs:
-                g_BxSxD, squares = back(block, x, above)
+            for x, above, starts_BxS in pairs:
+                g_BxSxD, squares = back(block, x, above, starts_BxS)
                 sums.update({linear: sums[linear] + squares[linear] for linear in LINEARS})
                 yield g_BxSxD
 
-        g = Stream(below(zip(streams.pop(), g, strict=True)), limit)
+        g = Stream(below(zip(streams.pop(), g, starts, strict=True)), limit)
         found.append({linear: sums[linear] / tokens for linear in LINEARS})
         done()
     return found[::-1]
@@ -156,10 +162,11 @@ def _gradients(
 
 @functools.lru_cache(maxsize=4)
 def _backward(step_config: StepConfig, layout: Layout):
-    """(block, x (B, S, D), gradient of what comes out) -> (gradient of x, Σ over tokens of squares by projection)."""
+    """(block, x (B, S, D), gradient of what comes out, starts) -> (gradient of x, Σ over tokens of squares by
+    projection)."""
     model, products = step_config.model, Products(UNQUANTIZED, {})
 
-    def run(block, x_BxSxD, above_BxSxD):
+    def run(block, x_BxSxD, above_BxSxD, starts_BxS):
         def through(x_BxSxD, noise):
             def add(call, args, keywords, context):
                 output, module = call(*args, **keywords), context.module
@@ -169,7 +176,7 @@ def _backward(step_config: StepConfig, layout: Layout):
                 return output
 
             with nn.intercept_methods(add):
-                return Block(model).apply({"params": block}, x_BxSxD, products)
+                return Block(model).apply({"params": block}, x_BxSxD, products, starts_BxS)
 
         with splitting(layout):
             x_BxSxD, above_BxSxD = split_batch(x_BxSxD), split_batch(above_BxSxD)

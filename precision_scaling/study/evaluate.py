@@ -54,13 +54,16 @@ class BlockwiseLoss:
         step_config = StepConfig(shape.model, static, workspace.experiment.optimizer)
         self._forward, self._grids, self._top = forward(step_config, workspace.layout), grids, top
         self._layer = 0
+        self._starts = [self._forward.starts(batch[:, :-1]) for batch in self._windows_NxBxS1]
         batches = (self._forward.embed(top, grids, batch[:, :-1]) for batch in self._windows_NxBxS1)
         self._stream = Stream(batches, memory_limit(workspace.layout))
 
     def advance(self, block: Any) -> None:
         """The text goes through the next block."""
         grids = of_layer(self._grids, self._layer)
-        self._stream = Stream((self._forward.through(block, grids, x) for x in self._stream), self._stream.limit)
+        pairs = zip(self._stream, self._starts, strict=True)
+        batches = (self._forward.through(block, grids, *pair) for pair in pairs)
+        self._stream = Stream(batches, self._stream.limit)
         self._layer += 1
 
     def loss(self) -> float:

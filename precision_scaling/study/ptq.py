@@ -268,9 +268,9 @@ def _quantizer(workspace: Workspace, job: _Job, step_config: StepConfig, grids: 
     tokens_NxS1 = _calibration_windows(workspace, job)
     tokens_NxS = tokens_NxS1[: len(tokens_NxS1) if apply.needs_calibration(job.scheme) else 0, :-1]
     batch, limit = _batch_size(workspace), memory_limit(workspace.layout)
-    stream = apply.calibration_stream(step_config, workspace.layout, grids, top, tokens_NxS, batch, limit)
+    text = apply.calibration_stream(step_config, workspace.layout, grids, top, tokens_NxS, batch, limit)
     damping = workspace.experiment.config.ptq.damping
-    return apply.BlockQuantizer(step_config, job.scheme, workspace.layout, grids, damping, stream)
+    return apply.BlockQuantizer(step_config, job.scheme, workspace.layout, grids, damping, *text)
 
 
 def _calibration_windows(workspace: Workspace, job: _Job) -> np.ndarray:

@@ -72,6 +72,7 @@ COLUMNS = {
     "validation_tokens": "held-out tokens in the loss",
     "vocab_size": "of the tokenizer",
     "corpus": "hash of the token files",
+    "within_documents": "`yes` where attention stays within documents, in training and evaluation",
     "device": "kind of device that measured the loss",
     "jax_version": "of JAX",
     "imported": "the model, where it was trained elsewhere",
@@ -214,6 +215,7 @@ def setting_columns(config, run: Run) -> dict[str, Any]:
         "precision": run.precision.describe(),
         "validation_tokens": config.evaluate.sequences * shape.model.sequence_length,
         "vocab_size": shape.model.vocab_size,
+        "within_documents": "" if shape.model.document_token < 0 else "yes",
         "imported": run.imported,
         # How a model was trained elsewhere is not known here.
         **(dict.fromkeys(_OF_TRAINING) if run.imported else {}),

@@ -89,6 +89,8 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
         compiled.check_memory(layout, group.shape.model)
     corpus = prepare(**config.data)
     resolved = experiment.resolve(config, corpus.vocab_size)
+    if config.data.within_documents:
+        _check_ends(corpus, resolved.runs[0].shape.model)
     for run in resolved.runs:
         native.check_device(run.precision)
         attention.check_device(run.shape.model)
@@ -104,6 +106,18 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
     compilation.use_cache(config.compilation_cache)
     _claim(workdir, config, corpus)
     return workspace
+
+
+def _check_ends(corpus: Corpus, model: ModelConfig) -> None:
+    """ConfigError for a corpus whose documents do not end with the token that the model takes for that."""
+    for side, last in corpus.last_tokens().items():
+        if not last == corpus.end_of_text == model.document_token:
+            raise ConfigError(
+                "data.within_documents",
+                True,
+                f"a corpus whose documents end with the token {model.document_token}: the {side} tokens of "
+                f"{corpus.directory} end with {last}",
+            )
 
 
 def _claim(workdir: Path, config, corpus: Corpus) -> None:
