@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,56 @@ def test_zstandard_of_several_frames_and_long_lines(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(frames + zstandard.compress(b'{"text": "no end of line"}'))
     found, broken = read(tmp_path / "a.jsonl.zst")
     assert found == [*(record["text"] for record in records), "no end of line"] and broken.count == 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_record_that_is_too_large_is_left_out_and_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_files, "LARGEST", 1000)
+    records = [{"text": "one"}, {"text": "x" * 5000}, {"text": "y" * 980}, {"text": "ß" * 990}, {"text": "last"}]
+    found, broken = read(write(tmp_path / name, records))
+    assert [len(text) for text in found] == [3, 980, 4] and broken.count == 2
+    assert "larger than 1,000 bytes" in broken.named[0] and (" 2:" in broken.named[0] and " 4:" in broken.named[1])
+
+
+def test_a_line_without_end_takes_no_more_memory_than_a_document_may(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    monkeypatch.setattr(text_files, "LARGEST", 1 << 20)
+    line = lines([{"text": "x" * (64 << 20)}])  # packed, six kilobytes
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line) + zstandard.compress(lines([{"text": "after"}])))
+    (tmp_path / "a.jsonl").write_bytes(line + lines([{"text": "after"}]))
+    del line
+    tracemalloc.start()
+    for name in ("a.jsonl", "a.jsonl.zst"):
+        tracemalloc.reset_peak()
+        found, broken = read(tmp_path / name)
+        assert found == ["after"] and broken.count == 1
+        # Beside a document: what comes out of the compressed bytes that are read at a time.
+        assert tracemalloc.get_traced_memory()[1] < (80 << 20 if name.endswith("zst") else 8 << 20)
+    tracemalloc.stop()
+
+
+def test_lines_across_many_zstd_frames_and_blocks_are_whole(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    content = lines([{"text": f"{i} " * (i % 97)} for i in range(3000)] + [{"text": os.urandom(1 << 20).hex()}])
+    frames = [zstandard.compress(content[i : i + 700]) for i in range(0, len(content), 700)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert read(tmp_path / "a.jsonl.zst")[0] == read(tmp_path / "a.jsonl")[0]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames)[:-5])
+    with pytest.raises(DataError, match="cut off"):
+        read(tmp_path / "a.jsonl.zst")
+
+
+@pytest.mark.parametrize("root", ["", "/*.txt", "/*"])
+def test_a_pipe_is_refused_wherever_it_is_found(tmp_path, root):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "b.txt")
+    with pytest.raises(DataError, match=r"^data\.root=.*b\.txt"):
+        text_files.find_files(f"{tmp_path}{root}")
+
+
+def test_a_file_that_is_too_large_for_a_document_is_refused(tmp_path):
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate((1 << 28) + 1)
+    with pytest.raises(DataError, match=r"a\.txt is one document of 268,435,457 bytes; allowed is up to 268,435,456"):
+        text_files.find_files(str(tmp_path))

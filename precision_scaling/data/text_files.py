@@ -9,6 +9,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import io
 import json
 import logging
 import os
@@ -26,7 +27,9 @@ WHOLE = (".txt", ".md")  # a document each
 LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")  # a record in each line
 TABLES = (".parquet",)
 ALLOWED = ", ".join(WHOLE + LINES + TABLES)
+LARGEST = 1 << 28  # bytes of a document, or of the line that holds it: what memory must have room for
 _BLOCK = 1 << 20
+_PACKED = 1 << 13  # compressed bytes at a time: of zstd, they can become 32,768 times as many
 _NAMED = 3  # broken records that are named; the others are counted
 _EXTRA = "pip install 'precision_scaling[text]'"
 
@@ -66,7 +69,7 @@ def find_files(root: str) -> list[tuple[str, Path]]:
         globbed = sorted(glob.glob(os.fspath(path), recursive=True), key=lambda each: (len(each), each))
         # A pattern follows links to directories, in circles, too: each file counts once, under its shortest name.
         matches = list(
-            {os.path.realpath(each): Path(each) for each in reversed(globbed) if os.path.isfile(each)}.values()
+            {os.path.realpath(each): Path(each) for each in reversed(globbed) if not os.path.isdir(each)}.values()
         )
         if not matches:
             raise DataError(f"data.root={root!r}: no such file, directory or pattern; allowed are files {ALLOWED}")
@@ -80,8 +83,14 @@ def find_files(root: str) -> list[tuple[str, Path]]:
     for _, each in usable:
         try:
             files.check_regular(each)
+            size = os.stat(each).st_size
         except (OSError, ValueError) as error:
             raise DataError(f"data.root={root!r}: {error}") from None
+        if size > LARGEST and _suffix(each) in WHOLE:
+            raise DataError(
+                f"data.root={root!r}: {each} is one document of {size:,} bytes; allowed is up to {LARGEST:,}: "
+                "split it, or make its documents records of a .jsonl"
+            )
     return usable
 
 
@@ -121,7 +130,10 @@ def _of_lines(path: Path, name: str, feature: str, broken: Broken) -> Iterator[s
     number = 0
     try:
         with files.open_regular(path) as packed, _unpacked(packed, path) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(_bounded(lines), start=1):
+                if len(line) > LARGEST:
+                    broken.add(f"{name} line {number}", f"larger than {LARGEST:,} bytes")
+                    continue
                 if not line.strip():
                     continue
                 try:
@@ -139,6 +151,15 @@ def _of_lines(path: Path, name: str, feature: str, broken: Broken) -> Iterator[s
         ) from error
 
 
+def _bounded(lines: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is larger than LARGEST, the beginning: one byte more than that."""
+    while line := lines.readline(LARGEST + 1):
+        yield line
+        if len(line) > LARGEST:
+            while line and not line.endswith(b"\n"):
+                line = lines.readline(_BLOCK)
+
+
 @contextlib.contextmanager
 def _unpacked(packed: BinaryIO, path: Path) -> Iterator[Any]:
     if path.name.lower().endswith(".gz"):
@@ -149,24 +170,36 @@ def _unpacked(packed: BinaryIO, path: Path) -> Iterator[Any]:
             import zstandard
         except ImportError:
             raise DataError(f"data.root: {path} needs zstandard: {_EXTRA}") from None
-        yield _zstd_lines(packed, zstandard.ZstdDecompressor)
+        yield io.BufferedReader(_Zstd(packed, zstandard.ZstdDecompressor), _BLOCK)
     else:
         yield packed
 
 
-def _zstd_lines(packed: BinaryIO, decompressor) -> Iterator[bytes]:
+class _Zstd(io.RawIOBase):
+    """What the frames of a file hold, one after the other. EOFError for a file that is cut off, which zstandard's own
+    reader takes for its end."""
 
-    frame, rest, left = decompressor().decompressobj(), b"", b""
-    while block := left or packed.read(_BLOCK):
-        if frame.eof:
-            frame = decompressor().decompressobj()
-        *whole, rest = (rest + frame.decompress(block)).split(b"\n")
-        left = frame.unused_data
-        yield from whole
-    if not frame.eof:
-        raise EOFError("it is cut off")
-    if rest:
-        yield rest
+    def __init__(self, packed: BinaryIO, decompressor: Any):
+        self._packed, self._decompressor = packed, decompressor
+        self._frame, self._left, self._ready = decompressor().decompressobj(), b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not (block := self._left or self._packed.read(_PACKED)):
+                if not self._frame.eof:
+                    raise EOFError("it is cut off")
+                return 0
+            if self._frame.eof:
+                self._frame = self._decompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(block))
+            self._left = self._frame.unused_data
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def _of_table(path: Path, name: str, feature: str, broken: Broken) -> Iterator[str]:
@@ -198,10 +231,14 @@ def _text(record: Any, place: str, feature: str, broken: Broken) -> Iterator[str
         broken.add(place, f"{feature!r} is no text")
     else:
         try:
-            text.encode("utf-8")
-            yield text
+            size = len(text.encode("utf-8"))
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
             broken.add(place, "not encodable as UTF-8")
+            return
+        if size > LARGEST:
+            broken.add(place, f"larger than {LARGEST:,} bytes")
+        else:
+            yield text
 
 
 def find(request: Request) -> Source:
