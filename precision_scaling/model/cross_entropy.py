@@ -89,7 +89,10 @@ def _forward(h_BxSxD, kernel_DxV, targets_BxS, head: Head):
 
     zero_PxDxV = sharding.split_batch(jnp.zeros((shards, width, vocabulary), kernel_DxV.dtype))
     dkernel_PxDxV, (losses, log_z, dh_BxSxD) = _in_chunks(chunk, zero_PxDxV, h_BxSxD, targets_BxS, head.length)
-    return _means(losses, log_z, head.z_loss), (dh_BxSxD, sharding.summed_parts(dkernel_PxDxV, ("fsdp", "tensor")))
+    if shards > 1 and not sharding.sums_in_float32():
+        dkernel_PxDxV = dkernel_PxDxV.astype(h_BxSxD.dtype)
+    dkernel_DxV = sharding.summed_parts(dkernel_PxDxV, ("fsdp", "tensor")).astype(kernel_DxV.dtype)
+    return _means(losses, log_z, head.z_loss), (dh_BxSxD, dkernel_DxV)
 
 
 def _backward(head: Head, kept, g):
