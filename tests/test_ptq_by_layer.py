@@ -163,7 +163,7 @@ def inputs_of(params, layer, linear, tokens_BxS):
     for i in range(layer + 1):
         block = Stacked(params).block(i)
         h = {QKV: forward.before_qkv(block, {}, x)}
-        h[OUT] = forward.before_out(block, {}, h[QKV])
+        h[OUT] = forward.before_out(block, {}, h[QKV], None)
         after = forward.after_out(block, {}, x, h[OUT])
         h[GATE_UP] = forward.before_gate_up(block, {}, after)
         h[DOWN] = forward.before_down(block, {}, h[GATE_UP])
