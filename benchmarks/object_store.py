@@ -10,6 +10,7 @@ objects in memory and asks for no credentials.
 import contextlib
 import http.client
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -36,12 +37,13 @@ class Store:
 
     url: gs://BUCKET. environment: variables by which gcsfs, TensorStore and Orbax find it. requests: method and path of
     each. faults: how many of each kind there were. latency: seconds, before every answer. share: of the requests that
-    fail: refused with 503 or 429, cut before or after they were done, or answered in part.
+    fail: refused with 503 or 429, cut before or after they were done, or answered in part, in turn.
     """
 
     def __init__(self, port: int, own: int):
         self.url, self.requests, self.faults = f"gs://{NAME}", list[str](), Counter[str]()
         self.latency, self.share, self.random = 0.0, 0.0, random.Random(0)
+        self.kinds = itertools.cycle(KINDS)  # of the faults
         self.refuse = 0  # the status of every answer, if not 0
         self.port = port
         address = f"http://127.0.0.1:{own}"
@@ -142,7 +144,7 @@ class _Proxy(BaseHTTPRequestHandler):
         store.requests.append(f"{self.command} {self.path}")
         if store.latency:
             time.sleep(store.latency)
-        fault = store.random.choice(KINDS) if store.random.random() < store.share else ""
+        fault = next(store.kinds) if store.random.random() < store.share else ""
         if fault:
             store.faults[fault] += 1
         if fault in ("503", "429") or store.refuse:

@@ -37,6 +37,7 @@ from precision_scaling.training.step import StepConfig
 
 VOCABULARY = 64
 DEFAULTS = blockwise.BLOCK, cross_entropy.CHUNK_BYTES
+QUANTIZED = ((1, 1, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1))  # each axis is on one of them; it takes as long as training
 
 
 def config(kind: str):
@@ -97,12 +98,13 @@ def train(sizes: tuple[int, ...], kind: str, workdir: Path) -> dict:
         "losses": losses,
         "bytes": sorted(set(held.values())),
         "total": total,
-        **(quantize(step_config, layout, loader) if kind != "muon" else {}),
+        "hessian_parts": hessian_parts(layout),
+        "gptq": quantize(step_config, layout, loader) if sizes in QUANTIZED and kind != "muon" else None,
     }
 
 
-def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -> dict:
-    """GPTQ's relative output errors on this mesh, and the parts of a Hessian's rows that a device holds."""
+def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -> list[float]:
+    """GPTQ's relative output errors on this mesh."""
     scheme = scheme_of("gptq")
     step_config = dataclasses.replace(step_config, static=scheme.static(UNQUANTIZED))
     initialize = lambda: step.init_state(step_config, 0).params
@@ -110,20 +112,25 @@ def quantize(step_config: StepConfig, layout: sharding.Layout, loader: Loader) -
     tokens_NxS = loader.calibration_windows(32, seed=0)[:, :-1]
     options = {"scheme": scheme, "batch_size": 16, "layout": layout}
     _, report = apply.quantize_model(step_config, params, {}, tokens_NxS, (3,), 0.01, **options)
+    return report.error.ravel().tolist()
+
+
+def hessian_parts(layout: sharding.Layout) -> list[int]:
+    """The parts of a Hessian's rows that a device holds; the Hessian is that of NumPy."""
 
     @jax.jit
     def hessian(x_CxBxSxI):
         with sharding.splitting(layout):
             found = apply.no_statistics(x_CxBxSxI.shape[-1])
             for x_BxSxI in x_CxBxSxI:
-                found = apply.add_statistics(Products(step_config.static), found, x_BxSxI)
+                found = apply.add_statistics(Products(UNQUANTIZED), found, x_BxSxI)
             return found.hessian_IxI
 
     x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)
     h_IxI = hessian(x_CxBxSxI)
     np.testing.assert_allclose(h_IxI, np.einsum("cbsi,cbsj->ij", x_CxBxSxI, x_CxBxSxI), rtol=1e-4, atol=1e-4)
     parts = len(h_IxI) // np.array([shard.data.shape[0] for shard in h_IxI.addressable_shards])
-    return {"gptq": report.error.ravel().tolist(), "hessian_parts": sorted(set(parts.tolist()))}
+    return sorted(set(parts.tolist()))
 
 
 if __name__ == "__main__":

@@ -99,11 +99,19 @@ def read_rows(run_directory: Path, measurement: str) -> list[dict[str, Any]]:
 
 
 def gather(workdir: Path) -> int:
-    """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number."""
+    """Writes workdir/runs.csv from all rows found below workdir/runs; returns their number.
+
+    Of workers that end at the same time, one may have looked before the other's last row, and write after it: so each
+    looks again when it has written.
+    """
     found = paths.all_rows(workdir)
-    rows = [row for path, content in zip(found, files.read_all(found), strict=True) for row in _parse(path, content)]
-    write_table(workdir / paths.TABLE, rows)
-    return len(rows)
+    while True:
+        contents = zip(found, files.read_all(found), strict=True)
+        rows = [row for path, content in contents for row in _parse(path, content)]
+        write_table(workdir / paths.TABLE, rows)
+        before, found = found, paths.all_rows(workdir)
+        if found == before:
+            return len(rows)
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
