@@ -22,7 +22,7 @@ from precision_scaling.runtime import cli
 PROGRAMS = ("train", "evaluate")
 FLAGS = flags.FlagValues()
 _TARGET = flags.DEFINE_string(
-    "target", None, "v5e:8x8, v6e:8x8, v5p:2x2x4, h100, h100:8, cpu:64, ...", flag_values=FLAGS
+    "target", None, "v5e:8x8, v6e:8x8, v5p:2x2x4, v5e:8x8*2 (two slices), h100, h100:8, cpu:64, ...", flag_values=FLAGS
 )
 _SIZES = flags.DEFINE_list("size", ["220M"], "Named sizes.", flag_values=FLAGS)
 _PRECISIONS = flags.DEFINE_list("precision", ["bf16"], "Precisions, as in a study's grid.", flag_values=FLAGS)
@@ -73,6 +73,7 @@ def _case(target, layout, size: str, precision: str, program: str) -> dict:
         "precision": precision,
         "dtype": cohort.shape.model.dtype,
         "mesh": layout.sizes,
+        "slices": layout.slices,
         "lanes": _LANES.value,
         "batch_size": cohort.shape.batch_size,
         "sequence_length": cohort.shape.model.sequence_length,

@@ -90,7 +90,7 @@ def _compare(corpus: Corpus) -> None:
     step_config = StepConfig(shape, static, optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1))
     grids = {name: jax.tree.map(lambda x: np.asarray(x)[None], formats.parse("int4").grid()) for name in "wakv"}
     inputs = RunInputs(grids, jax.tree.map(lambda x: x[None], schedule.of("cosine", 1e-3, 10_000, 10, 0)))
-    layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    layout = sharding.make_layout({"slices": 1, "run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     loader = Loader(corpus, _SEQUENCE.value, _BATCH.value)
     feed = Prefetcher(loader, layout, lanes=1, microbatches=1, max_steps=_STEPS.value)
     steps, length = feed.max_steps, _SEQUENCE.value

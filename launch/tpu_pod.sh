@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on every worker of a Cloud TPU slice, which it queues for, sets up, and replaces when it is preempted.
+# Runs a command on every worker of a Cloud TPU slice, or of several that train one run (multislice): it queues for them,
+# sets them up, and replaces them when they are preempted.
 set -euo pipefail
 
 usage() {
@@ -18,6 +19,8 @@ Actions
 
 Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU_RUNTIME, TPU_RESULTS)
   --type=v5litepod-8            accelerator type
+  --slices=1                    slices of that type for one run together (multislice): NAME-0, NAME-1, ..., queued for
+                                as one. The command needs --distributed, and the batch is split over them (config.mesh)
   --runtime=v2-alpha-tpuv5-lite software of the TPU VMs; without, that of the type: v4, v5litepod, v5p or v6e
   --results=gs://BUCKET/PATH    for a command whose workdir is a directory: keep a copy there, every minute; a new slice
                                 starts from it. --workdir=gs://BUCKET/PATH of the command needs none; without either, a
@@ -45,6 +48,7 @@ check_options() {
     [[ "${!option}" =~ ^[A-Za-z0-9][A-Za-z0-9._:-]*$ ]] || die "--$option=${!option}: allowed are letters, digits and -"
   done
   [[ "$name" =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$name: allowed are up to 63 small letters, digits and -"
+  whole_number --slices "$slices" 1 256
   whole_number --retries "$retries" 0 1000000
   whole_number --poll "$poll" 0 86400
   one_line "$results"
@@ -59,6 +63,9 @@ check_options() {
         [[ "$argument" != --workdir=* ]] || workdir="${argument#*=}"
       done
       [[ -z "$results" || "$workdir" != gs://* ]] || die "--results=$results: --workdir=$workdir is in a bucket already"
+      [[ "$slices" = 1 || " ${arguments[*]} " = *" --distributed "* ]] ||
+        die "--slices=$slices: the command needs --distributed, by which the slices find each other"
+      [[ "$slices" = 1 || -z "$results" ]] || die "--slices=$slices: with --workdir=gs://BUCKET/PATH, not --results"
       [[ -z "$results" || -n "$workdir" ]] || die "--results=$results: the command has no --workdir=DIR to keep there"
       ;;
     fetch)
@@ -84,11 +91,11 @@ call() {
 source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 name="${TPU_NAME:-}" project="${TPU_PROJECT:-}" zone="${TPU_ZONE:-}" type="${TPU_TYPE:-v5litepod-8}"
 runtime="${TPU_RUNTIME:-}" results="${TPU_RESULTS:-}" workdir=""
-spot=true retries=3 poll=30 delete_when_done=false
+slices=1 spot=true retries=3 poll=30 delete_when_done=false
 read_arguments "$@"
 for option in ${options[@]+"${options[@]}"}; do
   case "$option" in
-    --name=* | --project=* | --zone=* | --type=* | --runtime=* | --results=* | --workdir=* | --retries=* | --poll=*)
+    --name=* | --project=* | --zone=* | --type=* | --runtime=* | --results=* | --workdir=* | --slices=* | --retries=* | --poll=*)
       key="${option%%=*}"
       printf -v "${key#--}" %s "${option#*=}"
       ;;
@@ -112,7 +119,26 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 where=(--project="$project" --zone="$zone" --quiet)
 queue() { call gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
-remote() { call gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"; }
+nodes=("$name")
+if [ "$slices" -gt 1 ]; then nodes=($(seq -f "$name-%g" 0 $((slices - 1)))); fi
+
+# each_node COMMAND ...: calls it with every slice, at the same time; fails where one does.
+each_node() {
+  local node pid status=0 pids=()
+  if $dry_run || [ ${#nodes[@]} = 1 ]; then
+    for node in "${nodes[@]}"; do "$@" "$node" || status=$?; done
+    return "$status"
+  fi
+  for node in "${nodes[@]}"; do
+    "$@" "$node" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+  return "$status"
+}
+on_node() { call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker=all --command="$1"; }
+remote() { each_node on_node "$1"; }
+copy_to() { call gcloud compute tpus tpu-vm scp "$1" "$2:precision_scaling.tgz" "${where[@]}" --worker=all; }
 
 state() { # ABSENT, UNKNOWN (gcloud could not say), or what the API calls it
   local answer errors
@@ -130,6 +156,7 @@ state() { # ABSENT, UNKNOWN (gcloud could not say), or what the API calls it
 
 request() {
   local flags=(--node-id="$name" --accelerator-type="$type" --runtime-version="$runtime")
+  if [ "$slices" -gt 1 ]; then flags=(--node-count="$slices" --node-prefix="$name" "${flags[@]:1}"); fi
   if $spot; then flags+=(--spot); fi
   queue create "${flags[@]}"
 }
@@ -173,7 +200,7 @@ start() {
   command="$command && $worker start $(quoted "$results" "$workdir" "${arguments[@]}")"
   if $dry_run; then
     echo 'git ls-files -z --cached --others --exclude-standard | tar -czf precision_scaling.tgz --null -T -'
-    call gcloud compute tpus tpu-vm scp precision_scaling.tgz "$name:precision_scaling.tgz" "${where[@]}" --worker=all
+    each_node copy_to precision_scaling.tgz
     remote "$command"
     return
   fi
@@ -181,8 +208,7 @@ start() {
   git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
     tar -czf "$archive/precision_scaling.tgz" --null -T - || die "$PWD: could not be packed; it must be a git checkout"
-  gcloud compute tpus tpu-vm scp "$archive/precision_scaling.tgz" "$name:precision_scaling.tgz" "${where[@]}" --worker=all &&
-    remote "$command"
+  each_node copy_to "$archive/precision_scaling.tgz" && remote "$command"
   local status=$?
   rm -rf "$archive"
   return "$status"
@@ -268,7 +294,7 @@ case "$action" in
     else
       [[ "$workdir" == /* ]] && there="$workdir" || there="precision_scaling/$workdir"
       call mkdir -p "$(dirname "$workdir")"
-      call gcloud compute tpus tpu-vm scp --recurse "$name:$there" "$(dirname "$workdir")" "${where[@]}" --worker=0
+      call gcloud compute tpus tpu-vm scp --recurse "${nodes[0]}:$there" "$(dirname "$workdir")" "${where[@]}" --worker=0
     fi
     ;;
   delete) give_back ;;

@@ -29,15 +29,26 @@ def workers(name: str) -> list[Path]:
     return [HOME / name / f"worker{i}" for i in range(int(os.environ.get("FAKE_WORKERS", "2")))]
 
 
+def nodes(name: str) -> list[str]:
+    """The slices of a request."""
+    count, prefix = option(sys.argv, "node-count"), option(sys.argv, "node-prefix")
+    return [f"{prefix}-{i}" for i in range(int(count))] if count else [name]
+
+
 def queued_resources(action: str, name: str) -> None:
     states = HOME / name / "states"
     if action == "create":
         if states.exists():
             fail("ERROR: (gcloud) ALREADY_EXISTS: Resource already exists")
         queue = os.environ.get("FAKE_QUEUE", "WAITING_FOR_RESOURCES,PROVISIONING,ACTIVE")
-        for worker in workers(name):
-            worker.mkdir(parents=True)
+        for node in nodes(name):
+            for worker in workers(node):
+                worker.mkdir(parents=True)
+        states.parent.mkdir(exist_ok=True)
         states.write_text("\n".join(queue.split(",")))
+        for node in nodes(name):  # slices that were queued for as one have one state
+            if node != name:
+                (HOME / node / "states").symlink_to(states)
     elif action == "describe":
         if not states.exists():
             fail("ERROR: (gcloud) NOT_FOUND: Resource 'queued resource' was not found")
@@ -47,7 +58,8 @@ def queued_resources(action: str, name: str) -> None:
             fail("ERROR: (gcloud) There was a problem refreshing your current auth tokens")
         print(first)
     elif action == "delete":
-        shutil.rmtree(HOME / name)
+        for node in {name, *(link.parent.name for link in HOME.glob(f"{name}-*/states") if link.is_symlink())}:
+            shutil.rmtree(HOME / node)
 
 
 def tpu_vm(action: str, arguments: list[str]) -> None:

@@ -70,7 +70,7 @@ def train(sizes: tuple[int, ...], kind: str, workdir: Path) -> dict:
     resolved = experiment.resolve(c, VOCABULARY)
     (group,) = resolved.cohorts
     devices = jax.devices()[: int(np.prod(sizes))]
-    layout = sharding.make_layout(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+    layout = sharding.make_layout({"slices": 1, **dict(zip(sharding.AXES, sizes, strict=True))}, devices)
     sharding.check(layout, c, [group.shape.model])
     loader = Loader(corpus(), c.model.sequence_length, c.train.batch_size)
     step_config = StepConfig(group.shape.model, group.static, resolved.optimizer, c.train.microbatches)
@@ -99,7 +99,7 @@ def train(sizes: tuple[int, ...], kind: str, workdir: Path) -> dict:
         "bytes": sorted(set(held.values())),
         "total": total,
         "hessian_parts": hessian_parts(layout),
-        "gptq": quantize(step_config, layout, loader) if sizes in QUANTIZED and kind != "muon" else None,
+        "gptq": quantize(step_config, layout, loader) if sizes in QUANTIZED and kind == "adamw" else None,
     }
 
 

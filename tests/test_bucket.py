@@ -173,6 +173,22 @@ def test_a_holder_that_was_silent_too_long_ends_before_it_writes(place, monkeypa
         assert process.returncode == 75 and "was taken over" in said and len(said.splitlines()) == 1
 
 
+def test_a_holder_whose_requests_have_no_answer_ends_before_its_lease_does(place, store):
+    process = holder(place, "lease._RENEW_SECONDS, lease._LATEST_SECONDS = 0.2, 1.0")
+    store.next += ["hang"] * 100
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        store.next.clear()
+    assert process.returncode == 75 and "could not be renewed for 1 seconds (no answer)" in said
+
+
+def test_an_expired_token_is_met_by_asking_again(place, store):
+    files.atomic_write(place / "a", "text")
+    store.next += ["401"]
+    assert files.read(place / "a") == b"text" and not store.next
+
+
 def test_metrics_are_sent_in_parts_and_joined(place, tmp_path):
     """What is read is the same file as on this machine, at any time, and after a process died while it joined them."""
     here, there = tmp_path / paths.METRICS, place / paths.METRICS
@@ -205,6 +221,19 @@ def test_a_bucket_that_is_not_there_or_may_not_be_used_is_one_line(store, run_co
         store.refuse = 0
     assert done.returncode == 2 and "no permission for this bucket" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_token_that_is_not_accepted_is_told_from_a_bucket_that_may_not_be_used(place, store, monkeypatch):
+    async def at_once(*_):
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", at_once)
+    store.next += ["401"] * 20
+    try:
+        with pytest.raises(PermissionError, match="the token has expired or is not accepted: gcloud auth"):
+            files.read(place / "a")
+    finally:
+        store.next.clear()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_partial_sums_of_a_kernels_gradient_are_float32_and_the_result_is_what_i
 
 
 def test_on_one_device_there_is_nothing_to_add_up():
-    layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    layout = sharding.make_layout({"slices": 1, "run": 1, "data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with sharding.summing_gradients("float32"):
         assert not sharding.sums_in_float32()
         with sharding.splitting(layout):

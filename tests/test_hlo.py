@@ -103,6 +103,24 @@ def test_a_program_counted_by_hand():
         hlo.count("nothing", 8)
 
 
+def test_what_goes_to_other_slices_is_told_apart():
+    """A program of two slices of four: sixteen bytes inside of each go over DCN, where each chip sends them once."""
+    program = """
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %reduced = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all = f32[4]{0} all-reduce(%x), channel_id=2, replica_groups={}, to_apply=%add
+  %token = token[] after-all()
+  %send = (f32[4]{0}, u32[], token[]) send(%x, %token), attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %other = (f32[4]{0}, u32[], token[]) send(%x, %token), channel_id=4
+}
+"""
+    counts = hlo.count(program, devices=8, slices=2)
+    assert counts.sent == 2 * (2 * 3 / 4 * 16) and counts.sent_between_slices == 16
+    assert counts.by_kind()["all-reduce between slices"] == {"count": 1, "overlapped": 1, "bytes_sent": 16}
+    assert hlo.count(program, devices=12, slices=3).sent_between_slices == 2 * 2 / 3 * 16
+
+
 def test_the_products_of_a_compiled_loop():
     def program(x_BxI, kernels_LxIxI):
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x_BxI, kernels_LxIxI)[0]
@@ -126,7 +144,13 @@ def test_sizes_of_types_and_groups():
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("v9:2x2", "allowed is"), ("h100:9", "allowed is"), ("v5e", "allowed is"), ("cpu:0", "allowed is")],
+    [
+        ("v9:2x2", "allowed is"),
+        ("h100:9", "allowed is"),
+        ("v5e", "allowed is"),
+        ("cpu:0", "allowed is"),
+        ("v5e:2x4*0", "allowed is"),
+    ],
 )
 def test_a_target_that_there_is_not(name, said):
     with pytest.raises(UserError, match=said):
@@ -196,6 +220,20 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does(run_comma
     assert last.startswith("error: 25k on 4 x v5e, by its compiler: ") and "nearest that fits: --config.mesh" in last
     done = run_command(*command, "--topology=v5e:2x2")
     assert done.returncode == 2 and "--dry_run" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+def test_two_slices_send_each_gradient_once_between_them():
+    if why := targets.missing("v5e:2x4*2"):
+        pytest.skip(why)
+    options = ("--config.train.batch_size=16", "--config.model.sequence_length=128", "--config.mesh.fsdp=8")
+    (case,) = aot("--target=v5e:2x4*2", *options, "--config.model.dtype=float32")
+    assert case["slices"] == 2 and case["mesh"] == {"run": 1, "data": 2, "fsdp": 8, "tensor": 1}
+    # Each chip has an eighth of the gradients when they are summed over slices: all-reduce of two sends it once.
+    assert 4 * case["parameters"] / 8 <= case["bytes_sent_between_slices"] <= 1.05 * 4 * case["parameters"] / 8
+    assert case["bytes_sent"] > case["bytes_sent_between_slices"]
+    assert "all-reduce between slices" in case["collectives"]
 
 
 def test_settings_are_tried_from_the_least_traffic_on():

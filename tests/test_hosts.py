@@ -33,12 +33,12 @@ def get_config():
 class Processes:
     """The study command in n processes that work together."""
 
-    def __init__(self, config: Path, workdir: Path, count: int):
+    def __init__(self, config: Path, workdir: Path, count: int, *more: str):
         with socket.create_server(("localhost", 0)) as server:
             address = f"localhost:{server.getsockname()[1]}"
         self.running = []
         for i in range(count):
-            arguments = [f"--config={config}", f"--workdir={workdir}"]
+            arguments = [f"--config={config}", f"--workdir={workdir}", *more]
             if count > 1:
                 arguments += [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={i}"]
             process = subprocess.Popen(
@@ -100,8 +100,9 @@ def test_processes_come_and_go_and_the_curve_is_that_of_one(tiny_config, data_op
     assert status == 0, said
     assert [len(values) for values in losses(whole).values()] == [40, 40]
 
-    # Four processes, of which one is asked to stop: all do, after a checkpoint that each has written its part of.
-    four = Processes(path, workdir, 4)
+    # Four processes, of which one is asked to stop: all do, after a checkpoint that each has written its part of. Two
+    # and two stand for slices: parameters are split inside of each, the batch over both.
+    four = Processes(path, workdir, 4, "--config.mesh.slices=2", "--config.mesh.fsdp=2")
     wait_for_step(workdir, 4, four)
     four.running[2].send_signal(signal.SIGTERM)
     ended = four.wait()

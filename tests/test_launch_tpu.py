@@ -125,6 +125,35 @@ def test_a_preempted_slice_is_replaced_and_the_command_goes_on_from_the_results_
     assert {path.name for path in local.iterdir()} == kept
 
 
+def test_slices_of_one_run_are_queued_for_together_and_all_run_the_command(cloud):
+    command = cloud.command("ends", "--workdir=w", "--distributed")
+    done = cloud.pod("run", "--slices=2", "--delete_when_done", "--type=v5litepod-64", *command)
+    assert done.returncode == 0, done.stderr
+    (created,) = cloud.queued("create")
+    assert created[4:] == [
+        *("slice", "--project=p", "--zone=z", "--quiet", "--node-count=2", "--node-prefix=slice"),
+        *("--accelerator-type=v5litepod-64", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"),
+    ]
+    ran = [call[4] for call in cloud.calls("compute", "tpus", "tpu-vm", "ssh")]
+    assert set(ran) == {"slice-0", "slice-1"} and not (cloud.home / "slice-0").exists()
+    for wrong, said in (
+        (["--slices=2", *cloud.command("ends", "--workdir=w")], "--slices=2: the command needs --distributed"),
+        (["--slices=2", "--results=gs://b/r", *command], "--slices=2: with --workdir=gs://BUCKET/PATH, not --results"),
+        (["--slices=0", *command], "--slices=0: allowed is a whole number from 1"),
+    ):
+        done = cloud.pod("run", *wrong)
+        assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.slow
+def test_a_slice_of_several_that_is_taken_away_takes_the_others_with_it(cloud):
+    command = cloud.command("preempted_once", f"--workdir={cloud.home / 'kept'}", "--distributed")
+    done = cloud.pod("run", "--slices=2", *command, FAKE_WORKERS="1")
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.queued("create")) == 2 and len(cloud.queued("delete")) == 1
+    assert done.stderr.count("preempted: queueing for another slice") == 1
+
+
 QUICK_STUDY = """
 from configs import base
 

@@ -59,6 +59,6 @@ def test_bytes_are_those_of_the_state_and_more(finished_study, quick_compile):
 
 
 def test_a_machine_tells_its_memory():
-    layout = sharding.make_layout({"run": 1, "data": -1, "fsdp": 1, "tensor": 1})
+    layout = sharding.make_layout({"slices": 1, "run": 1, "data": -1, "fsdp": 1, "tensor": 1})
     assert 1 << 28 < compiled.device_memory(layout) < 1 << 50
     assert compiled.device_memory(layout) % (1 << 20) == 0

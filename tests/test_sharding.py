@@ -1,5 +1,6 @@
 """Layouts: what each axis shards, the refusal of a wrong mesh, and the same losses on every mesh of eight devices."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
 from precision_scaling.config import base
@@ -35,7 +37,7 @@ def test_an_axis_that_does_not_divide_its_dimension_moves_or_is_left_out():
 
 
 def test_every_parameter_of_every_kind_of_model_has_a_rule():
-    layout = sharding.make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1})
+    layout = sharding.make_layout({"slices": 1, "run": 1, "data": 1, "fsdp": -1, "tensor": 1})
     shape = {"vocab_size": 31, "width": 16, "depth": 2, "heads": 4, "mlp_width": 24, "sequence_length": 8}
     kinds = {}, {"tie_embeddings": True}, {"qk_norm": "head", "kv_heads": 2}, {"norm_placement": "post"}
     for more in (*kinds, {"qkv_bias": True}):
@@ -63,7 +65,7 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule():
 def test_a_mesh_takes_the_devices_that_are_left():
     devices = jax.devices() * 8  # of eight, or a multiple
     devices = devices[:1]
-    assert sharding.make_layout({"run": 1, "data": -1, "fsdp": 1, "tensor": 1}, devices).sizes["data"] == 1
+    assert sharding.make_layout({"slices": 1, "run": 1, "data": -1, "fsdp": 1, "tensor": 1}, devices).sizes["data"] == 1
     default = base.get_config().mesh
     assert sharding.make_layout(default).mesh.size == jax.device_count()
 
@@ -79,7 +81,7 @@ def test_a_mesh_takes_the_devices_that_are_left():
 )
 def test_a_mesh_that_cannot_be_is_one_line(options, named):
     with pytest.raises(ConfigError) as error:
-        sharding.make_layout({"run": 1, "data": 1, "fsdp": 1, "tensor": 1} | options)
+        sharding.make_layout({"slices": 1, "run": 1, "data": 1, "fsdp": 1, "tensor": 1} | options)
     assert "\n" not in str(error.value)
     for part in named:
         assert part in str(error.value)
@@ -108,6 +110,50 @@ def test_what_the_mesh_does_not_divide_is_one_line(sizes, options, named):
     assert "\n" not in str(error.value)
     for part in named:
         assert part in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One that is not here."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    device_kind: str = "none"
+    client: object = None
+
+
+SLICES = {"slices": -1, "run": 1, "data": -1, "fsdp": 2, "tensor": 1}
+
+
+def test_of_several_slices_only_data_leaves_one():
+    """The mesh is that of JAX's own function for slices; other devices have processes that stand for slices."""
+    tpus = [Device(i, i // 2, i % 2, "tpu", (i // 2 % 2, i // 4, 0)) for i in range(8)]  # two slices of 2 x 2
+    layout = sharding.make_layout(SLICES, tpus)
+    assert layout.slices == 2 and layout.sizes == {"run": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    expected = mesh_utils.create_hybrid_device_mesh((1, 2, 2, 1), (1, 2, 1, 1), tpus)
+    assert (layout.mesh.devices == expected).all()
+    assert {device.slice_index for device in layout.mesh.devices[0, :2].flat} == {0}
+    hosts = [Device(i, i // 2, 0, "cpu") for i in range(8)]
+    assert sharding.make_layout(SLICES, hosts).slices == 1
+    layout = sharding.make_layout(SLICES | {"slices": 2}, hosts)
+    assert layout.slices == 2 and {device.process_index for device in layout.mesh.devices[0, 2:].flat} == {2, 3}
+    for options, devices, named in (
+        ({"slices": 3}, tpus, ("mesh.slices", "3", "-1 or 2")),
+        ({"slices": 3}, hosts, ("mesh.slices", "3", "a divisor of 4, the processes")),
+        ({"data": 1, "fsdp": 8}, tpus, ("mesh.data", "1", "a multiple of 2, the slices")),
+        (
+            {"slices": -1},
+            [*tpus, *(Device(i, 4, 0, "tpu") for i in (8, 9))],
+            ("mesh.slices", "of equal size, not of 6, 4"),
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            sharding.make_layout(SLICES | options, devices)
+        assert all(part in str(error.value) for part in named), error.value
 
 
 MESHES = ("1,1,1,1", "1,8,1,1", "1,1,8,1", "1,1,2,4", "1,2,2,2", "2,2,2,1", "2,2,2,1:parts")

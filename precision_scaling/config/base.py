@@ -210,6 +210,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Devices along each axis of the mesh; one may be -1: all that are left. Results differ by rounding only.
     c.mesh = ml_collections.ConfigDict()
+    c.mesh.slices = -1  # TPU slices, each of which has a part of `data`; -1: those of the devices
     c.mesh.run = 1  # runs that train at once; divides study.lanes
     c.mesh.data = -1  # parts of the batch
     c.mesh.fsdp = 1  # parts of the batch, of the parameters and of the optimizer state

@@ -176,7 +176,7 @@ RULES = {
     "ptq.layers": Rule(by_layer.ALLOWED, _is_by_layer),
     "ptq.target_bits": Rule("0, or from 2 to 8", lambda x: x == 0 or 2 <= x <= 8),
     "study.lanes": _COUNT,
-    **{f"mesh.{axis}": _whole(1, also=-1) for axis in ("run", "data", "fsdp", "tensor")},
+    **{f"mesh.{axis}": _whole(1, also=-1) for axis in ("slices", "run", "data", "fsdp", "tensor")},
     "compilation_cache": _ANY,
 }
 # Of the lists of a part of the grid, `base.grid`: one value each.

@@ -1,7 +1,8 @@
 """Objects of a bucket (gs://BUCKET/...): read and written whole, made only where nothing is, listed below a prefix.
 
 `files` calls it for paths that are not on this machine; nothing else does. gcsfs sends the requests; it repeats those
-that fail for a while (408, 429, 5xx, cut connections) up to five times, after 1, 2, 4, 8 and 16 seconds and a little.
+that fail for a while (408, 429, 5xx, cut connections, no answer, an expired token, with a new one) up to five times,
+after 1, 2, 4, 8 and 16 seconds and a little.
 Whatever fails for good is an OSError that names the object, as those of a disk do.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, cast
 from precision_scaling.errors import UserError
 
 SCHEME = "gs://"
+SILENT_SECONDS = 30  # after which a request counts as lost whose connection carries nothing
 _URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/.*)?")
 
 
@@ -133,9 +135,15 @@ def _configure() -> None:
     # Both before the first use, for Orbax's own driver, too. Lists that are kept would hide what other workers write.
     # Without the other, each process asks about the bucket's kind by gRPC first.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # Both drivers, this one and TensorStore's, would wait for an answer without end.
+    for name in ("LOW_SPEED_TIME_SECONDS", "CONNECT_TIMEOUT_SECONDS"):
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", str(SILENT_SECONDS))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    import aiohttp
     import fsspec
 
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    waits = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+    fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False, requests_timeout=waits)
 
 
 @contextlib.contextmanager
@@ -148,6 +156,9 @@ def _naming(path: Path, missing: str = "no such object") -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         code = getattr(error, "code", None)
-        if said.startswith("Forbidden") or code in (401, 403):
+        if code == 401:
+            login = "the token has expired or is not accepted: gcloud auth application-default login"
+            raise PermissionError(errno.EACCES, login, os.fspath(path)) from error
+        if said.startswith("Forbidden") or code == 403:
             raise PermissionError(errno.EACCES, "no permission for this bucket", os.fspath(path)) from error
         raise OSError(errno.EIO, f"the bucket cannot be used ({said})", os.fspath(path)) from error

@@ -50,7 +50,8 @@ class Collective:
     """A collective of the program.
 
     times: a pass. sent: bytes that each device sends in all of these, by a ring. devices: in a group. overlapped: it
-    is split into a start and an end, or fused with other work, so that products can run meanwhile.
+    is split into a start and an end, or fused with other work, so that products can run meanwhile. between_slices: its
+    bytes go over the network between machines (DCN), not over the links of a slice (ICI).
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Collective:
     sent: float
     devices: int
     overlapped: bool
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,13 @@ class Counts:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends."""
-        return sum(one.sent for one in self.collectives)
+        """Bytes that each device sends inside its slice."""
+        return sum(one.sent for one in self.collectives if not one.between_slices)
+
+    @property
+    def sent_between_slices(self) -> float:
+        """Bytes that each device sends to other slices, by its host and the network."""
+        return sum(one.sent for one in self.collectives if one.between_slices)
 
     @property
     def blocking(self) -> int:
@@ -83,18 +90,23 @@ class Counts:
         """{kind: {"count", "overlapped", "bytes_sent"}}."""
         found: dict[str, dict[str, float]] = {}
         for one in self.collectives:
-            kind = found.setdefault(one.kind, {"count": 0, "overlapped": 0, "bytes_sent": 0.0})
+            name = f"{one.kind} between slices" if one.between_slices else one.kind
+            kind = found.setdefault(name, {"count": 0, "overlapped": 0, "bytes_sent": 0.0})
             kind["count"] += one.times
             kind["overlapped"] += one.times * one.overlapped
             kind["bytes_sent"] += one.sent
         return found
 
 
-def count(text: str, devices: int) -> Counts:
-    """Counts of a program for so many devices. text: `compiled.as_text()`."""
+def count(text: str, devices: int, slices: int = 1) -> Counts:
+    """Counts of a program for so many devices in so many slices. text: `compiled.as_text()`.
+
+    A program of several TPU slices is that of one slice, with devices numbered inside of it: what the others have
+    comes by transfers to and from the host, which the runtime (Megascale) sums.
+    """
     program = Program(text)
     return Counts(
-        tuple(_collectives(program, devices)),
+        (*_collectives(program, devices // slices), *_between_slices(program, slices)),
         dict(sorted(_products(program).items())),
         *_copies(program),
     )
@@ -210,6 +222,16 @@ def _collectives(program: Program, devices: int) -> Iterator[Collective]:
         overlapped = overlapped or bool(earlier and earlier.overlapped)
         found[key] = Collective(kind, fewest, fewest * whole * SENT[kind](members), members, overlapped)
     yield from (one for one in found.values() if one.devices > 1)
+
+
+def _between_slices(program: Program, slices: int) -> Iterator[Collective]:
+    """One for each array that a device hands to its host for the other slices."""
+    for _, instruction, times in program.each():
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+        if instruction.opcode == "send" and transfer:
+            kind = transfer[1].lower().replace("_", "-")
+            sent = bytes_of(*shapes(instruction.type)[0]) * SENT.get(kind, lambda n: 1)(slices)
+            yield Collective(kind, times, times * sent, slices, overlapped=True, between_slices=True)
 
 
 def _products(program: Program) -> Counter[str]:

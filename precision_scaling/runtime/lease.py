@@ -37,8 +37,10 @@ class Lease:
         self._directory, self._name, self._number, self._content = directory, name, number, content
         self._path = _object(directory, name, number)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
-        self._thread.start()
+        self._renewed, self._why = time.monotonic(), "no answer"
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renew, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def held(self) -> list[str]:
         """The names of all leases in the directory that a process holds."""
@@ -47,21 +49,27 @@ class Lease:
     def end(self) -> None:
         """Gives it back."""
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         with contextlib.suppress(OSError):  # it runs out by itself
             bucket.write(self._path, json.dumps({"ended": True}).encode())
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
         while not self._ended.wait(_RENEW_SECONDS):
             try:
                 if _newest(self._directory).get(self._name) != self._number:
                     _give_up(f"{self._path} was taken over: this process was silent for too long")
+                asked = time.monotonic()
                 bucket.write(self._path, self._content)
-                renewed = time.monotonic()
+                self._renewed = asked
             except OSError as error:
-                if time.monotonic() - renewed > _LATEST_SECONDS:
-                    _give_up(f"{self._path} could not be renewed ({error.strerror})")
+                self._why = str(error.strerror)
+
+    def _watch(self) -> None:
+        """Beside `_renew`: a request that is repeated, or has no answer, may take longer than the lease lasts."""
+        while not self._ended.wait(max(0.0, self._renewed + _LATEST_SECONDS - time.monotonic())):
+            if time.monotonic() - self._renewed >= _LATEST_SECONDS:
+                _give_up(f"{self._path} could not be renewed for {_LATEST_SECONDS:.0f} seconds ({self._why})")
 
 
 @contextlib.contextmanager

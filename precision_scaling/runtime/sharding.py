@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from precision_scaling.errors import ConfigError
 
-# run: the lanes of a cohort. data: the batch. fsdp: the batch, and the parameters of each layer, gathered when they are
-# used. tensor: the heads and the MLP's units of a layer.
+# run: the lanes of a cohort. data: the batch; of several slices, the only axis that leaves one. fsdp: the batch, and
+# the parameters of each layer, gathered when they are used. tensor: the heads and the MLP's units of a layer.
 AXES = ("run", "data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 HESSIAN = P(("fsdp", "tensor"))  # (inputs, inputs) of a projection: rows, over the devices that share its kernel
@@ -57,9 +58,13 @@ def fit(spec: P | Sequence[Any], shape: tuple[int, ...], sizes: dict[str, int], 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with the axes `AXES`, and where things go on it."""
+    """A mesh with the axes `AXES`, and where things go on it.
+
+    slices: parts of the axis `data` that only a network between machines connects (DCN).
+    """
 
     mesh: Mesh
+    slices: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -157,7 +162,7 @@ def batch_parts(size: int) -> int:
         return 1
     mesh, axes = split
     (first,) = fit(P(axes), (size,), dict(mesh.shape))
-    return math.prod(mesh.shape[axis] for axis in first or ())
+    return math.prod(mesh.shape[axis] for axis in ((first,) if isinstance(first, str) else first or ()))
 
 
 def summed_parts(x_PxIxO: jax.Array, spec: Sequence[Any]) -> jax.Array:
@@ -217,9 +222,12 @@ def split_hessian(h_IxI: jax.Array) -> jax.Array:
 def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The layout of `config.mesh`: sizes of the axes, of which one may be -1 to take the devices that are left.
 
+    Of several slices, `data` is their number times the parts in each, and all other axes stay inside of one.
+
     devices: all of them, by default. ConfigError where the axes do not make up their number.
     """
     devices = jax.devices() if devices is None else list(devices)
+    slices = _slices(devices, options["slices"])
     sizes = {axis: options[axis] for axis in AXES}
     for axis, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
@@ -233,14 +241,38 @@ def make_layout(options: Any, devices: Sequence[jax.Device] | None = None) -> La
         raise ConfigError("mesh", named, f"a product of {len(devices)}, the devices there are")
     if free:
         sizes[free[0]] = len(devices) // fixed
+    if sizes["data"] % len(slices):
+        raise ConfigError(
+            "mesh.data", sizes["data"], f"a multiple of {len(slices)}, the slices: no other axis leaves one"
+        )
+    inside = tuple({**sizes, "data": sizes["data"] // len(slices)}.values())
     # Made by hand, because jax.make_mesh has explicit axes in newer versions, under which AQT's products fail.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Layout(Mesh(grid, AXES))
+    grids = [mesh_utils.create_device_mesh(inside, of_slice, allow_split_physical_axes=True) for of_slice in slices]
+    return Layout(Mesh(np.concatenate(grids, axis=AXES.index("data")), AXES), len(slices))
+
+
+def _slices(devices: Sequence[Any], wanted: int) -> list[list[Any]]:
+    """The devices of each slice: TPUs know theirs; of others, groups of processes are as many as are wanted."""
+    tpus = devices[0].platform == "tpu"
+    place = lambda device: getattr(device, "slice_index", 0) if tpus else device.process_index
+    found = sorted(set(map(place, devices)))
+    if tpus and wanted not in (-1, len(found)):
+        raise ConfigError("mesh.slices", wanted, f"-1 or {len(found)}, the slices of the devices")
+    count = len(found) if tpus else max(wanted, 1)
+    if len(found) % count:
+        raise ConfigError("mesh.slices", wanted, f"-1 or a divisor of {len(found)}, the processes of the run")
+    each = len(found) // count
+    slices = [[device for device in devices if found.index(place(device)) // each == i] for i in range(count)]
+    if len(set(map(len, slices))) > 1:
+        raise ConfigError(
+            "mesh.slices", wanted, f"slices of equal size, not of {', '.join(map(str, map(len, slices)))} devices"
+        )
+    return slices
 
 
 def local_layout() -> Layout:
     """All devices of this process, parameters sharded over them: for what a process does on its own."""
-    return make_layout({"run": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+    return make_layout({"slices": 1, "run": 1, "data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
 
 
 def check(layout: Layout, config: Any, models: Sequence[Any]) -> None:

@@ -25,8 +25,8 @@ TPUS = {
     "v6e": (32 * GIB, "v6e-64"),
 }
 ALLOWED = (
-    "a TPU topology (v5e:2x4, v5e:8x8, v6e:8x8, v5p:2x2x4, v4:2x2x2, ...), h100 or h100:N with up to 8 on a host, "
-    "cpu or cpu:N"
+    "a TPU topology (v5e:2x4, v5e:8x8, v6e:8x8, v5p:2x2x4, v4:2x2x2, ...; two slices: v5e:8x8*2), "
+    "h100 or h100:N with up to 8 on a host, cpu or cpu:N"
 )
 # From the card's data sheet and CUDA's occupancy tables for compute capability 9.0.
 _H100 = """
@@ -63,6 +63,7 @@ class Target:
     name: str
     devices: Sequence[Any]
     memory: int | None
+    slices: int = 1
 
 
 def target(name: str) -> Target:
@@ -71,8 +72,8 @@ def target(name: str) -> Target:
     To be called before anything asks JAX for its devices; this process then has CPUs alone. UserError for a name that
     is none of `ALLOWED`, and where the compiler is not installed.
     """
-    if found := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+){1,2})", name):
-        return _tpu(name, found[1])
+    if found := re.fullmatch(r"((v\d\w*):\d+(?:x\d+){1,2})(?:\*([1-9]\d?))?", name):
+        return _tpu(name, found[1], found[2], int(found[3] or 1))
     if found := re.fullmatch(r"h100(?::([1-8]))?", name):
         return _h100(name, int(found[1] or 1))
     if found := re.fullmatch(r"cpu(?::([1-9]\d{0,3}))?", name):
@@ -101,7 +102,7 @@ def _require(name: str) -> None:
         raise UserError(f"the target {name!r}: {why}")
 
 
-def _tpu(name: str, generation: str) -> Target:
+def _tpu(name: str, topology: str, generation: str, slices: int) -> Target:
     from jax.experimental import topologies
 
     if generation not in TPUS:
@@ -113,10 +114,11 @@ def _tpu(name: str, generation: str) -> Target:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", accelerator)
     _stay_on_cpu()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        more = {"num_slices": slices} if slices > 1 else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
     except Exception as error:  # of several types, by version
         raise UserError(f"the target {name!r}: the TPU compiler refuses it ({' '.join(str(error).split())})") from None
-    return Target(name, devices, memory)
+    return Target(name, devices, memory, slices)
 
 
 def _cuda_plugin() -> tuple[Path, Path] | None:

@@ -26,7 +26,7 @@ STATE_SHARE = 0.5  # of a chip's memory, which the state alone may take in a set
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What divides the work over a slice; other options stay as they are."""
+    """What divides the work over a slice, or several; other options stay as they are."""
 
     fsdp: int
     microbatches: int
@@ -35,7 +35,7 @@ class Setting:
     def applied(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         """The config with it; data takes the devices that fsdp leaves."""
         config = config.copy_and_resolve_references()
-        config.mesh.update({"run": 1, "data": -1, "fsdp": self.fsdp, "tensor": 1})
+        config.mesh.update({"slices": -1, "run": 1, "data": -1, "fsdp": self.fsdp, "tensor": 1})
         config.train.microbatches, config.model.remat = self.microbatches, self.remat
         return config
 
@@ -47,7 +47,8 @@ class Setting:
 def define_flag(values: flags.FlagValues) -> None:
     """The command-line option --topology."""
     text = (
-        "With --dry_run: devices to compile for, without having them (v5e:8x8, v6e:8x8, v5p:2x2x4, h100, h100:8, ...). "
+        "With --dry_run: devices to compile for, without having them (v5e:8x8, v6e:8x8, v5p:2x2x4, h100, h100:8, ...; "
+        "v5e:8x8*2: two slices). "
         "Says what each chip holds and sends, and which mesh, microbatches and remat would be better."
     )
     flags.DEFINE_string("topology", "", text, flag_values=values)
@@ -73,7 +74,9 @@ def report(config: ml_collections.ConfigDict, target: Target) -> str:
     resolved = experiment.resolve(config, vocab_size)
     lines = []
     for cohort in resolved.cohorts:
-        where = f"{cohort.shape.size} on {len(target.devices)} x {target.name.partition(':')[0]}, by its compiler, "
+        slices = f" in {target.slices} slices" if target.slices > 1 else ""
+        chips = f"{len(target.devices)} x {target.name.partition(':')[0]}{slices}"
+        where = f"{cohort.shape.size} on {chips}, by its compiler, "
         where += attention.described(cohort.shape.model, cohort.static)
         try:
             found = _compile(config, resolved.optimizer, cohort, target)
@@ -91,10 +94,11 @@ def _figures(found: Forecast, target: Target) -> str:
     assert target.memory is not None
     counts = found.counts
     number = sum(one.times for one in counts.collectives)
+    between = f" and {counts.sent_between_slices / 1e9:.3g} GB to other slices" if target.slices > 1 else ""
     return (
         f"each chip holds {found.peak / GIB:.3g} of {target.memory / GIB:.3g} GiB ({found.arguments / GIB:.3g} of "
-        f"state and tokens, {found.temporary / GIB:.3g} temporary) and sends {counts.sent / 1e9:.3g} GB a step in "
-        f"{number} collectives, {counts.blocking} of them blocking"
+        f"state and tokens, {found.temporary / GIB:.3g} temporary) and sends {counts.sent / 1e9:.3g} GB{between} "
+        f"a step in {number} collectives, {counts.blocking} of them blocking"
     )
 
 
@@ -136,7 +140,7 @@ def settings(batch_size: int, state: int, target: Target) -> Iterator[Setting]:
     Each further microbatch gathers all parameters again. state: bytes of parameters and optimizer.
     """
     assert target.memory is not None
-    devices = len(target.devices)
+    devices = len(target.devices) // target.slices
     # From 8 chips on gradients are scattered; over fewer there is no less traffic.
     enough = (
         size

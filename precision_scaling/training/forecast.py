@@ -44,6 +44,7 @@ class Forecast:
         return {
             "bytes": {name: getattr(self, name) for name in ("arguments", "temporary", "code", "peak")},
             "bytes_sent": round(counts.sent),
+            "bytes_sent_between_slices": round(counts.sent_between_slices),
             "collectives": {
                 kind: {name: round(value) for name, value in values.items()}
                 for kind, values in counts.by_kind().items()
@@ -103,6 +104,6 @@ def _compiled(lower, layout: Layout) -> Forecast:
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
         bytes_in_use(memory),
-        hlo.count(compiled.as_text(), layout.mesh.size),
+        hlo.count(compiled.as_text(), layout.mesh.size, layout.slices),
         seconds,
     )
