@@ -232,7 +232,7 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
             together = losses_of(tmp_path / lanes, run)
             # Programs for other numbers of lanes sum in another order. With quantized operands such a difference grows
             # as soon as it carries one value over a rounding boundary; without, it stays a float's.
-            exact = 5 if min(fmt.bits for fmt in dict(run.formats).values()) < 16 else run.steps
+            exact = 5 if run.bits("w", "a", "q", "k", "v", "p") < 16 else run.steps
             np.testing.assert_allclose(together[:exact], alone[:exact], rtol=2e-4, err_msg=run.id)
             np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
     for run in workspace.experiment.runs:

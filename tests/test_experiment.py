@@ -38,7 +38,7 @@ def test_a_config_without_a_grid_is_one_run_of_its_options():
     (run,) = resolve(train__tokens=2500, train__seed=7, precision__weights="int3", precision__k="e2m1").runs
     assert (run.steps, run.tokens, run.seed, run.warmup_steps, run.peak_lr) == (2, 2048, 7, 1, 4e-3)
     assert run.ptq
-    names = {name: fmt.name for name, fmt in run.formats}
+    names = {name: fmt.name for name, ((fmt, _),) in run.formats}
     assert names == {"w": "int3", "a": "bf16", "q": "bf16", "k": "e2m1", "v": "bf16", "p": "bf16"}
     assert run.bits("k", "v") == 4  # the fewest
 
