@@ -51,7 +51,7 @@ ZERO_IS_RIGHT = {
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "weight_decay", "z_loss", "clip_norm", "muon_beta")),
     *(f"optimizer.{name}_rate" for name in ("embedding", "head", "vector")),
     *(f"train.{name}" for name in ("seed", "checkpoint_seconds", "rewinds")),
-    *(f"ptq.{name}" for name in ("damping", "group_size", "smoothing", "target_bits")),
+    *(f"ptq.{name}" for name in ("damping", "group_size", "smoothing", "correct_inputs", "target_bits")),
     "data.validation_fraction",  # not by itself: with data.validation_split it counts for nothing
 }
 # Options whose text is free.
@@ -414,6 +414,7 @@ _MORE = {
     "--act_order=2": (),
     "--full_range=2": (),
     "--clip=x": (),
+    "--correct_inputs=1.5": ("from 0 to 1",),
     "--layers=*.up=4": ("rules LAYERS",),
     "--layers=*:4": ("rules LAYERS",),
     "--layers=*=1": ("rules LAYERS",),
@@ -464,6 +465,7 @@ STUDIED = [
     Case(PTQ, ("--workdir={study}", "--formats=ternary", "--group_size=7"), ("ptq.group_size", "a divisor of")),
     Case(PTQ, ("--workdir={study}", "--method=rtn", "--act_order"), ("act_order", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=gptq", "--smoothing=0.25"), ("smoothing", "no such option")),
+    Case(PTQ, ("--workdir={study}", "--method=rtn", "--correct_inputs=0.5"), ("correct_inputs", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=kv_cache", "--save"), ("--save", "weights")),
     Case(PTQ, ("--workdir={study}", "--target_bits=3", "--layers=*=4"), ("ptq.target_bits = 3.0", "0 with ptq.layers")),
     Case(PTQ, ("--workdir={study}", "--target_bits=2.5", "--bits=3,4"), ("2.5 with bits (3, 4)", "not above it")),

@@ -187,7 +187,7 @@ def test_rewinds(tmp_path, n):
 def test_the_report_of_errors_by_layer(tmp_path, n):
     rng = np.random.default_rng(0)
     numbers = lambda: rng.random((2, 3, len(layers.PROJECTIONS)))
-    report = Report(numbers() > 0.5, numbers() * np.nan, numbers(), numbers())
+    report = Report(numbers() > 0.5, numbers() * np.nan, numbers(), numbers(), numbers(), numbers())
     layers.write(tmp_path / "run", "gptq", (3, 4), report)
     read = lambda run: layers._read(paths.layer_errors(run, "gptq"))
     assert suffer(tmp_path / "run", read, n, tmp_path)["refused"] > n / 2

@@ -467,3 +467,21 @@ def test_bad_arguments_are_one_clear_line(change):
     with pytest.raises(ValueError) as raised:
         gptq.quantize_kernel(**({"kernel": kernel, "hessian": hessian, "bits": 4} | change))
     assert "\n" not in str(raised.value)
+
+
+def test_a_corrected_kernel_is_the_least_squares_of_what_the_original_inputs_give():
+    rng = np.random.default_rng(5)
+    x = correlated_inputs(400, 24)
+    before = x + 0.2 * rng.normal(size=x.shape).astype(np.float32)
+    kernel = rng.normal(size=(24, 7)).astype(np.float32)
+    expected = np.linalg.lstsq(x.astype(np.float64), before.astype(np.float64) @ kernel, rcond=None)[0]
+    statistics = x.T @ x, x.T @ (before - x)
+    for share in (0.0, 0.25, 1.0):
+        found = gptq.corrected(jnp.asarray(kernel), *map(jnp.asarray, statistics), 0.0, share)
+        np.testing.assert_allclose(found, kernel + share * (expected - kernel), atol=2e-4)
+    # Inputs that were always zero stay as they are, and so does a kernel whose statistics are unusable.
+    x[:, 3] = 0
+    found = gptq.corrected(jnp.asarray(kernel), jnp.asarray(x.T @ x), jnp.asarray(x.T @ (before - x)), 0.01, 1.0)
+    np.testing.assert_array_equal(found[3], kernel[3])
+    broken = gptq.corrected(jnp.asarray(kernel), jnp.full((24, 24), jnp.nan), jnp.asarray(statistics[1]), 0.01, 1.0)
+    np.testing.assert_array_equal(broken, kernel)

@@ -299,9 +299,9 @@ def test_awq_leaves_a_model_without_scales_of_its_own(params, tokens, quantized)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", "corrected"])
 def test_a_block_that_was_quantized_before_is_followed_to_the_same_bits(params, tokens, method, tmp_path):
-    scheme = scheme_of(method)
+    scheme = scheme_of("gptq", correct_inputs=0.5) if method == "corrected" else scheme_of(method)
     step_config = dataclasses.replace(STATIC, static=scheme.static(PROGRAM))
     grids, layout, blocks = grids_of(a=4), local_layout(), Stacked(params)
 
@@ -314,7 +314,7 @@ def test_a_block_that_was_quantized_before_is_followed_to_the_same_bits(params, 
     parts.write(0, undisturbed.quantize(blocks.block(0), wanted))
     last = undisturbed.quantize(blocks.block(1), wanted)
     again = quantizer()
-    again.follow(parts.read(0))
+    again.follow(parts.read(0), lambda: blocks.block(0))
     jax.tree.map(np.testing.assert_array_equal, again.quantize(blocks.block(1), wanted), last)
     assert parts.read(1) is None and Parts(tmp_path / "parts", "other").read(0) is None
     path = tmp_path / "parts" / "0000.npz"
@@ -322,6 +322,38 @@ def test_a_block_that_was_quantized_before_is_followed_to_the_same_bits(params, 
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert parts.read(0) is None  # damaged
+
+
+@pytest.mark.slow
+def test_errors_split_into_what_a_kernel_makes_and_what_it_inherits_and_correcting_lowers_their_sum(params, tokens):
+    many = np.random.default_rng(1).integers(0, 31, (48, 8)).astype(np.int32)
+    reports = {}
+    for share in (1e-6, 1.0):
+        options = {"scheme": scheme_of("gptq", correct_inputs=share), "batch_size": 6, "layout": local_layout()}
+        (model,), reports[share] = apply.quantize_model(STATIC, params, grids_of(), many, (2,), 1e-4, **options)
+    plain, corrected = reports[1e-6], reports[1.0]
+    assert np.all(plain.inherited_error[0, 0, 0] == 0)  # nothing is quantized before the first
+    np.testing.assert_allclose(plain.total_error[0, 0, 0], plain.error[0, 0, 0], rtol=1e-4)
+    assert np.all(corrected.total_error[0, :, 1:].sum() < plain.total_error[0, :, 1:].sum())
+    # The last projection's, from its inputs in both models.
+    forward = apply.forward(STATIC, local_layout())
+    x = {"as it was": forward.embed({"embedding": params["embedding"]}, grids_of(), many)}
+    x["quantized"] = x["as it was"]
+    blocks, quantized = Stacked(params), Stacked(parameters(model))
+    x = {
+        name: forward.through(of.block(0), grids_of(), x[name])
+        for name, of in (("as it was", blocks), ("quantized", quantized))
+    }
+    h = {
+        name: forward.inputs(apply.DOWN, of.block(1), grids_of(), x[name])
+        for name, of in (("as it was", blocks), ("quantized", quantized))
+    }
+    h = {name: np.asarray(value, np.float64).reshape(-1, 24) for name, value in h.items()}
+    w, q = (np.asarray(apply.kernel_of(of.block(1), apply.DOWN), np.float64) for of in (blocks, quantized))
+    size = np.sum((h["quantized"] @ w) ** 2)
+    expected = [h["as it was"] @ w - h["quantized"] @ w, h["as it was"] @ w - h["quantized"] @ q]
+    found = corrected.inherited_error[0, 1, 3], corrected.total_error[0, 1, 3]
+    np.testing.assert_allclose(found, [np.sum(e**2) / size for e in expected], rtol=1e-3)
 
 
 def test_projections_are_all_there_are_and_come_in_the_order_of_the_data(params):

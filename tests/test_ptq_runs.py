@@ -262,7 +262,7 @@ def test_flags_are_options_in_place_of_the_configs_and_must_be_the_methods_own(o
 def report(widths, error):
     shape = (widths, 3, len(LINEARS))
     errors = np.full(shape, error)
-    return Report(np.zeros(shape, bool), np.full(shape, np.nan), errors, 2 * errors)
+    return Report(np.zeros(shape, bool), np.full(shape, np.nan), errors, 2 * errors, *[errors * np.nan] * 2)
 
 
 def test_reports_at_other_bits_are_added_and_at_the_same_replaced(tmp_path):

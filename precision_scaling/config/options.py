@@ -172,6 +172,7 @@ RULES = {
     "ptq.damping": _number(0),
     "ptq.group_size": _whole(2, also=0),
     "ptq.smoothing": _FRACTION,
+    "ptq.correct_inputs": _FRACTION,
     "ptq.granularity": _one_of(GRANULARITIES),
     "ptq.layers": Rule(by_layer.ALLOWED, _is_by_layer),
     "ptq.target_bits": Rule("0, or from 2 to 8", lambda x: x == 0 or 2 <= x <= 8),

@@ -44,6 +44,13 @@ _CLIP = flags.DEFINE_bool(
     "Shrink ranges to the least squared rounding error, for GPTQ weighed by the Hessian.",
     flag_values=FLAGS,
 )
+_CORRECT_INPUTS = flags.DEFINE_float(
+    "correct_inputs",
+    None,
+    "GPTQ: share, 0 to 1, of the error of a kernel's inputs, as what makes them is quantized, that it is corrected for "
+    "before it is rounded (GPTAQ).",
+    flag_values=FLAGS,
+)
 _LAYERS = flags.DEFINE_string(
     "layers",
     None,
@@ -87,6 +94,7 @@ def _given() -> dict[str, object]:
         "full_range": _FULL_RANGE.value,
         "act_order": _ACT_ORDER.value,
         "clip": _CLIP.value,
+        "correct_inputs": _CORRECT_INPUTS.value,
         "layers": _LAYERS.value,
         "target_bits": _TARGET_BITS.value,
         "smoothing": _SMOOTHING.value,

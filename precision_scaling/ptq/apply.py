@@ -22,7 +22,7 @@ from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize, encode
 from precision_scaling.ptq.error import relative_output_error
 from precision_scaling.ptq.forward import Forward, forward
-from precision_scaling.ptq.scheme import LINEARS, Calibration, Linear, Rounded, Scheme
+from precision_scaling.ptq.scheme import DOWN, GATE_UP, LINEARS, OUT, QKV, Calibration, Linear, Rounded, Scheme
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import of_layer, of_place
 from precision_scaling.runtime import compilation
@@ -30,7 +30,6 @@ from precision_scaling.runtime.sharding import Layout, split_batch, split_hessia
 from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.step import StepConfig
 
-QKV, OUT, GATE_UP, DOWN = LINEARS
 # The norms whose gains can take a factor of the input of a projection.
 NORMS = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
 
@@ -46,6 +45,10 @@ class Report(NamedTuple):
     damping: jax.Array  # NaN where nothing was damped
     error: jax.Array
     rtn_error: jax.Array  # of rounding to nearest on the same inputs
+    # Of the inputs, which were quantized before: ‖(X₀ - X) W‖² / ‖X W‖², X₀ those of the model as it was; and of both,
+    # ‖X₀ W - X Q‖² / ‖X W‖². NaN where X₀ was not computed.
+    inherited_error: jax.Array
+    total_error: jax.Array
 
 
 class QuantizedBlock(NamedTuple):
@@ -64,6 +67,13 @@ class Statistics(NamedTuple):
     largest_I: jax.Array  # max |x|
 
 
+class Inherited(NamedTuple):
+    """Of the inputs x beside those x₀ of the model as it was, over all calibration tokens, in float32."""
+
+    cross_IxI: jax.Array  # Σ x (x₀ - x)ᵀ
+    moment_IxI: jax.Array  # Σ (x₀ - x) (x₀ - x)ᵀ
+
+
 @dataclasses.dataclass
 class BlockQuantizer:
     """Quantizes the blocks of a decoder in their order, by one scheme, and holds the residual stream between them.
@@ -71,7 +81,8 @@ class BlockQuantizer:
     step_config: with the static precision of `scheme.static`. grids: of the run's activations and attention, weights
     passing through, with those of the scheme's operands. stream: the calibration text's residual stream before the
     next block; without batches where the method needs none. starts: of the documents in each batch (`documents`), which
-    are None where attention reads whole windows.
+    are None where attention reads whole windows. original: the residual stream of the model as it was, where the scheme
+    corrects kernels for the error of their inputs.
     """
 
     step_config: StepConfig
@@ -82,6 +93,11 @@ class BlockQuantizer:
     stream: Stream
     starts: Sequence[Any]
     layer: int = 0  # of the next block
+    original: Stream | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme.correct_inputs:
+            self.original = self.stream  # before the first block both are the same
 
     @property
     def block_grids(self) -> Any:
@@ -116,14 +132,23 @@ class BlockQuantizer:
         if task.solve(DOWN, lambda block: h):
             h = activated(task.block)
         self.stream = self._stream(f.after_down(task.block, g, *pair) for pair in zip(x_after, h, strict=True))
+        self._advance_original(block)
         return task.result()
 
-    def follow(self, block: QuantizedBlock) -> None:
-        """The stream goes through a block that was quantized before."""
+    def follow(self, quantized: QuantizedBlock, block: Callable[[], Any]) -> None:
+        """The stream goes through a block that was quantized before; block: reads it as it was."""
         if self._calibrated:
-            parameters, grids = block_parameters(block.kernels, block.rest), self.block_grids
+            parameters, grids = block_parameters(quantized.kernels, quantized.rest), self.block_grids
             self.stream = self._stream(self._forward.through(parameters, grids, *pair) for pair in self._pairs)
+        if self.original is not None:
+            self._advance_original(block())
         self.layer += 1
+
+    def _advance_original(self, block: Any) -> None:
+        if self.original is not None:
+            block, grids = as_multiplied(block, self.step_config.model.dtype), self.block_grids
+            pairs = zip(self.original, self.starts, strict=True)
+            self.original = self._stream(self._forward.through(block, grids, *pair) for pair in pairs)
 
     @property
     def _calibrated(self) -> bool:
@@ -151,7 +176,7 @@ class _Task:
     """One block on its way through the method: `block` always has what is quantized by now."""
 
     def __init__(self, quantizer: BlockQuantizer, block: Any, wanted: Mapping[Linear, Format]):
-        self.block = block
+        self.block = self._original = block
         self._of, self._wanted = quantizer, wanted
         self._codes: dict[Linear, Codes] = {}
         self._notes: list[Report] = []
@@ -165,7 +190,8 @@ class _Task:
         found = self._statistics(linear, inputs)
         begins = method.branch_error and linear in NORMS
         batches_CxBxSxI = jnp.stack(list(inputs(self.block))) if begins else None
-        factor_I = self._solve(linear, found, batches_CxBxSxI, unusable)
+        inherited = None if self._of.original is None else self._inherited(linear, inputs)
+        factor_I = self._solve(linear, found, batches_CxBxSxI, unusable, inherited)
         return factor_I is not None and self._fold(linear, factor_I)
 
     def round(self, linear: Linear) -> None:
@@ -176,13 +202,14 @@ class _Task:
         """The block when all of its projections are done."""
         return QuantizedBlock(*_split(self.block, self._codes), jax.tree.map(lambda *x: jnp.stack(x), *self._notes))
 
-    def _solve(self, linear: Linear, found: Statistics | None, batches_CxBxSxI, unusable=False):
+    def _solve(self, linear: Linear, found: Statistics | None, batches_CxBxSxI, unusable=False, inherited=None):
         """Puts the codes of a projection in its place; the factors (I,) that its inputs are to get, or None."""
         of, fmt = self._of, self._wanted[linear]
         solve = solver(of.step_config, of.scheme, fmt.kind, linear, of.layout)
         levels = jax.tree.map(jnp.asarray, fmt.grid())
         starts = None if batches_CxBxSxI is None else jax.tree.map(lambda *batches: jnp.stack(batches), *of.starts)
-        codes, report = solve(self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping, starts)
+        arguments = self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping, starts, inherited
+        codes, report = solve(*arguments)
         self._notes.append(report._replace(fell_back=report.fell_back | unusable))
         self._codes[linear] = codes._replace(row_scales=None)
         self._set(linear)
@@ -196,6 +223,19 @@ class _Task:
     def _statistics(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Statistics:
         size, grids = kernel_of(self.block, linear).shape[0], of_place(self._of.block_grids, linear[1])
         return statistics(self._of.step_config, self._of.layout, grids, size, inputs(self.block))
+
+    def _inherited(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Inherited:
+        """Of what is read in place of what the model as it was would read."""
+        of = self._of
+        assert of.original is not None
+        add, grids = _inherited_adder(of.step_config, of.layout), of.block_grids
+        size = kernel_of(self.block, linear).shape[0]
+        found = Inherited(*(split_hessian(jnp.zeros((size, size))) for _ in Inherited._fields))
+        pairs = zip(of.original, of.starts, strict=True)
+        read = (of._forward.inputs(linear, self._original, grids, *pair) for pair in pairs)
+        for h_BxSxI, original_BxSxI in zip(inputs(self.block), read, strict=True):
+            found = add(found, h_BxSxI, original_BxSxI, of_place(grids, linear[1]))
+        return found
 
     def _move_scales(self, linear: Linear, largest_I):
         """The method's factors moved from the norm before a projection into its kernel; whether that was impossible."""
@@ -294,8 +334,8 @@ def quantize_model(
 
 
 def solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
-    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping, starts (C, B, S) or None) ->
-    (Codes, Report), for a projection in formats of that kind."""
+    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping, starts (C, B, S) or None,
+    Inherited or None) -> (Codes, Report), for a projection in formats of that kind."""
     return _solver(step_config, scheme.of_kind(kind), kind, linear, layout)
 
 
@@ -305,7 +345,7 @@ def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear:
     assert method.solve is not None, "what leaves kernels alone is not applied"
     method_solve = method.solve
 
-    def solve(block, found, inputs_CxBxSxI, grids, levels, damping, starts_CxBxS=None):
+    def solve(block, found, inputs_CxBxSxI, grids, levels, damping, starts_CxBxS=None, inherited=None):
         kernel = kernel_of(block, linear)
         if found is None:
             rounded, hessian_IxI = method_solve(flat(kernel), levels, kind, scheme, None), None
@@ -319,17 +359,20 @@ def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear:
             if inputs_CxBxSxI is not None:
                 products = Products(step_config.static, grids)
                 objective = _branch_error(model, products, block, linear, inputs_CxBxSxI, starts_CxBxS)
-            calibration = Calibration(hessian_IxI, magnitude_I, jnp.asarray(damping), objective)
+            cross_IxI = None if inherited is None else inherited.cross_IxI
+            calibration = Calibration(hessian_IxI, magnitude_I, jnp.asarray(damping), cross_IxI, objective)
             rounded = method_solve(flat(kernel), levels, kind, scheme, calibration)
         codes = _encoded(scheme, kind, rounded, kernel.shape)
         fell_back, damped = jnp.asarray(rounded.fell_back), jnp.asarray(rounded.damping, jnp.float32)
+        unknown = jnp.asarray(jnp.nan)
         if hessian_IxI is None:
-            return codes, Report(fell_back, damped, jnp.asarray(jnp.nan), jnp.asarray(jnp.nan))
+            return codes, Report(fell_back, damped, *[unknown] * 4)
         grid = scheme.group_size or None, scheme.symmetric, False, scheme.has_full_range(kind)
         plain = rtn.nearest(flat(kernel), levels, kind, *grid)
         both = flat(dequantize(codes)), plain
         errors = (relative_output_error(flat(kernel), q, hessian_IxI) for q in both)
-        return codes, Report(fell_back, damped, *errors)
+        split = (unknown, unknown) if inherited is None else _split_errors(both[0], kernel, hessian_IxI, inherited)
+        return codes, Report(fell_back, damped, *errors, *split)
 
     def solve_on_layout(*arguments):
         with splitting(layout):
@@ -376,6 +419,37 @@ def statistics(step_config: StepConfig, layout: Layout, grids: Any, size: int, i
         found = add(found, h_BxSxI, grids)
         tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
     return found._replace(magnitude_I=found.magnitude_I / tokens)
+
+
+def _split_errors(quantized_IxO, kernel, hessian_IxI, inherited: Inherited):
+    """(inherited, total), see `Report`: X₀ W - X Q = (X₀ - X) W + X (W - Q)."""
+    kernel_IxO = flat(kernel)
+    error_IxO = kernel_IxO - quantized_IxO
+
+    def inner(left_IxO, matrix_IxI, right_IxO):
+        return jnp.sum(left_IxO * jnp.matmul(matrix_IxI, right_IxO, precision="highest"))
+
+    whole = inner(kernel_IxO, hessian_IxI, kernel_IxO)
+    from_inputs = inner(kernel_IxO, inherited.moment_IxI, kernel_IxO)
+    own, both = inner(error_IxO, hessian_IxI, error_IxO), inner(error_IxO, inherited.cross_IxI, kernel_IxO)
+    return from_inputs / whole, (from_inputs + 2 * both + own) / whole
+
+
+@functools.lru_cache(maxsize=16)
+def _inherited_adder(step_config: StepConfig, layout: Layout):
+    """(Inherited, inputs (B, S, I), those of the model as it was, grids) -> Inherited with these."""
+
+    def add(found, h_BxSxI, original_BxSxI, grids):
+        products, size = Products(step_config.static, grids), h_BxSxI.shape[-1]
+        with splitting(layout):
+            both = (products.on_grid(split_batch(h), "a").astype(jnp.float32) for h in (h_BxSxI, original_BxSxI))
+            x, before = (h.reshape(-1, size) for h in both)
+            cross = jnp.matmul(x.T, before - x, precision="highest")
+            return Inherited(
+                split_hessian(found.cross_IxI + cross), split_hessian(found.moment_IxI + _gram(before - x))
+            )
+
+    return compilation.jit(add, donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ import optax
 
 from precision_scaling.model import documents
 from precision_scaling.model.decoder import Block, Decoder
+from precision_scaling.ptq.scheme import DOWN, GATE_UP, QKV, Linear
 from precision_scaling.quantize.products import Products
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, splitting
@@ -38,6 +39,15 @@ class Forward(NamedTuple):
     after_down: Callable[..., Any]  # (block, grids, x after attention, h of down) -> x
     loss: Callable[..., Any]  # (top, grids, x, next tokens (B, S)) -> mean loss in nats per token
     loss_gradient: Callable[..., Any]  # (the same) -> gradient of the sum of the tokens' losses with respect to x
+
+    def inputs(self, linear: Linear, block: Any, grids: Any, x_BxSxD, starts_BxS):
+        """The input of a projection of a block."""
+        h_BxSxI = self.before_qkv(block, grids, x_BxSxD)
+        if linear != QKV:
+            h_BxSxI = self.before_out(block, grids, h_BxSxI, starts_BxS)
+        if linear in (GATE_UP, DOWN):
+            h_BxSxI = self.before_gate_up(block, grids, self.after_out(block, grids, x_BxSxD, h_BxSxI))
+        return self.before_down(block, grids, h_BxSxI) if linear == DOWN else h_BxSxI
 
     def through(self, block: Any, grids: Any, x_BxSxD, starts_BxS):
         """The residual stream of a batch after a block."""

@@ -14,6 +14,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.ptq.apply import LINEARS, Report
 from precision_scaling.runtime import files, paths
 
+_ALWAYS = set(Report._fields) - {"inherited_error", "total_error"}  # older files lack these
 PROJECTIONS = tuple("/".join(linear) for linear in LINEARS)
 
 
@@ -92,7 +93,7 @@ def _check(found: dict[str, Any]) -> None:
     shapes = set()
     for bits, report in found["bits"].items():
         float(bits)
-        if set(report) != set(Report._fields):
+        if not _ALWAYS <= set(report) <= set(Report._fields):
             raise ValueError(f"fields {sorted(report)} at {bits} bits")
         shapes |= {np.array(values, float).shape for values in report.values()}
     if len(shapes) > 1 or any(shape[1:] != (len(found["projections"]),) for shape in shapes):

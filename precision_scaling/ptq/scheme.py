@@ -24,6 +24,7 @@ GRANULARITIES = ("tensor", "token")  # what may share a scale in activations, ke
 Linear = tuple[str, str]
 # The projections of a block in the order in which data reaches them.
 LINEARS: tuple[Linear, ...] = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
+QKV, OUT, GATE_UP, DOWN = LINEARS
 
 
 class Calibration(NamedTuple):
@@ -32,6 +33,7 @@ class Calibration(NamedTuple):
     hessian_IxI: jax.Array  # Σ x xᵀ
     magnitude_I: jax.Array  # mean |x|
     damping: jax.Array  # of the Hessian, a fraction of its mean diagonal
+    cross_IxI: jax.Array | None = None  # Σ x (x₀ - x)ᵀ, x₀ being the inputs before anything was quantized
     # The squared error of what attention or MLP adds with another kernel (I, O) in this one's place, for methods that
     # ask for it; None for projections that end such a branch.
     branch_error: Callable[[jax.Array], jax.Array] | None = None
@@ -55,7 +57,7 @@ class Method:
     name: in flags, configs and the table.
     solve: (kernel (I, O) in float32, levels and kind of its format, scheme, Calibration or None) -> Rounded; traced.
         None leaves kernels as they are.
-    options: the fields of `Scheme` that it has.
+    options: the fields of `Scheme` that it has; of these `correct_inputs` asks for `Calibration.cross_IxI`.
     operands: operands of the forward pass ("a", "k", "v") that are quantized on the fly, at the same bits.
     calibrated: `solve` needs the inputs' Hessian and magnitudes, so calibration text goes through the layers.
     branch_error: `solve` takes `Calibration.branch_error`.
@@ -86,8 +88,9 @@ class Scheme:
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
     2^b levels from a zero point. full_range: symmetric integers with all 2^b levels, see `kernel_grid.find`. act_order:
     inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error. smoothing:
-    SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by layer and
-    projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths allotted by
+    correct_inputs: share of the error of its inputs that a kernel is corrected for before it is rounded (GPTQ).
+    smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by layer
+    and projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths allotted by
     what each projection costs in loss, see `allotment`; 0: none. format: of the kernels, where it is not integers,
     whose bits are data. widths: that a target chooses among.
     """
@@ -98,6 +101,7 @@ class Scheme:
     full_range: bool = False
     act_order: bool = False
     clip: bool = False
+    correct_inputs: float = 0.0
     smoothing: float = 0.5
     granularity: str = "tensor"
     layers: str = ""
@@ -119,6 +123,7 @@ class Scheme:
             "full_range": self.has_full_range(formats.parse(self.format or "int4").kind),
             "act_order": self.act_order,
             "clip": self.clip,
+            f"correct_inputs{self.correct_inputs:g}": self.correct_inputs,
             f"smoothing{self.smoothing:g}": self.smoothing != 0.5,
             self.granularity: self.granularity != "tensor",
             f"layers{hashlib.sha256(self.layers.encode()).hexdigest()[:8]}": self.layers,

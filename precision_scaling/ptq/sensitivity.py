@@ -10,7 +10,7 @@ it is, before any of it is quantized, without the run's own precision of activat
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def _costs(
     """(projections, K) of a block."""
     costs = []
     for linear in LINEARS:
-        inputs = _inputs(step_config, layout, block, x, starts, linear)
+        pairs = zip(x, starts, strict=True)
+        inputs = (forward(step_config, layout).inputs(linear, block, {}, *pair) for pair in pairs)
         kernel = apply.kernel_of(block, linear)
         found = apply.statistics(step_config, layout, {}, kernel.shape[0], inputs)
         given = found if scheme.method.calibrated else None
@@ -114,19 +115,6 @@ def _expected(error_IxO, hessian_IxI, gradient_O):
     """1/2 Σ_o G_o e_oᵀ H e_o."""
     added_IxO = jnp.matmul(hessian_IxI, error_IxO, precision="highest")
     return 0.5 * jnp.sum(gradient_O * jnp.sum(error_IxO * added_IxO, axis=0))
-
-
-def _inputs(
-    step_config: StepConfig, layout: Layout, block: Any, stream: Stream, starts: list[Any], linear: Linear
-) -> Iterable[Any]:
-    f = forward(step_config, layout)
-    for x, starts_BxS in zip(stream, starts, strict=True):
-        h = f.before_qkv(block, {}, x)
-        if linear != apply.QKV:
-            h = f.before_out(block, {}, h, starts_BxS)
-        if linear in (apply.GATE_UP, apply.DOWN):
-            h = f.before_gate_up(block, {}, f.after_out(block, {}, x, h))
-        yield f.before_down(block, {}, h) if linear == apply.DOWN else h
 
 
 def _gradients(

@@ -4,6 +4,7 @@ The stage after `study`'s training: reads each run's checkpoint, has `apply` qua
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -241,7 +242,7 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, sa
             continue
         found = parts.read(layer)
         if found is not None:
-            quantizer.follow(found)
+            quantizer.follow(found, functools.partial(blocks.block, layer))
         else:
             found = quantizer.quantize(blocks.block(layer), wanted)
             if time.monotonic() - written > PART_SECONDS:
