@@ -422,6 +422,7 @@ _MORE = {
     "--target_bits=nan": ("finite",),
     "--target_bytes=much": (),
     "--save=x": (),
+    "--dry_run=x": (),
     "--damping=1": (),
 }
 

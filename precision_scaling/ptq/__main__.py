@@ -14,7 +14,7 @@ from precision_scaling.ptq import layers, packed, registry
 from precision_scaling.ptq.scheme import GRANULARITIES, Scheme
 from precision_scaling.runtime import cli, files, paths
 from precision_scaling.study import locks, results
-from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.ptq import memory_text, quantize_missing
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 
 FLAGS = flags.FlagValues()
@@ -28,6 +28,9 @@ _BITS = flags.DEFINE_list(
 _FORMATS = flags.DEFINE_list("formats", [], "Other formats of kernels, e.g. e2m1,mxfp4.", flag_values=FLAGS)
 _SAVE = flags.DEFINE_bool(
     "save", False, "Keep the quantized models, packed, in runs/<id>/quantized.", flag_values=FLAGS
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what it takes in memory, by the compiler, and stop.", flag_values=FLAGS
 )
 # Options of the method; what is not given is as in the workdir's config.
 _GROUP_SIZE = flags.DEFINE_integer(
@@ -160,6 +163,9 @@ def main() -> None:
     chosen = {**workspace.experiment.config.ptq, **given, "methods": (_METHOD.value,), "bits": bits, "formats": formats}
     _scheme(_METHOD.value, chosen, given)
     options.check_ptq(chosen)
+    if _DRY_RUN.value:
+        print(memory_text(workspace, chosen, _SAVE.value))
+        return
     try:
         with locks.hold(workdir, (0, 1)):  # no study may be writing rows of the same runs
             warnings = quantize_missing(

@@ -87,12 +87,12 @@ class Scheme:
 
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
     2^b levels from a zero point. full_range: symmetric integers with all 2^b levels, see `kernel_grid.find`. act_order:
-    inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error. smoothing:
+    inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error.
     correct_inputs: share of the error of its inputs that a kernel is corrected for before it is rounded (GPTQ).
-    smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by layer
-    and projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths allotted by
-    what each projection costs in loss, see `allotment`; 0: none. format: of the kernels, where it is not integers,
-    whose bits are data. widths: that a target chooses among.
+    smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by
+    layer and projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths
+    allotted by what each projection costs in loss, see `allotment`; 0: none. format: of the kernels, where it is not
+    integers, whose bits are data. widths: that a target chooses among.
     """
 
     method: Method

@@ -19,7 +19,7 @@ from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, by_layer, codes, layers, packed, registry, sensitivity
+from precision_scaling.ptq import apply, by_layer, codes, layers, memory, packed, registry, sensitivity
 from precision_scaling.ptq.activations import memory_limit
 from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.parts import Parts
@@ -283,3 +283,28 @@ def _calibration_windows(workspace: Workspace, job: _Job) -> np.ndarray:
 def _batch_size(workspace: Workspace) -> int:
     config = workspace.experiment.config
     return math.gcd(config.evaluate.batch_size, config.ptq.calibration_sequences)
+
+
+def memory_text(workspace: Workspace, options: Mapping[str, Any], save: bool) -> str:
+    """What quantizing takes in memory, a line for each model and scheme, and why; nothing is read or written."""
+    config, lines = workspace.experiment.config, []
+    for group in workspace.experiment.cohorts:
+        for scheme, bits_post in planned(options):
+            scheme.check_model(group.shape.model)
+            _check_packable(scheme, bits_post, group.shape.model, save)
+            if not scheme.method.solve:
+                continue
+            static = scheme.static(group.static)
+            step_config = StepConfig(group.shape.model, static, workspace.experiment.optimizer)
+            grids = static.grids(group.runs[0].precision, group.shape.model.depth, w=parse("bf16"))
+            widest = max(scheme.widths or bits_post)
+            grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or widest).grid())}
+            calibration = config.ptq.calibration_sequences, _batch_size(workspace)
+            held_out = config.evaluate.sequences, config.evaluate.batch_size
+            sizes = step_config, scheme, workspace.layout, grids, widest, calibration, held_out, save
+            found = memory.plan(*sizes)
+            parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found._asdict().items() if name != "files")
+            depth, name = group.shape.model.depth, f"{group.runs[0].id}, {scheme.name}"
+            text = f"{name}: {depth} blocks, {found.peak / 1e9:.2f} GB of memory beside the process ({parts})"
+            lines.append(text + (f" and {found.files / 1e9:.2f} GB of temporary files" if found.files else ""))
+    return "\n".join(lines)

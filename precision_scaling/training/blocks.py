@@ -69,11 +69,11 @@ class Stored:
 
     def top(self) -> Any:
         """See `Blocks`."""
-        return self._read(self.directory / paths.TOP, Stacked(_abstract(self.model)).top())
+        return self._read(self.directory / paths.TOP, Stacked(abstract(self.model)).top())
 
     def block(self, layer: int) -> Any:
         """See `Blocks`."""
-        return self._read(self.directory / paths.block(layer), _abstract_block(self.model))
+        return self._read(self.directory / paths.block(layer), abstract_block(self.model))
 
     def _read(self, path: Path, abstract: Any) -> Any:
         return checkpoint.restore(path, self.layout.abstract(abstract))
@@ -90,7 +90,7 @@ class ReadAhead:
     LARGEST = 1 << 27  # bytes of a block
 
     def __post_init__(self) -> None:
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract_block(self.blocks.model)))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_block(self.blocks.model)))
         alone = jax.process_count() == 1 and size <= self.LARGEST
         self._reader = ThreadPoolExecutor(1, "read-ahead") if alone else None
 
@@ -137,10 +137,12 @@ def stack(blocks: Blocks) -> Any:
     return {**blocks.top(), "layers": {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
 
 
-def _abstract(model: ModelConfig) -> Any:
+def abstract(model: ModelConfig) -> Any:
+    """Shapes and dtypes of all parameters, blocks stacked."""
     return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
 
 
-def _abstract_block(model: ModelConfig) -> Any:
-    block = _abstract(model)["layers"]["block"]
+def abstract_block(model: ModelConfig) -> Any:
+    """Shapes and dtypes of one block."""
+    block = abstract(model)["layers"]["block"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)
