@@ -414,6 +414,7 @@ _MORE = {
     "--act_order=2": (),
     "--full_range=2": (),
     "--clip=x": (),
+    "--rotate=x": (),
     "--correct_inputs=1.5": ("from 0 to 1",),
     "--layers=*.up=4": ("rules LAYERS",),
     "--layers=*:4": ("rules LAYERS",),

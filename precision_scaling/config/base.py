@@ -195,6 +195,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.ptq.clip = (
         False  # clip ranges to the least squared error (GPTQ: weighed by the Hessian); AWQ has a search of its own
     )
+    c.ptq.rotate = False  # the residual stream is rotated first, by a matrix that goes into the weights
     c.ptq.correct_inputs = 0.0  # GPTQ: share of the error of a kernel's inputs that it is corrected for first (GPTAQ)
     c.ptq.smoothing = 0.5  # SmoothQuant's alpha: share of the activations' range moved into the kernels
     # Bits or formats by layer and projection, by rules as in precision.layers: "first:1=8, last:1=8, 3-5.qkv=3,

@@ -137,7 +137,8 @@ def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", 
         return run
     loaded = packed.load(packed_path(workspace.directory(run), quantized))
     quantized_lib.check(loaded, quantized)
-    plain, tensors, quantization = quantized_lib.tensors(model, loaded, np.dtype(dtype))
+    decoder = packed.decoder(model, loaded)
+    plain, tensors, quantization = quantized_lib.tensors(decoder, loaded, np.dtype(dtype))
     with _whole_or_nothing(out):
         _write_tokenizer(workspace.corpus.directory / "tokenizer.json", out, end_of_text)
         write_tensors(out, plain, tensors, dtype, quantization_config=quantization, **ends)

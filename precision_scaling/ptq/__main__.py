@@ -47,6 +47,9 @@ _CLIP = flags.DEFINE_bool(
     "Shrink ranges to the least squared rounding error, for GPTQ weighed by the Hessian.",
     flag_values=FLAGS,
 )
+_ROTATE = flags.DEFINE_bool(
+    "rotate", None, "Rotate the residual stream first, by a matrix that goes into the weights.", flag_values=FLAGS
+)
 _CORRECT_INPUTS = flags.DEFINE_float(
     "correct_inputs",
     None,
@@ -97,6 +100,7 @@ def _given() -> dict[str, object]:
         "full_range": _FULL_RANGE.value,
         "act_order": _ACT_ORDER.value,
         "clip": _CLIP.value,
+        "rotate": _ROTATE.value,
         "correct_inputs": _CORRECT_INPUTS.value,
         "layers": _LAYERS.value,
         "target_bits": _TARGET_BITS.value,

@@ -162,7 +162,7 @@ def _solve_projection(
 METHOD = Method(
     "awq",
     solve=_solve_projection,
-    options=("group_size", "symmetric", "full_range", "layers"),
+    options=("group_size", "symmetric", "full_range", "rotate", "layers"),
     calibrated=True,
     branch_error=True,
 )

@@ -322,7 +322,17 @@ def corrected(kernel_IxO, hessian_IxI, cross_IxI, damping, share):
 METHOD = Method(
     "gptq",
     solve=_solve_projection,
-    options=("group_size", "symmetric", "full_range", "act_order", "clip", "correct_inputs", "layers", "target_bits"),
+    options=(
+        "group_size",
+        "symmetric",
+        "full_range",
+        "act_order",
+        "clip",
+        "rotate",
+        "correct_inputs",
+        "layers",
+        "target_bits",
+    ),
     calibrated=True,
     any_format=True,
 )

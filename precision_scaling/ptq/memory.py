@@ -99,13 +99,17 @@ def _programs(
         return found.temp_size_in_bytes + found.output_size_in_bytes
 
     for sequences in {batch, held_out} - {0}:
-        array = lambda size, dtype=model.dtype: jax.ShapeDtypeStruct((sequences, model.sequence_length, size), dtype)
-        x, tokens = array(model.width), jax.ShapeDtypeStruct((sequences, model.sequence_length), jnp.int32)
+        shape = sequences, model.sequence_length
+        x, o, h = (
+            jax.ShapeDtypeStruct((*shape, size), model.dtype)
+            for size in (model.width, model.heads * model.head_dim, model.mlp_width)
+        )
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
         yield taken(f.embed, top, grids, tokens)
         yield taken(f.before_out, block, of_block, x)
-        yield taken(f.after_out, block, of_block, x, array(model.heads * model.head_dim))
+        yield taken(f.after_out, block, of_block, x, o)
         yield taken(f.before_down, block, of_block, x)
-        yield taken(f.after_down, block, of_block, x, array(model.mlp_width))
+        yield taken(f.after_down, block, of_block, x, h)
         if sequences == held_out:
             yield taken(f.loss, top, grids, x, tokens)
     fmt = formats.parse(scheme.format or bits)

@@ -5,6 +5,7 @@ for bit. Scales are float32, as the methods found them: in 16 bits they would ma
 loss is in the table, and per output channel they are less than a tenth of a bit per weight.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from precision_scaling.errors import UserError
+from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Format, parse
 from precision_scaling.ptq.codes import Codes, QuantizedModel, is_codes, named
 from precision_scaling.ptq.scheme import Linear
@@ -34,6 +36,11 @@ class Loaded(NamedTuple):
     method: str  # the name of its `Scheme`
     bits: Bits
     operands: tuple[str, ...]  # of the forward pass, to be quantized at `bits` when the model is evaluated
+
+
+def decoder(model: ModelConfig, loaded: Loaded) -> ModelConfig:
+    """The decoder of a packed model: of one whose stream was rotated the head is a kernel of its own."""
+    return dataclasses.replace(model, tie_embeddings=model.tie_embeddings and "head" not in loaded.model.rest)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -59,6 +59,6 @@ def solve(
 METHOD = Method(
     "rtn",
     solve=solve,
-    options=("group_size", "symmetric", "full_range", "clip", "layers", "target_bits"),
+    options=("group_size", "symmetric", "full_range", "clip", "rotate", "layers", "target_bits"),
     any_format=True,
 )

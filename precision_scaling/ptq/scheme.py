@@ -88,6 +88,7 @@ class Scheme:
     group_size: inputs that share a scale in an output channel; 0 is all of them. symmetric: levels ±(2^(b-1) - 1), or
     2^b levels from a zero point. full_range: symmetric integers with all 2^b levels, see `kernel_grid.find`. act_order:
     inputs by decreasing diagonal of the Hessian (GPTQ). clip: ranges shrunk to the least squared error.
+    rotate: the residual stream is rotated first, see `rotation`.
     correct_inputs: share of the error of its inputs that a kernel is corrected for before it is rounded (GPTQ).
     smoothing: SmoothQuant's α. granularity: what shares a scale in activations, keys and values. layers: formats by
     layer and projection in place of the scheme's, see `by_layer`. target_bits: mean bits of a weight, of whole widths
@@ -101,6 +102,7 @@ class Scheme:
     full_range: bool = False
     act_order: bool = False
     clip: bool = False
+    rotate: bool = False
     correct_inputs: float = 0.0
     smoothing: float = 0.5
     granularity: str = "tensor"
@@ -123,6 +125,7 @@ class Scheme:
             "full_range": self.has_full_range(formats.parse(self.format or "int4").kind),
             "act_order": self.act_order,
             "clip": self.clip,
+            "rotate": self.rotate,
             f"correct_inputs{self.correct_inputs:g}": self.correct_inputs,
             f"smoothing{self.smoothing:g}": self.smoothing != 0.5,
             self.granularity: self.granularity != "tensor",
@@ -200,6 +203,9 @@ class Scheme:
                 raise ConfigError("ptq.group_size", self.group_size, allowed)
             if block_size and rows % block_size:
                 raise ConfigError("ptq.formats", self.format, f"formats whose blocks divide {name}, {rows}")
+        if self.rotate and (model.norm_placement, model.norm_type) != ("pre", "rms"):
+            found = f"True with {model.norm_placement} norms of type {model.norm_type}"
+            raise ConfigError("ptq.rotate", found, "False, or pre norms of type rms, which pass a rotation on")
         if self.method.input_scales and (model.norm_placement, model.norm_type) != ("pre", "rms"):
             found = f"{self.method.name} with {model.norm_placement} norms of type {model.norm_type}"
             allowed = f"{self.method.name} with pre norms of type rms, whose gains it changes"

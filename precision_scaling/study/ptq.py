@@ -19,7 +19,7 @@ from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, by_layer, codes, layers, memory, packed, registry, sensitivity
+from precision_scaling.ptq import apply, by_layer, codes, layers, memory, packed, registry, rotation, sensitivity
 from precision_scaling.ptq.activations import memory_limit
 from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.parts import Parts
@@ -31,7 +31,8 @@ from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results
 from precision_scaling.study.evaluate import by_blocks
 from precision_scaling.study.workspace import Workspace
-from precision_scaling.training.run import WHOLE, Cohort, Run, Shard
+from precision_scaling.training.blocks import Blocks
+from precision_scaling.training.run import WHOLE, Cohort, Run, Shape, Shard
 from precision_scaling.training.step import StepConfig
 
 PART_SECONDS = 1.0  # a block that took longer is kept on disk, for the command to go on behind it
@@ -182,11 +183,11 @@ def _formats(workspace: Workspace, job: _Job, b: float, bar: Bar) -> ByLayer:
     key = _key(workspace, job)
     cost_LxPxK = sensitivity.read(path, key, scheme.widths)
     if cost_LxPxK is None:
-        step_config = StepConfig(model, job.group.static, workspace.experiment.optimizer)
+        step_config = StepConfig(_shape(job).model, job.group.static, workspace.experiment.optimizer)
         limit, damping = memory_limit(workspace.layout), workspace.experiment.config.ptq.damping
         tokens_NxS1 = _calibration_windows(workspace, job)
         batches = tokens_NxS1.reshape(-1, _batch_size(workspace), tokens_NxS1.shape[1])
-        blocks = workspace.blocks(job.run)
+        blocks = _blocks(workspace, job)
         arguments = step_config, scheme, workspace.layout, blocks, batches, damping, limit, bar.update
         cost_LxPxK = sensitivity.measure(*arguments)
         sensitivity.write(path, key, scheme.widths, cost_LxPxK)
@@ -223,16 +224,16 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, sa
 
     b: mean bits of the formats, that of the operands which are quantized on the fly where all are alike.
     """
-    scheme, run, model = job.scheme, job.run, job.group.shape.model
+    scheme, run, model = job.scheme, job.run, _shape(job).model
     static = scheme.static(job.group.static)
     step_config = StepConfig(model, static, workspace.experiment.optimizer)
     # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
     grids = static.grids(run.precision, model.depth, w=parse("bf16"))
     if scheme.method.operands:
         grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or b).grid())}
-    blocks, parts = workspace.blocks(run), _parts(workspace, job, b, formats)
+    blocks, parts = _blocks(workspace, job), _parts(workspace, job, b, formats)
     top = blocks.top()
-    held_out = by_blocks(blocks)(workspace, job.group.shape, static, grids, top)
+    held_out = by_blocks(blocks)(workspace, _shape(job), static, grids, top)
     quantizer = _quantizer(workspace, job, step_config, grids, top) if scheme.method.solve else None
     kept, reports, sizes, written = [], [], [], time.monotonic()
     for layer, wanted in enumerate(formats):
@@ -263,6 +264,17 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, sa
     bits, weights = map(sum, zip(*sizes, strict=True))
     report = jax.tree.map(lambda *found: np.stack(found)[None], *reports)
     return _Measured(loss, report, bits / weights)
+
+
+def _blocks(workspace: Workspace, job: _Job) -> Blocks:
+    """The model as it is quantized."""
+    blocks = workspace.blocks(job.run)
+    return rotation.rotated(blocks, job.group.shape.model) if job.scheme.rotate else blocks
+
+
+def _shape(job: _Job) -> Shape:
+    shape = job.group.shape
+    return dataclasses.replace(shape, model=rotation.decoder(shape.model)) if job.scheme.rotate else shape
 
 
 def _quantizer(workspace: Workspace, job: _Job, step_config: StepConfig, grids: Any, top: Any) -> apply.BlockQuantizer:

@@ -64,7 +64,7 @@ def model_of(workspace: Workspace, cohort: Cohort, run: Run, quantized: str = ""
     grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16"))
     if loaded.operands:  # at the width of the kernels, which is one then
         grids |= dict.fromkeys(loaded.operands, parse(loaded.bits).grid())
-    config = StepConfig(run.shape.model, static, workspace.experiment.optimizer)
+    config = StepConfig(packed.decoder(run.shape.model, loaded), static, workspace.experiment.optimizer)
     return Model(codes.parameters(loaded.model), config, grids)
 
 

@@ -29,7 +29,7 @@ from precision_scaling.training.run import Run
 # Options that change no measured number: a workdir may be used again with others. Whether two roots hold the same
 # corpus, its hash says.
 _FREE_OPTIONS = re.compile(
-    r"study\.|ptq\.(methods|bits|formats|group_size|symmetric|full_range|act_order|clip|correct_inputs|smoothing|granularity|layers|target_bits)"
+    r"study\.|ptq\.(methods|bits|formats|group_size|symmetric|full_range|act_order|clip|rotate|correct_inputs|smoothing|granularity|layers|target_bits)"
     r"|train\.(log_every|checkpoint_seconds|steps_per_dispatch|rewinds|trackers)"
     r"|data\.(cache_dir|tfds_dir|workers|beam_options|hash|root)|compilation_cache|mesh\."
 )
