@@ -341,11 +341,11 @@ def test_errors_split_into_what_a_kernel_makes_and_what_it_inherits_and_correcti
     x["quantized"] = x["as it was"]
     blocks, quantized = Stacked(params), Stacked(parameters(model))
     x = {
-        name: forward.through(of.block(0), grids_of(), x[name])
+        name: forward.through(of.block(0), grids_of(), x[name], None)
         for name, of in (("as it was", blocks), ("quantized", quantized))
     }
     h = {
-        name: forward.inputs(apply.DOWN, of.block(1), grids_of(), x[name])
+        name: forward.inputs(apply.DOWN, of.block(1), grids_of(), x[name], None)
         for name, of in (("as it was", blocks), ("quantized", quantized))
     }
     h = {name: np.asarray(value, np.float64).reshape(-1, 24) for name, value in h.items()}

@@ -106,7 +106,7 @@ def _programs(
         )
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
         yield taken(f.embed, top, grids, tokens)
-        yield taken(f.before_out, block, of_block, x)
+        yield taken(f.before_out, block, of_block, x, tokens if model.document_token >= 0 else None)
         yield taken(f.after_out, block, of_block, x, o)
         yield taken(f.before_down, block, of_block, x)
         yield taken(f.after_down, block, of_block, x, h)
@@ -124,7 +124,7 @@ def _programs(
         if batch and scheme.method.branch_error and linear in apply.NORMS:
             inputs = jax.ShapeDtypeStruct((1, batch, model.sequence_length, size), model.dtype)
         solve = apply.solver(step_config, scheme, fmt.kind, linear, layout)
-        yield taken(solve, block, found, inputs, of_block, levels, 0.01, inherited)
+        yield taken(solve, block, found, inputs, of_block, levels, 0.01, None, inherited)
 
 
 def _bytes(tree: Any) -> int:
