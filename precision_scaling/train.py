@@ -51,10 +51,11 @@ def main() -> None:
         return
     results.gather(workdir)
     (run,) = workspace.experiment.runs
-    (row,) = results.read_rows(workspace.directory(run), "trained")
-    outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
     print("".join(f"{line}\n" for line in profile.report()), end="")
-    print(f"{run.id}: {outcome}; row in {workdir / paths.TABLE}, everything else in {workspace.directory(run)}")
+    for model in workspace.experiment.models([run]):
+        (row,) = results.read_rows(workspace.directory(model), "trained")
+        outcome = f"validation loss {row['loss']:.4f} nats per token" if row["status"] == "ok" else "the run diverged"
+        print(f"{model.id}: {outcome}; row in {workdir / paths.TABLE}, everything else in {workspace.directory(model)}")
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))

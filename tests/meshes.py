@@ -4,7 +4,8 @@ A line of JSON for each mesh.
 
 python tests/meshes.py WORKDIR MESH ...    where MESH is run,data,fsdp,tensor; 1,1,1,1 takes the first device alone
 
-MESH:muon trains with Muon, and quantizes nothing. MESH:parts makes logits in chunks, and attention goes by blocks.
+MESH:muon trains with Muon and an average of the parameters, and quantizes nothing. MESH:parts makes logits in chunks,
+and attention goes by blocks.
 MESH:documents keeps attention within documents.
 """
 
@@ -45,7 +46,7 @@ def config(kind: str):
     c = base.get_config()
     shape = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64, "sequence_length": 16}
     c.update_from_flattened_dict({f"model.{name}": value for name, value in shape.items()})
-    c.optimizer.name = "muon" if kind == "muon" else "adamw"
+    c.optimizer.name, c.optimizer.ema = ("muon", (0.9,)) if kind == "muon" else ("adamw", ())
     if kind == "documents":
         c.data.within_documents, c.data.tokenizer = True, "bpe:300"  # whose end of text is 0, as the corpus' is
     c.train.batch_size, c.train.microbatches, c.train.log_every, c.study.lanes = 16, 2, 1, 4
@@ -77,10 +78,10 @@ def train(sizes: tuple[int, ...], kind: str, workdir: Path) -> dict:
     programs = compiled_cohort(step_config, layout, c.study.lanes)
     state = programs.spread(programs.initialize(0))
     held: dict[jax.Device, int] = {}
-    for leaf in jax.tree.leaves((state.params, state.optimizer)):
+    for leaf in jax.tree.leaves((state.params, state.optimizer, state.averages)):
         for shard in leaf.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer, state.averages)))
     finished = {}
     options = cohort.Options(lanes=4, log_every=1, checkpoint_seconds=1e9, steps_per_dispatch=5)
     cohort.train_cohort(

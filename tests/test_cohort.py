@@ -258,22 +258,24 @@ def test_a_cohort_that_is_stopped_goes_on_to_the_same_bits(finished_study, train
 
 
 @pytest.mark.slow
-def test_muon_in_lanes_is_muon_alone_and_goes_on_to_the_same_bits(finished_study, train, tmp_path):
+def test_muon_with_averages_in_lanes_is_muon_alone_and_goes_on_to_the_same_bits(finished_study, train, tmp_path):
     workspace, workdir = finished_study
     runs = [by_name(workspace.experiment.runs, f"D768-{name}") for name in ("bf16", "wint4-s0")]
-    muon = dataclasses.replace(workspace.experiment.optimizer, name="muon")
+    muon = dataclasses.replace(workspace.experiment.optimizer, name="muon", ema=(0.5, 0.9))
     whole = train(runs, tmp_path / "whole", optimizer=muon)
     for _ in range(2):
         with pytest.raises(Stopped):
             train(runs, tmp_path / "stopped", optimizer=muon, stop=Stop(minutes=1e-6))
     ended = train(runs, tmp_path / "stopped", optimizer=muon)
-    alone = train(runs[:1], tmp_path / "alone", optimizer=muon, lanes=1)
+    without = dataclasses.replace(muon, ema=())
+    alone = train(runs[:1], tmp_path / "alone", optimizer=without, lanes=1)
     for run in runs:
         assert losses_of(tmp_path / "stopped", run) == losses_of(tmp_path / "whole", run) != losses_of(workdir, run)
         jax.tree.map(np.testing.assert_array_equal, ended[run].params, whole[run].params)
+        jax.tree.map(np.testing.assert_array_equal, ended[run].averages, whole[run].averages)
     losses = losses_of(tmp_path / "alone", runs[0])
     np.testing.assert_allclose(losses, losses_of(tmp_path / "whole", runs[0]), rtol=2e-4)
-    assert losses[-1] < losses[0] and alone
+    assert losses[-1] < losses[0] and len(ended[runs[0]].averages) == 2 and alone[runs[0]].averages == ()
 
 
 def test_a_dispatch_is_as_long_as_its_steps_allow(finished_study, train, tmp_path, monkeypatch):

@@ -310,6 +310,7 @@ def test_depth_mup_multipliers():
     wide = dataclasses.replace(CONFIG, width=32, depth=4, base_width=8, base_depth=1)
     assert wide.logit_scale == 0.25
     assert wide.residual_scale == 0.5
+    assert dataclasses.replace(wide, parametrization="completep").residual_scale == 0.25
     at_base = dataclasses.replace(CONFIG, base_width=16, base_depth=2)
     assert at_base.logit_scale == at_base.residual_scale == 1.0
 

@@ -53,18 +53,30 @@ def named(tree):
     return {"/".join(entry.key for entry in path): np.asarray(leaf, np.float64) for path, leaf in flat}
 
 
-@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
-def test_updates_equal_adamw_written_out(clip_norm):
-    config = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, clip_norm, 0.1)
+COMPLETEP = dataclasses.replace(MODEL, parametrization="completep")
+# name of a leaf -> multipliers of rate, weight decay and epsilon at four times the base width and depth (Dey et al.
+# 2025, table 1): hidden weights 1 / m_N, m_N and 1 / (m_N m_L), embedding, head and last norm 1, 1 and 1 / m_N.
+IN_COMPLETEP = {
+    "embedding/embedding": (1, 1, 1 / 4),
+    "layers/block/mlp/down/kernel": (1 / 4, 4, 1 / 16),
+    "layers/block/mlp_norm/scale": (1, 1, 1 / 16),
+    "final_norm/scale": (1, 1, 1 / 4),
+    "head/kernel": (1, 1, 1 / 4),
+}
+
+
+@pytest.mark.parametrize("clip_norm, model, epsilon", [(1.0, MODEL, 1e-15), (0.0, MODEL, 0.1), (1.0, COMPLETEP, 0.1)])
+def test_updates_equal_adamw_written_out(clip_norm, model, epsilon):
+    config = OptimizerConfig(0.9, 0.95, epsilon, 0.1, clip_norm, 0.1)
     rng = np.random.default_rng(0)
     params = tree(rng)
-    state = optimizer.init(config, MODEL, params)
+    state = optimizer.init(config, model, params)
     expected = named(params)
     first = dict.fromkeys(LEAVES, 0.0)
     second = dict.fromkeys(LEAVES, 0.0)
     for t, (size, rate) in enumerate([(1.0, 0.1), (0.01, 0.2), (30.0, 0.05), (1.0, 0.0), (0.3, 0.1)], start=1):
         grads = tree(rng, size)
-        params, state = update(config, MODEL, grads, state, params, rate)
+        params, state = update(config, model, grads, state, params, rate)
         grads = named(grads)
         norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
         shrink = min(1.0, clip_norm / norm) if clip_norm else 1.0
@@ -72,9 +84,12 @@ def test_updates_equal_adamw_written_out(clip_norm):
             g = grads[name] * shrink
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.95 * second[name] + 0.05 * g**2
-            direction = (first[name] / (1 - 0.9**t)) / (np.sqrt(second[name] / (1 - 0.95**t)) + 1e-15)
-            decay = 0.1 * expected[name] if decayed else 0.0
-            expected[name] = expected[name] - rate * multiplier * (direction + decay)
+            own_epsilon, decay = epsilon, 0.1 * decayed
+            if model is COMPLETEP:
+                multiplier, of_decay, of_epsilon = IN_COMPLETEP[name]
+                own_epsilon, decay = epsilon * of_epsilon, decay * of_decay
+            direction = (first[name] / (1 - 0.9**t)) / (np.sqrt(second[name] / (1 - 0.95**t)) + own_epsilon)
+            expected[name] = expected[name] - rate * multiplier * (direction + decay * expected[name])
     for name, value in named(params).items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-6, err_msg=name)
 

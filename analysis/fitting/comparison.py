@@ -105,7 +105,7 @@ def compare(
     allows no law.
     """
     options = Options() if options is None else options
-    table = table.one_schedule().one_precision().in_order()
+    table = table.one_schedule().one_precision().one_average().in_order()
     table = dataclasses.replace(table, columns={**table.columns, ROW: np.arange(len(table))})
     low = not table.before_ptq().high_precision.all()
     for text in (fit_where, test_where):

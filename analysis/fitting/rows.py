@@ -51,6 +51,7 @@ class Chosen:
 
 def choose(law: Law, table: Table, options: Options) -> Chosen:
     """The rows that the law describes and the options choose. Raises FitError where none is left."""
+    table = table.one_average()
     if law.high_precision_only:
         table = table.select(table.high_precision, f"trained below 16 bits, which law {law.name} does not describe")
     if options.serve_bits is not None:

@@ -46,7 +46,8 @@ class Evidence:
     @cached_property
     def every_row(self) -> Table:
         """The rows of every PTQ method of weights and every schedule, of integer formats."""
-        return (self.table if self.whole is None else self.whole).ptq_of_weights().one_precision().integer_formats()
+        every = self.table if self.whole is None else self.whole
+        return every.ptq_of_weights().one_precision().one_average().integer_formats()
 
     @cached_property
     def deltas_by_schedule(self) -> Table:
@@ -127,7 +128,7 @@ def main_rows(table: Table) -> tuple[Table, str | None]:
     stayed the same in training, before PTQ and after the main method of PTQ of weights; and the name of that method.
     All others are counted as left out.
     """
-    table = table.one_schedule().one_precision().integer_formats()
+    table = table.one_schedule().one_precision().one_average().integer_formats()
     return table.one_method(), table.main_method
 
 

@@ -17,7 +17,7 @@ SAME = (
     *("N", "D", *PRECISIONS, "P_post", *METHOD_COLUMNS, "schedule", "precision"),
     *ALL_FORMAT_COLUMNS,
     *("w_granularity", "a_granularity", "attention_granularity", "ptq_granularity", "ptq_options", "post_parts"),
-    *("group_size", "peak_rate", "optimizer", "batch_size", "corpus", "within_documents", "width", "depth"),
+    *("group_size", "peak_rate", "optimizer", "average", "batch_size", "corpus", "within_documents", "width", "depth"),
 )
 LEAST_FREEDOM = 3  # degrees of freedom below which there is no estimate
 FREEDOM_PER_SLOPE = 10  # degrees of freedom for each slope of the noise that is fitted

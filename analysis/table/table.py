@@ -139,6 +139,19 @@ class Table:
         same = np.isin(self["switches"].astype(str), EMPTY)
         return self.select(same, "the precision changed in training")
 
+    def one_average(self) -> "Table":
+        """The rows of the parameters at the end of training, or where there are none of the average with most rows.
+
+        An average (EMA) is measured beside the run whose parameters it is of: it is no other run.
+        """
+        if "average" not in self:
+            return self
+        names = self["average"].astype(str)
+        if (own := np.isin(names, EMPTY)).any():
+            return self.select(own, "of an average of the parameters")
+        main = _most_common(Counter(names))
+        return self.select(names == main, f"of another average than {main}")
+
     def integer_formats(self) -> "Table":
         """The rows trained in integers or in 16 bits and more; all rows where no integer format is named.
 

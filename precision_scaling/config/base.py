@@ -71,7 +71,9 @@ def get_config() -> ml_collections.ConfigDict:
     # "whole" (an array of all scores), "blocks" (in the memory of queries, keys and values), or "cudnn" (the same, on
     # a GPU); the latter two for exact queries and probabilities. "auto": blocks there from 1024 positions on, or whole.
     c.model.attention = "auto"
-    # depth-µP equals the standard parametrization at this size's width and depth. Empty: at the model's own.
+    # How rates, weight decay, residual branches and logits depend on width and depth: "depth_mup" or "completep".
+    c.model.parametrization = "depth_mup"
+    # That equals the standard parametrization at this size's width and depth. Empty: at the model's own.
     c.model.base_size = "25k"
     c.model.imported = ""  # set by `precision_scaling.huggingface import`: which model, trained elsewhere, this is
 
@@ -157,6 +159,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.muon_beta = 0.95  # muon: momentum of the blocks' kernels; the others have beta1, beta2 and epsilon
     c.optimizer.weight_decay = 0.1  # decoupled
     c.optimizer.decay_pattern = "kernel|embedding"  # regex on the paths of parameters that decay: all but norms
+    # Decays of averages of the parameters (EMA), e.g. (0.99, 0.999); each is evaluated and quantized as its own run.
+    c.optimizer.ema = ()
     c.optimizer.z_loss = 0.0  # weight of mean(log² Z) in the training loss, 1e-4 in PaLM; never in what is reported
     # In which devices add up the gradients of kernels where model.dtype is bfloat16; "bfloat16" sends half as much.
     c.optimizer.gradient_sum = "float32"

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -35,6 +35,10 @@ class Experiment:
     optimizer: optimizer.OptimizerConfig
     runs: tuple[Run, ...]
     cohorts: tuple[Cohort, ...]
+
+    def models(self, runs: Iterable[Run]) -> tuple[Run, ...]:
+        """What is measured of runs that are trained: each of them, and the averages of its parameters."""
+        return tuple(model for run in runs for model in (run, *map(run.averaged, self.optimizer.ema)))
 
 
 def resolve(config: ml_collections.ConfigDict, vocab_size: int) -> Experiment:
@@ -178,13 +182,14 @@ def _model_config(config, tokenizer_vocab_size: int, size: str) -> ModelConfig:
         qkv_bias=c.qkv_bias,
         attention=c.attention,
         document_token=end_of_text(config.data.tokenizer) if config.data.within_documents else -1,
+        parametrization=c.parametrization,
     )
 
 
 def _optimizer(config) -> optimizer.OptimizerConfig:
     c = config.optimizer
     names = [field.name for field in dataclasses.fields(optimizer.OptimizerConfig)]
-    return optimizer.OptimizerConfig(**{name: c[name] for name in names})
+    return optimizer.OptimizerConfig(**{name: c[name] for name in names if name != "ema"}, ema=tuple(c.ema))
 
 
 def _cohorts(runs) -> tuple[Cohort, ...]:

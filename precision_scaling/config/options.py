@@ -17,7 +17,7 @@ from ml_collections.config_dict import RequiredValueError
 from precision_scaling.config import base
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import attention, decoder, sizes
-from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, QK_NORMS
+from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, PARAMETRIZATIONS, QK_NORMS
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import by_layer
 from precision_scaling.ptq.registry import METHODS
@@ -133,6 +133,7 @@ RULES = {
     "model.norm_epsilon": _ABOVE_0,
     "model.attention": _one_of(attention.WAYS),
     "model.remat": _one_of(decoder.REMATS),
+    "model.parametrization": _one_of(PARAMETRIZATIONS),
     "model.base_size": _SIZE,
     "model.imported": _ANY,
     "optimizer.name": _one_of(optimizer.NAMES),
@@ -151,6 +152,7 @@ RULES = {
     "optimizer.muon_beta": _BELOW_1,
     "optimizer.weight_decay": _number(0),
     "optimizer.decay_pattern": Rule("a regular expression", _is_pattern),
+    "optimizer.ema": _each(Rule("a number above 0 and below 1", lambda x: 0 < x < 1), float),
     "optimizer.z_loss": _number(0),
     "optimizer.clip_norm": _number(0),
     "optimizer.gradient_sum": _one_of(DTYPES),
@@ -253,7 +255,9 @@ def _is(value: Any, kind: type) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is tuple:
-        return isinstance(value, tuple | list) and all(isinstance(x, str | int) and _is(x, type(x)) for x in value)
+        return isinstance(value, tuple | list) and all(
+            isinstance(x, str | int | float) and _is(x, type(x)) for x in value
+        )
     if kind is float:
         return isinstance(value, int | float) and abs(value) < math.inf
     return isinstance(value, kind)

@@ -17,14 +17,17 @@ import math
 NORM_PLACEMENTS = ("pre", "post")
 NORM_TYPES = ("rms", "layer")
 QK_NORMS = ("none", "projection", "head")
+PARAMETRIZATIONS = ("depth_mup", "completep")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything static about a decoder; hashable, so that it keys compiled programs.
 
-    `base_width` and `base_depth` name the shape at which depth-µP (Yang et al. 2023, arXiv 2310.02244) equals the
-    standard parametrization: wider and deeper models scale their rates, residual branches and logits from there.
+    `base_width` and `base_depth` name the shape at which the parametrization equals the standard one: wider and deeper
+    models scale their rates, residual branches and logits from there. parametrization: "depth_mup" (Yang et al. 2023,
+    arXiv 2310.02244) or "completep" (Dey et al. 2025, arXiv 2505.01618); what of it acts in training is in
+    `training.parametrization`.
 
     kv_heads: heads of keys and values, each shared by heads / kv_heads queries (arXiv 2305.13245); 0 is `heads`.
     head_width: head dimension; 0 is width / heads. norm_placement: "pre" normalizes what a branch reads, "post" what it
@@ -60,6 +63,7 @@ class ModelConfig:
     qkv_bias: bool = False
     attention: str = "auto"
     document_token: int = -1
+    parametrization: str = "depth_mup"
 
     @property
     def head_dim(self) -> int:
@@ -72,8 +76,9 @@ class ModelConfig:
 
     @property
     def residual_scale(self) -> float:
-        """Multiplier of each residual branch, sqrt(base_depth / depth)."""
-        return math.sqrt(self.base_depth / self.depth)
+        """Multiplier of each residual branch: base_depth / depth, of depth-µP its root."""
+        ratio = self.base_depth / self.depth
+        return ratio if self.parametrization == "completep" else math.sqrt(ratio)
 
     @property
     def logit_scale(self) -> float:

@@ -145,7 +145,7 @@ def _target(workspace: Workspace, given: dict[str, object]) -> dict[str, object]
 def _sizes(workspace: Workspace, scheme: Scheme) -> list[str]:
     """A line for each packed model of a scheme: where it is and what it takes."""
     lines = []
-    for run in workspace.experiment.runs:
+    for run in workspace.experiment.models(workspace.experiment.runs):
         for row in results.read_rows(workspace.directory(run), scheme.name):
             path = paths.packed(workspace.directory(run), scheme.name, row["P_post"])
             if files.exists(path / paths.DESCRIPTION):
@@ -178,9 +178,8 @@ def main() -> None:
     finally:
         rows = results.gather(workdir)
     schemes = [scheme for scheme, _ in registry.planned(chosen)]
-    figures = [
-        layers.draw(workspace.directory(run), scheme.name) for run in workspace.experiment.runs for scheme in schemes
-    ]
+    runs = workspace.experiment.models(workspace.experiment.runs)
+    figures = [layers.draw(workspace.directory(run), scheme.name) for run in runs for scheme in schemes]
     drawn = [f"error by layer: {figure}" for figure in figures if figure]
     sizes = [line for scheme in schemes for line in _sizes(workspace, scheme)] if _SAVE.value else []
     print("\n".join([*warnings, *drawn, *sizes, f"{rows} measured losses in {workdir / paths.TABLE}"]))

@@ -71,7 +71,9 @@ def main() -> None:
         if _DRY_RUN.value:
             print(plan_text(resolved, shard))
             if _SETTINGS.value:
-                rows = [row for run in shard.of(resolved.runs) for row in results.planned_rows(config, run)]
+                rows = [
+                    row for run in resolved.models(shard.of(resolved.runs)) for row in results.planned_rows(config, run)
+                ]
                 results.write_table(files.place(_SETTINGS.value, "--settings"), rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             if target:

@@ -26,13 +26,14 @@ def trained_run(workspace: Workspace, run_id: str = "") -> tuple[Cohort, Run]:
     trained = {
         run.id: (group, run)
         for group in workspace.experiment.cohorts
-        for run in group.runs
+        for run in workspace.experiment.models(group.runs)
         if any(row["status"] == "ok" for row in results.read_rows(workspace.directory(run), "trained"))
     }
-    if run_id not in trained and (run_id or len(trained) != 1):
+    itself = [found for found in trained.values() if not found[1].ema]  # not one of the averages of its parameters
+    if run_id not in trained and (run_id or len(itself) != 1):
         allowed = f"one of {', '.join(trained)}" if trained else "the workdir of a run that is trained"
         raise UserError(f"--run={run_id}: allowed is {allowed}")
-    return trained[run_id] if run_id else next(iter(trained.values()))
+    return trained[run_id] if run_id else itself[0]
 
 
 def next_token_logits(workspace: Workspace, cohort: Cohort, run: Run) -> Callable[[Sequence[int]], np.ndarray]:

@@ -18,8 +18,8 @@ from precision_scaling.study.workspace import Workspace
 from precision_scaling.training.run import Run
 
 TRAINED = "trained"
-_TEXTS = ("run", "status", "method")
-_NEW = {"post_format", "layers", "switches", "switched_share", "optimizer"}  # that older tables lack
+_TEXTS = ("run", "status", "method", "average")
+_NEW = {"post_format", "layers", "switches", "switched_share", "optimizer", "average"}  # that older tables lack
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
 
@@ -33,15 +33,17 @@ def take_over(table: Path, workspace: Workspace) -> int:
     """
     found = _read(table)
     complete = 0
-    for run in workspace.experiment.runs:
-        rows = found.get(run.id, {})
-        if not _is_complete(rows, run, workspace):
+    for trained in workspace.experiment.runs:
+        models = workspace.experiment.models([trained])
+        if not all(_is_complete(found.get(run.id, {}), run, workspace) for run in models):
             continue
         complete += 1
-        _check(table, rows[TRAINED][0], run, workspace)
-        for measurement, measured in rows.items():
-            if not results.read_rows(workspace.directory(run), measurement):
-                results.write_rows(workspace.directory(run), measurement, measured)
+        for run in models:
+            rows = found[run.id]
+            _check(table, rows[TRAINED][0], run, workspace)
+            for measurement, measured in rows.items():
+                if not results.read_rows(workspace.directory(run), measurement):
+                    results.write_rows(workspace.directory(run), measurement, measured)
     return complete
 
 

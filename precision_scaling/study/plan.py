@@ -34,9 +34,10 @@ def plan_text(resolved: Experiment, shard: Shard = WHOLE) -> str:
         )
     updates = f" and {of_updates:.2e} in updates" if of_updates else ""
     chosen = [run for _, runs in cohorts for run in runs]
+    quantized = sum(run.ptq for run in resolved.models(chosen))
     lines.append(
         f"{len(chosen)} runs in {len(cohorts)} cohorts, {sum(run.tokens for run in chosen):,} tokens, "
-        f"{flops_total:.2e} FLOPs{updates}; {sum(run.ptq for run in chosen)} runs are quantized after training"
+        f"{flops_total:.2e} FLOPs{updates}; {quantized} runs are quantized after training"
     )
     return "\n".join(lines)
 

@@ -93,7 +93,7 @@ def quantize_missing(
         if parse(name).family in ("block", "wide"):
             raise ConfigError("ptq.clip", True, f"False with the format {name}, whose scales are given")
     for group in workspace.experiment.cohorts:
-        for run in shard.of(group.runs):
+        for run in shard.of(workspace.experiment.models(group.runs)):
             trained = results.read_rows(workspace.directory(run), "trained")
             if not trained or trained[0]["status"] != "ok" or not (run.ptq or everything):
                 continue

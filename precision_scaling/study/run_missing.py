@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -101,25 +102,30 @@ def train_missing(
 def _record(
     workspace: Workspace, static: StaticPrecision, evaluate: Callable, written: list[Run], finished: Finished
 ) -> Callable[[], None]:
-    """Evaluates a run that has ended and begins to write its checkpoint.
+    """Evaluates a run that has ended, and the averages of its parameters, and begins to write their checkpoints.
 
-    Returns what ends that, writes the row and adds the run to `written`.
+    Returns what ends that, writes the rows and adds the runs to `written`.
     """
-    run, left_out = finished.run, {"batches_left_out": finished.left_out}
+    more: dict[str, Any] = {"batches_left_out": finished.left_out}
     if finished.diverged_step is not None:
-        row = results.row(workspace, run, None, status="diverged", diverged_step=finished.diverged_step, **left_out)
-        end_save = lambda: None
-    else:
-        loss = evaluate(finished.params, static.grids(run.precision, run.shape.model.depth))
-        end_save = checkpoint.begin_save(workspace.directory(run) / paths.CHECKPOINT, finished.params)
+        more |= {"status": "diverged", "diverged_step": finished.diverged_step}
+    measured: list[tuple[Run, dict[str, Any], Callable[[], None]]] = []
+    models = workspace.experiment.models([finished.run])
+    for run, params in zip(models, (finished.params, *finished.averages), strict=True):
+        if finished.diverged_step is not None:
+            measured.append((run, results.row(workspace, run, None, **more), lambda: None))
+            continue
+        loss = evaluate(params, static.grids(run.precision, run.shape.model.depth))
         finite = math.isfinite(loss)
-        row = results.row(workspace, run, loss if finite else None, status="ok" if finite else "diverged", **left_out)
+        row = results.row(workspace, run, loss if finite else None, status="ok" if finite else "diverged", **more)
+        measured.append((run, row, checkpoint.begin_save(workspace.directory(run) / paths.CHECKPOINT, params)))
 
     def end() -> None:
-        end_save()
-        if hosts.primary():
-            results.write_rows(workspace.directory(run), "trained", [row])
-        written.append(run)
+        for run, row, end_save in reversed(measured):  # the run itself last: with its row, nothing of it is missing
+            end_save()
+            if hosts.primary():
+                results.write_rows(workspace.directory(run), "trained", [row])
+        written.extend(run for run, _, _ in measured)
 
     return end
 

@@ -58,13 +58,14 @@ class Options:
 class Finished:
     """A run that has come to its end. diverged_step: the first step with a loss that is not finite, or None.
 
-    left_out: how many batches it has gone back to leave out.
+    left_out: how many batches it has gone back to leave out. averages: of the parameters, one for each decay.
     """
 
     run: Run
     params: Any
     diverged_step: int | None
     left_out: int = 0
+    averages: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +257,10 @@ class _Trainer:
             trained += steps
             self.lanes[i] = lane.after(steps) if diverged is None else None
             if self.lanes[i] is None:
-                params = self.compiled.parameters(self.state.params, i)
-                ended.append(Finished(lane.run, params, diverged, len(lane.left_out)))
+                params, *averages = (
+                    self.compiled.parameters(tree, i) for tree in (self.state.params, *self.state.averages)
+                )
+                ended.append(Finished(lane.run, params, diverged, len(lane.left_out), tuple(averages)))
                 self.progress.total -= (lane.run.steps - lane.step - steps) * self._step_tokens
                 if hosts.primary():
                     checkpoint.remove(self._branch_path(lane.run))

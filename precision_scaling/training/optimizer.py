@@ -1,9 +1,10 @@
-"""AdamW, or Muon with AdamW, and depth-µP. Used by `step`, at the rate that the run's `schedule` gives."""
+"""AdamW, or Muon with AdamW, as `parametrization` scales it. Used by `step`, at the rate of the run's `schedule`."""
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +13,10 @@ from flax import traverse_util
 
 from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.training import muon
+from precision_scaling.training import muon, parametrization
+from precision_scaling.training.parametrization import Multipliers, is_block_kernel
 
 NAMES = ("adamw", "muon")
-BLOCK_KERNELS = r"layers/.*kernel"
-# Depth-µP (Yang et al. 2023, arXiv 2310.02244, table 1), of the rate of kernels in the blocks: {optimizer: (power of
-# width / base width, power of depth / base depth)}. An Adam update moves a layer's output by its width, an orthogonal
-# one of the same root mean square by the root of that.
-RATE_POWERS = {"adamw": (-1.0, -0.5), "muon": (-0.5, -0.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,8 @@ class OptimizerConfig:
     training loss (PaLM, arXiv 2204.02311), Z the softmax's normalizer. name: of NAMES; "muon" has Muon for the kernels
     of the blocks, with the momentum muon_beta, and AdamW for all else. embedding_rate, head_rate, vector_rate: rates of
     the embedding, of the head, and of norm gains and biases as multiples of the schedule's. gradient_sum: dtype
-    in which devices add up the gradients of kernels.
+    in which devices add up the gradients of kernels. ema: decays of the averages of
+    the parameters that are kept, see `average`.
     """
 
     beta1: float
@@ -47,6 +45,7 @@ class OptimizerConfig:
     head_rate: float = 1.0
     vector_rate: float = 1.0
     gradient_sum: str = "float32"
+    ema: tuple[float, ...] = ()
 
 
 _path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -59,15 +58,17 @@ def parameter_names(params: Any) -> list[str]:
 
 def rate_multipliers(config: OptimizerConfig, model: ModelConfig, params: Any) -> Any:
     """Learning-rate multiplier of every parameter, a tree of floats."""
-    width_power, depth_power = RATE_POWERS[config.name]
-    of_blocks = (model.width / model.base_width) ** width_power * (model.depth / model.base_depth) ** depth_power
     own = {"embedding/embedding": config.embedding_rate, "head/kernel": config.head_rate}
 
     def multiplier(key_path, _):
         name = _path(key_path)
-        return of_blocks if re.search(BLOCK_KERNELS, name) else own.get(name, config.vector_rate)
+        return _scaled(config, model, name).rate * (1.0 if is_block_kernel(name) else own.get(name, config.vector_rate))
 
     return jax.tree_util.tree_map_with_path(multiplier, params)
+
+
+def _scaled(config: OptimizerConfig, model: ModelConfig, name: str) -> Multipliers:
+    return parametrization.multipliers(model, config.name, name)
 
 
 def _direction(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
@@ -75,7 +76,19 @@ def _direction(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTra
     scale = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "muon":
         scale = _for_kernels(muon.scale_by_muon(config.muon_beta, model), scale)
+    if model.parametrization == "completep":
+        scale = _with_epsilons(scale, lambda name: _scaled(config, model, name).epsilon)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), scale)
+
+
+def _with_epsilons(inner: optax.GradientTransformation, times: Callable[[str], float]) -> optax.GradientTransformation:
+    """Adam whose epsilon is `times` of the parameter's name as large there: the same as one of larger gradients."""
+    scaled = lambda key_path, grad: grad / times(_path(key_path))
+
+    def update(grads, state, params=None):
+        return inner.update(jax.tree_util.tree_map_with_path(scaled, grads), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _for_kernels(
@@ -99,7 +112,7 @@ def _for_kernels(
 def _parted(params: Any) -> tuple[Any, Any]:
     """(kernels of the blocks, all else), two trees with the names of the one."""
     flat = traverse_util.flatten_dict(params)
-    of_blocks = {name for name in flat if re.search(BLOCK_KERNELS, "/".join(name))}
+    of_blocks = {name for name in flat if is_block_kernel("/".join(name))}
     part = lambda wanted: traverse_util.unflatten_dict({k: x for k, x in flat.items() if (k in of_blocks) == wanted})
     return part(True), part(False)
 
@@ -122,7 +135,7 @@ def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, 
 
     def apply(key_path, param, delta, multiplier):
         if re.search(config.decay_pattern, _path(key_path)):
-            delta = delta + config.weight_decay * param
+            delta = delta + config.weight_decay * _scaled(config, model, _path(key_path)).decay * param
         return param - rate * multiplier * delta
 
     params = jax.tree_util.tree_map_with_path(apply, params, direction, rate_multipliers(config, model, params))
@@ -131,8 +144,9 @@ def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, 
 
 @functools.cache
 def cost(config: OptimizerConfig, model: ModelConfig) -> tuple[int, int]:
-    """(bytes of a run's parameters and optimizer state, FLOPs of an update's products, which Muon alone has)."""
+    """(bytes of a run's state, averages included; FLOPs of an update's products, which Muon alone has)."""
     params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     state = jax.eval_shape(functools.partial(init, config, model), params)
-    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+    state = (params, state, *(params for _ in config.ema))
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return held, muon.flops(_parted(params)[0], model) if config.name == "muon" else 0

@@ -39,7 +39,8 @@ class Run:
     """One training run.
 
     steps: length of the schedule. schedule_name: of `schedule.NAMES`. decay_steps: the last ones, of a WSD schedule.
-    imported: the model it is, where it was trained elsewhere.
+    imported: the model it is, where it was trained elsewhere. ema: of an average of its parameters, the decay; such a
+    run is not trained, but measured beside the one that it is of.
     """
 
     shape: Shape
@@ -52,6 +53,16 @@ class Run:
     imported: str = ""
     schedule_name: str = "cosine"
     decay_steps: int = 0
+    ema: float = 0.0
+
+    def averaged(self, decay: float) -> "Run":
+        """The average of its parameters with that decay."""
+        return dataclasses.replace(self, ema=decay)
+
+    @property
+    def average(self) -> str:
+        """Which average of the parameters it is, "ema0.99"; "" for those at the end."""
+        return f"ema{self.ema:g}" if self.ema else ""
 
     @property
     def schedule(self) -> Schedule:
@@ -81,7 +92,7 @@ class Run:
     @functools.cached_property
     def trunk(self) -> "Run":
         """What runs have in common whose first steps are the same; the run itself where no other can share them."""
-        beginning = dataclasses.replace(self, precision=self.precision.stages[0], ptq=False)
+        beginning = dataclasses.replace(self, precision=self.precision.stages[0], ptq=False, ema=0.0)
         if self.schedule_name not in ("constant", "wsd"):
             return beginning
         return dataclasses.replace(beginning, steps=0, schedule_name="", decay_steps=0)
@@ -94,6 +105,8 @@ class Run:
     @functools.cached_property
     def id(self) -> str:
         """Name of the run: readable, and different for runs that differ in anything but the study's common options."""
+        if self.ema:
+            return f"{self.averaged(0.0).id}-{self.average}"
         named = "" if self.schedule_name == "cosine" else f"-{self.schedule_name}"
         short = self.precision.short[:LONGEST]
         readable = f"{self.shape.size}-D{self.tokens}-{short}{named}-s{self.seed}"

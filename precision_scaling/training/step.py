@@ -17,17 +17,19 @@ from precision_scaling.model.decoder import Decoder
 from precision_scaling.quantize import aqt
 from precision_scaling.quantize.static import StaticPrecision
 from precision_scaling.runtime import sharding
+from precision_scaling.training import average
 from precision_scaling.training import optimizer as optimizer_lib
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.schedule import Schedule, learning_rate
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """What a step changes. averages: of the parameters, one for each decay of the optimizer's config."""
 
     step: jax.Array
     params: Any
     optimizer: Any
+    averages: tuple[Any, ...] = ()
 
 
 class RunInputs(NamedTuple):
@@ -62,7 +64,8 @@ class StepConfig:
 def init_state(config: StepConfig, seed) -> TrainState:
     """Fresh state of one run; `seed` may be traced."""
     params = decoder.init(config.model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_lib.init(config.optimizer, config.model, params))
+    optimizer = optimizer_lib.init(config.optimizer, config.model, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, average.init(config.optimizer.ema, params))
 
 
 def rounding_key(config: StepConfig, seed, step) -> jax.Array | None:
@@ -113,7 +116,8 @@ def train_step(config: StepConfig, state: TrainState, inputs: RunInputs, tokens)
     rate = learning_rate(state.step, inputs.schedule, config.optimizer.final_fraction)
     params, optimizer = optimizer_lib.update(config.optimizer, config.model, grads, state.optimizer, state.params, rate)
     grad_norm = optimizer_lib.global_norm(grads)
-    return TrainState(state.step + 1, params, optimizer), StepMetrics(loss, grad_norm, rate)
+    averages = average.update(config.optimizer.ema, state.averages, params, state.step + 1)
+    return TrainState(state.step + 1, params, optimizer, averages), StepMetrics(loss, grad_norm, rate)
 
 
 def train_chunk(config: StepConfig, state: TrainState, inputs: RunInputs, fetch, steps, max_steps: int):
