@@ -31,6 +31,7 @@ from precision_scaling.quantize.precision import Precision
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import StaticPrecision, by_layer, static_of_one
 from precision_scaling.runtime import cli, compilation, files, paths
+from precision_scaling.study import layer_error
 from precision_scaling.study.workspace import Workspace, reopen_workspace
 from precision_scaling.training import checkpoint
 from precision_scaling.training.run import Run
@@ -60,7 +61,10 @@ PRODUCTS = (
     *(("attention/values", name) for name in "pv"),
     *((product, name) for product in ("attention/out", "mlp/gate_up", "mlp/down") for name in "aw"),
 )
-COLUMNS = ("layer", "product", "operand", "format", "granularity", "elements", "saturated", "zeroed", "snr_db")
+COLUMNS = (
+    *("layer", "product", "operand", "format", "granularity"),
+    *("elements", "saturated", "zeroed", "snr_db", "scale_low", "scale_high"),
+)
 
 
 class Sums(NamedTuple):
@@ -71,10 +75,14 @@ class Sums(NamedTuple):
     zeroed: jax.Array  # x_q is zero and x is not
     signal: jax.Array  # Σ x²
     error: jax.Array  # Σ (x - x_q)²
+    # Of block formats: blocks that are not all zero, and those with the smallest and the largest scale there is; else 0
+    blocks: jax.Array
+    scale_low: jax.Array
+    scale_high: jax.Array
 
 
-def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
-    """The sums over all elements of an operand."""
+def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array, ends: tuple[jax.Array, ...] | None = None) -> Sums:
+    """The sums over all elements of an operand. ends: its blocks, as `rounding.scale_ends` counts them."""
     x, x_q = x.astype(jnp.float32), x_q.astype(jnp.float32)
     count = lambda where: jnp.sum(where, dtype=jnp.int32)
     return Sums(
@@ -83,6 +91,7 @@ def sums(x: jax.Array, x_q: jax.Array, saturated: jax.Array) -> Sums:
         count((x != 0) & (x_q == 0)),
         jnp.sum(jnp.square(x)),
         jnp.sum(jnp.square(x - x_q)),
+        *(ends or (jnp.zeros((), jnp.int32),) * 3),
     )
 
 
@@ -109,9 +118,9 @@ def _compiled(config: ModelConfig, static: StaticPrecision):
         params, grids = of_block
         seen: list[tuple[str, Sums]] = []
 
-        def observe(name, x, x_q, saturated):
+        def observe(name, x, x_q, saturated, ends):
             if saturated is not None:
-                seen.append((name, sums(x, x_q, saturated)))
+                seen.append((name, sums(x, x_q, saturated, ends)))
 
         with aqt.observed(observe):
             x_BxSxD = block.apply({"params": params}, x_BxSxD, Products(static, grids), starts_BxS)
@@ -143,7 +152,7 @@ def rows(precision: Precision, found: dict[Place, Sums], depth: int) -> list[dic
         assert quantizer is not None, f"{name} is measured, so it is quantized"
         by_place, place = precision.by_place(name, depth), layers.index(name, product.rpartition("/")[2])
         for layer in range(len(one.signal)):
-            elements, saturated, zeroed, signal, error = (float(field[layer]) for field in one)
+            elements, saturated, zeroed, signal, error, blocks, low, high = (float(field[layer]) for field in one)
             lines.append(
                 {
                     "layer": layer,
@@ -155,39 +164,49 @@ def rows(precision: Precision, found: dict[Place, Sums], depth: int) -> list[dic
                     "saturated": saturated / elements if elements else None,
                     "zeroed": zeroed / elements if elements else None,
                     "snr_db": snr_db(signal, error),
+                    "scale_low": low / blocks if blocks else None,
+                    "scale_high": high / blocks if blocks else None,
                 }
             )
     return sorted(lines, key=lambda line: line["layer"])
 
 
-def of_run(workspace: Workspace, run: Run, precision: Precision, sequences: int) -> list[dict[str, Any]]:
-    """The rows of a trained run at a precision, on so many held-out sequences. UserError for a lost checkpoint."""
+def of_run(
+    workspace: Workspace, run: Run, precision: Precision, sequences: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of operands and of `layer_error` of a trained run at a precision, on so many held-out sequences.
+
+    UserError for a lost checkpoint.
+    """
     config, batch = run.shape.model, min(sequences, workspace.experiment.config.evaluate.batch_size)
     static = static_of_one(precision, config.dtype).evaluation().simulated()
     params = workspace.parameters(run)
     windows_NxS1 = workspace.loader(run.shape).validation_windows(sequences // batch * batch)
     tokens_CxBxS = windows_NxS1[:, :-1].reshape(-1, batch, config.sequence_length).astype(np.int32)
-    found = measure(config, static, params, static.grids(precision, config.depth), tokens_CxBxS)
-    return rows(precision, found, config.depth)
+    arguments = config, static, params, static.grids(precision, config.depth), tokens_CxBxS
+    return rows(precision, measure(*arguments), config.depth), layer_error.rows(layer_error.measure(*arguments))
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
-    """The table as text: six digits, empty where there is no number."""
+    """A table as text: six digits, empty where there is no number."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     for line in lines:
         writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in line.items()})
     return text.getvalue()
 
 
-def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """A column for each operand: signal-to-noise ratio and the shares lost, by layer, a colour for each product."""
+def draw(lines: Sequence[dict[str, Any]], errors: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """A column for each operand: signal-to-noise ratio and the shares lost, by layer, a colour for each product; and
+    one for the error of the residual stream."""
     from matplotlib.figure import Figure  # a second to import: only where something is drawn
 
     operands = list(dict.fromkeys(line["operand"] for line in lines))
-    drawing = Figure(figsize=(max(5.0, 2.6 * len(operands)), 4.8), layout="constrained")
-    panels = drawing.subplots(2, len(operands), sharex=True, sharey="row", squeeze=False)
+    drawing = Figure(figsize=(2.6 * (len(operands) + 1), 4.8), layout="constrained")
+    (left, right), *_ = drawing.subfigures(1, 2, squeeze=False, width_ratios=(len(operands), 1))
+    panels = left.subplots(2, len(operands), sharex=True, sharey="row", squeeze=False)
+    _draw_errors(right.subplots(2, 1, sharex=True), errors)
     for j, name in enumerate(operands):
         mine = [line for line in lines if line["operand"] == name]
         for i, product in enumerate(dict.fromkeys(line["product"] for line in mine)):
@@ -210,10 +229,28 @@ def draw(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         drawing.savefig(file, format="png", dpi=110)
 
 
+def _draw_errors(panels: Any, errors: Sequence[dict[str, Any]]) -> None:
+    """Relative errors of the residual stream after each layer above, the inherited share below."""
+    layers = [line["layer"] for line in errors]
+    for name, style in (("own", "o-"), ("inherited", "s-"), ("total", "k:")):
+        panels[0].plot(layers, [line[name] or np.nan for line in errors], style, markersize=4, label=name)
+    panels[0].set_yscale("log")
+    panels[0].set_title("error of the stream", fontsize="medium")
+    panels[0].legend(fontsize="x-small")
+    share = [np.nan if line["inherited_share"] is None else line["inherited_share"] for line in errors]
+    panels[1].plot(layers, share, "s-", markersize=4)
+    panels[1].set(ylim=(-0.03, 1.03), xlabel="layer", ylabel="inherited share")
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+
+
 def _trained(workspace: Workspace, wanted: str | None) -> list[Run]:
     """The runs with a checkpoint, or the one of that name."""
     trained = [
-        run for run in workspace.experiment.runs if checkpoint.exists(workspace.directory(run) / paths.CHECKPOINT)
+        run
+        for run in workspace.experiment.models(workspace.experiment.runs)
+        if checkpoint.exists(workspace.directory(run) / paths.CHECKPOINT)
     ]
     chosen = [run for run in trained if wanted in (None, run.id)]
     if not chosen:
@@ -228,6 +265,11 @@ def _weakest(lines: Sequence[dict[str, Any]]) -> str:
         return ""
     line = min(known, key=lambda line: line["snr_db"])
     return f"; {line['snr_db']:.1f} dB at worst, {line['operand']} of {line['product']} in layer {line['layer']}"
+
+
+def _inherited(errors: Sequence[dict[str, Any]]) -> str:
+    share = errors[-1]["inherited_share"]
+    return "" if share is None else f"; the last layer inherited {share:.0%} of its error"
 
 
 def main() -> None:
@@ -249,10 +291,12 @@ def main() -> None:
         raise UserError("nothing is quantized in the blocks of these runs; allowed is --precision, e.g. w4_a4_kv4")
     for run, precision in jobs:
         path = paths.layer_stats(workspace.directory(run), re.sub(r"[^\w.+:-]+", ".", _PRECISION.value or ""))
-        lines = of_run(workspace, run, precision, sequences)
+        lines, errors = of_run(workspace, run, precision, sequences)
         files.atomic_write(path, to_csv(lines))
-        draw(lines, run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}", path.with_suffix(".png"))
-        print(f"{path}: {len(lines)} operands{_weakest(lines)}")
+        files.atomic_write(paths.layer_split(path), to_csv(errors))
+        title = run.id if _PRECISION.value is None else f"{run.id} at {_PRECISION.value}"
+        draw(lines, errors, title, path.with_suffix(".png"))
+        print(f"{path}: {len(lines)} operands{_weakest(lines)}{_inherited(errors)}")
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("workdir",))

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from precision_scaling import layer_stats, quantize
+from precision_scaling.config import base
 from precision_scaling.model import decoder as decoder_lib
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats, rounding
 from precision_scaling.quantize import aqt, parsing
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import static_of
+from precision_scaling.study import layer_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -27,7 +29,8 @@ def test_shares_and_ratio_of_an_operand_worked_out_by_hand():
     x_q = quantize.fake_quant(x, "int3")
     np.testing.assert_array_equal(x_q, [6.0, -2.0, 0.0, 0.0, 0.0, 0.0])
     one = layer_stats.sums(x, x_q, jnp.zeros(6, bool))
-    assert [float(field) for field in one] == pytest.approx([5, 0, 3, 36 + 6.25 + 0.81 + 1 + 0.04, 0.25 + 1.81 + 0.04])
+    by_hand = [5, 0, 3, 36 + 6.25 + 0.81 + 1 + 0.04, 0.25 + 1.81 + 0.04, 0, 0, 0]
+    assert [float(field) for field in one] == pytest.approx(by_hand)
     assert layer_stats.snr_db(float(one.signal), float(one.error)) == pytest.approx(10 * np.log10(44.1 / 2.1))
     assert layer_stats.snr_db(44.1, 0.0) is None and layer_stats.snr_db(0.0, 0.0) is None
 
@@ -48,6 +51,30 @@ def test_saturated_is_what_lies_beyond_the_last_level():
     for name in ("int4", "e4m3", "bf16", "e8m7"):
         fmt = formats.parse(name)
         assert not rounding.saturated(jnp.asarray(rng.normal(size=100)), fmt.grid(), fmt.kind).any()
+
+
+def test_blocks_at_the_ends_of_their_scales_are_counted():
+    # nvfp4: the largest block has 448 times 6 units; one of 6/512 units has e4m3's smallest scale, a smaller one none.
+    x = np.zeros((6, 16), np.float32)
+    x[:5, 0] = 448 * 6, 6 * 2.0**-9, 6 * 2.0**-12, 1.0, -448 * 6
+    nvfp4 = formats.parse("nvfp4")
+    found = rounding.scale_ends(jnp.asarray(x), nvfp4.grid(), nvfp4.kind, 1)
+    assert [int(count) for count in found] == [5, 2, 2]
+    scale = rounding.scale_of(jnp.asarray(x).reshape(6, 1, 16), nvfp4.grid(), nvfp4.kind, 2).ravel()
+    np.testing.assert_allclose(scale, [448, 2.0**-9, 0, 0.171875, 448, 0], rtol=1e-6)
+    # mxfp4: powers of two from 2^-126, which float32 keeps, up.
+    x = np.zeros((4, 32), np.float32)
+    x[:3, 0] = 3e-38, 1.0, 3e38
+    mxfp4 = formats.parse("mxfp4")
+    found = rounding.scale_ends(jnp.asarray(x), mxfp4.grid(), mxfp4.kind, 1)
+    assert [int(count) for count in found] == [3, 1, 1]
+    # With the better of two scales the largest block has 256 units, below the format's 448: none is at that end.
+    better = formats.parse("nvfp4_4over6")
+    x = np.zeros((2, 16), np.float32)
+    x[:, 0] = 256 * 6, 6 * 2.0**-12
+    found = rounding.scale_ends(jnp.asarray(x), better.grid(), better.kind, 1)
+    assert [int(count) for count in found] == [2, 1, 0]
+    assert rounding.scale_ends(jnp.ones((2, 32)), formats.parse("int4").grid(), formats.parse("int4").kind, 1) is None
 
 
 def test_integers_of_gaussians_have_about_six_decibels_a_bit():
@@ -71,8 +98,6 @@ def decoder():
 
 
 def measured(decoder, text, **options):
-    from precision_scaling.config import base
-
     spec = parsing.parse(text, base.get_config().precision)
     config = dataclasses.replace(CONFIG, **options)
     static = static_of([spec], config.dtype).evaluation()
@@ -128,10 +153,43 @@ def test_operands_of_attention_are_those_the_products_see(decoder):
     assert found["attention/values", "p"].elements.tolist() == [12 * 2 * 36] * 2
 
 
+@pytest.mark.slow
+def test_errors_of_layers_are_those_of_kernels_quantized_by_hand(decoder):
+    params, tokens_CxBxS = decoder
+    spec = parsing.parse("w3", base.get_config().precision)
+    static = static_of([spec], CONFIG.dtype).evaluation()
+    found = layer_error.measure(CONFIG, static, params, static.grids(spec, CONFIG.depth), tokens_CxBxS)
+
+    def on_grid(path, leaf):
+        if path[-1].key != "kernel":
+            return leaf
+        w = leaf.reshape(len(leaf), -1)
+        scale = np.abs(w).max(axis=0) / 3
+        return (np.round(w / scale) * scale).reshape(leaf.shape)
+
+    layers = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params["layers"]["block"]) for i in range(2)]
+    quantized = [jax.tree_util.tree_map_with_path(on_grid, layer) for layer in layers]
+    apply = jax.jit(lambda block, x: decoder_lib.Block(CONFIG).apply({"params": block}, x, Products()))
+    wanted = np.zeros((2, 6))
+    for tokens_BxS in tokens_CxBxS:
+        x = x_q = np.asarray(params["embedding"]["embedding"])[tokens_BxS]
+        for i in range(2):
+            y, y_q = np.asarray(apply(layers[i], x)), np.asarray(apply(quantized[i], x_q))
+            others = x, y, x_q - x, apply(layers[i], x_q) - y, apply(quantized[i], x) - y, y_q - y
+            wanted[i] += [np.square(np.asarray(one, np.float64)).sum() for one in others]
+            x, x_q = y, y_q
+    assert found.incoming[0] == found.inherited[0] == 0 < found.own[0] == pytest.approx(found.total[0])
+    np.testing.assert_allclose(np.stack(found, axis=1), wanted, rtol=1e-3)
+    rows = layer_error.rows(found)
+    assert rows[0]["inherited_share"] == 0
+    assert rows[1]["total"] == pytest.approx(wanted[1, 5] / wanted[1, 1], rel=1e-3)
+    assert rows[1]["inherited_share"] == pytest.approx(wanted[1, 3] / (wanted[1, 3] + wanted[1, 4]), rel=1e-3)
+
+
 def test_looking_changes_nothing_and_sees_what_is_not_quantized_too():
     x, kernel = jnp.ones((2, 8)), jnp.full((8, 3), 0.3)
     seen = []
-    with aqt.observed(lambda name, x, x_q, saturated: seen.append((name, x.shape, saturated))):
+    with aqt.observed(lambda name, x, x_q, saturated, ends: seen.append((name, x.shape, saturated))):
         looked_at = Products().linear(x, kernel)
     np.testing.assert_array_equal(looked_at, Products().linear(x, kernel))
     assert seen == [("a", (2, 8), None), ("w", (8, 3), None)]
@@ -159,6 +217,10 @@ def test_the_command_writes_a_table_and_a_figure(finished_study, run_command, tm
     }
     assert len(rows) == 2 * (4 + 4 + 2) and all(0 < float(row["snr_db"]) < 40 for row in rows)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with open(path.with_name("layer-errors.csv"), newline="") as file:
+        errors = list(csv.DictReader(file))
+    assert tuple(errors[0]) == layer_error.COLUMNS and [row["layer"] for row in errors] == ["0", "1"]
+    assert float(errors[0]["inherited"]) == 0 < float(errors[1]["inherited"]) and "inherited" in done.stdout
     # Nothing but these files is new, and the runs in bf16 need a precision to be looked at.
     bf16 = next(run.id for run in workspace.experiment.runs if not run.precision.quantizers)
     done = run_command("precision_scaling.layer_stats", f"--workdir={workdir}", f"--run={bf16}")

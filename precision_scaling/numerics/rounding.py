@@ -110,6 +110,37 @@ def saturated(
     return (beyond & (grid.passthrough == 0)).reshape(x.shape)
 
 
+def scale_ends(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """How many blocks are not all zero, and how many of them have the smallest scale that the scale's format has (or
+    zero, to which it underflows) and the largest; None where scales are float32, which have room at both ends."""
+    if kind.family != "block":
+        return None
+    shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
+    x_f32 = x.astype(jnp.float32).reshape(shape)
+    largest = jnp.max(jnp.abs(x_f32), axis=axes, keepdims=True)
+    scale = scale_of(x_f32, grid, kind, axes)
+    assert kind.block_scale is not None
+    if kind.block_scale in POWERS_OF_TWO:
+        # The powers of two that `_power_of_two_scale` keeps.
+        least, most = 2.0**-126, jnp.exp2(127 - jnp.floor(jnp.log2(grid.max_value)))
+    else:
+        scales = parse(kind.block_scale.removesuffix(FOUR_OVER_SIX)).grid()
+        # What the abs-max is mapped to, as `_two_level_scale` and `_four_over_six` have it.
+        room = 256.0 if kind.block_scale.endswith(FOUR_OVER_SIX) else scales.max_value
+        unit = _fit(jnp.max(largest), grid.max_value * room)
+        least, most = unit * 2.0 ** (scales.min_exponent - scales.mantissa_bits), unit * scales.max_value
+    blocks = (largest > 0) & (grid.passthrough == 0)
+    count = lambda where: jnp.sum(blocks & where, dtype=jnp.int32)
+    # Neighbouring scales differ by a sixteenth or more, one that was multiplied by the tensor's by float32's rounding.
+    return count(True), count(scale < least * 1.01), count(scale > most * 0.99)
+
+
 def round_to_grid(
     x: jax.Array, grid: Grid, kind: Kind | str, noise: jax.Array | None = None, *, saturate: bool = True
 ) -> jax.Array:

@@ -26,11 +26,12 @@ _observer: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("obs
 
 
 @contextlib.contextmanager
-def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None], None]) -> Iterator[None]:
-    """Shows the operands of every product that is traced meanwhile: observe(name, x, x_q, saturated), left one first.
+def observed(observe: Callable[[str, jax.Array, jax.Array, jax.Array | None, Any], None]) -> Iterator[None]:
+    """Shows the operands of every product that is traced meanwhile: observe(name, x, x_q, saturated, ends), left first.
 
     x as it comes; x_q as it is multiplied, rounded to nearest; saturated: where x lies beyond its grid, None where it
-    is not quantized. They are traced arrays: for inspection, never in a training step.
+    is not quantized; ends: as `rounding.scale_ends` has them, None where there are none. They are traced arrays: for
+    inspection, never in a training step.
     """
     token = _observer.set(observe)
     try:
@@ -300,7 +301,7 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
 def _show(observe: Callable, x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:
     quantizer = static.get(name)
     if quantizer is None:
-        observe(name, x, x, None)
+        observe(name, x, x, None, None)
         return
     if any(name in pair and pair[0] in static.wide for pair in PRODUCTS):
         x = x.astype(jnp.float32)
@@ -308,4 +309,5 @@ def _show(observe: Callable, x, name: str, contracting: Sequence[int], static: S
     axes = scale_axes(name, quantizer, x.ndim, contracting)
     group = quantizer.kind.block_size or group_size(quantizer.granularity)
     saturated = rounding.saturated(x, grids[name], quantizer.kind, axes, group)
-    observe(name, x, on_static_grid(x, quantizer, axes, grids[name], None), saturated)
+    ends = rounding.scale_ends(x, grids[name], quantizer.kind, axes, group)
+    observe(name, x, on_static_grid(x, quantizer, axes, grids[name], None), saturated, ends)

@@ -74,6 +74,11 @@ def layer_stats(run_directory: Path, precision: str = "") -> Path:
     return run_directory / f"layer-stats{precision and f'-{precision}'}.csv"
 
 
+def layer_split(layer_stats_file: Path) -> Path:
+    """The table of each layer's own and inherited error, beside that of its operands."""
+    return layer_stats_file.with_name(layer_stats_file.name.replace("layer-stats", "layer-errors", 1))
+
+
 def metrics_part(metrics: Path, step: int) -> Path:
     """The part of a metrics.jsonl whose first line is that of a step."""
     return metrics.with_name(METRICS_PARTS) / f"{step:012d}.jsonl"
