@@ -34,7 +34,8 @@ def parse(text: str, base: Format, depth: int) -> ByLayer:
     for where, place, fmt in reversed(split(text)):
         layers = rules.covered(where, depth)
         if not layers or not 0 <= layers[0] <= layers[-1] < depth:
-            raise ConfigError("ptq.layers", where, f"layers from 0 to {depth - 1}, the decoder's {depth}")
+            named = where if place == "*" else f"{where}.{place}"
+            raise ConfigError("ptq.layers", named, f"layers from 0 to {depth - 1}, the decoder's {depth}")
         for layer in layers:
             found[layer] |= {NAMES[name]: fmt for name in rules.matching(place) if name in NAMES}
     return tuple(found)

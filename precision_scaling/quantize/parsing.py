@@ -213,7 +213,11 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
     starting = [word for word in given if word.startswith("@")]
     if len(starting) > (text != "bf16"):
         raise ConfigError(key, " ".join([text, *given]), "one @SHARE after the parts, none after bf16: w4_a4 @0.8")
-    rules = " ".join(word for word in given if word and not word.startswith("@")) or None
+    others = [word for word in given if word and not word.startswith("@")]
+    if any("=" not in word and word != layers.NONE for word in others):
+        allowed = "@SHARE or rules by layer after a blank: w4_a4 @0.8 first:2=bf16"
+        raise ConfigError(key, " ".join([text, *given]), allowed)
+    rules = " ".join(others) or None
     if text == "bf16":
         nothing = {name: "forward" if name.startswith("s_") else "bf16" for name in FORWARD + BACKWARD}
         return _stage(options, None, rules or "", nothing)
