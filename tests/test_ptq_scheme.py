@@ -85,8 +85,11 @@ def test_values_that_are_not_allowed_are_one_line(changed, key):
 
 def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_change():
     scheme_of("gptq", group_size=8).check_model(MODEL)
-    with pytest.raises(ConfigError, match=r"model\.mlp_width, 24"):
-        scheme_of("gptq", group_size=16).check_model(MODEL)
+    scheme_of("gptq", group_size=16).check_model(MODEL)  # the last group of 24 inputs has 8
+    with pytest.raises(ConfigError, match=r"0, or at most model\.width, 16"):
+        scheme_of("gptq", group_size=17).check_model(MODEL)
+    with pytest.raises(ConfigError, match=r"a divisor of model\.mlp_width, 24"):  # the scale is a mean over the group
+        scheme_of("rtn", group_size=16, format="ternary").check_model(MODEL)
     scheme_of("smoothquant").check_model(MODEL)
     for changed in ({"norm_placement": "post"}, {"norm_type": "layer"}):
         with pytest.raises(ConfigError, match="smoothquant with"):
