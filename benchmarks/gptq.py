@@ -26,7 +26,7 @@ from precision_scaling.model import decoder, sizes
 from precision_scaling.model.accounting import count_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block
-from precision_scaling.ptq import apply, gptq, rtn
+from precision_scaling.ptq import apply, gptq, rtn, statistics
 from precision_scaling.ptq.error import output_error
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.products import Products
@@ -137,8 +137,8 @@ def whole_model(size: str, sequences: int, length: int) -> None:
 
     def hessians(inputs):
         def total(x_CxBxSxI):
-            add = lambda found, x_BxSxI: (apply.add_statistics(Products(), found, x_BxSxI), None)
-            return jax.lax.scan(add, apply.no_statistics(x_CxBxSxI.shape[-1]), x_CxBxSxI)[0].hessian_IxI
+            add = lambda found, x_BxSxI: (statistics.add(Products(), found, x_BxSxI), None)
+            return jax.lax.scan(add, statistics.nothing(x_CxBxSxI.shape[-1]), x_CxBxSxI)[0].hessian_IxI
 
         return [total(x_CxBxSxI) for x_CxBxSxI in inputs]
 

@@ -26,7 +26,7 @@ from precision_scaling.config import base, experiment
 from precision_scaling.data.loader import Loader
 from precision_scaling.data.tokens import Corpus
 from precision_scaling.model import blockwise, cross_entropy
-from precision_scaling.ptq import apply
+from precision_scaling.ptq import apply, statistics
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED
@@ -122,9 +122,9 @@ def hessian_parts(layout: sharding.Layout) -> list[int]:
     @jax.jit
     def hessian(x_CxBxSxI):
         with sharding.splitting(layout):
-            found = apply.no_statistics(x_CxBxSxI.shape[-1])
+            found = statistics.nothing(x_CxBxSxI.shape[-1])
             for x_BxSxI in x_CxBxSxI:
-                found = apply.add_statistics(Products(UNQUANTIZED), found, x_BxSxI)
+                found = statistics.add(Products(UNQUANTIZED), found, x_BxSxI)
             return found.hessian_IxI
 
     x_CxBxSxI = np.random.default_rng(0).normal(size=(2, 16, 8, 32)).astype(np.float32)

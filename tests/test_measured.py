@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ from precision_scaling.errors import UserError
 from precision_scaling.study import measured, results, run_missing
 from precision_scaling.study.ptq import quantize_missing
 from precision_scaling.study.workspace import open_workspace
+
+ROOT = Path(__file__).parent.parent
 
 
 def rows_of(path):
@@ -46,6 +49,20 @@ def test_a_table_is_read_by_its_content_and_its_rows_count_once(finished_study, 
         assert measured.take_over(table, here) == 4
         results.gather(here.workdir)
         assert (here.workdir / "runs.csv").read_bytes() == (there / "runs.csv").read_bytes()
+
+
+def test_a_table_is_read_that_lacks_the_columns_which_were_added_since(finished_study, tmp_path):
+    """Its header is that of a table that was kept."""
+    kept = gzip.decompress((ROOT / "results/decide/runs.csv.gz").read_bytes()).decode().splitlines()[0].split(",")
+    assert not set(kept) - set(results.COLUMNS)
+    workspace, there = finished_study
+    table = tmp_path / "runs.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, kept, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows_of(there / "runs.csv"))
+    here = open_workspace(workspace.experiment.config, tmp_path / "here")
+    assert measured.take_over(table, here) == 4
 
 
 def test_a_run_that_lacks_a_row_is_done_anew(finished_study, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from precision_scaling.errors import ConfigError
+from precision_scaling.model.accounting import bytes_of
 from precision_scaling.runtime import sharding
 from precision_scaling.training import cohort, compiled, step
 from precision_scaling.training.feed import Prefetcher
@@ -53,7 +54,7 @@ def test_bytes_are_those_of_the_state_and_more(finished_study, quick_compile):
         workspace.loader(group.shape), workspace.layout, 2, 1, workspace.experiment.config.train.steps_per_dispatch
     )
     state = compiled.stacked(compiled.compiled_cohort(step_config, workspace.layout, 2).one, 2)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    held = bytes_of(state)
     found = compiled._bytes(step_config, workspace.layout, 2, inputs, feed.abstract)
     assert 1.5 * held < found < 50 * held  # and the gradients, at least
 

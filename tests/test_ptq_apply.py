@@ -13,7 +13,7 @@ from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, gptq, rtn
+from precision_scaling.ptq import apply, gptq, rtn, statistics
 from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import dequantize, each, parameters
 from precision_scaling.ptq.parts import Parts
@@ -210,7 +210,7 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
     x = np.asarray(params["embedding"]["embedding"])[tokens]
     block = block_of(params, 0)
     h = Block(MODEL).apply({"params": block}, x, method=Block.before_qkv)
-    found = apply.add_statistics(Products(PROGRAM, grids_of()), apply.no_statistics(16), h)
+    found = statistics.add(Products(PROGRAM, grids_of()), statistics.nothing(16), h)
     found = found._replace(magnitude_I=found.magnitude_I / tokens.size)
 
     def added(block, kernel=None):
@@ -276,7 +276,7 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
 @pytest.mark.parametrize("width", [24, 520])  # the second in panels
 def test_the_hessian_is_the_sum_of_outer_products(width):
     x = np.random.default_rng(0).normal(size=(2, 9, width)).astype(np.float32)
-    found = jax.jit(functools.partial(apply.add_statistics, Products()))(apply.no_statistics(width), x)
+    found = jax.jit(functools.partial(statistics.add, Products()))(statistics.nothing(width), x)
     rows = x.reshape(-1, width).astype(np.float64)
     np.testing.assert_allclose(found.hessian_IxI, rows.T @ rows, atol=1e-4)
     np.testing.assert_array_equal(found.hessian_IxI, found.hessian_IxI.T)

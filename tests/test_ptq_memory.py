@@ -12,6 +12,8 @@ from precision_scaling.runtime.sharding import local_layout
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.step import StepConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 OPTIMIZER = OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 LLAMA_7B = ModelConfig(
     vocab_size=32_000, width=4096, depth=32, heads=32, mlp_width=11_008, sequence_length=2048, base_width=4096,
@@ -39,10 +41,18 @@ def test_seven_billion_parameters_fit_in_sixteen_gigabytes():
 
 def test_more_text_takes_files_and_not_memory_and_what_rounds_to_nearest_takes_none_of_either():
     model = dataclasses.replace(
-        LLAMA_7B, width=512, depth=2, heads=8, mlp_width=1024, vocab_size=512, sequence_length=512
+        LLAMA_7B, width=128, depth=2, heads=4, mlp_width=256, vocab_size=512, sequence_length=2048
     )
     gptq, few, many = scheme_of("gptq"), (64, 4), (4096, 4)
     less, more = (planned(model, gptq, calibration) for calibration in (few, many))
     assert more.peak - less.peak < 8 * 128e6 and more.files > less.files
     rtn = planned(model, scheme_of("rtn"), many)
     assert (rtn.statistics, rtn.files) == (0, 0) and rtn.peak < less.peak
+
+
+def test_a_kernel_that_is_corrected_for_its_inputs_takes_two_matrices_and_two_streams_more():
+    model = dataclasses.replace(LLAMA_7B, width=64, depth=2, heads=4, mlp_width=128, vocab_size=512)
+    model = dataclasses.replace(model, sequence_length=128)
+    plain, corrected = (planned(model, scheme_of("gptq", correct_inputs=share), (16, 4)) for share in (0.0, 1.0))
+    assert (plain.statistics, corrected.statistics) == (4 * 128**2, 3 * 4 * 128**2)
+    assert corrected.text - plain.text == 2 * 16 * 128 * 64 * 2

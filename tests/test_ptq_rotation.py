@@ -17,7 +17,7 @@ from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.runtime import paths
 from precision_scaling.study import results, text_loss
 from precision_scaling.study.evaluate import evaluator
-from precision_scaling.study.ptq import quantize_missing
+from precision_scaling.study.ptq import _evaluated, quantize_missing
 from precision_scaling.training.blocks import Stacked, stack
 from precision_scaling.training.run import Shard
 
@@ -96,3 +96,14 @@ def test_a_decoder_whose_norms_pass_no_rotation_on_is_refused():
     for change in ({"norm_placement": "post"}, {"norm_type": "layer"}):
         with pytest.raises(ConfigError, match=r"ptq\.rotate = 'True with .*pre norms of type rms"):
             scheme_of("gptq", rotate=True).check_model(dataclasses.replace(MODEL, **change))
+
+
+def test_the_plan_of_a_rotated_model_is_of_one_with_a_head_of_its_own(finished_study):
+    workspace, _ = finished_study
+    group = workspace.experiment.cohorts[0]
+    tied = dataclasses.replace(group.shape, model=dataclasses.replace(group.shape.model, tie_embeddings=True))
+    group = dataclasses.replace(group, shape=tied)
+    for rotate in (False, True):
+        found = _evaluated(workspace, scheme_of("rtn", rotate=rotate), group, group.runs[0], 4)
+        assert found.shape.model == found.step_config.model
+        assert found.shape.model.tie_embeddings is not rotate

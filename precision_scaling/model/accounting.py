@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 
@@ -24,3 +25,20 @@ def training_flops_per_token(config: ModelConfig) -> int:
     non_embedding, _ = count_parameters(config)
     matmul = non_embedding + config.vocab_size * config.width
     return 6 * matmul + 12 * config.depth * config.heads * config.head_dim * config.sequence_length
+
+
+def projection_parameters(config: ModelConfig) -> dict[str, int]:
+    """Weights of each projection of one block, by its name."""
+    attended = config.heads * config.head_dim
+    read = (config.heads + 2 * config.key_heads) * config.head_dim
+    return {
+        "qkv": config.width * read,
+        "out": attended * config.width,
+        "gate_up": 2 * config.width * config.mlp_width,
+        "down": config.mlp_width * config.width,
+    }
+
+
+def bytes_of(tree: Any) -> int:
+    """Of all arrays in a tree, or of their shapes and types."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

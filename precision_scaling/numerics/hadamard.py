@@ -63,14 +63,14 @@ def _hadamard(x: jax.Array, block: int | None) -> jax.Array:
     while done < block:
         factor = min(_FACTOR, block // done)
         x = x.reshape(*shape[:-1], width // (factor * done), factor, done)
-        x = jnp.einsum("...id,ij->...jd", x, _matrix(factor), precision=jax.lax.Precision.HIGHEST)
+        x = jnp.einsum("...id,ij->...jd", x, matrix(factor).astype(np.float32), precision=jax.lax.Precision.HIGHEST)
         done *= factor
     return x.reshape(shape)
 
 
-def _matrix(width: int) -> np.ndarray:
-    """Sylvester's Hadamard matrix over sqrt(width): symmetric, orthonormal, its own inverse."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < width:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(width)).astype(np.float32)
+def matrix(width: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix over sqrt(width), in float64: symmetric, orthonormal, its own inverse."""
+    found = np.ones((1, 1))
+    while len(found) < width:
+        found = np.block([[found, found], [found, -found]])
+    return found / np.sqrt(width)

@@ -17,21 +17,31 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
-from precision_scaling.ptq import rtn
+from precision_scaling.ptq import rtn, statistics
 from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize, encode
-from precision_scaling.ptq.error import relative_output_error
+from precision_scaling.ptq.error import relative_output_error, split_errors
 from precision_scaling.ptq.forward import Forward, forward
-from precision_scaling.ptq.scheme import DOWN, GATE_UP, LINEARS, OUT, QKV, Calibration, Linear, Rounded, Scheme
+from precision_scaling.ptq.scheme import (
+    DOWN,
+    GATE_UP,
+    LINEARS,
+    NORMS,
+    OUT,
+    QKV,
+    Calibration,
+    Linear,
+    Rounded,
+    Scheme,
+    has_gains,
+)
+from precision_scaling.ptq.statistics import Inherited, Statistics
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import of_layer, of_place
 from precision_scaling.runtime import compilation
-from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
+from precision_scaling.runtime.sharding import Layout, split_batch, splitting
 from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.step import StepConfig
-
-# The norms whose gains can take a factor of the input of a projection.
-NORMS = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
 
 
 class Report(NamedTuple):
@@ -57,21 +67,6 @@ class QuantizedBlock(NamedTuple):
     kernels: dict[str, dict[str, Codes]]
     rest: Any
     report: Report
-
-
-class Statistics(NamedTuple):
-    """Of the inputs x of a projection over all calibration tokens, in float32."""
-
-    hessian_IxI: jax.Array  # Σ x xᵀ
-    magnitude_I: jax.Array  # mean |x|; while batches are added, Σ |x|
-    largest_I: jax.Array  # max |x|
-
-
-class Inherited(NamedTuple):
-    """Of the inputs x beside those x₀ of the model as it was, over all calibration tokens, in float32."""
-
-    cross_IxI: jax.Array  # Σ x (x₀ - x)ᵀ
-    moment_IxI: jax.Array  # Σ (x₀ - x) (x₀ - x)ᵀ
 
 
 @dataclasses.dataclass
@@ -222,20 +217,16 @@ class _Task:
 
     def _statistics(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Statistics:
         size, grids = kernel_of(self.block, linear).shape[0], of_place(self._of.block_grids, linear[1])
-        return statistics(self._of.step_config, self._of.layout, grids, size, inputs(self.block))
+        return statistics.gather(self._of.step_config, self._of.layout, grids, size, inputs(self.block))
 
     def _inherited(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Inherited:
         """Of what is read in place of what the model as it was would read."""
-        of = self._of
+        of, size = self._of, kernel_of(self.block, linear).shape[0]
         assert of.original is not None
-        add, grids = _inherited_adder(of.step_config, of.layout), of.block_grids
-        size = kernel_of(self.block, linear).shape[0]
-        found = Inherited(*(split_hessian(jnp.zeros((size, size))) for _ in Inherited._fields))
         pairs = zip(of.original, of.starts, strict=True)
-        read = (of._forward.inputs(linear, self._original, grids, *pair) for pair in pairs)
-        for h_BxSxI, original_BxSxI in zip(inputs(self.block), read, strict=True):
-            found = add(found, h_BxSxI, original_BxSxI, of_place(grids, linear[1]))
-        return found
+        read = (of._forward.inputs(linear, self._original, of.block_grids, *pair) for pair in pairs)
+        grids = of_place(of.block_grids, linear[1])
+        return statistics.inherited(of.step_config, of.layout, grids, size, inputs(self.block), read)
 
     def _move_scales(self, linear: Linear, largest_I):
         """The method's factors moved from the norm before a projection into its kernel; whether that was impossible."""
@@ -280,7 +271,7 @@ def can_fold(model: ModelConfig, linear: Linear) -> bool:
 
     The gain of a norm before it, the values of attention, the half of gate_up that is not activated.
     """
-    return linear not in NORMS or (model.norm_placement, model.norm_type) == ("pre", "rms")
+    return linear not in NORMS or has_gains(model)
 
 
 def needs_calibration(scheme: Scheme) -> bool:
@@ -371,7 +362,9 @@ def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear:
         plain = rtn.nearest(flat(kernel), levels, kind, *grid)
         both = flat(dequantize(codes)), plain
         errors = (relative_output_error(flat(kernel), q, hessian_IxI) for q in both)
-        split = (unknown, unknown) if inherited is None else _split_errors(both[0], kernel, hessian_IxI, inherited)
+        split = (
+            (unknown, unknown) if inherited is None else split_errors(flat(kernel), both[0], hessian_IxI, *inherited)
+        )
         return codes, Report(fell_back, damped, *errors, *split)
 
     def solve_on_layout(*arguments):
@@ -410,90 +403,6 @@ def _branch_error(model: ModelConfig, products: Products, block, linear: Linear,
         return jnp.sum(jnp.square(added(with_kernel(block, linear, other_IxO.reshape(kernel.shape))) - before))
 
     return objective
-
-
-def statistics(step_config: StepConfig, layout: Layout, grids: Any, size: int, inputs: Iterable[Any]) -> Statistics:
-    """Of inputs (B, S, I), batch by batch, of a projection; size: I."""
-    add, found, tokens = _adder(step_config, layout), no_statistics(size), 0
-    for h_BxSxI in inputs:
-        found = add(found, h_BxSxI, grids)
-        tokens += h_BxSxI.shape[0] * h_BxSxI.shape[1]
-    return found._replace(magnitude_I=found.magnitude_I / tokens)
-
-
-def _split_errors(quantized_IxO, kernel, hessian_IxI, inherited: Inherited):
-    """(inherited, total), see `Report`: X₀ W - X Q = (X₀ - X) W + X (W - Q)."""
-    kernel_IxO = flat(kernel)
-    error_IxO = kernel_IxO - quantized_IxO
-
-    def inner(left_IxO, matrix_IxI, right_IxO):
-        return jnp.sum(left_IxO * jnp.matmul(matrix_IxI, right_IxO, precision="highest"))
-
-    whole = inner(kernel_IxO, hessian_IxI, kernel_IxO)
-    from_inputs = inner(kernel_IxO, inherited.moment_IxI, kernel_IxO)
-    own, both = inner(error_IxO, hessian_IxI, error_IxO), inner(error_IxO, inherited.cross_IxI, kernel_IxO)
-    return from_inputs / whole, (from_inputs + 2 * both + own) / whole
-
-
-@functools.lru_cache(maxsize=16)
-def _inherited_adder(step_config: StepConfig, layout: Layout):
-    """(Inherited, inputs (B, S, I), those of the model as it was, grids) -> Inherited with these."""
-
-    def add(found, h_BxSxI, original_BxSxI, grids):
-        products, size = Products(step_config.static, grids), h_BxSxI.shape[-1]
-        with splitting(layout):
-            both = (products.on_grid(split_batch(h), "a").astype(jnp.float32) for h in (h_BxSxI, original_BxSxI))
-            x, before = (h.reshape(-1, size) for h in both)
-            cross = jnp.matmul(x.T, before - x, precision="highest")
-            return Inherited(
-                split_hessian(found.cross_IxI + cross), split_hessian(found.moment_IxI + _gram(before - x))
-            )
-
-    return compilation.jit(add, donate_argnums=0)
-
-
-@functools.lru_cache(maxsize=16)
-def _adder(step_config: StepConfig, layout: Layout):
-    """(Statistics, inputs (B, S, I), grids) -> Statistics with these."""
-
-    def add(found, h_BxSxI, grids):
-        with splitting(layout):
-            return add_statistics(Products(step_config.static, grids), found, h_BxSxI)
-
-    return compilation.jit(add, donate_argnums=0)
-
-
-def add_statistics(products: Products, found: Statistics, h_BxSxI) -> Statistics:
-    """The statistics with another batch, of x as the projection multiplies it: at the run's precision."""
-    x = products.on_grid(split_batch(h_BxSxI), "a").astype(jnp.float32).reshape(-1, h_BxSxI.shape[-1])
-    return Statistics(
-        split_hessian(found.hessian_IxI + _gram(x)),
-        found.magnitude_I + jnp.sum(jnp.abs(x), axis=0),
-        jnp.maximum(found.largest_I, jnp.max(jnp.abs(h_BxSxI.astype(jnp.float32)), axis=(0, 1))),
-    )
-
-
-PANELS = 4  # of the columns of a wide x; those below the diagonal are not multiplied, 3/8 of the FLOPs
-
-
-def _gram(x_NxI):
-    """Σ x xᵀ of the rows x, in float32: symmetric, so the blocks below the diagonal are those above it."""
-    width = x_NxI.shape[1]
-    panels = PANELS if width >= 512 and width % PANELS == 0 else 1
-    cut = [slice(i * width // panels, (i + 1) * width // panels) for i in range(panels)]
-    above = [jnp.matmul(x_NxI[:, one].T, x_NxI[:, one.start :], precision="highest") for one in cut]
-
-    def block(i, j):
-        if j < i:
-            return block(j, i).T
-        return above[i][:, cut[j].start - cut[i].start : cut[j].stop - cut[i].start]
-
-    return jnp.block([[block(i, j) for j in range(panels)] for i in range(panels)])
-
-
-def no_statistics(size: int) -> Statistics:
-    """Of no inputs yet."""
-    return Statistics(split_hessian(jnp.zeros((size, size))), jnp.zeros(size), jnp.zeros(size))
 
 
 def as_multiplied(block: Any, dtype: str) -> Any:

@@ -6,7 +6,7 @@ The rules are those of `precision.layers`, see `quantize.layers`: the first that
 names keeps the base.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from precision_scaling.errors import ConfigError
 from precision_scaling.numerics import formats
@@ -21,11 +21,6 @@ ALLOWED = (
 )
 
 ByLayer = tuple[Mapping[Linear, Format], ...]  # a format of each projection, for each layer
-
-
-def uniform(fmt: Format, depth: int) -> ByLayer:
-    """The same for all."""
-    return tuple(dict.fromkeys(LINEARS, fmt) for _ in range(depth))
 
 
 def parse(text: str, base: Format, depth: int) -> ByLayer:
@@ -83,11 +78,9 @@ def mean_bits(by_layer: ByLayer, sizes: Mapping[Linear, int]) -> float:
     return bits / (sum(sizes.values()) * len(by_layer))
 
 
-def integers(by_layer: ByLayer) -> Mapping[Linear, Sequence[int]] | None:
-    """The bit-widths of each projection by layer; None where some are no integers of 2 to 8 bits."""
-    if any(fmt.family != "int" or not 2 <= fmt.bits <= 8 for wanted in by_layer for fmt in wanted.values()):
-        return None
-    return {linear: [int(wanted[linear].bits) for wanted in by_layer] for linear in LINEARS}
+def are_integers(by_layer: ByLayer) -> bool:
+    """Whether all are integers of 2 to 8 bits, which can be packed."""
+    return all(fmt.family == "int" and 2 <= fmt.bits <= 8 for wanted in by_layer for fmt in wanted.values())
 
 
 def _format(text: str) -> Format:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from precision_scaling.model.accounting import bytes_of
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import apply
 from precision_scaling.ptq.activations import memory_limit
 from precision_scaling.ptq.forward import forward
-from precision_scaling.ptq.scheme import LINEARS, Scheme
+from precision_scaling.ptq.scheme import LINEARS, NORMS, Scheme
+from precision_scaling.ptq.statistics import Inherited, Statistics
 from precision_scaling.quantize.static import of_layer
 from precision_scaling.runtime.sharding import Layout
 from precision_scaling.training.blocks import abstract, abstract_block
@@ -69,15 +71,16 @@ def plan(
     widest = max(model.width, model.mlp_width, model.heads * model.head_dim)
     text = [sequences * model.sequence_length * position for sequences in (calibration[0] * calibrated, held_out[0])]
     # A stream of inputs is wider than one of the residual stream.
-    streams = [text[0] * (STREAMS - 1), text[0] * widest // model.width, text[1] * 2]
-    limits = [memory_limit(layout) * (STREAMS - 1), memory_limit(layout), memory_limit(layout) * 2]
+    of_width = STREAMS - 1 + (2 if scheme.correct_inputs else 0)  # that of the model as it was, before and after
+    streams = [text[0] * of_width, text[0] * widest // model.width, text[1] * 2]
+    limits = [memory_limit(layout) * of_width, memory_limit(layout), memory_limit(layout) * 2]
     kept = [int(min(size, limit)) for size, limit in zip(streams, limits, strict=True)]
-    hessians = (2 if scheme.correct_inputs else 1) * 4 * widest**2 if calibrated else 0
+    hessians = (3 if scheme.correct_inputs else 1) * 4 * widest**2 if calibrated else 0
     kernels = sum(apply.kernel_of(block, linear).size for linear in LINEARS)
     programs = _programs(step_config, scheme, layout, grids, bits, calibration[1] if calibrated else 0, held_out[1])
     return Plan(
-        block=COPIES * _bytes(block),
-        top=_bytes(top),
+        block=COPIES * bytes_of(block),
+        top=bytes_of(top),
         text=sum(kept),
         files=sum(streams) - sum(kept),
         statistics=hessians,
@@ -118,14 +121,10 @@ def _programs(
         size = apply.kernel_of(block, linear).shape[0]
         square: Any = jax.ShapeDtypeStruct((size, size), jnp.float32)
         vector: Any = jax.ShapeDtypeStruct((size,), jnp.float32)
-        found = apply.Statistics(square, vector, vector) if batch else None
-        inherited = apply.Inherited(square, square) if batch and scheme.correct_inputs else None
+        found = Statistics(square, vector, vector) if batch else None
+        inherited = Inherited(square, square) if batch and scheme.correct_inputs else None
         inputs = None
-        if batch and scheme.method.branch_error and linear in apply.NORMS:
+        if batch and scheme.method.branch_error and linear in NORMS:
             inputs = jax.ShapeDtypeStruct((1, batch, model.sequence_length, size), model.dtype)
         solve = apply.solver(step_config, scheme, fmt.kind, linear, layout)
         yield taken(solve, block, found, inputs, of_block, levels, 0.01, None, inherited)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

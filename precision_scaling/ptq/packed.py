@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from precision_scaling.errors import UserError
+from precision_scaling.model.accounting import bytes_of
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Format, parse
 from precision_scaling.ptq.codes import Codes, QuantizedModel, is_codes, named
@@ -73,7 +74,7 @@ def packed_bytes(model: QuantizedModel, bits: Bits) -> int:
     Per layer and kernel (in, out): ceil(in · out · bits / 8), 4 for each scale, and with zero points another
     ceil(groups · out · bits / 8); norms, embedding and head as they are, in float32.
     """
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.rest))
+    total = bytes_of(model.rest)
     for module, name, codes in named(model.kernels):
         layers = codes.codes.shape[0]
         for integers in (codes.codes, codes.zeros):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from precision_scaling.model.accounting import count_parameters
+from precision_scaling.model.accounting import count_parameters, projection_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import allotment, awq, by_layer, gptq, kv_cache, rtn, smoothquant
@@ -76,10 +76,8 @@ def mean_bits(formats_by_layer: ByLayer, model: ModelConfig) -> float:
 
 def sizes(model: ModelConfig) -> dict[Linear, int]:
     """Weights of each projection of a block."""
-    read = (model.heads + 2 * model.key_heads) * model.head_dim
-    features = {"qkv": model.width * read, "out": model.heads * model.head_dim * model.width}
-    features |= {"gate_up": 2 * model.width * model.mlp_width, "down": model.mlp_width * model.width}
-    return {linear: features[linear[1]] for linear in LINEARS}
+    found = projection_parameters(model)
+    return {linear: found[linear[1]] for linear in LINEARS}
 
 
 def target_bits(scheme: Scheme, model: ModelConfig, size: float) -> tuple[float, float]:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.ptq.scheme import GATE_UP, LINEARS, QKV
+from precision_scaling.numerics import hadamard
+from precision_scaling.ptq.scheme import LINEARS, NORMS
 from precision_scaling.training.blocks import Blocks, Stacked
 
 SEED = 0  # of signs and of the odd part; one rotation for all models of a width
-_NORM_OF = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
 
 
 @functools.lru_cache(maxsize=2)
@@ -30,10 +30,7 @@ def matrix(width: int) -> np.ndarray:
     rng = np.random.default_rng(SEED)
     power = width & -width
     odd, _ = np.linalg.qr(rng.normal(size=(width // power,) * 2))
-    even = np.ones((1, 1))
-    while len(even) < power:
-        even = np.block([[even, even], [even, -even]]) / np.sqrt(2)
-    return np.kron(odd, even) * rng.choice([-1.0, 1.0], width)[:, None]
+    return np.kron(odd, hadamard.matrix(power)) * rng.choice([-1.0, 1.0], width)[:, None]
 
 
 def decoder(model: ModelConfig) -> ModelConfig:
@@ -80,11 +77,11 @@ def _block(block: Any, r_DxD) -> Any:
     found = {module: dict(parameters) for module, parameters in block.items()}
     for module, name in LINEARS:
         kernel = block[module][name]["kernel"]
-        if (module, name) in _NORM_OF:
-            gain_D = block[_NORM_OF[module, name]]["scale"]
+        if (module, name) in NORMS:
+            gain_D = block[NORMS[module, name]]["scale"]
             flat_DxO = kernel.reshape(len(kernel), -1) * gain_D[:, None]
             kernel = _times(r_DxD.T, flat_DxO).reshape(kernel.shape)
-            found[_NORM_OF[module, name]] = {"scale": jnp.ones_like(gain_D)}
+            found[NORMS[module, name]] = {"scale": jnp.ones_like(gain_D)}
         else:
             kernel = _times(kernel, r_DxD)
         found[module][name] = {"kernel": kernel}

@@ -25,6 +25,13 @@ Linear = tuple[str, str]
 # The projections of a block in the order in which data reaches them.
 LINEARS: tuple[Linear, ...] = (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down"))
 QKV, OUT, GATE_UP, DOWN = LINEARS
+# The norms before projections, whose gains can take a factor of their inputs.
+NORMS = {QKV: "attention_norm", GATE_UP: "mlp_norm"}
+
+
+def has_gains(model: ModelConfig) -> bool:
+    """Whether what a block reads comes from norms with gains alone, which pass factors and rotations on."""
+    return (model.norm_placement, model.norm_type) == ("pre", "rms")
 
 
 class Calibration(NamedTuple):
@@ -136,11 +143,6 @@ class Scheme:
         return tuple(word for word, chosen in words.items() if chosen)
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether projections have formats of their own."""
-        return bool(self.layers or self.target_bits)
-
-    @property
     def without_target(self) -> "Scheme":
         """What a projection is quantized by, whatever it is allotted."""
         return dataclasses.replace(self, target_bits=0.0, widths=())
@@ -203,10 +205,10 @@ class Scheme:
                 raise ConfigError("ptq.group_size", self.group_size, allowed)
             if block_size and rows % block_size:
                 raise ConfigError("ptq.formats", self.format, f"formats whose blocks divide {name}, {rows}")
-        if self.rotate and (model.norm_placement, model.norm_type) != ("pre", "rms"):
+        if self.rotate and not has_gains(model):
             found = f"True with {model.norm_placement} norms of type {model.norm_type}"
             raise ConfigError("ptq.rotate", found, "False, or pre norms of type rms, which pass a rotation on")
-        if self.method.input_scales and (model.norm_placement, model.norm_type) != ("pre", "rms"):
+        if self.method.input_scales and not has_gains(model):
             found = f"{self.method.name} with {model.norm_placement} norms of type {model.norm_type}"
             allowed = f"{self.method.name} with pre norms of type rms, whose gains it changes"
             raise ConfigError("ptq.methods", found, allowed)

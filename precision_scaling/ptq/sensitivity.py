@@ -23,7 +23,7 @@ from flax import linen as nn
 from precision_scaling.model.decoder import Block
 from precision_scaling.model.decoder import Linear as Projection
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import apply
+from precision_scaling.ptq import apply, statistics
 from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import dequantize
 from precision_scaling.ptq.forward import forward
@@ -35,7 +35,7 @@ from precision_scaling.runtime.sharding import Layout, split_batch, splitting
 from precision_scaling.training.blocks import Blocks
 from precision_scaling.training.step import StepConfig
 
-PASSES = 3  # through all blocks
+PASSES = 2  # through all blocks: forward, and back
 Gradients = dict[Linear, Any]  # G (O,) of each projection of a block
 
 
@@ -72,20 +72,38 @@ def measure(
 ) -> np.ndarray:
     """Expected loss, nats per token, that each projection adds at each of `scheme.widths`: (L, projections, K).
 
-    limit: bytes of activations in memory; others are in files. done: is called three times for each block.
+    limit: bytes of activations in memory; others are in files. done: is called PASSES times for each block.
     """
     step_config = StepConfig(step_config.model, UNQUANTIZED, step_config.optimizer)
-    gradients = _gradients(step_config, layout, blocks, tokens_CxBxS1, limit, done)
-    pieces, tokens = forward(step_config, layout), tokens_CxBxS1[..., 1:].size
-    x = Stream((pieces.embed(blocks.top(), {}, batch[:, :-1]) for batch in tokens_CxBxS1), limit)
+    pieces, top, each = forward(step_config, layout), blocks.top(), limit / (blocks.depth + 1)
     starts = [pieces.starts(batch[:, :-1]) for batch in tokens_CxBxS1]
-    found = []
+    streams = [Stream((pieces.embed(top, {}, batch[:, :-1]) for batch in tokens_CxBxS1), each)]
     for layer in range(blocks.depth):
-        block = apply.as_multiplied(blocks.block(layer), step_config.model.dtype)
-        found.append(_costs(step_config, scheme, layout, block, x, starts, gradients[layer], damping, tokens))
-        x = Stream((pieces.through(block, {}, *batch) for batch in zip(x, starts, strict=True)), limit)
+        block, pairs = _block(step_config, blocks, layer), zip(streams[-1], starts, strict=True)
+        streams.append(Stream((pieces.through(block, {}, *pair) for pair in pairs), each))
         done()
-    return np.asarray(found)
+    back, tokens = _backward(step_config, layout), tokens_CxBxS1[..., 1:].size
+    pairs = zip(streams.pop(), tokens_CxBxS1, strict=True)
+    g = Stream((pieces.loss_gradient(top, {}, x, batch[:, 1:]) for x, batch in pairs), limit)
+    found = []
+    for layer in reversed(range(blocks.depth)):
+        block, x, sums = _block(step_config, blocks, layer), streams.pop(), dict.fromkeys(LINEARS, jnp.zeros(()))
+
+        def below(triples, block=block, sums=sums):
+            for x_BxSxD, above_BxSxD, starts_BxS in triples:
+                below_BxSxD, squares = back(block, x_BxSxD, above_BxSxD, starts_BxS)
+                sums.update({linear: sums[linear] + squares[linear] for linear in LINEARS})
+                yield below_BxSxD
+
+        g = Stream(below(zip(x, g, starts, strict=True)), limit)
+        gradients = {linear: sums[linear] / tokens for linear in LINEARS}
+        found.append(_costs(step_config, scheme, layout, block, x, starts, gradients, damping, tokens))
+        done()
+    return np.asarray(found[::-1])
+
+
+def _block(step_config: StepConfig, blocks: Blocks, layer: int) -> Any:
+    return apply.as_multiplied(blocks.block(layer), step_config.model.dtype)
 
 
 def _costs(
@@ -97,7 +115,7 @@ def _costs(
         pairs = zip(x, starts, strict=True)
         inputs = (forward(step_config, layout).inputs(linear, block, {}, *pair) for pair in pairs)
         kernel = apply.kernel_of(block, linear)
-        found = apply.statistics(step_config, layout, {}, kernel.shape[0], inputs)
+        found = statistics.gather(step_config, layout, {}, kernel.shape[0], inputs)
         given = found if scheme.method.calibrated else None
         row = []
         for width in scheme.widths:
@@ -115,37 +133,6 @@ def _expected(error_IxO, hessian_IxI, gradient_O):
     """1/2 Σ_o G_o e_oᵀ H e_o."""
     added_IxO = jnp.matmul(hessian_IxI, error_IxO, precision="highest")
     return 0.5 * jnp.sum(gradient_O * jnp.sum(error_IxO * added_IxO, axis=0))
-
-
-def _gradients(
-    step_config: StepConfig, layout: Layout, blocks: Blocks, tokens_CxBxS1: np.ndarray, limit: float, done: Callable
-) -> list[Gradients]:
-    """G of every projection, by layer: forward through all blocks, whose inputs are kept, and back."""
-    pieces, top = forward(step_config, layout), blocks.top()
-    each = limit / (blocks.depth + 1)
-    streams = [Stream((pieces.embed(top, {}, batch[:, :-1]) for batch in tokens_CxBxS1), each)]
-    starts = [pieces.starts(batch[:, :-1]) for batch in tokens_CxBxS1]
-    for layer in range(blocks.depth):
-        block, pairs = blocks.block(layer), zip(streams[-1], starts, strict=True)
-        streams.append(Stream((pieces.through(block, {}, *pair) for pair in pairs), each))
-        done()
-    back, tokens = _backward(step_config, layout), tokens_CxBxS1[..., 1:].size
-    pairs = zip(streams.pop(), tokens_CxBxS1, strict=True)
-    g = Stream((pieces.loss_gradient(top, {}, x, batch[:, 1:]) for x, batch in pairs), limit)
-    found: list[Gradients] = []
-    for layer in reversed(range(blocks.depth)):
-        block, sums = blocks.block(layer), dict.fromkeys(LINEARS, jnp.zeros(()))
-
-        def below(pairs, block=block, sums=sums):
-            for x, above, starts_BxS in pairs:
-                g_BxSxD, squares = back(block, x, above, starts_BxS)
-                sums.update({linear: sums[linear] + squares[linear] for linear in LINEARS})
-                yield g_BxSxD
-
-        g = Stream(below(zip(streams.pop(), g, starts, strict=True)), limit)
-        found.append({linear: sums[linear] / tokens for linear in LINEARS})
-        done()
-    return found[::-1]
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,7 +19,17 @@ from precision_scaling.training.run import Run
 
 TRAINED = "trained"
 _TEXTS = ("run", "status", "method", "average")
-_NEW = {"post_format", "layers", "switches", "switched_share", "optimizer", "average"}  # that older tables lack
+# Columns that older tables lack.
+_NEW = {
+    "post_format",
+    "post_layers",
+    "layers",
+    "switches",
+    "switched_share",
+    "optimizer",
+    "average",
+    "within_documents",
+}
 # They say how a run came out or on what it was made, not what it is.
 _FREE = ("loss", "status", "diverged_step", "batches_left_out", "device", "jax_version")
 

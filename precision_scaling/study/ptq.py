@@ -130,7 +130,7 @@ def _check_packable(scheme: Scheme, bits: Iterable[float], model: ModelConfig, s
             raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
         return
     for b in () if scheme.target_bits else bits:
-        if by_layer.integers(registry.by_layer_of(scheme, b, model)) is None and save:
+        if save and not by_layer.are_integers(registry.by_layer_of(scheme, b, model)):
             found = f"the format {scheme.format}" if scheme.format else f"--layers={scheme.layers}"
             raise UserError(f"--save with {found}: allowed are integers, which can be packed")
 
@@ -183,7 +183,8 @@ def _formats(workspace: Workspace, job: _Job, b: float, bar: Bar) -> ByLayer:
     key = _key(workspace, job)
     cost_LxPxK = sensitivity.read(path, key, scheme.widths)
     if cost_LxPxK is None:
-        step_config = StepConfig(_shape(job).model, job.group.static, workspace.experiment.optimizer)
+        shape = _shape(scheme, job.group.shape)
+        step_config = StepConfig(shape.model, job.group.static, workspace.experiment.optimizer)
         limit, damping = memory_limit(workspace.layout), workspace.experiment.config.ptq.damping
         tokens_NxS1 = _calibration_windows(workspace, job)
         batches = tokens_NxS1.reshape(-1, _batch_size(workspace), tokens_NxS1.shape[1])
@@ -224,16 +225,11 @@ def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, sa
 
     b: mean bits of the formats, that of the operands which are quantized on the fly where all are alike.
     """
-    scheme, run, model = job.scheme, job.run, _shape(job).model
-    static = scheme.static(job.group.static)
-    step_config = StepConfig(model, static, workspace.experiment.optimizer)
-    # Kernels are on their grids already; what is quantized on the fly is set at each bit-width.
-    grids = static.grids(run.precision, model.depth, w=parse("bf16"))
-    if scheme.method.operands:
-        grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or b).grid())}
+    scheme, run = job.scheme, job.run
+    shape, step_config, grids = _evaluated(workspace, scheme, job.group, run, b)
     blocks, parts = _blocks(workspace, job), _parts(workspace, job, b, formats)
     top = blocks.top()
-    held_out = by_blocks(blocks)(workspace, _shape(job), static, grids, top)
+    held_out = by_blocks(blocks)(workspace, shape, step_config.static, grids, top)
     quantizer = _quantizer(workspace, job, step_config, grids, top) if scheme.method.solve else None
     kept, reports, sizes, written = [], [], [], time.monotonic()
     for layer, wanted in enumerate(formats):
@@ -272,9 +268,26 @@ def _blocks(workspace: Workspace, job: _Job) -> Blocks:
     return rotation.rotated(blocks, job.group.shape.model) if job.scheme.rotate else blocks
 
 
-def _shape(job: _Job) -> Shape:
-    shape = job.group.shape
-    return dataclasses.replace(shape, model=rotation.decoder(shape.model)) if job.scheme.rotate else shape
+def _shape(scheme: Scheme, shape: Shape) -> Shape:
+    """Of the model as it is quantized: one whose stream is rotated has a head of its own."""
+    return dataclasses.replace(shape, model=rotation.decoder(shape.model)) if scheme.rotate else shape
+
+
+class _Evaluated(NamedTuple):
+    """What the quantized model's forward pass depends on; kernels are on their grids already."""
+
+    shape: Shape
+    step_config: StepConfig
+    grids: Any
+
+
+def _evaluated(workspace: Workspace, scheme: Scheme, group: Cohort, run: Run, bits: float) -> _Evaluated:
+    """bits: of the operands that the scheme quantizes on the fly, where they have no format."""
+    shape, static = _shape(scheme, group.shape), scheme.static(group.static)
+    grids = static.grids(run.precision, shape.model.depth, w=parse("bf16"))
+    if scheme.method.operands:
+        grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or bits).grid())}
+    return _Evaluated(shape, StepConfig(shape.model, static, workspace.experiment.optimizer), grids)
 
 
 def _quantizer(workspace: Workspace, job: _Job, step_config: StepConfig, grids: Any, top: Any) -> apply.BlockQuantizer:
@@ -306,11 +319,8 @@ def memory_text(workspace: Workspace, options: Mapping[str, Any], save: bool) ->
             _check_packable(scheme, bits_post, group.shape.model, save)
             if not scheme.method.solve:
                 continue
-            static = scheme.static(group.static)
-            step_config = StepConfig(group.shape.model, static, workspace.experiment.optimizer)
-            grids = static.grids(group.runs[0].precision, group.shape.model.depth, w=parse("bf16"))
             widest = max(scheme.widths or bits_post)
-            grids = {**grids, **dict.fromkeys(scheme.method.operands, parse(scheme.format or widest).grid())}
+            _, step_config, grids = _evaluated(workspace, scheme, group, group.runs[0], widest)
             calibration = config.ptq.calibration_sequences, _batch_size(workspace)
             held_out = config.evaluate.sequences, config.evaluate.batch_size
             sizes = step_config, scheme, workspace.layout, grids, widest, calibration, held_out, save

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from precision_scaling.model import decoder
+from precision_scaling.model.accounting import bytes_of
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.runtime import paths
 from precision_scaling.runtime.sharding import Layout
@@ -90,7 +91,7 @@ class ReadAhead:
     LARGEST = 1 << 27  # bytes of a block
 
     def __post_init__(self) -> None:
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_block(self.blocks.model)))
+        size = bytes_of(abstract_block(self.blocks.model))
         alone = jax.process_count() == 1 and size <= self.LARGEST
         self._reader = ThreadPoolExecutor(1, "read-ahead") if alone else None
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import optax
 from flax import traverse_util
 
 from precision_scaling.model import decoder
+from precision_scaling.model.accounting import bytes_of
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.training import muon, parametrization
 from precision_scaling.training.parametrization import Multipliers, is_block_kernel
@@ -148,5 +148,5 @@ def cost(config: OptimizerConfig, model: ModelConfig) -> tuple[int, int]:
     params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
     state = jax.eval_shape(functools.partial(init, config, model), params)
     state = (params, state, *(params for _ in config.ema))
-    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    held = bytes_of(state)
     return held, muon.flops(_parted(params)[0], model) if config.name == "muon" else 0
