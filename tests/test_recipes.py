@@ -329,3 +329,35 @@ def test_tiles_are_of_weights_alone():
     one, other = parse("wnvfp4/tile:16", options()), parse("wnvfp4", options())
     assert static_of([one, other], "float32") is None
     assert dataclasses.replace(parse_format("nvint4"), name="").kind == parse_format("nvfp4").kind
+
+
+@pytest.mark.parametrize(
+    ("text", "preset", "leaves"),
+    [
+        ("nvfp4_train backward.weights_rotation=none", "nvfp4_train", {"backward__weights_rotation": "none"}),
+        ("nvfp4_train none mode=simulated", "nvfp4_train", {"layers": "none"}),
+        ("w4_a4 rotation=hadamard first:1=bf16", "paper", {"weights": "4", "activations": "4", "rotation": "hadamard",
+                                                            "layers": "first:1=bf16"}),
+        ("nvfp4_train weights_granularity=group:16 backward.activations_saved=nvfp4", "nvfp4_train",
+         {"weights_granularity": "group:16", "backward__activations_saved": "nvfp4"}),
+    ],
+)  # fmt: skip
+def test_a_grid_says_options_beside_formats(text, preset, leaves):
+    assert parse(text, options()) == from_options(options(preset=preset, **leaves))
+    assert parse(text, options(backward__gradient_rounding="nearest")) != parse("nvfp4_train", options())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bf16 rotation=hadamard", "no options with bf16"),
+        ("w4_a4 rotation=hadamard rotation=none", "an option once"),
+        ("w4_a4 rotation=", "an option once, with a value"),
+        ("w4_a4 rotation=fourier", "one of none, hadamard"),
+        ("w4_a4 preset=fp8", "LAYERS"),
+    ],
+)
+def test_an_option_that_a_grid_cannot_say_is_one_line(text, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        parse(text, options())
+    assert "\n" not in str(error.value)

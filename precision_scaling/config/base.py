@@ -241,9 +241,9 @@ def grid(
     precisions: "bf16", a preset of config.precision, or parts with formats joined by "_": w (weights), a (activations),
     kv (keys and values), g (incoming gradients of the projections), or q, k, v, p individually; e.g. "w4", "a6",
     "w4_a4_kv4", "we2m1/group:32", "fp8", "fp8_kv8". "w4@0.8": from that share of the steps on; "w8_w4@decay": from the
-    decay of the rate on. After a blank, "w4_a4 @0.8 last:1=bf16": when all of them begin, and rules by layer. ptq:
-    quantize these runs after training. schedules: of the learning
-    rate, one run for each; empty: config.optimizer.schedule.
+    decay of the rate on. After a blank, "w4_a4 @0.8 last:1=bf16 rotation=hadamard": when all of them begin, rules by
+    layer, and options of config.precision. ptq: quantize these runs after training. schedules: of the learning rate,
+    one run for each; empty: config.optimizer.schedule.
     """
     return ml_collections.ConfigDict(
         {"sizes": sizes, "tokens": tokens, "precisions": precisions, "seeds": seeds, "ptq": ptq, "schedules": schedules}

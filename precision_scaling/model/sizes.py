@@ -36,6 +36,9 @@ SIZES = {
     "106k": _size(64, 2, 4, 32),
     "400k": _size(128, 2, 8, 32),
     "1.6M": _size(256, 2, 16, 32),
+    # Two with four layers, so that the first and the last are not all there are.
+    "53k": _size(32, 4, 2, 32),
+    "213k": _size(64, 4, 4, 32),
     "300k": _size(96, 3, 3, 16),
     "1M": _size(144, 4, 4, 16),
     "3M": _size(224, 5, 7, 32),

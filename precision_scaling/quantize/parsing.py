@@ -16,6 +16,7 @@ from precision_scaling.quantize.presets import GROUPS, MODES, PRESETS, ROTATIONS
 from precision_scaling.quantize.static import static_of
 
 _PARTS = {**{name: (name,) for name in OPERANDS}, **PARTS}  # of shorthand
+_OWN_OPTIONS = tuple(name for name in PRESETS["paper"] if name not in ("layers", "switches"))  # that a grid may name
 
 
 def from_options(
@@ -206,16 +207,22 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
     of the projections) or q, k, v, p one by one; "w4", "w4_a8_kv4", "we2m1/group:32", "fp8", "fp8_kv8". A part takes
     the place of what a preset before it, or the section, says; no part stands there twice. "w4@0.8": from that share of
     the steps on, "w8_w4@decay": from where the learning rate decays. After a blank: when the parts begin that do not
-    say so themselves, and rules by layer in place of the section's; "w4_a4 @0.8 first:2=bf16 *.down=e4m3".
+    say so themselves, rules by layer in place of the section's, and options in place of the section's or the preset's;
+    "w4_a4 @0.8 first:2=bf16 *.down=e4m3", "nvfp4_train backward.weights_rotation=none".
     key: names text in errors.
     """
-    text, *given = text.split(" ")
+    text, *words = text.split(" ")
+    own = [word for word in words if word.partition("=")[0] in _OWN_OPTIONS]
+    given = [word for word in words if word not in own]
+    if own and text == "bf16":
+        raise ConfigError(key, " ".join([text, *words]), "no options with bf16, which quantizes nothing")
+    options = _with_options(options, own, key)
     starting = [word for word in given if word.startswith("@")]
     if len(starting) > (text != "bf16"):
         raise ConfigError(key, " ".join([text, *given]), "one @SHARE after the parts, none after bf16: w4_a4 @0.8")
     others = [word for word in given if word and not word.startswith("@")]
     if any("=" not in word and word != layers.NONE for word in others):
-        allowed = "@SHARE or rules by layer after a blank: w4_a4 @0.8 first:2=bf16"
+        allowed = "@SHARE, rules by layer or options after a blank: w4_a4 @0.8 first:2=bf16 rotation=hadamard"
         raise ConfigError(key, " ".join([text, *given]), allowed)
     rules = " ".join(others) or None
     if text == "bf16":
@@ -248,6 +255,20 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
         begun = preset if not preset_from or (passed and whens.index(now) >= whens.index(preset_from)) else None
         stages.append(_stage(options, begun, rules, replaced))
     return _in_turn(stages, whens)
+
+
+def _with_options(options: Mapping[str, Any], words: list[str], key: str) -> Mapping[str, Any]:
+    """The section with the options of some words, OPTION=VALUE; each once."""
+    if not words:
+        return options
+    found = {**options, "backward": {**options["backward"]}}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not value or sum(other.startswith(f"{name}=") for other in words) > 1:
+            raise ConfigError(key, word, "an option once, with a value: backward.weights_rotation=none")
+        section, _, leaf = name.rpartition(".")
+        (found[section] if section else found)[leaf] = value
+    return found
 
 
 def _formats(words: list[tuple[str, str, str]], now: str, key: str, text: str) -> dict[str, str]:
