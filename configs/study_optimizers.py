@@ -8,21 +8,24 @@ Each optimizer has its own best rate, a power of 2 (docs/recipes.md). Sizes, see
 those of `study_recipes`. Expected on two CPU cores: twenty minutes each.
 """
 
-from configs import study_recipes
 from precision_scaling.config import base
 
 PRECISIONS = ("bf16", "w4_a4")
+SEEDS = (0, 1, 2)
+M = 1_000_000
 
 
 def get_config():
     """The study's config."""
-    c = study_recipes.get_config()
-    c.study.grid = {}
+    c = base.get_config()
+    c.data.root = "runs/decide_corpus"
+    c.data.hash = "f152602cf19680ff"
+    c.model.base_size = "53k"
+    c.optimizer.peak_lr = 1.6e-2
+    c.optimizer.ema = (0.99, 0.998)
+    c.study.lanes = 3
     c.ptq.methods = ("gptq", "rtn")
     c.ptq.bits = (3, 4)
-    c.optimizer.ema = (0.99, 0.998)
-    small, large = study_recipes.SIZES
-    tokens = study_recipes.M, 4 * study_recipes.M
-    c.study.grid.small = base.grid((small,), tokens, PRECISIONS, study_recipes.SEEDS, ptq=True)
-    c.study.grid.large = base.grid((large,), tokens[:1], PRECISIONS, study_recipes.SEEDS, ptq=True)
+    c.study.grid.small = base.grid(("53k",), (M, 4 * M), PRECISIONS, SEEDS, ptq=True)
+    c.study.grid.large = base.grid(("213k",), (M,), PRECISIONS, SEEDS, ptq=True)
     return c
