@@ -281,7 +281,7 @@ def content(corpus: tokens.Corpus) -> tuple:
     return digest([np.asarray(corpus.train), np.asarray(corpus.validation)]), corpus.meta, tokenizer
 
 
-@often(12, 60)
+@often(12, 30)
 def test_token_files_are_made_again(tmp_path, tree, small_parts, n):
     assert len(prepare(tmp_path / "cache", tree).meta["parts"]["train"]) > 4
     (directory,) = (tmp_path / "cache" / "tokens").glob("python_stdlib-*[!k]")
@@ -295,7 +295,7 @@ def test_token_files_are_made_again(tmp_path, tree, small_parts, n):
         assert outcome(lambda: read(tmp_path / "cache"), wanted) == "same", what
 
 
-@often(8, 40)
+@often(8, 20)
 def test_what_a_killed_process_has_left_of_token_files(tmp_path, tree, small_parts, monkeypatch, n):
     wanted = content(prepare(tmp_path / "other", tree))
     with monkeypatch.context() as patch:
@@ -314,7 +314,7 @@ def test_what_a_killed_process_has_left_of_token_files(tmp_path, tree, small_par
         assert found == "same" or ".lock" in what, what  # what is no file cannot be locked
 
 
-@often(8, 40)
+@often(8, 20)
 def test_the_dataset_that_token_files_are_made_of(tmp_path, tree, n):
     wanted = content(prepare(tmp_path / "cache", tree))
     shutil.copytree(tmp_path / "cache" / "tfds", tmp_path / "whole")
@@ -397,7 +397,7 @@ def stopped_study(tiny_config, tmp_path_factory, quick_compile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [25])
+@pytest.mark.parametrize("n", [12])
 def test_a_study_that_was_stopped_ends_with_the_same_rows_and_parameters(stopped_study, tmp_path, quick_compile, n):
     config, whole = stopped_study
 
