@@ -274,7 +274,7 @@ def test_every_preset_resolves_and_its_native_form_where_there_is_one():
     for name in presets.PRESETS:
         assert resolve(name).cohorts
     native = {name for name in presets.PRESETS if name != "paper" and _is_native(name)}
-    assert native == {"fp8", "int8_full"}
+    assert native == {"fp8", "int8_full", "nvfp4", "mxfp8_train"}
 
 
 def _is_native(preset):

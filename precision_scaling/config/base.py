@@ -112,7 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
     # decay=w4_a4". Any number, in one program.
     c.precision.switches = ""
     c.precision.rotation = ""  # "none" or "hadamard": random Hadamard rotation of both operands of each projection
-    # "simulated" (any format) or "native": int8 or fp8 codes in the product itself, where format and device have one.
+    # "simulated" (any format) or "native": int8, fp8, mxfp8 or nvfp4 codes in the product itself, where format and
+    # device have one.
     c.precision.mode = ""
 
     # Backward pass. The gradient of each operand is a product of the incoming gradient, in the format `_gradient`, and

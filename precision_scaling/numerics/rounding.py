@@ -91,6 +91,33 @@ def fake_quant_grid(
     return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
 
 
+def block_codes(
+    x: jax.Array,
+    grid: Grid,
+    kind: Kind,
+    axis: int | tuple[int, ...],
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `fake_quant_grid` makes of blocks, for products on their codes: (levels of x's shape, the scales of the
+    blocks as they are stored, the scale of the tensor), all float32.
+
+    Multiplied they are the array on the grid, but for float32's rounding. The scales have x's shape with each split
+    axis divided by the block size. rounding: 'nearest' or 'stochastic'.
+    """
+    if kind.family != "block" or rounding not in ("nearest", "stochastic"):
+        raise FormatError(
+            f"codes of family {kind.family!r}, rounding {rounding!r}; allowed: block, nearest or stochastic"
+        )
+    grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, None))
+    x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
+    noise = rounding_noise(key, grouped_shape) if key is not None and rounding == "stochastic" else None
+    scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
+    levels = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate=True)
+    unit = _tensor_scale(jnp.max(jnp.abs(x_f32)), grid, kind)
+    return levels.reshape(x.shape), jnp.squeeze(scale / unit, axes), unit
+
+
 def saturated(
     x: jax.Array,
     grid: Grid,
@@ -131,9 +158,7 @@ def scale_ends(
         least, most = 2.0**-126, jnp.exp2(127 - jnp.floor(jnp.log2(grid.max_value)))
     else:
         scales = parse(kind.block_scale.removesuffix(FOUR_OVER_SIX)).grid()
-        # What the abs-max is mapped to, as `_two_level_scale` and `_four_over_six` have it.
-        room = 256.0 if kind.block_scale.endswith(FOUR_OVER_SIX) else scales.max_value
-        unit = _fit(jnp.max(largest), grid.max_value * room)
+        unit = _tensor_scale(jnp.max(largest), grid, kind)
         least, most = unit * 2.0 ** (scales.min_exponent - scales.mantissa_bits), unit * scales.max_value
     blocks = (largest > 0) & (grid.passthrough == 0)
     count = lambda where: jnp.sum(blocks & where, dtype=jnp.int32)
@@ -189,7 +214,7 @@ def scale_of(
         return _power_of_two_scale(largest, grid.max_value, unsaturated or kind.block_scale == "e8m0_up")
     if kind.block_scale.endswith(FOUR_OVER_SIX):
         return _four_over_six(x, largest, grid, kind, axes, unsaturated)
-    return _two_level_scale(largest, grid.max_value, kind.block_scale, unsaturated)
+    return _two_level_scale(largest, grid, kind, unsaturated)
 
 
 def _kept(largest: jax.Array) -> jax.Array:
@@ -291,21 +316,32 @@ def _power_of_two_scale(largest: jax.Array, max_value: jax.Array, unsaturated: b
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
-def _two_level_scale(largest: jax.Array, max_value: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:
-    """As NVFP4 (arXiv 2509.25149) has it: a float32 scale maps the tensor's abs-max to the largest block scale times
-    the largest element, and each block's scale is stored in `block_scale` relative to that."""
-    scale_format = parse(block_scale)
-    tensor_scale = _fit(_kept(jnp.max(largest)), max_value * scale_format.max_value)
-    return _stored(largest / (max_value + 0 * largest), tensor_scale, block_scale, unsaturated)
+def _tensor_scale(largest: jax.Array, grid: Grid, kind: Kind) -> jax.Array:
+    """The float32 scale above those of the blocks, which are stored relative to it, of a tensor with that abs-max.
+
+    It maps the abs-max to the largest block scale times the largest element; with two candidates for each block to 256
+    times that element, so that there is room for the larger. Scales that are powers of two have none above: 1.
+    """
+    assert kind.block_scale is not None
+    if kind.block_scale in POWERS_OF_TWO:
+        return jnp.ones_like(largest)
+    room = 256.0 if kind.block_scale.endswith(FOUR_OVER_SIX) else parse(kind.block_scale).max_value
+    return _fit(_kept(largest), grid.max_value * room)
+
+
+def _two_level_scale(largest: jax.Array, grid: Grid, kind: Kind, unsaturated: bool) -> jax.Array:
+    """As NVFP4 (arXiv 2509.25149) has it: each block's scale is stored relative to that of the tensor."""
+    assert kind.block_scale is not None
+    scale = largest / (grid.max_value + 0 * largest)
+    return _stored(scale, _tensor_scale(jnp.max(largest), grid, kind), kind.block_scale, unsaturated)
 
 
 def _four_over_six(x, largest, grid: Grid, kind: Kind, axes, unsaturated: bool) -> jax.Array:
     """Of two scales of each block, which map its largest element to the last level or to two thirds of it (of e2m1 to
-    6 or 4), the one with the lower squared error (arXiv 2512.02010). The tensor's scale leaves room for the larger:
-    stored scales go to 256, and 384 is one, too."""
+    6 or 4), the one with the lower squared error (arXiv 2512.02010). Stored scales go to 256, and 384 is one, too."""
     assert kind.block_scale is not None
     stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
-    tensor_scale = _fit(_kept(jnp.max(largest)), grid.max_value * 256.0)
+    tensor_scale = _tensor_scale(jnp.max(largest), grid, kind)
 
     def candidate(share: float):
         scale = _stored(largest / (grid.max_value * share + 0 * largest), tensor_scale, stored, unsaturated)

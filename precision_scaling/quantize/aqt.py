@@ -248,10 +248,7 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
     grids: of every operand of `static`. key: a PRNG key that no other product of the step has, where `static` is
     `stochastic`.
     """
-    observe = _observer.get()
-    if observe is not None:
-        _show(observe, lhs, lhs_name, dimension_numbers[0][0], static, grids)
-        _show(observe, rhs, rhs_name, dimension_numbers[0][1], static, grids)
+    show(lhs, rhs, lhs_name, rhs_name, dimension_numbers[0], static, grids)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
     lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (static.get(name) for name in names)
     # Tokens lie on many devices, which add up the gradients of a kernel.
@@ -296,6 +293,14 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
             "ignore", message="Implicit conversion of an array to a dtype", category=DeprecationWarning
         )
         return config(lhs, rhs, dimension_numbers).astype(dtype)
+
+
+def show(lhs, rhs, lhs_name: str, rhs_name: str, contracting: Sequence, static: StaticPrecision, grids) -> None:
+    """Shows the operands of a product to the observer that there is. contracting: axes of the left and the right."""
+    observe = _observer.get()
+    if observe is not None:
+        _show(observe, lhs, lhs_name, contracting[0], static, grids)
+        _show(observe, rhs, rhs_name, contracting[1], static, grids)
 
 
 def _show(observe: Callable, x, name: str, contracting: Sequence[int], static: StaticPrecision, grids) -> None:

@@ -141,7 +141,9 @@ def _gradient_rotation(key: str, text: str) -> int:
 def _check_gradients(precision: Precision) -> None:
     """Raises ConfigError where gradients are rotated, or rounded by "eden", without what that needs."""
     for name, width in precision.gradient_rotations:
-        if precision.native or not (precision.get(f"g_{name}") and precision.get(f"s_{name}")):
+        gradient, saved = precision.get(f"g_{name}"), precision.get(f"s_{name}")
+        # Codes of other formats than blocks are AQT's, which rotates nothing.
+        if not (gradient and saved) or (precision.native and gradient.format.family != "block"):
             target = {"a": "activations", "w": "weights"}[name]
             allowed = f"none, where {target}_gradient and {target}_saved do not both have formats, simulated"
             raise ConfigError(f"precision.backward.{target}_rotation", f"hadamard:{width}", allowed)
@@ -211,11 +213,11 @@ def parse(text: str, options: Mapping[str, Any], key: str = "study.grid.*.precis
     "w4_a4 @0.8 first:2=bf16 *.down=e4m3", "nvfp4_train backward.weights_rotation=none".
     key: names text in errors.
     """
-    text, *words = text.split(" ")
-    own = [word for word in words if word.partition("=")[0] in _OWN_OPTIONS]
-    given = [word for word in words if word not in own]
+    text, *said = text.split(" ")
+    own = [word for word in said if word.partition("=")[0] in _OWN_OPTIONS]
+    given = [word for word in said if word not in own]
     if own and text == "bf16":
-        raise ConfigError(key, " ".join([text, *words]), "no options with bf16, which quantizes nothing")
+        raise ConfigError(key, " ".join([text, *said]), "no options with bf16, which quantizes nothing")
     options = _with_options(options, own, key)
     starting = [word for word in given if word.startswith("@")]
     if len(starting) > (text != "bf16"):

@@ -6,6 +6,7 @@ import functools
 import jax
 
 from precision_scaling.numerics import hadamard
+from precision_scaling.quantize import scaled
 from precision_scaling.quantize.aqt import dot_general, fold_in, observing, on_static_grid, scale_axes
 from precision_scaling.quantize.operands import INDEX
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, of_place
@@ -101,6 +102,8 @@ class Products:
         mine = (f"{side}{name}" for name in (lhs_name, rhs_name) for side in ("", "g_", "s_"))
         given = self.grids or {}
         grids = of_place({name: given[name] for name in mine if name in given}, place)
+        if scaled.serves(self.static, lhs_name):
+            return scaled.dot_general(lhs, rhs, lhs_name, rhs_name, self.static, grids, self.key)
         return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, grids, self.key)
 
 
