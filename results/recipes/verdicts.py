@@ -1,0 +1,188 @@
+"""Holds what is claimed of low-precision recipes against `study_recipes` and `study_optimizers`, seed by seed.
+
+    python -m results.recipes.verdicts [--rows=DIR]      # prints tables in markdown; DIR has the tables of the studies
+
+Two choices are compared on runs of one seed: they begin with the same parameters and see the same text in the same
+order. Brackets are 95 % intervals of the mean difference, by Student's t with a standard deviation that is pooled over
+the comparisons of one kind at one size. A difference is a verdict where its interval leaves out 0, and else undecided.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from configs import study_recipes
+from precision_scaling.quantize.parsing import parse
+
+HERE = Path(__file__).parent
+M = study_recipes.M
+RECIPE = "nvfp4_train"
+PARTS = {
+    "weights in groups, not tiles": study_recipes.NVFP4[3],
+    "gradients to nearest": study_recipes.NVFP4[4],
+    "no rotation of the weight gradient": study_recipes.NVFP4[5],
+    "no layer in bf16": study_recipes.NVFP4[6],
+    "four over six": study_recipes.NVFP4[7],
+    "MS-EDEN in both gradients": study_recipes.NVFP4[8],
+}
+
+
+class Pair(NamedTuple):
+    """Two choices, the second held against the first, on the rows where the columns have these values."""
+
+    name: str
+    before: dict
+    after: dict
+    where: dict
+
+
+def table(path: Path) -> pd.DataFrame:
+    """Rows of a study, whole numbers of tokens in millions, "" where nothing is said."""
+    rows = pd.read_csv(path, low_memory=False)
+    for column in ("method", "average", "optimizer"):
+        rows[column] = rows[column].fillna("")
+    rows["M"] = (rows.D / M).round(2)
+    return rows[rows.status == "ok"]
+
+
+def said(text: str) -> dict:
+    """The column that a precision of a grid comes to."""
+    return {"precision": parse(text, study_recipes.get_config().precision).describe()}
+
+
+def chosen(rows: pd.DataFrame, values: dict) -> pd.Series:
+    """Losses by seed of the rows with these values. ValueError where a seed is there twice."""
+    mask = np.logical_and.reduce([rows[name] == value for name, value in values.items()])
+    found = rows[mask].set_index("seed").loss
+    if not found.index.is_unique:
+        raise ValueError(f"several rows of a seed with {values}")
+    return found
+
+
+def differences(rows: pd.DataFrame, pair: Pair) -> np.ndarray:
+    """Of the seeds that both have."""
+    after, before = chosen(rows, pair.where | pair.after), chosen(rows, pair.where | pair.before)
+    return (after - before).dropna().to_numpy()
+
+
+def compared(rows: pd.DataFrame, pairs: Iterable[Pair]) -> list[str]:
+    """A line for each pair: (name, mean difference and its interval), with the spread of all of them."""
+    found = [(pair.name, differences(rows, pair)) for pair in pairs]
+    spread, degrees = pooled([values for _, values in found])
+    return [f"| {name} | {shown(values, spread, degrees)} |" for name, values in found if len(values)]
+
+
+def pooled(samples: list[np.ndarray]) -> tuple[float, int]:
+    """(standard deviation of one value about its sample's mean, degrees of freedom)."""
+    several = [sample for sample in samples if len(sample) > 1]
+    degrees = sum(len(sample) - 1 for sample in several)
+    squares = sum(float(np.sum((sample - sample.mean()) ** 2)) for sample in several)
+    return (np.sqrt(squares / degrees) if degrees else np.nan), degrees
+
+
+def shown(values: np.ndarray, spread: float, degrees: int) -> str:
+    """The mean difference, its interval, and what it says."""
+    half = stats.t.ppf(0.975, max(degrees, 1)) * spread / np.sqrt(len(values))
+    verdict = "undecided" if not abs(values.mean()) > half else "lower" if values.mean() < 0 else "higher"
+    return f"{values.mean():+.4f} ± {half:.4f} | {verdict} | {len(values)}"
+
+
+def recipe_pairs(size: str) -> list[Pair]:
+    """FP4 training against bf16 and its parts against the whole."""
+    where = {"size": size, "M": 1.0, "schedule": "cosine"}
+    bf16, nvfp4, whole = said("bf16"), said("nvfp4"), said(RECIPE)
+    pairs = [
+        Pair("nvfp4 over bf16", bf16, nvfp4, where),
+        Pair("nvfp4_train over bf16", bf16, whole, where),
+        Pair("nvfp4_train over nvfp4", nvfp4, whole, where),
+    ]
+    pairs += [Pair(f"nvfp4_train, {name}, over nvfp4_train", whole, said(text), where) for name, text in PARTS.items()]
+    for text in study_recipes.LAYERS:
+        rules = text.partition(" ")[2].replace("=bf16", "")
+        pairs.append(Pair(f"nvfp4 with {rules} in bf16 over nvfp4", nvfp4, said(text), where))
+    return pairs
+
+
+def block_pairs(size: str) -> list[Pair]:
+    """Integers against floats in the same blocks, rotated or not."""
+    where = {"size": size, "M": 1.0, "schedule": "cosine"}
+    pairs = []
+    for integer, floating in (("nvint4", "nvfp4"), ("mxint8", "mxfp8")):
+        for rotation in ("", " rotation=hadamard"):
+            texts = (f"w{name}_a{name}{rotation}" for name in (floating, integer))
+            what = "rotated" if rotation else "plain"
+            pairs.append(Pair(f"{integer} over {floating}, {what}", *map(said, texts), where))
+        for name in (integer, floating):
+            texts = (f"w{name}_a{name}{rotation}" for rotation in ("", " rotation=hadamard"))
+            pairs.append(Pair(f"{name} rotated over plain", *map(said, texts), where))
+            pairs.append(Pair(f"{name} over bf16", said("bf16"), said(f"w{name}_a{name}"), where))
+    return pairs
+
+
+def begin_lines(rows: pd.DataFrame) -> list[str]:
+    """w4_a4 from a share of the steps on, over bf16, at three D/N."""
+    rows = rows[(rows["size"] == "53k") & (rows.schedule == "wsd")]
+    rows = rows.assign(begin=rows.switched_share.fillna(0.0).where(rows.w_format == "int4", -1.0))
+    lines, samples = [], {}
+    for tokens in sorted(rows.M.unique()):
+        at = rows[rows["M"] == tokens]
+        bf16 = at[at.begin == -1.0].set_index("seed").loss
+        for begin in sorted(set(at.begin) - {-1.0}):
+            low = at[at.begin == begin].set_index("seed").loss
+            samples[tokens, begin] = (low - bf16).dropna().to_numpy()
+    spread, degrees = pooled(list(samples.values()))
+    for (tokens, begin), values in samples.items():
+        lines.append(f"| {tokens:g}M | {begin:.2f} | {shown(values, spread, degrees)} |")
+    return lines
+
+
+def optimizer_lines(adamw: pd.DataFrame, muon: pd.DataFrame) -> list[str]:
+    """Muon over AdamW, and averages over the last parameters, before PTQ and after it."""
+    rows = pd.concat([adamw, muon])
+    rows["post"] = rows.P_post.fillna(0)
+    lines = []
+    for (size, tokens), at in rows.groupby(["size", "M"]):
+        for low in ("bf16", "int4"):
+            of = at[at.w_format == low]
+            samples = {}
+            for method, post in (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3)):
+                measured = of[(of.method == method) & (of.post == post)]
+                take = lambda o, a, measured=measured: chosen(measured, {"optimizer": o, "average": a})
+                name = f"{method} {post} bits" if method else "before PTQ"
+                samples[name, "Muon over AdamW"] = (take("muon", "") - take("adamw", "")).dropna().to_numpy()
+                for optimizer in ("adamw", "muon"):
+                    for average in sorted(set(of.average) - {""}):
+                        values = (take(optimizer, average) - take(optimizer, "")).dropna().to_numpy()
+                        samples[name, f"{optimizer}: {average} over the last"] = values
+            spread, degrees = pooled(list(samples.values()))
+            for (name, what), values in samples.items():
+                if len(values):
+                    lines.append(
+                        f"| {size} | {tokens:g}M | {low} | {name} | {what} | {shown(values, spread, degrees)} |"
+                    )
+    return lines
+
+
+def main() -> None:
+    """Prints all tables that the rows allow."""
+    folder = Path(next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--rows=")), HERE))
+    rows = table(folder / "recipes.csv.gz")
+    for size in study_recipes.SIZES:
+        for title, pairs in (("NVFP4 and its parts", recipe_pairs(size)), ("Integers or floats", block_pairs(size))):
+            print(f"\n{title}, {size}\n\n| difference | nats | the loss is | seeds |\n|---|---:|---|---:|")
+            print("\n".join(compared(rows, pairs)))
+    print("\nWhen w4_a4 begins, 53k\n\n| D | begins at | over bf16, nats | | seeds |\n|---:|---:|---:|---|---:|")
+    print("\n".join(begin_lines(rows)))
+    if (folder / "muon.csv.gz").exists():
+        print("\nOptimizers\n\n| size | D | trained at | | difference | nats | the loss is | seeds |")
+        print("|---|---:|---|---|---|---:|---|---:|")
+        print("\n".join(optimizer_lines(table(folder / "adamw.csv.gz"), table(folder / "muon.csv.gz"))))
+
+
+if __name__ == "__main__":
+    main()
