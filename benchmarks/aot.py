@@ -36,24 +36,28 @@ def main() -> None:
     for program in _PROGRAMS.value:
         if program not in PROGRAMS:
             raise UserError(f"--program={program}: allowed is one of {', '.join(PROGRAMS)}")
-    from precision_scaling.runtime import sharding, targets
+    from precision_scaling.runtime import targets
 
     target = targets.target(_TARGET.value)
-    layout = sharding.make_layout(_CONFIG.value.mesh, target.devices)
     for size, precision, program in itertools.product(_SIZES.value, _PRECISIONS.value, _PROGRAMS.value):
-        print(json.dumps(_case(target, layout, size, precision, program)), flush=True)
+        print(json.dumps(_case(target, size, precision, program)), flush=True)
 
 
-def _case(target, layout, size: str, precision: str, program: str) -> dict:
+def _case(target, size: str, precision: str, program: str) -> dict:
     from precision_scaling.config import base, experiment
     from precision_scaling.model.accounting import count_parameters
     from precision_scaling.runtime import sharding
+    from precision_scaling.study import automatic
     from precision_scaling.training import forecast
 
     config = _CONFIG.value.copy_and_resolve_references()
     with config.unlocked():
         config.study.grid = {"one": base.grid((size,), (10**9,), (precision,))}
         config.study.lanes = _LANES.value
+    if choice := automatic.choose(config, target):
+        print(choice, file=sys.stderr)
+        config = choice.config
+    layout = sharding.make_layout(config.mesh, target.devices)
     resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
     (cohort,) = resolved.cohorts
     sharding.check(layout, config, [cohort.shape.model])

@@ -6,7 +6,8 @@ Sizes 30M to 220M, 1.5B to 26B tokens, one part of the precision varied at a tim
 quantized after training. The paper names its sizes by N alone and publishes neither shapes nor tokenizer: ours are in
 precision_scaling/model/sizes.py. Its corpus is Dolma v1.7 (--config.data.name=dolma, see docs/data.md, with
 --config.data.tokenizer=file:gpt-neox/tokenizer.json); until one is named, the embedded one stands in. On one debugging
-GPU or a CPU, start with --config.train.batch_size=2 --config.study.lanes=1.
+GPU or a CPU, start with --config.train.batch_size=2 --config.study.lanes=1. On accelerators,
+--config.mesh=auto --config.train.microbatches=auto --config.model.remat=auto divide the work by what they hold.
 """
 
 from precision_scaling.config import base

@@ -35,7 +35,8 @@ Options (or environment variables TPU_NAME, TPU_PROJECT, TPU_ZONE, TPU_TYPE, TPU
   --help                        this text
 
 Example: bash launch/tpu_pod.sh run --name=big --project=PROJECT --zone=us-east5-a --type=v5litepod-8 \
-             -- -m precision_scaling.train --config=configs/paper.py --workdir=gs://BUCKET/big
+             -- -m precision_scaling.study --config=configs/paper.py --workdir=gs://BUCKET/big \
+             --config.mesh=auto --config.train.microbatches=auto
 TEXT
 }
 

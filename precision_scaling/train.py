@@ -15,7 +15,7 @@ from precision_scaling.runtime import cli, hosts, paths, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
 from precision_scaling.study import results, run_missing, topology
 from precision_scaling.study.plan import plan_text
-from precision_scaling.study.workspace import open_workspace
+from precision_scaling.study.workspace import chosen, open_workspace
 from precision_scaling.training import trackers
 from precision_scaling.training.run import WHOLE
 
@@ -37,6 +37,9 @@ def main() -> None:
         raise ConfigError("study.grid", list(config.study.grid), "empty; to train a grid use precision_scaling.study")
     target = topology.asked_for(FLAGS)
     if _DRY_RUN.value:
+        if choice := chosen(config, workdir, target):
+            config = choice.config
+            print(choice)
         print(plan_text(experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))))
         if target:
             print(topology.report(config, target))

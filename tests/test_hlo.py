@@ -11,11 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_scaling.config import base, experiment
 from precision_scaling.errors import UserError
-from precision_scaling.model.accounting import count_parameters
 from precision_scaling.runtime import hlo, targets
-from precision_scaling.study import topology
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """HloModule toy
@@ -218,6 +215,10 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does(run_comma
     assert done.returncode == 2 and not (tmp_path / "none").exists()
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: 25k on 4 x v5e, by its compiler: ") and "nearest that fits: --config.mesh" in last
+    automatic = ("--config.train.batch_size=256", "--config.mesh=auto", "--config.train.microbatches=auto")
+    done = run_command(*command[:-1], *automatic, "--dry_run", "--topology=v5e:2x2")
+    assert done.returncode == 0 and done.stdout.startswith("auto: train.microbatches="), done.stderr
+    assert "each chip holds" in done.stdout and "mesh.fsdp=" in done.stdout.splitlines()[0]
     done = run_command(*command, "--topology=v5e:2x2")
     assert done.returncode == 2 and "--dry_run" in done.stderr
 
@@ -234,25 +235,3 @@ def test_two_slices_send_each_gradient_once_between_them():
     assert 4 * case["parameters"] / 8 <= case["bytes_sent_between_slices"] <= 1.05 * 4 * case["parameters"] / 8
     assert case["bytes_sent"] > case["bytes_sent_between_slices"]
     assert "all-reduce between slices" in case["collectives"]
-
-
-def test_settings_are_tried_from_the_least_traffic_on():
-    config = base.get_config()
-    config.train.batch_size = 8
-    (cohort,) = experiment.resolve(config, 257).cohorts
-    target = targets.Target("v5e:4x4", range(16), 16 * 2**30)
-    _, parameters = count_parameters(cohort.shape.model)
-    state = 12 * parameters
-    tried = list(topology.settings(config.train.batch_size, state, target))
-    assert tried[0] == topology.Setting(8, 1, "none") and {one.fsdp for one in tried} == {8}
-    assert [(one.microbatches, one.remat) for one in tried[1:]] == [
-        (1, "dots"),
-        (1, "full"),
-        (2, "full"),
-        (4, "full"),
-        (8, "full"),
-    ]
-    changed = tried[3].applied(config)
-    assert (changed.mesh.fsdp, changed.mesh.data, changed.train.microbatches) == (8, -1, 2)
-    small = targets.Target("toy", range(16), 2 * state // 8 - 1)  # whose half has no room for an eighth
-    assert next(topology.settings(8, state, small)).fsdp == 16

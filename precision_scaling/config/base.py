@@ -10,6 +10,9 @@ defaults on two CPU cores: one minute, validation loss 2.0.
 """
 
 import ml_collections
+from ml_collections import config_dict
+
+AUTO = "auto"  # for what `train` and `study` choose
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -66,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.qkv_bias = False  # biases of queries, keys and values, as in Qwen 2
     c.model.tie_embeddings = False  # the head shares the embedding's weights; N counts neither
     # What the backward pass recomputes to save memory: "none", "dots" (all but the products of projections), or "full"
-    # (each block from its input; a third more time).
+    # (each block from its input; a third more time). "auto": the least that fits the devices, by their compiler.
     c.model.remat = "none"
     # "whole" (an array of all scores), "blocks" (in the memory of queries, keys and values), or "cudnn" (the same, on
     # a GPU); the latter two for exact queries and probabilities. "auto": blocks there from 1024 positions on, or whole.
@@ -170,7 +173,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.train = ml_collections.ConfigDict()
     c.train.tokens = 1_000_000  # D, rounded down to whole batches
     c.train.batch_size = 16  # sequences per step
-    c.train.microbatches = 1  # parts that a batch is computed in, one after another; scales are per part
+    # Parts that a batch is computed in, one after another; scales are per part. "auto": the fewest that fit.
+    c.train.microbatches = _whole_or_auto(1)
     c.train.seed = 0  # initialization and data order
     c.train.log_every = 50  # steps between lines of metrics.jsonl
     c.train.trackers = ()  # also log to "tensorboard", "wandb"
@@ -216,17 +220,23 @@ def get_config() -> ml_collections.ConfigDict:
     c.study.grid = ml_collections.ConfigDict()
 
     # Devices along each axis of the mesh; one may be -1: all that are left. Results differ by rounding only.
+    # --config.mesh=auto: run and fsdp are "auto", what fits with the least traffic.
     c.mesh = ml_collections.ConfigDict()
     c.mesh.slices = -1  # TPU slices, each of which has a part of `data`; -1: those of the devices
-    c.mesh.run = 1  # runs that train at once; divides study.lanes
+    c.mesh.run = _whole_or_auto(1)  # runs that train at once; divides study.lanes
     c.mesh.data = -1  # parts of the batch
-    c.mesh.fsdp = 1  # parts of the batch, of the parameters and of the optimizer state
+    c.mesh.fsdp = _whole_or_auto(1)  # parts of the batch, of the parameters and of the optimizer state
     c.mesh.tensor = 1  # parts of each layer's heads and MLP; divides the heads
 
     c.compilation_cache = ""  # compiled programs; empty: xla beside the token files, "none": no cache
     c.lock()  # a misspelt option in a config that starts from this one is an error
     c.study.grid.unlock()
     return c
+
+
+def _whole_or_auto(value: int) -> config_dict.FieldReference:
+    """A default whose option may be set to a whole number or to AUTO; `options` checks which it is."""
+    return config_dict.FieldReference(value, field_type=object)
 
 
 def grid(

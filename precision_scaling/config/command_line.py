@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path, tuple_parser
 
-from precision_scaling.config import options
+from precision_scaling.config import base, options
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import files
 
@@ -36,7 +36,8 @@ def define_config(
 
     It has the options of config/base.py; their values are yet to be checked by `options.check`.
     """
-    for kind, parser in ((bool, _Bool()), (int, _Whole()), (float, _Number()), (tuple, _Tuple())):
+    parsers = {bool: _Bool(), int: _Whole(), float: _Number(), tuple: _Tuple(), object: _WholeOrAuto()}
+    for kind, parser in {**parsers, ml_collections.ConfigDict: _Section()}.items():
         config_flags.register_flag_parser_for_type(kind, parser)
     # Where ml_collections looks for overrides. It does so here, too, where a mistake would not be one line yet.
     arguments: list[str] = []
@@ -81,8 +82,8 @@ class _ConfigFile(flags.ArgumentParser):
             raise UserError("--config is there twice; allowed is one config")
         config = load_config(argument)
         for given in self._arguments:
-            if match := re.match(r"--?(?:no)?config\.([^=]*)", given):
-                _check_override(config, match[1])
+            if match := re.match(r"--?(?:no)?config\.([^=]*)(=auto$)?", given):
+                _check_override(config, match[1], bool(match[2]))
         return config
 
     def flag_type(self) -> str:
@@ -130,7 +131,7 @@ def _place(error: BaseException, path: str) -> str:
     return f"line {lines[-1]}: " if lines else ""
 
 
-def _check_override(config: ml_collections.ConfigDict, name: str) -> None:
+def _check_override(config: ml_collections.ConfigDict, name: str, automatic: bool) -> None:
     def refuse(said: str) -> None:
         raise flags.IllegalFlagValueError(f"--config.{name}: {said}")
 
@@ -145,6 +146,8 @@ def _check_override(config: ml_collections.ConfigDict, name: str) -> None:
         if not isinstance(key, str) or key not in section:
             refuse(options.unknown(section, prefix, key))
         section, prefix = section[key], f"{prefix}{key}."
+    if automatic and isinstance(section, ml_collections.ConfigDict) and name != "mesh":
+        refuse("a section, of which mesh alone may be auto; allowed is --config.section.option=VALUE")
 
 
 class _Bool(flags.BooleanParser):
@@ -170,6 +173,35 @@ class _Whole(flags.IntegerParser):
         except (ValueError, TypeError):
             pass
         raise ValueError("allowed is a whole number, e.g. 1000000, 1_000_000 or 1e6")
+
+
+class _WholeOrAuto(_Whole):
+    def parse(self, argument: str | int) -> Any:
+        if argument == base.AUTO:
+            return argument
+        try:
+            return super().parse(argument)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {base.AUTO}") from None
+
+
+class _Section(flags.ArgumentParser):
+    """A section as Python writes a dict; of `mesh`, "auto" stands for what there is to choose."""
+
+    def parse(self, argument: Any) -> ml_collections.ConfigDict:
+        if isinstance(argument, ml_collections.ConfigDict):
+            return argument
+        if argument == base.AUTO:
+            mesh = base.get_config().mesh
+            mesh.run = mesh.fsdp = base.AUTO
+            return mesh
+        try:
+            value = ast.literal_eval(argument)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError("a section; allowed is --config.section.option=VALUE")
+        return ml_collections.ConfigDict(value)
 
 
 class _Number(flags.FloatParser):

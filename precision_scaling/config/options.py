@@ -15,6 +15,7 @@ import ml_collections
 from ml_collections.config_dict import RequiredValueError
 
 from precision_scaling.config import base
+from precision_scaling.config.base import AUTO
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import attention, decoder, sizes
 from precision_scaling.model.config import NORM_PLACEMENTS, NORM_TYPES, PARAMETRIZATIONS, QK_NORMS
@@ -182,6 +183,8 @@ RULES = {
     **{f"mesh.{axis}": _whole(1, also=-1) for axis in ("slices", "run", "data", "fsdp", "tensor")},
     "compilation_cache": _ANY,
 }
+# Options that may be AUTO, too: `train` and `study` choose their values for the devices.
+AUTOMATIC = ("train.microbatches", "mesh.run", "mesh.fsdp", "model.remat")
 # Of the lists of a part of the grid, `base.grid`: one value each.
 GRID_RULES = {
     "sizes": _SIZE,
@@ -223,8 +226,10 @@ def check_option(name: str, value: Any, kind: type | None = None, shown: str = "
     """
     kind = kind or type(_get(_defaults(), name))
     rule = RULES.get(name, Rule(_TYPES[kind], lambda value: True))
+    if name in AUTOMATIC and value == AUTO:
+        return
     if not (_is(value, kind) and rule.holds(value)):
-        raise ConfigError(shown or name, value, rule.allowed)
+        raise ConfigError(shown or name, value, rule.allowed + f", or {AUTO}" * (name in AUTOMATIC))
 
 
 def check_ptq(options: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from precision_scaling.errors import UserError
+from precision_scaling.runtime import hosts
 
 GIB = 2**30
 # name: bytes of memory of a chip, and what TPU_ACCELERATOR_TYPE calls a slice of 64.
@@ -28,6 +29,8 @@ ALLOWED = (
     "a TPU topology (v5e:2x4, v5e:8x8, v6e:8x8, v5p:2x2x4, v4:2x2x2, ...; two slices: v5e:8x8*2), "
     "h100 or h100:N with up to 8 on a host, cpu or cpu:N"
 )
+# What a chip calls itself.
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 # From the card's data sheet and CUDA's occupancy tables for compute capability 9.0.
 _H100 = """
 gpu_device_info {
@@ -64,6 +67,28 @@ class Target:
     devices: Sequence[Any]
     memory: int | None
     slices: int = 1
+
+    @property
+    def kind(self) -> str:
+        """What each device calls itself."""
+        return self.devices[0].device_kind
+
+
+def here() -> Target:
+    """The devices of this run, all processes of it together.
+
+    memory: what a program may take of the smallest, by what the device tells, or by `TPUS`; None for CPUs. UserError
+    for a device whose memory neither knows.
+    """
+    devices = jax.devices()
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform == "cpu":
+        return Target(name, devices, None)
+    told = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    memory = min(told) or TPUS.get(KINDS.get(devices[0].device_kind, ""), (0,))[0]
+    if not memory:
+        raise UserError(f"{name}: the memory of these devices is not known; allowed are numbers, not auto")
+    return Target(name, devices, -hosts.largest(-(memory >> 20)) << 20)  # in whole MiB, for all processes to agree on
 
 
 def target(name: str) -> Target:

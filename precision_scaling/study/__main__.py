@@ -12,13 +12,14 @@ import sys
 from absl import flags
 
 from precision_scaling.config import command_line, experiment, options
+from precision_scaling.config.experiment import Experiment
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.runtime import cli, files, hosts, paths, patterns, profiling, stopping
 from precision_scaling.runtime.profiling import Profile
-from precision_scaling.study import measured, results, topology
+from precision_scaling.study import automatic, measured, results, topology
 from precision_scaling.study.plan import parse_shard, plan_text
 from precision_scaling.study.run_missing import at_work, quantize_run, quantize_shard, train_missing
-from precision_scaling.study.workspace import open_workspace
+from precision_scaling.study.workspace import chosen, open_workspace
 from precision_scaling.training import trackers
 from precision_scaling.training.run import Shard
 
@@ -63,11 +64,13 @@ def main() -> None:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     shard = parse_shard(_SHARD.value, _ONLY.value)
     target = topology.asked_for(FLAGS)
-    if _DRY_RUN.value or shard.only:  # else the workspace resolves the config, with the corpus at hand
+    if _DRY_RUN.value and (choice := chosen(config, workdir, target)):
+        config = choice.config
+        print(choice)
+    if _DRY_RUN.value or (shard.only and not automatic.asked(config)):
+        # Else the workspace resolves the config, with the corpus at hand.
         resolved = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
-        patterns.check("--only", shard.only, (run.id for run in resolved.runs))
-        if not Shard(only=shard.only).of(resolved.runs):
-            raise UserError(f"--only={shard.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
+        _check_only(shard, resolved)
         if _DRY_RUN.value:
             print(plan_text(resolved, shard))
             if _SETTINGS.value:
@@ -82,6 +85,8 @@ def main() -> None:
     trackers.check(config.train.trackers)
     hosts.start(FLAGS)
     workspace = open_workspace(config, workdir)
+    config = workspace.experiment.config
+    _check_only(shard, workspace.experiment)
     profile = Profile(workdir / paths.PROFILE, _PROFILE.value)
     warnings: list[str] = []
     with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
@@ -102,6 +107,13 @@ def main() -> None:
             measured_rows = results.gather(workdir) if hosts.primary() else 0
     if hosts.primary():
         print("\n".join([*profile.report(), *warnings, f"{measured_rows} measured losses in {workdir / paths.TABLE}"]))
+
+
+def _check_only(shard: Shard, resolved: Experiment) -> None:
+    """UserError for a --only that finds no run."""
+    patterns.check("--only", shard.only, (run.id for run in resolved.runs))
+    if not Shard(only=shard.only).of(resolved.runs):
+        raise UserError(f"--only={shard.only}: finds none of {len(resolved.runs)} runs, e.g. {resolved.runs[0].id}")
 
 
 command = functools.partial(cli.run, main, FLAGS, required=("config", "workdir"))

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import attention, decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.quantize import native
-from precision_scaling.runtime import compilation, files, hosts, paths, patterns, sharding
+from precision_scaling.runtime import compilation, files, hosts, paths, patterns, sharding, targets
 from precision_scaling.runtime.sharding import Layout
+from precision_scaling.runtime.targets import Target
+from precision_scaling.study import automatic
+from precision_scaling.study.automatic import Choice
 from precision_scaling.training import blocks, checkpoint, compiled, optimizer
 from precision_scaling.training import run as run_lib
 from precision_scaling.training.run import Run
@@ -75,8 +79,14 @@ def _abstract_parameters(config: ModelConfig) -> Any:
 def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Workspace:
     """Checks the config, prepares the corpus and claims the workdir. UserError before anything is trained.
 
+    What is "auto" in the config is chosen first, see `automatic`; the workspace's config has it as numbers.
     layout: that of `config.mesh` by default.
     """
+    given, new = config, not files.exists(workdir / paths.CONFIG)
+    if choice := chosen(config, workdir):
+        config = choice.config
+        if hosts.primary():
+            print(choice, file=sys.stderr)
     if files.is_remote(workdir) and config.train.trackers:
         raise ConfigError("train.trackers", tuple(config.train.trackers), "none with a --workdir in a bucket")
     planned = experiment.resolve(config, experiment.vocab_size(config.data.tokenizer))
@@ -104,8 +114,25 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
             if wanted > available:
                 raise ConfigError(key, wanted, f"at most {available}, what the corpus holds at this sequence length")
     compilation.use_cache(config.compilation_cache)
-    _claim(workdir, config, corpus)
+    if choice and hosts.largest(int(new and files.exists(workdir / paths.CONFIG))):
+        # Another worker was faster, and its choice is the workdir's.
+        return open_workspace(given, workdir, layout)
+    _claim(workdir, config, corpus, choice)
     return workspace
+
+
+def chosen(config, workdir: Path, target: Target | None = None) -> Choice | None:
+    """What "auto" in a config stands for, None where it has none; as the workdir has it, where it holds something.
+
+    target: devices that are not here, to choose for; those of this run by default. Raises UserError.
+    """
+    options.check(config)
+    if not automatic.asked(config):
+        return None
+    held = _read_claim(workdir) if files.exists(workdir / paths.CONFIG) else None
+    if target is None:
+        compilation.use_cache(config.compilation_cache)  # what is compiled to choose is what will run
+    return automatic.choose(config, target or targets.here(), held)
 
 
 def _check_ends(corpus: Corpus, model: ModelConfig) -> None:
@@ -120,12 +147,15 @@ def _check_ends(corpus: Corpus, model: ModelConfig) -> None:
             )
 
 
-def _claim(workdir: Path, config, corpus: Corpus) -> None:
+def _claim(workdir: Path, config, corpus: Corpus, choice: Choice | None) -> None:
     """Writes the config into a new workdir; of a used one, checks that its rows would be comparable."""
     now = {"config": experiment.describe(config), "corpus": corpus.meta["hash"]}
+    made = choice.as_json() if choice else None
     path = workdir / paths.CONFIG
     if files.exists(path):
-        then, new = _flatten(_read_claim(workdir)), _flatten(now)
+        before = _read_claim(workdir)
+        made = made or before.get("chosen")
+        then, new = _flatten({name: before[name] for name in now}), _flatten(now)
         for key in sorted(set(new) | set(then)):
             if new.get(key) != then.get(key) and not _FREE_OPTIONS.match(key):
                 raise UserError(
@@ -136,7 +166,7 @@ def _claim(workdir: Path, config, corpus: Corpus) -> None:
     if not hosts.primary():
         return
     try:
-        files.write_sealed(path, now)
+        files.write_sealed(path, now | ({"chosen": made} if made else {}))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror}; allowed is a directory that can be written") from None
 
@@ -146,7 +176,7 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
     try:
         claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
         defaults = experiment.describe(base.get_config())
-        return {"config": _filled(_renamed(claim["config"]), defaults), "corpus": claim["corpus"]}
+        return {**claim, "config": _filled(_renamed(claim["config"]), defaults), "corpus": claim["corpus"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"--workdir={workdir}: no {paths.CONFIG} there; allowed is the --workdir of train or study"

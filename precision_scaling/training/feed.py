@@ -32,6 +32,12 @@ def abstract_tokens(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.of_shape(shape, None, "run", None, BATCH))
 
 
+def most_steps(wanted: int, lanes: int, batch_size: int, seq_len: int, dtype) -> int:
+    """Steps of a dispatch, at most `wanted`, whose tokens a process holds in CHUNK_BYTES."""
+    step_bytes = lanes * batch_size * (seq_len + 1) * np.dtype(dtype).itemsize // jax.process_count()
+    return min(wanted, max(1, CHUNK_BYTES // step_bytes))
+
+
 class Prefetcher:
     """Chunks as arrays on the devices, of a fixed number of steps T: (T, R, M, B, S + 1).
 
@@ -42,9 +48,8 @@ class Prefetcher:
     def __init__(self, loader: Loader, layout: Layout, lanes: int, microbatches: int, max_steps: int):
         sequences = loader.batch_size // microbatches
         dtype = loader.corpus.train.dtype
-        step_bytes = lanes * microbatches * sequences * (loader.seq_len + 1) * dtype.itemsize // jax.process_count()
         self.lanes = lanes
-        self.max_steps = min(max_steps, max(1, CHUNK_BYTES // step_bytes))
+        self.max_steps = most_steps(max_steps, lanes, loader.batch_size, loader.seq_len, dtype)
         self.abstract = abstract_tokens(layout, self.max_steps, lanes, microbatches, sequences, loader.seq_len, dtype)
         self.shape, self.sharding = self.abstract.shape, self.abstract.sharding
         self.wait_seconds = 0.0  # that `take` has waited for tokens, in all

@@ -13,7 +13,7 @@ from precision_scaling.runtime import compilation, hlo, sharding
 from precision_scaling.runtime.sharding import BATCH, Layout
 from precision_scaling.training import step
 from precision_scaling.training.compiled import bytes_in_use, compiled_cohort, stacked
-from precision_scaling.training.feed import abstract_tokens
+from precision_scaling.training.feed import abstract_tokens, most_steps
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.run import Cohort
 from precision_scaling.training.step import RunInputs, StepConfig
@@ -56,8 +56,13 @@ class Forecast:
         }
 
 
-def train_step(cohort: Cohort, optimizer: OptimizerConfig, layout: Layout, lanes: int) -> Forecast:
-    """One step of a cohort with so many lanes. Nothing is allocated. Raises TooLargeError."""
+def train_step(
+    cohort: Cohort, optimizer: OptimizerConfig, layout: Layout, lanes: int, steps_per_dispatch: int = 1
+) -> Forecast:
+    """One step of a cohort with so many lanes. Nothing is allocated. Raises TooLargeError.
+
+    steps_per_dispatch: whose tokens a dispatch is given, at most; the program of a run is that of its own number.
+    """
     shape, run = cohort.shape, cohort.runs[0]
     config = StepConfig(shape.model, cohort.static, optimizer, shape.microbatches)
     these = compiled_cohort(config, layout, lanes)
@@ -65,7 +70,8 @@ def train_step(cohort: Cohort, optimizer: OptimizerConfig, layout: Layout, lanes
     inputs = RunInputs(cohort.static.grids(run.precision, shape.model.depth), run.schedule, np.int32(run.seed))
     sequences = shape.batch_size // shape.microbatches
     dtype = token_dtype(shape.model.vocab_size)
-    tokens = abstract_tokens(layout, 1, lanes, shape.microbatches, sequences, shape.model.sequence_length, dtype)
+    steps = most_steps(steps_per_dispatch, lanes, shape.batch_size, shape.model.sequence_length, dtype)
+    tokens = abstract_tokens(layout, steps, lanes, shape.microbatches, sequences, shape.model.sequence_length, dtype)
     in_lanes = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], lanes, axis=0), inputs)
     return _compiled(functools.partial(these.train.lower, state, in_lanes, tokens, 1), layout)
 
