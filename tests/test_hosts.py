@@ -102,7 +102,9 @@ def test_processes_come_and_go_and_the_curve_is_that_of_one(tiny_config, data_op
 
     # Four processes, of which one is asked to stop: all do, after a checkpoint that each has written its part of. Two
     # and two stand for slices: parameters are split inside of each, the batch over both.
-    four = Processes(path, workdir, 4, "--config.mesh.slices=2", "--config.mesh.fsdp=2")
+    four = Processes(
+        path, workdir, 4, "--config.mesh.slices=2", "--config.mesh.fsdp=2", "--config.train.microbatches=auto"
+    )
     wait_for_step(workdir, 4, four)
     four.running[2].send_signal(signal.SIGTERM)
     ended = four.wait()

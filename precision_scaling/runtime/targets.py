@@ -61,12 +61,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for. memory: bytes of one device, None for a CPU, whose memory is the machine's."""
+    """Devices to compile for. memory: bytes of one device, None for a CPU, whose memory is the machine's. here: they
+    are those of this run."""
 
     name: str
     devices: Sequence[Any]
     memory: int | None
     slices: int = 1
+    here: bool = False
 
     @property
     def kind(self) -> str:
@@ -83,12 +85,13 @@ def here() -> Target:
     devices = jax.devices()
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
-        return Target(name, devices, None)
+        return Target(name, devices, None, here=True)
     told = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
     memory = min(told) or TPUS.get(KINDS.get(devices[0].device_kind, ""), (0,))[0]
     if not memory:
         raise UserError(f"{name}: the memory of these devices is not known; allowed are numbers, not auto")
-    return Target(name, devices, -hosts.largest(-(memory >> 20)) << 20)  # in whole MiB, for all processes to agree on
+    memory = -hosts.largest(-(memory >> 20)) << 20  # in whole MiB, for all processes to agree on
+    return Target(name, devices, memory, here=True)
 
 
 def target(name: str) -> Target:

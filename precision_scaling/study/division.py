@@ -208,7 +208,8 @@ def compile_step(
     spread = sizes["run"]
     lanes = -(-_trunks(cohort, config.study.lanes) // spread) * spread
     lanes = min(lanes, config.study.lanes, max(spread, most_lanes or lanes))
-    return forecast.train_step(cohort, optimizer, layout, max(spread, lanes), config.train.steps_per_dispatch)
+    steps = config.train.steps_per_dispatch if target.here else 1  # here it is the program that will run
+    return forecast.train_step(cohort, optimizer, layout, max(spread, lanes), steps)
 
 
 def shown(size: float) -> str:
