@@ -96,6 +96,7 @@ def test_a_program_counted_by_hand():
     assert counts.blocking == 4 and counts.sent == sum(sent for sent, _ in found.values())
     assert counts.products == {"s8 x s8": 5}
     assert (counts.copies, counts.copied_bytes) == (5, 5 * 8 * 4 * 2)
+    assert counts.kernels == 5 + 5 * (6 + 1)  # six in each turn, and the condition of the loop
     with pytest.raises(ValueError, match="no HLO"):
         hlo.count("nothing", 8)
 

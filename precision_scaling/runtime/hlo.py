@@ -27,6 +27,11 @@ _HEADER = re.compile(r"(ENTRY )?%([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+# No work of their own: names, views, and what calls other computations.
+_NO_KERNELS = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "optimization-barrier", "add-dependency", "domain"),
+}
 _GEMM = re.compile(r'custom_call_target="(__cublas\$|__cudnn\$|__triton_gemm)')
 
 
@@ -64,12 +69,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a program does. products: {"bf16 x bf16": times}; copies: of whole buffers, outside of fusions."""
+    """What a program does. products: {"bf16 x bf16": times}; copies: of whole buffers, outside of fusions. kernels: of
+    all kinds, fusions and library calls among them, that a device is given one after another."""
 
     collectives: tuple[Collective, ...]
     products: Mapping[str, int]
     copies: int
     copied_bytes: int
+    kernels: int = 0
 
     @property
     def sent(self) -> float:
@@ -109,6 +116,7 @@ def count(text: str, devices: int, slices: int = 1) -> Counts:
         (*_collectives(program, devices // slices), *_between_slices(program, slices)),
         dict(sorted(_products(program).items())),
         *_copies(program),
+        _kernels(program),
     )
 
 
@@ -260,3 +268,20 @@ def _copies(program: Program) -> tuple[int, int]:
             number += times
             total += times * bytes_of(*shapes(instruction.type)[0])
     return number, total
+
+
+def _kernels(program: Program) -> int:
+    """Instructions that are work, in the computations that the device runs as such: not inside a fusion or a sum."""
+    number, left = 0, [program.entry]
+    seen = set()
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in program.computations.get(name, ()):
+            if line.opcode in ("while", "conditional", "call"):
+                left += _called(line)
+            elif line.opcode not in _NO_KERNELS and not line.opcode.endswith("-done"):
+                number += program.times[name]
+    return number

@@ -51,6 +51,7 @@ class Forecast:
             },
             "blocking_collectives": counts.blocking,
             "products": dict(counts.products),
+            "kernels": counts.kernels,
             "copies": {"count": counts.copies, "bytes": counts.copied_bytes},
             "compile_seconds": round(self.seconds, 1),
         }
