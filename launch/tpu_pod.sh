@@ -13,7 +13,7 @@ Actions
             and wait; a slice that is preempted is replaced and the command run again, which a study or a training run
             continues. Stopped on this side (Ctrl-C), it goes on there; the same command waits for it again
   status    state of the slice, and of the command on each worker
-  logs      the last lines of the command on each worker
+  logs      the last lines of the command on each worker, and the newest line of its metrics
   fetch     copy the workdir (--workdir=DIR) from --results, or from worker 0, to the same path here
   delete    give the slice back
 
@@ -262,7 +262,10 @@ run() {
       outcome=preempted
     fi
     case "$outcome" in
-      done) break ;;
+      done)
+        $dry_run || remote "$worker logs 5" >&2 || true
+        break
+        ;;
       preempted) say "preempted: queueing for another slice" ;;
       *)
         remote "$worker logs 5" >&2 || true

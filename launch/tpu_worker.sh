@@ -10,7 +10,7 @@ Usage: bash launch/tpu_worker.sh ACTION, on a TPU worker; tpu_pod.sh calls it th
                                           kept, or empty
   is_running                              whether it still runs, as the exit status
   status                                  running, done, failed, stopped or no command
-  logs [LINES]                            its last lines, 50 if not given
+  logs [LINES]                            its last lines, 50 if not given, and the newest line of metrics in its workdir
   stop                                    let it save and end; after a minute, kill it
   --dry_run                               print the commands of an action instead of running them
   --help                                  this text
@@ -42,6 +42,19 @@ copy_in() {
     grep -q "matched no objects" <<<"$answer" || { echo "$answer" >&2 && return 1; }
   fi
 }
+
+metrics() { # metrics WORKDIR: the last line of the metrics.jsonl, or of a part of one, that was written last
+  local file=""
+  if [[ "$1" != gs://* ]]; then
+    file="$(find "$1/runs" -name metrics.jsonl -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)"
+    [ -z "$file" ] || tail -n 1 "$file" | shown "${file##*/runs/}: "
+  elif [[ "$(hostname)" != *-w-[1-9]* ]]; then # all workers of a slice have the same: worker 0 lists them
+    file="$(gcloud storage ls --long "$1/runs/**.jsonl" 2>/dev/null | grep gs:// | sort -b -k 2,2 | sed 's/.* gs:/gs:/' | tail -n 1)"
+    [ -z "$file" ] || gcloud storage cat "$file" | tail -n 1 | shown "${file##*/runs/}: "
+  fi
+}
+
+shown() { sed "s|^|$(hostname): ${1:-}|"; }
 
 extras() { # of setup.py, for a command
   case " $* " in *" --workdir=gs://"*) echo tpu,gcs ;; *) echo tpu ;; esac
@@ -113,6 +126,7 @@ case "$action" in
     fi
     rm -f job/status
     echo "$asked" >job/command
+    printf '%s\n' "$2" >job/workdir
     # A session of its own outlives this connection.
     setsid bash launch/tpu_worker.sh job "$@" </dev/null >job/log 2>&1 &
     echo $! >job/pid
@@ -138,7 +152,10 @@ case "$action" in
     fi
     echo "worker $(hostname): $answer"
     ;;
-  logs) tail -n "$1" job/log | sed "s/^/$(hostname): /" ;;
+  logs)
+    tail -n "$1" job/log | shown
+    metrics "$(cat job/workdir)" || true # a run that has just begun has none
+    ;;
   stop)
     is_running || exit 0
     pid="$(cat job/pid)"

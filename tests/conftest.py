@@ -48,7 +48,7 @@ def session_directory(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def _first(directory: Path):
+def once(directory: Path):
     """Whether this process is the first to make what belongs into a directory; others wait until it is there."""
     with open(f"{directory}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,7 +73,7 @@ def transformers():
 def data_options(session_directory) -> dict[str, object]:
     """Options of config.data: a corpus of 60 small modules, cached for this session alone."""
     root = session_directory / "sources"
-    with _first(root) as first:
+    with once(root) as first:
         if first:
             root.mkdir()
             rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def finished_study(study_config, session_directory):
     from precision_scaling.study.workspace import open_workspace
 
     workdir = session_directory / "study"
-    with _first(workdir) as first, _few_optimizations():
+    with once(workdir) as first, _few_optimizations():
         workspace = open_workspace(study_config, workdir)
         if first:
             run_missing.train_missing(workspace)

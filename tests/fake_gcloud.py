@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 HOME = Path(os.environ["FAKE_GCLOUD"])
@@ -83,12 +85,34 @@ def tpu_vm(action: str, arguments: list[str]) -> None:
 
 
 def storage(action: str, arguments: list[str]) -> None:
+    if host := os.environ.get("STORAGE_EMULATOR_HOST"):
+        objects(host, action, arguments[-1])
+        return
     paths = [Path(str(HOME) + a.removeprefix("gs:/")) if a.startswith("gs://") else Path(a) for a in arguments]
     paths = [path for path in paths if not str(path).startswith("--")]
     if not paths[0].exists():
         fail("ERROR: (gcloud.storage) One or more URLs matched no objects.")
     if action == "rsync":
         shutil.copytree(*paths, dirs_exist_ok=True)
+
+
+def objects(host: str, action: str, url: str) -> None:
+    """`ls --long` and `cat` of objects of a server."""
+    name, path = url.removeprefix("gs://").split("/", 1)
+    if action == "cat":
+        with urllib.request.urlopen(
+            f"{host}/storage/v1/b/{name}/o/{urllib.parse.quote(path, safe='')}?alt=media"
+        ) as answer:
+            print(answer.read().decode(), end="")
+        return
+    prefix, end = path.split("**")
+    with urllib.request.urlopen(f"{host}/storage/v1/b/{name}/o?prefix={urllib.parse.quote(prefix)}") as answer:
+        found = [item for item in json.load(answer).get("items", ()) if item["name"].endswith(end)]
+    if not found:
+        fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+    for item in found:
+        print(f"{item['size']:>10}  {item['updated']}  gs://{name}/{item['name']}")
+    print(f"TOTAL: {len(found)} objects")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from precision_scaling.runtime import compilation
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", 0.0
+    )  # many small ones; the next process has them all
     compilation.jit = lambda function, level=0, platform=None, **options: jax.jit(function, **options)
     for is_end, command in itertools.groupby(sys.argv[1:], lambda word: word == "--then"):
         if not is_end:

@@ -1,6 +1,5 @@
 """A workdir in a bucket, against a real server on this machine: the same bytes as on a disk, whatever dies."""
 
-import itertools
 import json
 import os
 import signal
@@ -20,6 +19,8 @@ from precision_scaling.errors import UserError
 from precision_scaling.runtime import bucket, files, lease, paths
 from precision_scaling.study import locks
 from precision_scaling.training import checkpoint, metrics_log, step
+from tests.conftest import once
+from tests.same_process import do
 from tests.test_bad_tables import good_table
 
 ROOT = Path(__file__).parent.parent
@@ -210,17 +211,19 @@ def test_metrics_are_sent_in_parts_and_joined(place, tmp_path):
     assert files.matching(place, f"{paths.METRICS_PARTS}/*") == []
 
 
-def test_a_bucket_that_is_not_there_or_may_not_be_used_is_one_line(store, run_command, tmp_path):
-    arguments = ("--config=configs/base.py", "--config.model.size=25k", "--config.evaluate.sequences=64")
-    done = run_command("precision_scaling.train", *arguments, "--workdir=gs://no-such-bucket/a", data=True)
-    assert done.returncode == 2 and "no such bucket" in done.stderr.splitlines()[-1], done.stderr
+def test_a_bucket_that_is_not_there_or_may_not_be_used_is_one_line(store, data_options, capfd):
+    options = {"model.size": "25k", "evaluate.sequences": 64, **{f"data.{k}": v for k, v in data_options.items()}}
+    arguments = ("--config=configs/base.py", *(f"--config.{key}={value}" for key, value in options.items()))
+    do("precision_scaling.train", *arguments, "--workdir=gs://no-such-bucket/a", status=2)
+    said = capfd.readouterr().err
+    assert "no such bucket" in said.splitlines()[-1], said
     store.refuse = 403
     try:
-        done = run_command("precision_scaling.train", *arguments, f"--workdir={store.url}/a", data=True)
+        do("precision_scaling.train", *arguments, f"--workdir={store.url}/a", status=2)
     finally:
         store.refuse = 0
-    assert done.returncode == 2 and "no permission for this bucket" in done.stderr.splitlines()[-1], done.stderr
-    assert "Traceback" not in done.stderr
+    said = capfd.readouterr().err
+    assert "no permission for this bucket" in said.splitlines()[-1] and "Traceback" not in said, said
 
 
 def test_a_token_that_is_not_accepted_is_told_from_a_bucket_that_may_not_be_used(place, store, monkeypatch):
@@ -237,7 +240,7 @@ def test_a_token_that_is_not_accepted_is_told_from_a_bucket_that_may_not_be_used
 
 
 @pytest.fixture(scope="module")
-def study(tiny_config, data_options, tmp_path_factory):
+def study(tiny_config, data_options, session_directory, quick_compile):
     """(its config file, its workdir on this machine when it is done)."""
     config = tiny_config(train__log_every=1, train__checkpoint_seconds=0.5, train__steps_per_dispatch=2).to_dict()
     flat = {
@@ -246,21 +249,20 @@ def study(tiny_config, data_options, tmp_path_factory):
         for name, value in config[section].items()
     }
     flat |= {"study.lanes": 2, "compilation_cache": config["compilation_cache"]}
-    directory = tmp_path_factory.mktemp("bucket")
+    directory = session_directory / "bucket"
     path = directory / "study.py"
-    path.write_text(CONFIG.format(data=data_options, options=flat))
-    ((status, said),) = wait(start(path, directory / "whole"))
-    assert status == 0, said
+    with once(directory) as first:
+        if first:
+            directory.mkdir()
+            path.write_text(CONFIG.format(data=data_options, options=flat))
+            do("precision_scaling.study", f"--config={path}", f"--workdir={directory / 'whole'}")
     return path, directory / "whole"
 
 
 def start(config: Path, workdir, *more: str) -> subprocess.Popen:
-    return run("precision_scaling.study", f"--config={config}", f"--workdir={workdir}", *more)
-
-
-def run(*commands: str) -> subprocess.Popen:
+    command = ("precision_scaling.study", f"--config={config}", f"--workdir={workdir}", *more)
     return subprocess.Popen(
-        [sys.executable, "tests/quick_command.py", *commands],
+        [sys.executable, "tests/quick_command.py", *command],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
@@ -303,16 +305,17 @@ def test_a_study_that_is_killed_again_and_again_has_them_too(place, study, store
             time.sleep(0.02)
         process.kill()
         process.communicate()
-    ((status, said),) = wait(start(config, place))
-    assert status == 0, said
+    do("precision_scaling.study", f"--config={config}", f"--workdir={place}")
     compare(place, whole)
 
 
 @pytest.mark.slow
 def test_two_workers_share_a_study(place, study):
     config, whole = study
-    ended = wait(start(config, place, "--shard=0/2"), start(config, place, "--shard=1/2"))
-    assert [status for status, _ in ended] == [0, 0], ended
+    other = start(config, place, "--shard=1/2")
+    do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--shard=0/2")
+    ((status, said),) = wait(other)
+    assert status == 0, said
     compare(place, whole)  # the table, too: the last to end has gathered all rows
 
 
@@ -322,16 +325,15 @@ def test_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
     store.share, store.latency = 0.015, 0.005
     store.faults.clear()
     try:
-        ((status, said),) = wait(start(config, place))
+        do("precision_scaling.study", f"--config={config}", f"--workdir={place}")
     finally:
         store.share, store.latency = 0.0, 0.0
-    assert status == 0, said
     assert all(store.faults[kind] for kind in object_store.KINDS), store.faults
     compare(place, whole)
 
 
 @pytest.mark.slow
-def test_what_four_processes_have_left_is_finished_by_one(place, study, store):
+def test_what_four_processes_have_left_is_finished_by_one(place, study, store, capfd):
     config, whole = study
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
@@ -349,8 +351,8 @@ def test_what_four_processes_have_left_is_finished_by_one(place, study, store):
     written = store.objects(f"{place.name}/{paths.COHORTS}/")
     assert {name.split("ocdbt.process_")[1][0] for name in written if "ocdbt.process_" in name} == set("0123")
 
-    ((status, said),) = wait(start(config, place))
-    assert status == 0 and "going back" not in said, said  # the newest checkpoint could be read
+    do("precision_scaling.study", f"--config={config}", f"--workdir={place}")
+    assert "going back" not in capfd.readouterr().err  # the newest checkpoint could be read
     tables = [
         [line.split(",") for line in text.decode().splitlines()[1:]]
         for text in (files.read(place / paths.TABLE), (whole / paths.TABLE).read_bytes())
@@ -362,8 +364,7 @@ def test_what_four_processes_have_left_is_finished_by_one(place, study, store):
 @pytest.mark.slow
 def test_a_study_has_the_bytes_of_one_on_a_disk_and_the_other_commands_work_there_too(place, study, tmp_path):
     config, whole = study
-    ((status, said),) = wait(start(config, place, "--profile=1"))
-    assert status == 0, said
+    do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--profile=1")
     compare(place, whole)
     before_ptq = [line for line in good_table().splitlines() if line.split(",")[6] in ("P_post", "")]
     files.atomic_write(place / "other.csv", "\n".join(before_ptq))
@@ -377,8 +378,8 @@ def test_a_study_has_the_bytes_of_one_on_a_disk_and_the_other_commands_work_ther
         ("analysis.report", f"--runs={place}/other.csv", "--laws=chinchilla", "--bootstrap=0", f"--out={place}/r"),
         ("precision_scaling.huggingface", "export", f"--workdir={place}", f"--out={tmp_path / 'model'}", *packed),
     )
-    ((status, said),) = wait(run(*itertools.chain.from_iterable((*command, "--then") for command in commands)))
-    assert status == 0, said
+    for command in commands:
+        do(*command)
     names = [path.relative_to(place).as_posix() for path in bucket.below(place)]
     assert {paths.TABLE, "fit.json", "predicted.csv", "r/index.html"} <= set(names)
     assert any(name.startswith("r/figures/") and name.endswith(".svg") for name in names)

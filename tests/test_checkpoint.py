@@ -17,6 +17,7 @@ import pytest
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import files
 from precision_scaling.training import checkpoint
+from precision_scaling.training.preemption import Preemption
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +101,26 @@ def test_the_newest_readable_state_of_a_cohort_is_restored(tmp_path, caplog):
     (directories[0] / "lanes.json").write_text('[{"run":')
     checkpoints.clear()
     assert checkpoints.restore(abstract) is None and not (tmp_path / "cohort").exists()
+
+
+def test_a_checkpoint_says_what_it_took(tmp_path):
+    started = time.monotonic()
+    took = checkpoint.CohortCheckpoints(tmp_path / "cohort").save([{"run": "a", "step": 0}], tree())
+    noted = json.loads((tmp_path / "cohort" / "1" / "lanes.json").read_text())["seconds"]
+    assert 0 < noted <= took + 0.005 and took <= time.monotonic() - started
+
+
+def test_a_checkpoint_that_a_preemption_would_lose_is_one_warning(caplog):
+    preemption = Preemption()
+    assert preemption.described() == {}
+    preemption.dispatched(4.0)
+    preemption.saved(26.0)
+    assert preemption.described() == {"save_seconds": 26.0} and not caplog.records
+    for _ in range(3):
+        preemption.saved(26.004)
+    (record,) = caplog.records
+    assert "took 26 s after steps of 4 s" in record.getMessage() and "study.lanes" in record.getMessage()
+    assert "\n" not in record.getMessage()
 
 
 def test_a_lane_at_another_step_than_its_state_is_refused(tmp_path, caplog):
@@ -192,7 +213,7 @@ def assert_same_study(one: Path, other: Path) -> None:
         for all_ in lines:
             assert [line.pop("step") for line in all_] == list(range(1, 13 if "D768" in name else 8))
             for line in all_:  # without how fast it went
-                for timing in ("tokens_per_second", "flops_per_second", "data_wait"):
+                for timing in ("tokens_per_second", "flops_per_second", "data_wait", "save_seconds"):
                     line.pop(timing, None)
         assert lines[0] == lines[1]
         parameters = [checkpoint_arrays(study / "runs" / name / "checkpoint") for study in (one, other)]

@@ -26,6 +26,11 @@ workdir = pathlib.Path(rest[0].removeprefix("--workdir="))
 workdir.mkdir(parents=True, exist_ok=True)
 worker = pathlib.Path.cwd().parent.name
 (workdir / f"{worker}.json").write_text(json.dumps(rest))
+for step, run in enumerate(("old", "new") if what == "ends" else ()):
+    (workdir / "runs" / run).mkdir(parents=True, exist_ok=True)
+    lines = ({"step": 1}, {"step": 2 + step, "of": worker})
+    (workdir / "runs" / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+    time.sleep(0.02)
 first = not (workdir / f"{worker}.first").exists()
 (workdir / f"{worker}.first").touch()
 print("measured", worker, flush=True)
@@ -60,7 +65,7 @@ class Cloud:
             env={**inherited, **known, "PATH": path, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def pod(self, action: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -165,7 +170,7 @@ def get_config():
     c.train.batch_size, c.train.log_every, c.train.checkpoint_seconds = 4, 1, 0.2
     c.train.steps_per_dispatch, c.study.lanes, c.ptq.methods, c.ptq.bits = 10, 2, ("rtn",), (3, 4)
     c.evaluate.sequences, c.evaluate.batch_size = 8, 4
-    c.study.grid.all = base.grid(("25k",), (64 * 3000, 64 * 1500), ("bf16", "w4"), ptq=True)
+    c.study.grid.all = base.grid(("25k",), (64 * 400, 64 * 200), ("bf16", "w4"), ptq=True)
     return c
 """
 
@@ -176,7 +181,7 @@ def test_a_study_whose_workdir_is_a_bucket_outlives_two_preemptions(cloud, data_
     """The workers really run the study. It has the table of one that was left alone on a disk."""
     config = cloud.home / "study.py"
     config.write_text(QUICK_STUDY.format(data=data_options, cache=compilation_cache))
-    study = ("-m", "precision_scaling.study", f"--config={config}")
+    study = ("tests/quick_command.py", "precision_scaling.study", f"--config={config}")
     whole = cloud.home / "whole"
     subprocess.run([sys.executable, *study, f"--workdir={whole}"], cwd=ROOT, check=True, capture_output=True)
 
@@ -199,11 +204,13 @@ def test_a_study_whose_workdir_is_a_bucket_outlives_two_preemptions(cloud, data_
     with object_store.bucket() as store:
         thread = threading.Thread(target=preempt, daemon=True)
         thread.start()
-        arguments = ("--retries=0", "--delete_when_done", "--", *study, f"--workdir={store.url}/w")
+        arguments = ("--poll=1", "--retries=0", "--delete_when_done", "--", *study, f"--workdir={store.url}/w")
         done = cloud.pod("run", *arguments, JAX_PLATFORMS="cpu", FAKE_WORKERS="1", **store.environment)
         assert done.returncode == 0, done.stderr
         thread.join()
         assert store.read("w/runs.csv") == (whole / "runs.csv").read_bytes()
+    last = json.loads(done.stderr.split("/metrics.jsonl: ")[1].splitlines()[0])
+    assert last["step"] in (400, 200)
     assert done.stderr.count("preempted: queueing for another slice") == 2 and "anew" not in done.stderr
     assert len(cloud.queued("create")) == 3 and 0 == taken[0] < taken[1]
 
@@ -221,11 +228,16 @@ def test_a_command_that_fails_is_run_again_a_few_times_and_its_last_words_are_sh
 def test_status_logs_and_delete(cloud):
     absent = cloud.pod("status")
     assert (absent.returncode, absent.stdout) == (0, "slice: ABSENT\n")
-    assert cloud.pod("run", *cloud.command("ends", "--workdir=w/out")).returncode == 0
+    done = cloud.pod("run", *cloud.command("ends", "--workdir=w/out"))
+    assert (
+        done.returncode == 0 and done.stderr.count('new/metrics.jsonl: {"step": 3') == 2
+    )  # of each worker, at the end
     first, *workers = cloud.pod("status").stdout.splitlines()
     assert first == "slice: ACTIVE" and [line.split(": ")[1] for line in workers] == ["done", "done"]
     logs = cloud.pod("logs").stdout
-    assert "measured worker0" in logs and "measured worker1" in logs
+    for worker in ("worker0", "worker1"):
+        assert f"measured {worker}" in logs
+        assert f'new/metrics.jsonl: {{"step": 3, "of": "{worker}"}}' in logs and "old/metrics" not in logs
     assert cloud.pod("delete").returncode == 0
     assert len(cloud.queued("delete")) == 1
     assert cloud.pod("status").stdout == "slice: ABSENT\n"
@@ -237,11 +249,9 @@ def test_without_results_the_workdir_comes_from_the_first_worker(cloud):
     try:
         assert cloud.pod("run", *cloud.command("ends", f"--workdir={inside}")).returncode == 0
         assert cloud.pod("fetch", f"--workdir={inside}").returncode == 0
-        assert {path.name for path in (ROOT / inside).iterdir()} == {"worker0.first", "worker0.json"}
+        assert {path.name for path in (ROOT / inside).iterdir()} == {"worker0.first", "worker0.json", "runs"}
     finally:
-        for path in (ROOT / inside).glob("*"):
-            path.unlink()
-        (ROOT / inside).rmdir()
+        shutil.rmtree(ROOT / inside)
 
 
 @pytest.mark.parametrize("before", ["SUSPENDED", "FAILED", "SUSPENDING\nSUSPENDED", "NO_NETWORK\nNO_NETWORK\nACTIVE"])

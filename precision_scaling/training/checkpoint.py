@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -201,22 +202,27 @@ class CohortCheckpoints:
     """The newest states of a cohort under way; `keep` of them, so that a damaged one is not the only one.
 
     Each is a directory `<n>` with the stacked train state and `lanes.json`: the run in each lane, its step, which the
-    state holds, too, and the batches that it leaves out.
+    state holds, too, the batches that it leaves out, and the seconds that it took to write the state.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
         self._directory, self._keep = directory, keep
 
-    def save(self, lanes: list[dict[str, Any]], state: Any) -> None:
-        """Writes the next checkpoint and removes those beyond `keep`."""
+    def save(self, lanes: list[dict[str, Any]], state: Any) -> float:
+        """Writes the next checkpoint and removes those beyond `keep`; returns the seconds until it counted."""
+        started = time.monotonic()
         number = hosts.largest(max(self._numbers(), default=0)) + 1
         path = self._directory / str(number)
         save(path / paths.STATE, state)
         if hosts.primary():
             # Last: without it the checkpoint does not count.
-            files.write_sealed(path / paths.LANES, {"lanes": lanes})
+            record = {"lanes": lanes, "seconds": round(time.monotonic() - started, 2)}
+            files.write_sealed(path / paths.LANES, record)
+        seconds = time.monotonic() - started
+        if hosts.primary():
             for old in self._numbers()[: -self._keep]:
                 files.remove_tree(self._directory / str(old), first=paths.LANES)
+        return seconds
 
     def restore(self, abstract_of_lanes) -> tuple[list[dict[str, Any]], Any] | None:
         """(lanes, state) of the newest readable checkpoint, or None where there is none.

@@ -32,6 +32,7 @@ from precision_scaling.training.compiled import compiled_cohort, lanes_that_fit,
 from precision_scaling.training.feed import Prefetcher
 from precision_scaling.training.lanes import Lane, Lanes
 from precision_scaling.training.optimizer import OptimizerConfig
+from precision_scaling.training.preemption import Preemption
 from precision_scaling.training.run import Cohort, Run
 from precision_scaling.training.step import RunInputs, StepConfig, TrainState
 
@@ -173,6 +174,7 @@ class _Trainer:
         self.state: TrainState = self.compiled.spread(self.compiled.initialize(0))
         self.checkpoints = cohort_checkpoints(self.workdir, cohort, context.worker)
         self.saved_at = time.monotonic()
+        self.preemption = Preemption()
         self.most_steps = 1  # of a dispatch; the first one shows how long a step takes
 
     def restore(self) -> None:
@@ -283,11 +285,13 @@ class _Trainer:
             self.state, found = self.compiled.train(self.state, _inputs(self.cohort, self.lanes), tokens, steps)
             found = jax.tree.map(lambda x: np.asarray(x)[:, :steps], found)
             seconds, waited = time.monotonic() - started, self.feed.wait_seconds - waited
+        self.preemption.dispatched(seconds)
         # The same for all processes.
         self.most_steps = -hosts.largest(-lanes.steps_within(seconds / steps, self.feed.max_steps))
         model, devices = self.cohort.shape.model, self.layout.mesh.devices
         active = sum(lane is not None for lane in self.lanes)
-        return steps, found, metrics.speed(model, devices, active, steps * self._step_tokens, seconds, waited)
+        speed = metrics.speed(model, devices, active, steps * self._step_tokens, seconds, waited)
+        return steps, found, speed | self.preemption.described()
 
     def _rewind(self, i: int, lane: Lane, step: int) -> None:
         """Takes the run in a lane back to its newest checkpoint, or its start, to do this step without its batch."""
@@ -323,11 +327,13 @@ class _Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
+        started = time.monotonic()
         self.metrics_log.flush()  # first: a run goes on with the lines up to its checkpoint
         if any(self.lanes):
             described = lambda lane: {"run": lane.run.id, "step": lane.step, "left_out": lane.left_out}
             entries = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
-            self.checkpoints.save(entries, self.state)
+            flushed = time.monotonic() - started
+            self.preemption.saved(flushed + self.checkpoints.save(entries, self.state))
         self.saved_at = time.monotonic()
 
     def _copy_history(self, trunk: Run, run: Run) -> None:
