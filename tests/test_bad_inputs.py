@@ -14,6 +14,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.numerics.formats import FormatError
 from tests import forked
 from tests.bad_inputs import CASES, FAKE_QUANT, OPTIONS, RIGHT, STUDIED, TRAIN, ZERO_IS_RIGHT, Case, wrong_values
+from tests.test_bad_tables import good_table
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60.0  # a command that takes longer hangs, on a machine with much else to do, too
@@ -107,6 +108,45 @@ def test_fake_quant_refuses(arguments, said):
         quantize.fake_quant(**{"x": np.ones((12, 64), np.float32), "fmt": 4} | arguments)
     message = str(error.value)
     assert said in message and "allowed" in message and "\n" not in message
+
+
+S3 = "s3://bucket/x"
+CONFIG = "--config={root}/configs/base.py"
+STUDY = "--config={root}/configs/study_cpu.py"
+FOREIGN = [
+    ("precision_scaling.train", [CONFIG, f"--workdir={S3}"]),
+    ("precision_scaling.train", [CONFIG, "--workdir=w", f"--config.compilation_cache={S3}"]),
+    ("precision_scaling.study", [STUDY, f"--workdir={S3}"]),
+    ("precision_scaling.study", [STUDY, "--workdir=w", f"--rows={S3}"]),
+    ("precision_scaling.study", [STUDY, "--workdir=w", "--dry_run", f"--settings={S3}"]),
+    ("precision_scaling.ptq", [f"--workdir={S3}", "--method=rtn", "--bits=4"]),
+    ("precision_scaling.layer_stats", [f"--workdir={S3}"]),
+    ("precision_scaling.sample", [f"--workdir={S3}"]),
+    ("precision_scaling.loss", [f"--workdir={S3}"]),
+    ("precision_scaling.huggingface", ["export", f"--workdir={S3}", "--out=out"]),
+    ("precision_scaling.huggingface", ["export", "--workdir=w", f"--out={S3}"]),
+    ("precision_scaling.huggingface", ["import", f"--model={S3}", "--workdir=w"]),
+    ("precision_scaling.huggingface", ["import", "--model=m", f"--workdir={S3}"]),
+    ("analysis.fit", [f"--runs={S3}", "--law=chinchilla", "--out=fit.json"]),
+    ("analysis.fit", ["--runs={tmp}/runs.csv", "--law=chinchilla", f"--out={S3}"]),
+    ("analysis.compare", ["--runs={tmp}/runs.csv", f"--out={S3}"]),
+    ("analysis.compare", [f"--runs={S3}", "--out=out"]),
+    ("analysis.report", ["--runs={tmp}/runs.csv", f"--out={S3}"]),
+    ("analysis.report", [f"--runs={S3}", "--out=out"]),
+    ("analysis.plan", [f"--fit={S3}", "--flops=1e21", "--out=plan.json"]),
+    ("analysis.plan", ["--fit=paper", "--flops=1e21", f"--out={S3}"]),
+    ("analysis.predict", ["--fit=fit.json", "--runs={tmp}/runs.csv", f"--out={S3}"]),
+    ("analysis.predict", [f"--fit={S3}", "--runs={tmp}/runs.csv", "--out=out.csv"]),
+]
+
+
+@pytest.mark.parametrize(("module", "argv"), FOREIGN, ids=[f"{m}-{'-'.join(a)}".replace("/", "") for m, a in FOREIGN])
+def test_a_bucket_that_is_not_known_is_refused_before_anything_is_made(module, argv, tmp_path):
+    (tmp_path / "runs.csv").write_text(good_table())
+    done = forked.run(module, [_filled(a, {"root": str(ROOT), "tmp": str(tmp_path)}) for a in argv], tmp_path)
+    line = forked.refusal(done)
+    assert done.code == 2 and S3 in line and "allowed" in line and not done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
 HELP = {

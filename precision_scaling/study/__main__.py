@@ -63,6 +63,8 @@ def main() -> None:
     if not config.study.grid:
         raise ConfigError("study.grid", "empty", "at least one part; to train one model use precision_scaling.train")
     shard = parse_shard(_SHARD.value, _ONLY.value)
+    given = files.place(_ROWS.value, "--rows") if _ROWS.value else None
+    settings = files.place(_SETTINGS.value, "--settings") if _SETTINGS.value else None
     target = topology.asked_for(FLAGS)
     if _DRY_RUN.value and (choice := chosen(config, workdir, target)):
         config = choice.config
@@ -73,11 +75,11 @@ def main() -> None:
         _check_only(shard, resolved)
         if _DRY_RUN.value:
             print(plan_text(resolved, shard))
-            if _SETTINGS.value:
+            if settings:
                 rows = [
                     row for run in resolved.models(shard.of(resolved.runs)) for row in results.planned_rows(config, run)
                 ]
-                results.write_table(files.place(_SETTINGS.value, "--settings"), rows)
+                results.write_table(settings, rows)
                 print(f"{len(rows)} losses to be measured in {_SETTINGS.value}")
             if target:
                 print(topology.report(config, target))
@@ -90,8 +92,8 @@ def main() -> None:
     profile = Profile(workdir / paths.PROFILE, _PROFILE.value)
     warnings: list[str] = []
     with at_work(workdir, shard, _TIME_LIMIT.value) as stop:
-        if _ROWS.value and hosts.primary():
-            taken = measured.take_over(files.place(_ROWS.value, "--rows"), workspace)
+        if given and hosts.primary():
+            taken = measured.take_over(given, workspace)
             print(f"{taken} of {len(workspace.experiment.runs)} runs are measured in {_ROWS.value}", file=sys.stderr)
         hosts.wait_for_all("took over rows")
         try:
