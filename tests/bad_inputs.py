@@ -478,7 +478,7 @@ STUDIED = [
     Case(PTQ, ("--workdir={study}", "--target_bits=2.5", "--bits=3,4"), ("2.5 with bits (3, 4)", "not above it")),
     Case(PTQ, ("--workdir={study}", "--target_bits=4", "--formats=e2m1"), ("ptq.target_bits", "no formats")),
     Case(PTQ, ("--workdir={study}", "--layers=40.down=4"), ("ptq.layers = '40.down'", "layers from 0 to")),
-    Case(PTQ, ("--workdir={study}", "--layers=*.down=e2m1", "--save"), ("--save with --layers", "integers")),
+    Case(PTQ, ("--workdir={study}", "--layers=*.down=e5m6", "--save"), ("--save with --layers", "8 bits at most")),
     Case(PTQ, ("--workdir={study}", "--method=smoothquant", "--layers=*.down=4"), ("layers", "no such option")),
     Case(PTQ, ("--workdir={study}", "--method=awq", "--target_bits=3"), ("target_bits", "no such option")),
     Case(PTQ, ("--workdir={study}", "--target_bytes=1e9"), ("--target_bytes=1e+09", "allowed")),

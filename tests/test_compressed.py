@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 
 from precision_scaling.errors import UserError
-from precision_scaling.huggingface import compressed
+from precision_scaling.huggingface import compressed, quantization_config
+from precision_scaling.huggingface.quantization_config import KINDS, Grid
 
-CONFIG = compressed.description({4: ["a"]}, 8, True)
+
+def description(names: dict[int, list[str]], group_size: int, symmetric: bool):
+    return quantization_config.description(
+        {Grid(bits, symmetric, group_size): layers for bits, layers in names.items()}
+    )
+
+
+CONFIG = description({4: ["a"]}, 8, True)
+BITS = KINDS["pack-quantized"].bits
 
 
 def test_words_worked_out_by_hand():
@@ -18,7 +27,7 @@ def test_words_worked_out_by_hand():
     assert compressed.pack(codes, 3).dtype == np.int32
 
 
-@pytest.mark.parametrize("bits", compressed.BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 100])
 def test_what_is_packed_is_unpacked(bits, columns):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (5, columns)).astype(np.uint8)
@@ -29,7 +38,7 @@ def test_what_is_packed_is_unpacked(bits, columns):
         compressed.unpack(packed, bits, columns + 32)
 
 
-@pytest.mark.parametrize("bits", compressed.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_the_library_packs_the_same_words(bits):
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     import torch
@@ -55,9 +64,7 @@ def layer(symmetric: bool, bits: int = 4, groups: int = 2):
 def test_a_layer_comes_back_as_its_kernel(bits, symmetric, groups):
     codes, scale, zero = layer(symmetric, bits, groups)
     tensors = {"norm.weight": np.ones(3, np.float32), **compressed.encoded("a", codes, scale, zero, bits)}
-    found = compressed.decoded(
-        compressed.description({bits: ["a"]}, 16 // groups if groups > 1 else 0, symmetric), tensors
-    )
+    found = compressed.decoded(description({bits: ["a"]}, 16 // groups if groups > 1 else 0, symmetric), tensors)
     offset = np.zeros((6, groups)) if zero is None else zero.astype(float)
     expected = (codes.astype(float).reshape(6, groups, -1) - offset[..., None]) * scale[..., None]
     assert set(found) == {"norm.weight", "a.weight"}
@@ -81,7 +88,7 @@ def changed(**parts):
         (changed(weight_scale=np.ones((6, 3), np.float32)), "are not of 6 x 16"),
         (changed(weight_packed=np.zeros((6, 2), np.float32)), "float32"),
         (changed(weight_scale=np.ones((6, 4), np.float32)), "in groups of 8"),
-        (lambda tensors: {"norm.weight": np.ones(2)}, "no packed tensor"),
+        (lambda tensors: {"norm.weight": np.ones(2)}, "no quantized tensor"),
         (lambda tensors: {**tensors, "b.weight": np.ones((2, 2))}, r"b\.weight.*allowed is a packed one"),
         (lambda tensors: {"lm_head" + k[1:]: v for k, v in tensors.items()}, "lm_head.*allowed is none"),
     ],
@@ -106,7 +113,10 @@ def weights(**changes):
     [
         ("int4", "an object"),
         ({**CONFIG, "quant_method": "awq"}, r"quant_method = 'awq'"),
-        ({**CONFIG, "format": "float-quantized"}, "format = 'float-quantized'"),
+        ({**CONFIG, "format": "marlin-24"}, "format = 'marlin-24'"),
+        ({**CONFIG, "format": "int-quantized"}, "format = 'int-quantized'"),
+        ({**CONFIG, "format": "float-quantized"}, r"type = 'int'.*'float' with float-quantized"),
+        (grouped(format="float-quantized"), "format = 'float-quantized': allowed is 'pack-quantized'"),
         ({**CONFIG, "config_groups": {}}, "one group"),
         ({**CONFIG, "config_groups": {"a": {}}}, "a group with weights"),
         ({**CONFIG, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
@@ -136,9 +146,9 @@ def weights(**changes):
 )
 def test_other_formats_are_refused_with_key_value_and_allowed(config, said):
     with pytest.raises(UserError, match=said) as error:
-        compressed.check(config)
+        quantization_config.check(config)
     assert str(error.value).startswith("quantization_config") and "allowed is" in str(error.value)
-    assert compressed.check(CONFIG) == [(["Linear"], (4, True, 8))]
+    assert quantization_config.check(CONFIG) == [(["Linear"], (4, True, 8, "pack-quantized"))]
 
 
 def test_a_layer_that_a_pattern_of_ignore_names_stays_as_it_is():
@@ -153,7 +163,7 @@ def test_layers_of_several_widths_are_told_by_name_and_one_of_none_or_two_is_ref
     tensors: dict = {}
     for name, bits in parts.items():
         tensors |= compressed.encoded(name, *layer(True, bits), bits)
-    config = compressed.description({bits: [name] for name, bits in parts.items()}, 8, True)
+    config = description({bits: [name] for name, bits in parts.items()}, 8, True)
     found = compressed.decoded(config, tensors)
     for name, bits in parts.items():
         codes, scale, _ = layer(True, bits)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import struct
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -429,6 +430,29 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_pa
     export_run(workdir, out, run.id)
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert 4_000 < sizes["tokenizer.json"] < 40_000 < sizes["model.safetensors"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 kB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(where)], capture_output=True).returncode:
+        pytest.skip("only root mounts file systems")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+@pytest.mark.slow
+def test_a_quantized_export_to_a_full_disk_is_one_line_and_leaves_nothing(trained, small_disk):
+    workdir, run, _ = trained
+    workspace = reopen_workspace(workdir)
+    quantize_missing(workspace, ("rtn",), (), formats=("e4m3",), save=True)
+    saved = workspace.directory(run) / "quantized" / "rtn-e4m3-8"
+    for out in (small_disk, small_disk / "model"):
+        with pytest.raises(UserError, match="No space left on device; allowed is a directory that can be") as error:
+            export_run(workdir, out, quantized=saved.name)
+        assert str(out) in str(error.value) and "\n" not in str(error.value) and not list(small_disk.iterdir())
 
 
 @pytest.mark.slow

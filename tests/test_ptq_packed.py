@@ -12,7 +12,7 @@ from precision_scaling.errors import UserError
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import init as init_model
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, codes, packed
+from precision_scaling.ptq import apply, codes, packed, rtn
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 from precision_scaling.runtime import files, paths
@@ -114,6 +114,82 @@ def test_size_is_worked_out_from_bits_groups_and_shapes(quantized):
     assert codes.stored_bits(quantized("gptq")[4], 4) == pytest.approx(4 + 32 * outputs / parameters)
     # A group of 4 has a scale of 32 bits and a zero of 4 bits.
     assert codes.stored_bits(quantized("rtn")[4], 4) == pytest.approx(4 + (32 + 4) / 4)
+
+
+# Options of the scheme, bits of a code, bytes of a scale and of the tensor's.
+FORMATS = {
+    "e4m3": ({}, 8, 4, 0),
+    "e2m1": ({"group_size": 24}, 4, 4, 0),  # of 64 inputs the last group has 16
+    "nvfp4": ({}, 4, 1, 4),
+    "nvfp4_4over6": ({}, 4, 1, 4),
+    "nvint4": ({}, 4, 1, 4),
+    "mxfp4": ({}, 4, 1, 0),
+    "mxfp6": ({}, 6, 1, 0),
+    "mxint8": ({}, 8, 1, 0),
+    "ternary": ({}, 2, 4, 0),
+    "int4": ({}, 4, 4, 0),
+}
+
+
+@functools.cache
+def in_format(name):
+    """A model of two kernels of two layers, one of them with a block that underflows and a block of zeros."""
+    rng, scheme, fmt = np.random.default_rng(0), scheme_of("rtn", **FORMATS[name][0]), parse(name)
+
+    def rounded(kernel):
+        found = rtn.solve(kernel.reshape(64, -1), fmt.grid(), fmt.kind, scheme, None)
+        arrays = found.code_IxO, found.scale_GxO, found.zero_GxO, True, kernel.shape, None
+        return codes.encode(*arrays, fmt.family == "int", scheme.group_size)
+
+    kernels = {}
+    for projection, features in (("gate_up", (2, 24)), ("down", (32,))):
+        kernel = rng.normal(size=(2, 64, *features)).astype(np.float32)
+        kernel[0, :32] *= 1e-7
+        kernel[1, :32] = 0
+        kernels[projection] = jax.vmap(rounded)(kernel)
+    rest = {"layers": {"block": {"norm": np.ones((2, 64), np.float32)}}}
+    return codes.QuantizedModel({"mlp": kernels}, rest)
+
+
+@pytest.mark.parametrize(
+    "name", ["e4m3", "nvfp4", *(pytest.param(name, marks=SLOW) for name in FORMATS if name not in ("e4m3", "nvfp4"))]
+)
+def test_every_format_comes_back_bit_for_bit_and_takes_its_bits(name, tmp_path):
+    model = in_format(name)
+    packed.save(tmp_path / "q", model, f"rtn-{name}", 4 if name == "int4" else name)
+    loaded = packed.load(tmp_path / "q")
+    assert loaded.bits == (4 if name == "int4" else name)
+    before, after = (codes.parameters(one)["layers"]["block"]["mlp"] for one in (model, loaded.model))
+    # Formats that have one zero keep no sign of it.
+    bits = np.asarray if name in ("mxint8", "nvint4") else lambda x: np.asarray(x).view(np.uint32)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), before, after)
+    _, code, scale, tensor = FORMATS[name]
+    sizes = [(64 * 48, model.kernels["mlp"]["gate_up"]), (64 * 32, model.kernels["mlp"]["down"])]
+    extra = sum(2 * tensor + scale * found.scales.size + 8 * (found.group_size is not None) for _, found in sizes)
+    assert packed.packed_bytes(model, loaded.bits) == 4 * 2 * 64 + sum(2 * n * code // 8 for n, _ in sizes) + extra
+    groups = sum(8 * (2 * tensor + scale * found.scales.size) for _, found in sizes)
+    assert codes.stored_bits(model, loaded.bits) == pytest.approx(code + groups / (2 * 64 * 80))
+    arrays = files.read_sealed(tmp_path / "q" / paths.DESCRIPTION)["arrays"]["kernels"]["mlp"]["down"]
+    assert arrays["codes"] == f"uint8[2, {64 * 32 * code // 8}]"
+    assert ("tensor_scale" in arrays) == bool(tensor) and arrays["scales"].startswith("uint8") == (scale == 1)
+
+
+def test_formats_by_projection_and_those_that_cannot_be_packed(tmp_path):
+    kernels = {
+        "gate_up": in_format("nvfp4").kernels["mlp"]["gate_up"],
+        "down": in_format("int4").kernels["mlp"]["down"],
+    }
+    wanted = {("mlp", "gate_up"): parse("nvfp4"), ("mlp", "down"): parse(4)}
+    layer = lambda i: {"mlp": jax.tree.map(lambda x: np.asarray(x[i]), kernels)}
+    blocks = [packed.pack_block(layer(i), {"norm": np.ones(64, np.float32)}, wanted) for i in (0, 1)]
+    packed.save_blocks(tmp_path / "q", blocks, {}, "rtn", (wanted, wanted))
+    loaded = packed.load(tmp_path / "q")
+    assert loaded.bits == {"mlp": {"gate_up": ["nvfp4"] * 2, "down": [4] * 2}}
+    for name, expected in kernels.items():
+        found = loaded.model.kernels["mlp"][name]
+        jax.tree.map(np.testing.assert_array_equal, *(jax.vmap(codes.dequantize)(one) for one in (found, expected)))
+    with pytest.raises(UserError, match="a kernel in e2m1 has values that are none of e2m1"):
+        packed.save(tmp_path / "r", in_format("e4m3"), "rtn", "e2m1")
 
 
 def random_model(bits, width=256):

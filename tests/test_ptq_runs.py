@@ -134,8 +134,8 @@ def test_formats_that_do_not_go_with_a_method_are_refused_in_one_line(one_run, m
     with pytest.raises(UserError, match=message) as raised:
         quantize_missing(one_run[0], (method,), (3,), options=options, formats=formats)
     assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="can be packed"):
-        quantize_missing(one_run[0], ("rtn",), (), formats=("e2m1",), save=True)
+    with pytest.raises(UserError, match="--save with the format e5m6: e5m6 cannot be packed"):
+        quantize_missing(one_run[0], ("rtn",), (), formats=("e5m6",), save=True)
 
 
 @pytest.mark.slow
@@ -191,6 +191,26 @@ def test_packed_model_has_the_loss_of_its_row(one_run):
     assert times(workspace.directory(run)) == saved
     (line,) = __main__._sizes(workspace, scheme_of("rtn"))
     assert str(path) in line and f"{packed.packed_bytes(loaded.model, 3):,} of packed arrays" in line
+
+
+@pytest.mark.slow
+def test_packed_models_of_other_formats_have_the_loss_of_their_rows(one_run, monkeypatch):
+    workspace, run = one_run
+    (group,) = workspace.experiment.cohorts
+    block = formats.block("nvfp4_of_8", formats.floating(2, 1), 8, "e4m3fn")
+    monkeypatch.setitem(formats._REGISTRY, block.name, block)
+    quantize_missing(workspace, ("gptq",), (), formats=("e4m3", block.name), save=True)
+    static = scheme_of("gptq").static(group.static)
+    evaluate = evaluate_lib.evaluator(workspace, group.shape, static)
+    grids = static.grids(run.precision, run.shape.model.depth, w=parse("bf16"))
+    for name, bits in (("e4m3", 8), (block.name, 5)):
+        (row,) = results.read_rows(workspace.directory(run), f"gptq-{name}")
+        path = paths.packed(workspace.directory(run), f"gptq-{name}", float(bits) if name == block.name else bits)
+        loaded = packed.load(path)
+        assert loaded.bits == name and evaluate(codes.parameters(loaded.model), grids) == row["loss"]
+        assert row["stored_bits"] == pytest.approx(codes.stored_bits(loaded.model, name), abs=1e-4)
+        (line,) = __main__._sizes(workspace, scheme_of("gptq", format=name))
+        assert f"{packed.packed_bytes(loaded.model, name):,} of packed arrays" in line
 
 
 @pytest.mark.slow

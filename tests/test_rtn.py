@@ -7,6 +7,7 @@ import pytest
 
 from precision_scaling.numerics import rounding
 from precision_scaling.ptq import kernel_grid, rtn
+from precision_scaling.ptq.scheme import Scheme
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -125,3 +126,15 @@ def test_bad_arguments_are_one_line_that_names_the_value(change, names):
     with pytest.raises(ValueError) as raised:
         rtn.quantize_kernel(**({"kernel": kernel_of(), "bits": 4} | change))
     assert names in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "nvint4"])
+def test_a_block_of_zeros_or_whose_scale_underflows_has_codes_of_zero(fmt):
+    kernel = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    kernel[:16], kernel[16:32] = 0, kernel[16:32] * 1e-9
+    levels, kind = kernel_grid.levels_of(fmt)
+    found = rtn.solve(jnp.asarray(kernel), levels, kind, Scheme(rtn.METHOD), None)
+    code, scale = np.asarray(found.code_IxO), np.asarray(found.scale_GxO)
+    assert not code[:32].any() and not scale[:2].any() and np.isfinite(code).all()
+    value = (code.reshape(4, 16, 4) * scale[:, None]).reshape(64, 4)
+    np.testing.assert_allclose(value, kernel, atol=0.6)

@@ -44,7 +44,8 @@ _OUT = flags.DEFINE_string("out", "", "export: a new directory, for `transformer
 _QUANTIZED = flags.DEFINE_string(
     "quantized",
     "",
-    "export: a packed model of the run (runs/ID/quantized/NAME, of ptq --save), as compressed-tensors.",
+    "export: a packed model of the run (runs/ID/quantized/NAME, of ptq --save), as compressed-tensors: integers, fp8 "
+    "(e4m3), nvfp4, mxfp4, mxfp6, mxfp8.",
     flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(

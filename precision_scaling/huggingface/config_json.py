@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from precision_scaling.errors import ConfigError, UserError
-from precision_scaling.huggingface import compressed
+from precision_scaling.huggingface import quantization_config
 from precision_scaling.huggingface.architectures import ARCHITECTURES, Architecture, architecture_of
 from precision_scaling.huggingface.reading import shown
 from precision_scaling.model import rope
@@ -153,7 +153,7 @@ def _check_keys(config: Mapping[str, Any], name: str, family: Architecture) -> N
                 raise _refused(key, value, f"{_ONLY[key]!r}, or the key left out")
         elif key == "quantization_config":
             if value is not None:
-                compressed.check(value)
+                quantization_config.check(value)
         elif key not in known:
             raise _refused(key, value, f"the key left out, if it changes nothing: {name} is not known to have it")
     sliding = _window(config) is not None and family.window != "all"

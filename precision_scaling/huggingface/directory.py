@@ -181,8 +181,8 @@ def _check_tensors(found: Pretrained) -> None:
         if (shape := found.tensors[place.name].shape) != place.shape:
             shapes = f"is of shape {shape}; allowed is {place.shape}, by config.json"
             raise UserError(f"{directory}: tensor {place.name} {shapes}")
-        if (dtype := found.tensors[place.name].dtype).kind in "iu":
-            raise UserError(f"{directory}: tensor {place.name} is of {dtype}; allowed is floating point")
+        if (dtype := found.tensors[place.name].dtype).kind in "iu" or dtype.itemsize < 2:
+            raise UserError(f"{directory}: tensor {place.name} is of {dtype}; allowed is floating point of 16 bits up")
         wanted.add(place.name)
         parameters += math.prod(place.shape)
     for name in sorted(set(found.tensors) - wanted):

@@ -23,7 +23,7 @@ from precision_scaling.runtime import files
 
 _DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
-    **{"I64": np.int64, "I32": np.int32},  # of quantized models
+    **{"I64": np.int64, "I32": np.int32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn},  # of quantized models
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 

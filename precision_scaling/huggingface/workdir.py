@@ -136,8 +136,8 @@ def export_run(workdir: Path, out: Path, run_id: str = "", quantized: str = "", 
             write_pretrained(out, model, params, dtype, **ends)
         return run
     loaded = packed.load(packed_path(workspace.directory(run), quantized))
-    quantized_lib.check(loaded, quantized)
     decoder = packed.decoder(model, loaded)
+    quantized_lib.check(loaded, quantized, decoder)
     plain, tensors, quantization = quantized_lib.tensors(decoder, loaded, np.dtype(dtype))
     with _whole_or_nothing(out):
         _write_tokenizer(workspace.corpus.directory / "tokenizer.json", out, end_of_text)

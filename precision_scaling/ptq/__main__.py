@@ -25,9 +25,12 @@ _METHOD = flags.DEFINE_enum(
 _BITS = flags.DEFINE_list(
     "bits", None, "Bit-widths of integers, 2 to 8; 3,4,5,6 if neither these nor formats are given.", flag_values=FLAGS
 )
-_FORMATS = flags.DEFINE_list("formats", [], "Other formats of kernels, e.g. e2m1,mxfp4.", flag_values=FLAGS)
+_FORMATS = flags.DEFINE_list("formats", [], "Other formats of kernels, e.g. e4m3,nvfp4.", flag_values=FLAGS)
 _SAVE = flags.DEFINE_bool(
-    "save", False, "Keep the quantized models, packed, in runs/<id>/quantized.", flag_values=FLAGS
+    "save",
+    False,
+    "Keep the quantized models, packed, in runs/<id>/quantized: formats of 8 bits at most.",
+    flag_values=FLAGS,
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print what it takes in memory, by the compiler, and stop.", flag_values=FLAGS

@@ -8,8 +8,8 @@ names keeps the base.
 
 from collections.abc import Mapping
 
-from precision_scaling.errors import ConfigError
-from precision_scaling.numerics import formats
+from precision_scaling.errors import ConfigError, UserError
+from precision_scaling.numerics import bit_patterns, formats
 from precision_scaling.numerics.formats import Format, FormatError
 from precision_scaling.ptq.scheme import LINEARS, Linear
 from precision_scaling.quantize import layers as rules
@@ -78,9 +78,17 @@ def mean_bits(by_layer: ByLayer, sizes: Mapping[Linear, int]) -> float:
     return bits / (sum(sizes.values()) * len(by_layer))
 
 
-def are_integers(by_layer: ByLayer) -> bool:
-    """Whether all are integers of 2 to 8 bits, which can be packed."""
-    return all(fmt.family == "int" and 2 <= fmt.bits <= 8 for wanted in by_layer for fmt in wanted.values())
+def check_packable(by_layer: ByLayer, found: str) -> None:
+    """UserError for formats that `packed` cannot keep. found: what asks for them, in the message."""
+    for linear in LINEARS:
+        kinds = {wanted[linear] for wanted in by_layer}
+        if wide := [fmt.name for fmt in kinds if bit_patterns.layout(fmt) is None]:
+            allowed = "formats whose elements, and scales of blocks, take 8 bits at most"
+            raise UserError(f"{found}: {wide[0]} cannot be packed; allowed are {allowed}")
+        if len(kinds) > 1 and any(fmt.family != "int" for fmt in kinds):
+            names = " and ".join(sorted(fmt.name for fmt in kinds))
+            allowed = "one format of a projection in all layers, or integers of several widths"
+            raise UserError(f"{found}: {names} in {linear[1]} cannot be packed together; allowed is {allowed}")
 
 
 def _format(text: str) -> Format:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from precision_scaling.numerics import formats
+from precision_scaling.numerics import bit_patterns, formats
 from precision_scaling.numerics.formats import Format
 from precision_scaling.ptq.scheme import Linear
 
@@ -112,20 +112,30 @@ def is_codes(x: Any) -> bool:
     return isinstance(x, Codes)
 
 
-def stored_bits(model: QuantizedModel, bits: float) -> float:
-    """Bits per quantized weight that a packed checkpoint takes: codes and zeros at `bits`, float32 scales."""
+def stored_bits(model: QuantizedModel, bits: object) -> float:
+    """Bits per quantized weight that a packed checkpoint takes, codes, zeros and scales. bits: a width or a format."""
     wanted = {(module, name): formats.parse(bits) for module, name, _ in named(model.kernels)}
-    total, weights = stored_size(model.kernels, wanted)
+    layers = jax.tree.leaves(model.kernels)[0].shape[0]
+    total, weights = stored_size(model.kernels, wanted, layers)
     return total / weights
 
 
-def stored_size(kernels: Any, wanted: Mapping[Linear, Format]) -> tuple[float, int]:
-    """(bits that kernels in these formats take, their weights). Formats of blocks count the bits of their scales."""
+def stored_size(kernels: Any, wanted: Mapping[Linear, Format], layers: int = 1) -> tuple[float, int]:
+    """(bits that kernels in these formats take, their weights): codes and zeros as `bit_patterns.layout` has them, with
+    scales of blocks in their own format and others in float32. What cannot be packed counts by the format's bits.
+
+    layers: that the kernels have on a leading axis.
+    """
     total, weights = 0.0, 0
     for linear, fmt in wanted.items():
-        codes = kernels[linear[0]][linear[1]]
+        codes, layout = kernels[linear[0]][linear[1]], bit_patterns.layout(fmt)
         weights += codes.codes.size
         integers = codes.codes.size + (0 if codes.zeros is None else codes.zeros.size)
-        scales = codes.scales.size + (0 if codes.row_scales is None else codes.row_scales.size)
-        total += fmt.bits * integers + (0 if fmt.family in ("block", "wide") else 32 * scales)
+        rows = 0 if codes.row_scales is None else codes.row_scales.size
+        if layout is not None:
+            total += layout.bits * integers + layout.scale_bits * codes.scales.size + 32 * rows
+            total += 32 * layers * layout.tensor_scale
+        else:
+            given = fmt.family in ("block", "wide")
+            total += fmt.bits * integers + (0 if given else 32 * (codes.scales.size + rows))
     return total, weights

@@ -112,8 +112,10 @@ def find(
     full_GxO = jnp.where(levels.passthrough > 0, 1, full_GxO)
 
     def at(ratio):
-        # The zero point does not depend on the ratio: both ends of the range move.
-        return KernelGrid(ratio * full_GxO, jnp.round(-bottom_GxO / full_GxO), levels)
+        # The zero point does not depend on the ratio: both ends of the range move. A block whose stored scale
+        # underflowed to 0 has none.
+        zero_GxO = jnp.round(-bottom_GxO / jnp.where(full_GxO == 0, 1, full_GxO))
+        return KernelGrid(ratio * full_GxO, zero_GxO, levels)
 
     if not clip:
         return at(1)

@@ -1,8 +1,9 @@
-"""Quantized checkpoints: kernels as densely packed integers with their scales, on disk through Orbax.
+"""Quantized checkpoints: kernels as densely packed codes with their scales, on disk through Orbax.
 
 `study.ptq` saves what it has evaluated under a run's `quantized/`; `load` returns a decoder with the same kernels, bit
-for bit. Scales are float32, as the methods found them: in 16 bits they would make another kernel than the one whose
-loss is in the table, and per output channel they are less than a tenth of a bit per weight.
+for bit. Codes are integers, or of other formats their bit patterns. Scales are float32, as the methods found them: in
+16 bits they would make another kernel than the one whose loss is in the table, and per output channel they are less
+than a tenth of a bit per weight. Scales of blocks are in the format that they have.
 """
 
 import dataclasses
@@ -18,15 +19,18 @@ import numpy as np
 from precision_scaling.errors import UserError
 from precision_scaling.model.accounting import bytes_of
 from precision_scaling.model.config import ModelConfig
+from precision_scaling.numerics import bit_patterns
 from precision_scaling.numerics.formats import Format, parse
 from precision_scaling.ptq.codes import Codes, QuantizedModel, is_codes, named
 from precision_scaling.ptq.scheme import Linear
 from precision_scaling.runtime import files, paths
 from precision_scaling.training import checkpoint
 
-VERSIONS = 1, 2  # 2: bits by layer
+VERSIONS = 1, 2, 3  # 2: bits by layer; 3: other formats than integers
+Word = int | str  # bits of integers, or the name of another format
 # Of all kernels, or of each by module, name and layer.
-Bits = int | Mapping[str, Mapping[str, Sequence[int]]]
+Bits = Word | Mapping[str, Mapping[str, Sequence[Word]]]
+TENSOR_SCALE = "tensor_scale"  # of blocks whose scales are relative to it, beside the arrays of `Codes`
 _KEYS = {"version", "method", "bits", "operands", "shapes", "arrays"}
 
 
@@ -63,27 +67,39 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...], dtype) -> np.n
     return np.right_shift(np.left_shift(values, unused).view(dtype), unused)
 
 
-def bits_of(bits: Bits, module: str, name: str, layer: int) -> int:
+def format_of(bits: Bits, module: str, name: str, layer: int) -> Format:
     """Of one kernel of one layer."""
-    return bits if isinstance(bits, int) else bits[module][name][layer]
+    return parse(bits if isinstance(bits, int | str) else bits[module][name][layer])
+
+
+def _word(fmt: Format) -> Word:
+    return int(fmt.bits) if fmt.family == "int" else fmt.name
+
+
+def _layout(fmt: Format) -> bit_patterns.Layout:
+    found = bit_patterns.layout(fmt)
+    if found is None:
+        raise UserError(f"format {fmt.name}: allowed are those whose elements, and scales of blocks, take 8 bits")
+    return found
 
 
 def packed_bytes(model: QuantizedModel, bits: Bits) -> int:
     """Bytes of all arrays of the packed model: what is on disk but for Orbax's own files and before it compresses.
 
     Per layer and kernel (in, out): ceil(in · out · bits / 8), 4 for each scale, and with zero points another
-    ceil(groups · out · bits / 8); norms, embedding and head as they are, in float32.
+    ceil(groups · out · bits / 8); of formats of blocks 1 for each scale, and 4 for that of a tensor where there is one.
+    Norms, embedding and head as they are, in float32.
     """
     total = bytes_of(model.rest)
     for module, name, codes in named(model.kernels):
         layers = codes.codes.shape[0]
-        for integers in (codes.codes, codes.zeros):
-            if integers is not None:
-                size = integers.size // layers
-                total += sum(-(-size * bits_of(bits, module, name, layer) // 8) for layer in range(layers))
-        for scales in (codes.scales, codes.row_scales, codes.group_size):
-            if scales is not None:
-                total += 4 * scales.size
+        for layer in range(layers):
+            layout = _layout(format_of(bits, module, name, layer))
+            for integers in (codes.codes, codes.zeros):
+                total += 0 if integers is None else -(-integers.size // layers * layout.bits // 8)
+            total += codes.scales.size // layers * layout.scale_bits // 8 + 4 * layout.tensor_scale
+        for others in (codes.row_scales, codes.group_size):
+            total += 0 if others is None else 4 * others.size
     return total
 
 
@@ -93,7 +109,7 @@ def bytes_on_disk(path: Path) -> int:
 
 
 class PackedBlock(NamedTuple):
-    """A block with its integers packed. shapes: of its kernels."""
+    """A block with its codes packed. shapes: of its kernels."""
 
     kernels: Any
     rest: Any
@@ -101,18 +117,18 @@ class PackedBlock(NamedTuple):
 
 
 def pack_block(kernels: dict[str, dict[str, Codes]], rest: Any, wanted: Mapping[Linear, Format]) -> PackedBlock:
-    """A quantized block of a model, in the bytes that it will take on disk. wanted: integers of 2 to 8 bits."""
+    """A quantized block of a model, in the bytes that it will take on disk. wanted: see `by_layer.check_packable`."""
     arrays: dict[str, Any] = {}
     for module, name, codes in named(kernels):
-        arrays.setdefault(module, {})[name] = _pack_codes(codes, int(wanted[module, name].bits))
+        arrays.setdefault(module, {})[name] = _pack_codes(codes, wanted[module, name])
     shapes = jax.tree.map(lambda codes: list(codes.codes.shape), kernels, is_leaf=is_codes)
     return PackedBlock(arrays, jax.tree.map(np.asarray, rest), shapes)
 
 
-def save(path: Path, model: QuantizedModel, method: str, bits: int, operands: tuple[str, ...] = ()) -> None:
-    """Writes a model of one width to the directory `path`, replacing what was there; returns when it is on disk.
+def save(path: Path, model: QuantizedModel, method: str, bits: Word, operands: tuple[str, ...] = ()) -> None:
+    """Writes a model of one format to the directory `path`, replacing what was there; returns when it is on disk.
 
-    method: the name of its scheme. bits: 2 to 8. operands: see `Loaded`.
+    method: the name of its scheme. bits: 2 to 8, or the name of a format. operands: see `Loaded`.
     """
     top = {name: value for name, value in model.rest.items() if name != "layers"}
     layers, rest = jax.tree.leaves(model.kernels)[0].shape[0], model.rest["layers"]["block"]
@@ -135,11 +151,12 @@ def save_blocks(
 ) -> None:
     """The same for a model whose blocks are packed already. top: its parameters outside of the blocks."""
     files.remove_tree(path, first=paths.DESCRIPTION)
-    widths = {int(fmt.bits) for wanted in by_layer for fmt in wanted.values()}
-    by_name: dict[str, dict[str, list[int]]] = {}
+    words = {_word(fmt) for wanted in by_layer for fmt in wanted.values()}
+    by_name: dict[str, dict[str, list[Word]]] = {}
     for module, name in by_layer[0]:
-        by_name.setdefault(module, {})[name] = [int(wanted[module, name].bits) for wanted in by_layer]
-    bits: Bits = by_name if len(widths) > 1 else widths.pop()
+        by_name.setdefault(module, {})[name] = [_word(wanted[module, name]) for wanted in by_layer]
+    integers = all(isinstance(word, int) for word in words)
+    bits: Bits = by_name if len(words) > 1 else words.pop()
     kernels = {
         module: {name: _joined([block.kernels[module][name] for block in blocks]) for name in names}
         for module, names in blocks[0].kernels.items()
@@ -149,7 +166,7 @@ def save_blocks(
     checkpoint.save(path / paths.ARRAYS, arrays)
     is_shape = lambda node: isinstance(node, list)
     description = {
-        "version": VERSIONS[0] if isinstance(bits, int) else VERSIONS[1],
+        "version": VERSIONS[2] if not integers else VERSIONS[0] if isinstance(bits, int) else VERSIONS[1],
         "method": method,
         "bits": bits,
         "operands": operands,
@@ -181,7 +198,7 @@ def load(path: Path) -> Loaded:
         module: {
             name: _unpack_codes(
                 arrays["kernels"][module][name],
-                [bits_of(bits, module, name, layer) for layer in range(shape[0])],
+                [format_of(bits, module, name, layer) for layer in range(shape[0])],
                 shape,
             )
             for name, shape in names.items()
@@ -191,10 +208,19 @@ def load(path: Path) -> Loaded:
     return Loaded(QuantizedModel(kernels, arrays["rest"]), method, bits, operands)
 
 
-def _pack_codes(codes: Codes, bits: int) -> dict[str, np.ndarray]:
-    """The arrays of a kernel of one layer, its integers packed."""
+def _pack_codes(codes: Codes, fmt: Format) -> dict[str, np.ndarray]:
+    """The arrays of a kernel of one layer, its codes packed."""
     arrays = {name: np.asarray(value) for name, value in codes._asdict().items() if value is not None}
-    return arrays | {name: pack(arrays[name], bits) for name in {"codes", "zeros"} & set(arrays)}
+    layout = _layout(fmt)
+    try:
+        if fmt.family != "int":
+            arrays["codes"] = bit_patterns.encode(arrays["codes"], fmt)
+        if fmt.family == "block":
+            arrays["scales"], tensor_scale = bit_patterns.encode_scales(arrays["scales"], fmt)
+            arrays |= {} if tensor_scale is None else {TENSOR_SCALE: np.asarray(tensor_scale)}
+    except ValueError as error:
+        raise UserError(f"a kernel in {fmt.name} has {error}; allowed are methods that keep to the format") from None
+    return arrays | {name: pack(arrays[name], layout.bits) for name in {"codes", "zeros"} & set(arrays)}
 
 
 def _joined(layers: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -207,20 +233,28 @@ def _joined(layers: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return found
 
 
-def _unpack_codes(arrays: dict[str, Any], bits_L: list[int], shape: list[int]) -> Codes:
+def _unpack_codes(arrays: dict[str, Any], formats_L: list[Format], shape: list[int]) -> Codes:
     _, rows, *features = shape
-    groups = arrays["scales"].shape[1]
-    dtype = np.uint8 if "zeros" in arrays else np.int8
+    groups, some = arrays["scales"].shape[1], formats_L[0]
+    integers = some.family == "int"
+    dtype = np.int8 if integers and "zeros" not in arrays else np.uint8
     shapes = {"codes": (rows, *features), "zeros": (groups, *features)}
-    unpacked = {}
+    found = {name: array for name, array in arrays.items() if name != TENSOR_SCALE}
     for name in set(shapes) & set(arrays):
+        bits_L = [_layout(fmt).bits for fmt in formats_L]
         packed, sizes = np.asarray(arrays[name]), [-(-math.prod(shapes[name]) * bits // 8) for bits in bits_L]
         if packed.size != sum(sizes):
             raise UserError(f"{name} of a packed kernel: {packed.size} bytes; allowed is {sum(sizes)}")
         layers = np.split(packed.reshape(-1), np.cumsum(sizes)[:-1])
         both = zip(layers, bits_L, strict=True)
-        unpacked[name] = np.stack([unpack(layer, bits, shapes[name], dtype) for layer, bits in both])
-    return Codes(**{**arrays, **unpacked})
+        found[name] = np.stack([unpack(layer, bits, shapes[name], dtype) for layer, bits in both])
+    if not integers:
+        found["codes"] = bit_patterns.decode(found["codes"], some)
+    if some.family == "block":
+        of_tensor = arrays.get(TENSOR_SCALE)
+        of_tensor = None if of_tensor is None else np.asarray(of_tensor).reshape(-1, *(1 for _ in shape[1:]))
+        found["scales"] = bit_patterns.decode_scales(np.asarray(found["scales"]), some, of_tensor)
+    return Codes(**found)
 
 
 def _abstract(text: str) -> jax.ShapeDtypeStruct:

@@ -129,10 +129,12 @@ def _check_packable(scheme: Scheme, bits: Iterable[float], model: ModelConfig, s
         if save:
             raise UserError(f"--save with {scheme.method.name}: allowed are methods that quantize weights")
         return
-    for b in () if scheme.target_bits else bits:
-        if save and not by_layer.are_integers(registry.by_layer_of(scheme, b, model)):
-            found = f"the format {scheme.format}" if scheme.format else f"--layers={scheme.layers}"
-            raise UserError(f"--save with {found}: allowed are integers, which can be packed")
+    for b in () if scheme.target_bits or not save else bits:
+        found = f"--save with the format {scheme.format}" if scheme.format else f"--save with --layers={scheme.layers}"
+        wanted = registry.by_layer_of(scheme, b, model)
+        by_layer.check_packable(wanted, found)
+        if not scheme.method.any_format and any(fmt.family != "int" for fmts in wanted for fmt in fmts.values()):
+            raise UserError(f"{found}: allowed are integers with {scheme.method.name}, whose scales take up factors")
 
 
 def _is_missing(workspace: Workspace, run: Run, scheme: Scheme, b: float, save: bool) -> bool:
