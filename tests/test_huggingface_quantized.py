@@ -259,43 +259,82 @@ def test_transformers_loads_other_formats_with_our_logits(
         assert np.max(np.abs(theirs() - ours)) <= 1e-4
 
 
-# A model that the library itself compresses and writes; only scales and zero points are from here.
+# Models that the library itself compresses and writes; only scales and zero points are from here.
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (3, False), (8, True)])
 def test_a_directory_that_the_library_wrote_gives_its_logits_here(transformers, tmp_path, bits, symmetric):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    import torch
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
+    group = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    top = 2 ** (bits - 1)
+
+    def calibrate(module):
+        groups = module.weight.data.reshape(module.weight.shape[0], -1, 16)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        module.weight_scale.data = groups.abs().amax(-1) / (top - 1) if symmetric else (high - low) / (2 * top - 1)
+        if not symmetric:
+            zero = torch.round(-low / module.weight_scale.data) - top
+            module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+
+    _compare_with_the_library(transformers, tmp_path, group, calibrate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["W8A16_FP8", "NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"])
+def test_floats_that_the_library_wrote_give_its_logits_here(transformers, tmp_path, name):
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    import torch
+
+    if name == "W8A16_FP8":
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+        group = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    else:
+        group = quantization.preset_name_to_scheme(name, ["Linear"])
+    most = {8: 448.0, 6: 7.5, 4: 6.0}[group.weights.num_bits]
+
+    def calibrate(module):
+        groups = module.weight.data.reshape(module.weight.shape[0], -1, group.weights.group_size or module.in_features)
+        scale = groups.abs().amax(-1) / most
+        if name == "NVFP4A16":
+            module.weight_global_scale.data = 448 / scale.max().reshape(1)
+            scale = (scale * module.weight_global_scale).to(torch.float8_e4m3fn).to(torch.float32)
+        elif group.weights.group_size:
+            scale = 2.0 ** torch.ceil(torch.log2(scale))
+        module.weight_scale.data = scale
+
+    written = _compare_with_the_library(transformers, tmp_path, group, calibrate)
+    formats = {"W8": "naive-quantized", "NV": "nvfp4-pack-quantized", "MX": f"mxfp{name[4]}-pack-quantized"}
+    assert written == ("mxfp8-quantized" if name == "MXFP8A16" else formats[name[:2]])
+
+
+def _compare_with_the_library(transformers, directory, group, calibrate) -> str:
+    """The format that the library gives a model of one group of layers."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     compressors = pytest.importorskip("compressed_tensors.compressors")
     import torch
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, initializer_range=0.2))
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
-    group = {"targets": ["Linear"], "weights": weights}
-    config = quantization.QuantizationConfig(
-        config_groups={"group_0": group}, ignore=["lm_head"], format="pack-quantized"
-    )
+    config = quantization.QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
     quantization.apply_quantization_config(theirs, config)
-    top = 2 ** (bits - 1)
     for module in theirs.modules():
         if hasattr(module, "weight_scale"):
-            groups = module.weight.data.reshape(module.weight.shape[0], -1, 16)
-            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            module.weight_scale.data = groups.abs().amax(-1) / (top - 1) if symmetric else (high - low) / (2 * top - 1)
-            if not symmetric:
-                zero = torch.round(-low / module.weight_scale.data) - top
-                module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+            calibrate(module)
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(TOKENS).long()).logits.numpy()
     compressor = compressors.ModelCompressor.from_pretrained_model(theirs)
     compressor.compress_model(theirs)
-    theirs.save_pretrained(tmp_path)
-    compressor.update_config(tmp_path)
-    found = open_pretrained(tmp_path)
+    theirs.save_pretrained(directory)
+    compressor.update_config(directory)
+    found = open_pretrained(directory)
     ours = np.asarray(Decoder(found.model(16)).apply({"params": found.params()}, jnp.asarray(TOKENS)))
     assert np.std(expected) > 0.3
     np.testing.assert_allclose(ours, expected, atol=1e-4)
+    return found.config["quantization_config"]["format"]
 
 
 def test_what_the_format_cannot_hold_is_refused_by_name():
