@@ -262,7 +262,7 @@ DAMAGED = {
     "an entry without a type": (header(lambda found: {**found, NAME: {"shape": [1]}}), "dtype"),
     "integers": (entry(dtype="I32"), "is of int32; allowed is floating point"),
     "short integers": (entry(dtype="I16"), "I16"),
-    "eight bits": (entry(dtype="F8_E4M3"), "F8_E4M3"),
+    "eight bits": (entry(dtype="F8_E5M2"), "F8_E5M2"),
     "half as many bits": (entry(dtype="BF16"), "lies at bytes"),
     "a type in a list": (entry(dtype=["F32"]), "F32"),
     "a negative shape": (entry(shape=[-16, -24]), "shape"),

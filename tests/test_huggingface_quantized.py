@@ -1,6 +1,7 @@
 """Packed models as compressed-tensors directories: our logits from the codes, transformers' from the directory."""
 
 import dataclasses
+import json
 import resource
 
 import jax
@@ -142,6 +143,17 @@ def test_a_tampered_directory_is_refused(tmp_path, part, change, said):
     with pytest.raises(UserError, match=said) as error:
         open_pretrained(tmp_path)
     assert "\n" not in str(error.value) and "allowed is" in str(error.value)
+
+
+def test_eight_bits_that_config_json_does_not_speak_of_are_refused(tmp_path):
+    exported(tmp_path, "blocks", "e4m3", 0, True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = safetensors.read(tmp_path / "model.safetensors")
+    plain = {name: np.array(value) for name, value in tensors.items() if not name.endswith("_scale")}
+    safetensors.write(tmp_path / "model.safetensors", plain)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    with pytest.raises(UserError, match="is of float8_e4m3fn; allowed is floating point of 16 bits up"):
+        open_pretrained(tmp_path)
 
 
 def test_a_full_disk_leaves_nothing_that_looks_like_a_model(tmp_path):
