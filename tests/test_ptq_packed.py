@@ -169,7 +169,9 @@ def test_every_format_comes_back_bit_for_bit_and_takes_its_bits(name, tmp_path):
     assert packed.packed_bytes(model, loaded.bits) == 4 * 2 * 64 + sum(2 * n * code // 8 for n, _ in sizes) + extra
     groups = sum(8 * (2 * tensor + scale * found.scales.size) for _, found in sizes)
     assert codes.stored_bits(model, loaded.bits) == pytest.approx(code + groups / (2 * 64 * 80))
-    arrays = files.read_sealed(tmp_path / "q" / paths.DESCRIPTION)["arrays"]["kernels"]["mlp"]["down"]
+    described = files.read_sealed(tmp_path / "q" / paths.DESCRIPTION)
+    assert described["version"] == (1 if name == "int4" else 3)  # what was written of integers before is as it was
+    arrays = described["arrays"]["kernels"]["mlp"]["down"]
     assert arrays["codes"] == f"uint8[2, {64 * 32 * code // 8}]"
     assert ("tensor_scale" in arrays) == bool(tensor) and arrays["scales"].startswith("uint8") == (scale == 1)
 
