@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from analysis import table
 from benchmarks import object_store
 from precision_scaling.errors import UserError
 from precision_scaling.runtime import bucket, files, lease, paths
@@ -362,12 +363,19 @@ def test_what_four_processes_have_left_is_finished_by_one(place, study, store, c
 
 
 @pytest.mark.slow
-def test_a_study_has_the_bytes_of_one_on_a_disk_and_the_other_commands_work_there_too(place, study, tmp_path):
+def test_a_study_has_the_bytes_of_one_on_a_disk_and_the_other_commands_work_there_too(place, study, store, tmp_path):
     config, whole = study
-    do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--profile=1")
+    store.requests.clear()
+    seldom = "--config.train.checkpoint_seconds=1000"
+    do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--profile=1", seldom)
+    assert 4 * 50 < len(store.requests) < 4 * 200 + 200  # what docs/launch.md promises: four runs, each quantized
+    listed = [request.split("prefix=")[1].split("&")[0] for request in store.requests if "prefix=" in request]
+    assert 1 <= listed.count(f"{place.name}/{paths.RUNS}/") <= 2, listed  # however many runs there are
     compare(place, whole)
     before_ptq = [line for line in good_table().splitlines() if line.split(",")[6] in ("P_post", "")]
     files.atomic_write(place / "other.csv", "\n".join(before_ptq))
+    store.requests.clear()
+    assert len(table.load(place / "other.csv")) and len(store.requests) == 1
     (run_id, *_) = [path.name for path in sorted(whole.glob("runs/*")) if (path / "rows-rtn.json").exists()]
     packed = (f"--run={run_id}", "--quantized=gptq-4")
     commands = (
