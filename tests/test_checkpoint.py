@@ -266,3 +266,11 @@ def test_a_directory_that_cannot_be_made_is_one_line_at_once(tmp_path):
         checkpoint.save(tmp_path / "file" / "cohorts", {"x": np.zeros(3)})
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 5
+
+
+def test_orbax_is_imported_with_the_first_checkpoint_alone():
+    """It takes a quarter of the time that a command needs to be there, and --help and --dry_run have no use for it."""
+    modules = "precision_scaling.train, precision_scaling.study.__main__, precision_scaling.ptq.__main__"
+    code = f"import sys, {modules}; print(*(name for name in sys.modules if name.split('.')[0] == 'orbax'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

@@ -4,6 +4,7 @@ Stands between `quantize` (how a dot_general is computed at a precision) and `tr
 The letters of its shapes are those of `model.config`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -292,3 +293,15 @@ class Decoder(nn.Module):
 def init(config: ModelConfig, key) -> Any:
     """Parameters in float32 from one random key."""
     return Decoder(config).init(key, jnp.zeros((1, config.sequence_length), jnp.int32))["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial(config: ModelConfig, key) -> Any:
+    """As `init`, traced once for all programs that begin with it and all that ask for shapes."""
+    return init(config, key)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract(config: ModelConfig) -> Any:
+    """Shapes and dtypes of the parameters."""
+    return jax.eval_shape(functools.partial(initial, config), jax.random.key(0))

@@ -34,3 +34,5 @@ def use_cache(path: str) -> None:
         allowed = '"none", or a directory that can be written'
         raise ConfigError(option, str(directory), f"{allowed} ({error.strerror})") from None
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # Small programs, too: JAX would keep what takes a second or more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

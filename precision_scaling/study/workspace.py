@@ -4,13 +4,11 @@
 """
 
 import dataclasses
-import functools
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 from precision_scaling.config import base, experiment, options
@@ -61,7 +59,7 @@ class Workspace:
         directory = self.directory(run) / paths.CHECKPOINT
         if blocks.is_stored(directory):
             return blocks.stack(blocks.Stored(directory, run.shape.model, self.layout))
-        return checkpoint.restore(directory, self.layout.abstract(_abstract_parameters(run.shape.model)))
+        return checkpoint.restore(directory, self.layout.abstract(decoder.abstract(run.shape.model)))
 
     def blocks(self, run: Run) -> blocks.Blocks:
         """The same a block at a time: of a model from elsewhere, no more than one is in memory."""
@@ -69,11 +67,6 @@ class Workspace:
         if blocks.is_stored(directory):
             return blocks.ReadAhead(blocks.Stored(directory, run.shape.model, self.layout))
         return blocks.Stacked(self.parameters(run))
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract_parameters(config: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
 
 
 def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Workspace:
@@ -93,7 +86,7 @@ def open_workspace(config, workdir: Path, layout: Layout | None = None) -> Works
     if layout is None:
         layout = sharding.make_layout(config.mesh)
         sharding.check(layout, config, [group.shape.model for group in planned.cohorts])
-    names = optimizer.parameter_names(_abstract_parameters(planned.runs[0].shape.model))
+    names = optimizer.parameter_names(decoder.abstract(planned.runs[0].shape.model))
     patterns.check("config.optimizer.decay_pattern", config.optimizer.decay_pattern, names)
     for group in () if config.model.imported else planned.cohorts:  # an imported model is read a block at a time
         compiled.check_memory(layout, group.shape.model)

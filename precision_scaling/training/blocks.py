@@ -140,7 +140,7 @@ def stack(blocks: Blocks) -> Any:
 
 def abstract(model: ModelConfig) -> Any:
     """Shapes and dtypes of all parameters, blocks stacked."""
-    return jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    return decoder.abstract(model)
 
 
 def abstract_block(model: ModelConfig) -> Any:

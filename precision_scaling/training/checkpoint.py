@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from precision_scaling.errors import UserError
@@ -84,7 +83,7 @@ def _quieten_orbax() -> None:
     Where a write fails, its threads and those of TensorStore also log it, print tracebacks, drop coroutines and call
     back into closed event loops, some of it long after the error has been raised: so this is never undone.
     """
-    orbax = os.path.dirname(ocp.__file__)
+    orbax = os.path.dirname(_orbax().__file__)
     logging.get_absl_logger().addFilter(lambda record: not record.pathname.startswith(orbax))
     standard_logging.getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -164,8 +163,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {message.splitlines()[0][:200] if message else 'no message'}"
 
 
-def _checkpointer(tree: Any) -> ocp.StandardCheckpointer:
+def _orbax() -> Any:
+    """The library, imported with the first checkpoint: it takes a quarter of what all imports of a command take."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def _checkpointer(tree: Any) -> Any:
     """Of all processes that hold a part of the tree: one that works on its own waits for no other."""
+    ocp = _orbax()
     options = ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1 and all(
         device.process_index == jax.process_index()

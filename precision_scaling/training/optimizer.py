@@ -145,7 +145,7 @@ def update(config: OptimizerConfig, model: ModelConfig, grads: Any, state: Any, 
 @functools.cache
 def cost(config: OptimizerConfig, model: ModelConfig) -> tuple[int, int]:
     """(bytes of a run's state, averages included; FLOPs of an update's products, which Muon alone has)."""
-    params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    params = decoder.abstract(model)
     state = jax.eval_shape(functools.partial(init, config, model), params)
     state = (params, state, *(params for _ in config.ema))
     held = bytes_of(state)

@@ -63,7 +63,7 @@ class StepConfig:
 
 def init_state(config: StepConfig, seed) -> TrainState:
     """Fresh state of one run; `seed` may be traced."""
-    params = decoder.init(config.model, jax.random.key(seed))
+    params = decoder.initial(config.model, jax.random.key(seed))
     optimizer = optimizer_lib.init(config.optimizer, config.model, params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, average.init(config.optimizer.ema, params))
 
