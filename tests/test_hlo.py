@@ -226,6 +226,17 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does(run_comma
 
 @pytest.mark.slow
 @pytest.mark.compiler
+def test_lanes_share_the_kernels_of_a_gpu():
+    if why := targets.missing("h100"):
+        pytest.skip(why)
+    options = ("--target=h100", "--config.train.batch_size=4", "--config.model.sequence_length=32")
+    (one,), (four,) = (aot(*options, f"--lanes={lanes}") for lanes in (1, 4))
+    assert one["products"] == four["products"] and four["kernels"] < 1.3 * one["kernels"]
+    assert four["bytes"]["temporary"] > 2 * one["bytes"]["temporary"]
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
 def test_two_slices_send_each_gradient_once_between_them():
     if why := targets.missing("v5e:2x4*2"):
         pytest.skip(why)
