@@ -27,7 +27,7 @@ def weights_only(noise=0.003, sizes=(30e6, 110e6, 220e6)):
 @pytest.fixture(scope="module")
 def compared():
     names = ("chinchilla", "precision", "precision_unbiased", "d_eff", "capacity", "ptq")
-    return comparison.compare(weights_only(), names, starts=48)
+    return comparison.compare(weights_only(), names, starts=24)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_multiplicativity_holds_where_it_was_built_in_and_fails_where_it_was_not
     size = np.where(low >= 2, table["N"] * share**kappa, table["N"] * share)
     loss = laws.predict("chinchilla", laws.published("chinchilla"), N=size, D=table["D"]) * noise
     table.columns["loss"][:] = loss
-    result = multiplicativity(table, resamples=200, starts=48)
+    result = multiplicativity(table, resamples=200, starts=24)
     low, high = result.ci
     assert low <= kappa <= high
     assert (low <= 1 <= high) == (kappa == 1.0)
@@ -137,7 +137,7 @@ def test_the_command_writes_both_files_and_prints_what_was_skipped(tmp_path, cap
         f"--runs={tmp_path}/runs.csv",
         f"--out={tmp_path}/out",
         "--laws=chinchilla,precision,qat",
-        "--starts=48",
+        "--starts=24",
     ]
     saved = compare.FLAGS.flag_values_dict()
     assert compare.command(["compare", *arguments]) == 0

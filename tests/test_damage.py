@@ -397,7 +397,7 @@ def stopped_study(tiny_config, tmp_path_factory, quick_compile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [12])
+@pytest.mark.parametrize("n", [8])
 def test_a_study_that_was_stopped_ends_with_the_same_rows_and_parameters(stopped_study, tmp_path, quick_compile, n):
     config, whole = stopped_study
 

@@ -279,7 +279,7 @@ def test_the_hessian_is_the_sum_of_outer_products(width):
     found = jax.jit(functools.partial(statistics.add, Products()))(statistics.nothing(width), x)
     rows = x.reshape(-1, width).astype(np.float64)
     np.testing.assert_allclose(found.hessian_IxI, rows.T @ rows, atol=1e-4)
-    np.testing.assert_array_equal(found.hessian_IxI, found.hessian_IxI.T)
+    np.testing.assert_allclose(found.hessian_IxI, found.hessian_IxI.T, atol=1e-5)
     np.testing.assert_allclose(found.magnitude_I, np.abs(rows).sum(0), rtol=1e-5)
     np.testing.assert_array_equal(found.largest_I, np.abs(x).max((0, 1)))
 

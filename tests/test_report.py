@@ -103,7 +103,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = write_csv(folder / "runs.csv", [*small_rows(), {**small_rows()[0], "run": "lost", "loss": "nan"}])
     done = subprocess.run(
-        [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=60"],
+        [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=40"],
         capture_output=True,
         text=True,
         check=False,
@@ -125,7 +125,7 @@ def test_page_is_one_file_with_its_figures_inside(written):
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).lstrip().startswith(b"<?xml")
     said = " ".join(page.text)
-    for word in ("F1", "F2", "F3", "F4", "gamma_D", "1 loss is empty or NaN", "sha256", "--bootstrap=60", "jax"):
+    for word in ("F1", "F2", "F3", "F4", "gamma_D", "1 loss is empty or NaN", "sha256", "--bootstrap=40", "jax"):
         assert word in said, word
 
 

@@ -22,6 +22,7 @@ from precision_scaling.runtime.sharding import fit
 from precision_scaling.training import step
 from precision_scaling.training.optimizer import OptimizerConfig
 from precision_scaling.training.step import StepConfig
+from tests.conftest import once
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"run": 2, "data": 1, "fsdp": 4, "tensor": 3}
@@ -162,18 +163,23 @@ OF_DOCUMENTS = ("1,1,1,1:documents", "1,2,2,2:documents")
 
 
 @pytest.fixture(scope="module")
-def on_meshes(tmp_path_factory):
-    """{mesh: what came of it}, from one process with eight devices."""
-    done = subprocess.run(
-        [sys.executable, "tests/meshes.py", tmp_path_factory.mktemp("meshes"), *MESHES, *OF_MUON, *OF_DOCUMENTS],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def on_meshes(session_directory):
+    """{mesh: what came of it}, from one process with eight devices, for all workers."""
+    directory = session_directory / "meshes"
+    with once(directory) as first:
+        if first:
+            directory.mkdir(exist_ok=True)
+            done = subprocess.run(
+                [sys.executable, "tests/meshes.py", directory, *MESHES, *OF_MUON, *OF_DOCUMENTS],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            (directory / "found.jsonl").write_text(done.stdout)
+    lines = [json.loads(line) for line in (directory / "found.jsonl").read_text().splitlines()]
     return {line["mesh"]: line for line in lines}
 
 
