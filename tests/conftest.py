@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import precision_scaling  # noqa: F401  before SciPy, for which it sets the number of threads
 from precision_scaling.config import base
 
 # An operand of lower rank is broadcast where the code says so, and nowhere else.
