@@ -1,6 +1,9 @@
 """Schemes: names that tell one way of quantizing from another, and options that are checked before anything runs."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq.registry import METHODS, of_method, scheme_of
 from precision_scaling.quantize.static import StaticPrecision, StaticQuantizer
 
+ROOT = Path(__file__).parent.parent
 MODEL = ModelConfig(
     vocab_size=31, width=16, depth=2, heads=2, mlp_width=24, sequence_length=8, base_width=16, base_depth=2
 )
@@ -95,3 +99,17 @@ def test_groups_fit_the_inputs_of_every_projection_and_smoothing_needs_gains_to_
         with pytest.raises(ConfigError, match="smoothquant with"):
             scheme_of("smoothquant").check_model(dataclasses.replace(MODEL, **changed))
         scheme_of("gptq").check_model(dataclasses.replace(MODEL, **changed))
+
+
+def test_what_a_scheme_is_described_by_is_the_same_in_another_process():
+    """Blocks that a killed process left are found by it."""
+    scheme = scheme_of("gptq", group_size=32, clip=True)
+    program = (
+        "from precision_scaling.ptq.registry import scheme_of\n"
+        "print(scheme_of('gptq', group_size=32, clip=True).described)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == scheme.described
+    for field in dataclasses.fields(scheme):
+        other = scheme_of("rtn").method if field.name == "method" else "another"
+        assert dataclasses.replace(scheme, **{field.name: other}).described != scheme.described

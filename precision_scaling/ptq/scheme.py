@@ -124,6 +124,12 @@ class Scheme:
         return "-".join([self.method.name, *[self.format] * bool(self.format), *self.options])
 
     @property
+    def described(self) -> str:
+        """Every field with its value, the same in every process: a method is its name, not where its functions lie."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return repr({**fields, "method": self.method.name})
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The options that are not at their defaults, a word each."""
         words = {

@@ -210,7 +210,7 @@ class _Measured(NamedTuple):
 def _key(workspace: Workspace, job: _Job) -> str:
     """Whatever a block's quantization depends on, but for its formats, in words."""
     ptq, devices = workspace.experiment.config.ptq, workspace.layout.mesh.devices
-    scheme = job.scheme.without_target
+    scheme = job.scheme.without_target.described
     what = [scheme, job.run.id, ptq.damping, ptq.calibration_sequences, workspace.corpus.meta["hash"]]
     where = [jax.__version__, jaxlib.__version__, devices.flat[0].device_kind, devices.size]
     return repr([*what, workspace.experiment.config.model.imported, *where])
