@@ -16,19 +16,17 @@ SIZES = ("53k", "213k")
 SEEDS = (0, 1, 2)
 M = 1_000_000
 
-# The recipe, each of its parts left out, and two that were proposed since.
-NVFP4 = (
-    "bf16",
-    "nvfp4",
-    "nvfp4_train",
-    "nvfp4_train weights_granularity=group:16 backward.activations_saved=nvfp4",
-    "nvfp4_train backward.gradient_rounding=nearest",
-    "nvfp4_train backward.weights_rotation=none",
-    "nvfp4_train none",
-    "nvfp4_train_wnvfp4_4over6_anvfp4_4over6",
-    "nvfp4_train backward.gradient_rounding=eden backward.weights_rotation=hadamard:32 "
+# The recipe with each of its parts left out, and with two that were proposed since.
+PARTS = {
+    "weights in groups, not tiles": "nvfp4_train weights_granularity=group:16 backward.activations_saved=nvfp4",
+    "gradients to nearest": "nvfp4_train backward.gradient_rounding=nearest",
+    "no rotation of the weight gradient": "nvfp4_train backward.weights_rotation=none",
+    "no layer in bf16": "nvfp4_train none",
+    "four over six": "nvfp4_train_wnvfp4_4over6_anvfp4_4over6",
+    "MS-EDEN in both gradients": "nvfp4_train backward.gradient_rounding=eden backward.weights_rotation=hadamard:32 "
     "backward.activations_rotation=hadamard:32 backward.activations_saved=nvfp4",
-)
+}
+NVFP4 = ("bf16", "nvfp4", "nvfp4_train", *PARTS.values())
 # Integers or floats in the same blocks, of weights and activations in the forward pass, with a rotation and without.
 BLOCKS = tuple(
     f"w{name}_a{name}{rotation}"

@@ -223,8 +223,7 @@ def _cohorts(runs) -> tuple[Cohort, ...]:
 def _check_together(config) -> None:
     """Raises ConfigError for options that do not go together."""
     for name in options.AUTOMATIC:
-        section, leaf = name.split(".")
-        if config[section][leaf] == options.AUTO:
+        if options.get(config, name) == options.AUTO:
             raise ConfigError(name, options.AUTO, "a value of its own; only train and study choose one")
     kind, _ = rope.parse(config.model.rope_scaling)
     if kind == "yarn" and config.model.rope_theta <= 1:

@@ -208,7 +208,7 @@ def check(config: Any) -> None:
     value which its rule does not allow."""
     check_names(config)
     for name, default in _leaves(_defaults()):
-        check_option(name, _get(config, name), type(default))
+        check_option(name, get(config, name), type(default))
     for name, part in config.study.grid.items():
         _check_part(f"study.grid.{name}", part)
     parsing.check(config.precision)
@@ -224,7 +224,7 @@ def check_option(name: str, value: Any, kind: type | None = None, shown: str = "
 
     kind: the type of its default; None: looked up in base.py. shown: the name in the message, such as that of a flag.
     """
-    kind = kind or type(_get(_defaults(), name))
+    kind = kind or type(get(_defaults(), name))
     rule = RULES.get(name, Rule(_TYPES[kind], lambda value: True))
     if name in AUTOMATIC and value == AUTO:
         return
@@ -277,7 +277,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _get(tree: Any, name: str) -> Any:
+def get(tree: Any, name: str) -> Any:
     """The value of an option; None for a placeholder that has none yet."""
     try:
         for key in name.split("."):
@@ -285,6 +285,16 @@ def _get(tree: Any, name: str) -> Any:
         return tree
     except RequiredValueError:
         return None
+
+
+def replaced(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config with other values of some options, by their names; whether they are allowed is for `check`."""
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        for name, value in values.items():
+            section, leaf = name.split(".")
+            config[section][leaf] = value
+    return config
 
 
 def _check_names(section: Any, default: ml_collections.ConfigDict, prefix: str) -> None:
@@ -311,11 +321,11 @@ def _check_part(name: str, part: Any) -> None:
         if key not in keys:
             raise UserError(f"config.{name}.{key}: {unknown(dict.fromkeys(keys), f'{name}.', key)}")
     for key, rule in GRID_RULES.items():
-        values = _get(part, key) if key in part else () if key in _OPTIONAL else None
+        values = get(part, key) if key in part else () if key in _OPTIONAL else None
         if not isinstance(values, tuple | list) or not (values or key in _OPTIONAL):
             raise ConfigError(f"{name}.{key}", values, "a tuple that is not empty")
         for value in values:
             if not (_is(value, _GRID_TYPES[key]) and rule.holds(value)):
                 raise ConfigError(f"{name}.{key}", value, f"a tuple of values each {rule.allowed}")
-    if "ptq" in part and not isinstance(_get(part, "ptq"), bool):
-        raise ConfigError(f"{name}.ptq", _get(part, "ptq"), _TYPES[bool])
+    if "ptq" in part and not isinstance(get(part, "ptq"), bool):
+        raise ConfigError(f"{name}.ptq", get(part, "ptq"), _TYPES[bool])

@@ -63,12 +63,12 @@ class Pretrained:
     def top(self) -> Any:
         """The parameters outside of the blocks, in float32, as NumPy arrays."""
         model = self.model(1)
-        return self._filled(Stacked(_shapes(model)).top(), architectures.top_places(model))
+        return self._filled(Stacked(decoder.abstract(model)).top(), architectures.top_places(model))
 
     def block(self, layer: int) -> Any:
         """The parameters of a block."""
         model = self.model(1)
-        layers = _shapes(model)["layers"]
+        layers = decoder.abstract(model)["layers"]
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), layers)
         places = (place._replace(layer=0) for place in architectures.block_places(model, layer))
         return jax.tree.map(lambda leaf: leaf[0], self._filled({"layers": one}, places)["layers"]["block"])
@@ -77,7 +77,7 @@ class Pretrained:
         """The parameters as a whole, blocks on a leading axis."""
         model = self.model(1)
         places = _shown_as(architectures.places(model), "reading", len(self.tensors))
-        return self._filled(_shapes(model), places)
+        return self._filled(decoder.abstract(model), places)
 
     def _filled(self, shapes: Any, places: Iterable[architectures.Place]) -> Any:
         # Memory is used only where values are set.
@@ -238,8 +238,3 @@ def write_tensors(
         files.atomic_write(directory / "config.json", json.dumps(config, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}; allowed is a directory that can be written") from None
-
-
-def _shapes(model: ModelConfig) -> Any:
-    """Of the parameters of a decoder."""
-    return decoder.abstract(model)

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.model.decoder import init
+from precision_scaling.model.decoder import abstract
 
 
 @functools.cache
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(non-embedding, all) parameter counts; embedding and head are what "non-embedding" leaves out."""
-    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
     grids_of_runs = 1 if config.tie_embeddings else 2
     return total - grids_of_runs * config.vocab_size * config.width, total
 

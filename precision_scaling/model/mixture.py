@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 
+from precision_scaling.model.accounting import projection_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import Format
 from precision_scaling.quantize.layers import PROJECTIONS
@@ -52,11 +53,5 @@ def text(mixture: Shares) -> str:
 
 def _parameters(model: ModelConfig) -> tuple[int, ...]:
     """Of the projections of a block, in the order of `PROJECTIONS`."""
-    heads = model.heads * model.head_dim
-    by_name = {
-        "qkv": model.width * (heads + 2 * model.key_heads * model.head_dim),
-        "out": heads * model.width,
-        "gate_up": 2 * model.width * model.mlp_width,
-        "down": model.mlp_width * model.width,
-    }
+    by_name = projection_parameters(model)
     return tuple(by_name[name] for name in PROJECTIONS)

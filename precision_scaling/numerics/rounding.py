@@ -82,13 +82,18 @@ def fake_quant_grid(
     if key is not None and rounding == "eden":
         x_q = _eden(x_f32, grid, kind, axes, key).reshape(x.shape).astype(x.dtype)
         return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
-    noise = rounding_noise(key, grouped_shape) if key is not None and rounding == "stochastic" else None
-    scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
+    levels, scale = _scaled_levels(x_f32, grid, kind, axes, key if rounding == "stochastic" else None)
+    x_q = (levels * scale).reshape(x.shape).astype(x.dtype)
+    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
+
+
+def _scaled_levels(x: jax.Array, grid: Grid, kind: Kind, axes: tuple[int, ...], key) -> tuple[jax.Array, jax.Array]:
+    """x, in groups, as levels of the grid and their scales: to nearest, or with a key at random."""
+    noise = None if key is None else rounding_noise(key, x.shape)
+    scale = scale_of(x, grid, kind, axes, unsaturated=noise is not None)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
-    x_q = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate) * scale
-    x_q = x_q.reshape(x.shape).astype(x.dtype)
-    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
+    return _round_to_grid(_divided(x, scale), grid, kind, noise, saturate), scale
 
 
 def block_codes(
@@ -111,9 +116,7 @@ def block_codes(
         )
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, None))
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
-    noise = rounding_noise(key, grouped_shape) if key is not None and rounding == "stochastic" else None
-    scale = scale_of(x_f32, grid, kind, axes, unsaturated=noise is not None)
-    levels = _round_to_grid(_divided(x_f32, scale), grid, kind, noise, saturate=True)
+    levels, scale = _scaled_levels(x_f32, grid, kind, axes, key if rounding == "stochastic" else None)
     unit = _tensor_scale(jnp.max(jnp.abs(x_f32)), grid, kind)
     return levels.reshape(x.shape), jnp.squeeze(scale / unit, axes), unit
 

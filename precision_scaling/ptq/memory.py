@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from precision_scaling.model import decoder
 from precision_scaling.model.accounting import bytes_of
 from precision_scaling.numerics import formats
 from precision_scaling.ptq import apply
@@ -18,7 +19,7 @@ from precision_scaling.ptq.scheme import LINEARS, NORMS, Scheme
 from precision_scaling.ptq.statistics import Inherited, Statistics
 from precision_scaling.quantize.static import of_layer
 from precision_scaling.runtime.sharding import Layout
-from precision_scaling.training.blocks import abstract, abstract_block
+from precision_scaling.training.blocks import Stacked, abstract_block
 from precision_scaling.training.step import StepConfig
 
 # Of a block: as it is read, as it is multiplied, and with what is quantized by now; and in between, one kernel more.
@@ -65,7 +66,7 @@ def plan(
     calibration, held_out: (sequences, sequences of a batch) of the two texts. save: a packed model is kept.
     """
     model = step_config.model
-    block, top = abstract_block(model), {k: v for k, v in abstract(model).items() if k != "layers"}
+    block, top = abstract_block(model), Stacked(decoder.abstract(model)).top()
     calibrated = apply.needs_calibration(scheme)
     position = model.width * jnp.dtype(model.dtype).itemsize
     widest = max(model.width, model.mlp_width, model.heads * model.head_dim)
@@ -94,7 +95,7 @@ def _programs(
 ) -> Iterator[int]:
     """What each program takes beside its arguments: temporaries and results."""
     model, f = step_config.model, forward(step_config, layout)
-    block, top = abstract_block(model), {k: v for k, v in abstract(model).items() if k != "layers"}
+    block, top = abstract_block(model), Stacked(decoder.abstract(model)).top()
     of_block = of_layer(grids, 0)
 
     def taken(program, *arguments) -> int:

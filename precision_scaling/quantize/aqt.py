@@ -50,6 +50,11 @@ def fold_in(key: jax.Array | None, index) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, index)
 
 
+def key_of(name: str, quantizer: StaticQuantizer, key: jax.Array | None) -> jax.Array | None:
+    """The key of an operand of a product with that key; None where it does not round at random."""
+    return fold_in(key, INDEX[name]) if quantizer.rounding in rounding.RANDOM else None
+
+
 @aqt_utils.flax_slots_kw_only_dataclass
 class GridContext(aqt_utils.Context):
     """AQT's context with the traced grid of one operand, which flows through AQT's custom_vjp.
@@ -234,7 +239,7 @@ def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -
             aqt_quantizer.numerics = GridNumerics(quantizer=quantizer, axes=axes, rotation=rotated)
             aqt_quantizer.calibration = UnitScale
             tensor.dequant_mode = DequantMode.THIS_INPUT
-        own_key = fold_in(key, INDEX[name]) if quantizer.rounding in rounding.RANDOM else None
+        own_key = key_of(name, quantizer, key)
         aqt_quantizer.context = GridContext(
             key=own_key, train_step=None, grid=grids[name], exact=exact, signs_key=signs_key
         )

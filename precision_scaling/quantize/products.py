@@ -7,8 +7,7 @@ import jax
 
 from precision_scaling.numerics import hadamard
 from precision_scaling.quantize import scaled
-from precision_scaling.quantize.aqt import dot_general, fold_in, observing, on_static_grid, scale_axes
-from precision_scaling.quantize.operands import INDEX
+from precision_scaling.quantize.aqt import dot_general, fold_in, key_of, observing, on_static_grid, scale_axes
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, of_place
 from precision_scaling.runtime import sharding
 
@@ -66,7 +65,7 @@ class Products:
         if quantizer is None:
             return x_BxSxHxK
         axes = scale_axes(name, quantizer, 4, (3,) if name == "k" else (1,))
-        own_key = fold_in(self.key, INDEX[name]) if quantizer.rounding == "stochastic" else None
+        own_key = key_of(name, quantizer, self.key)
         grid = of_place({name: self.grids[name]}, "attention")[name]
         return on_static_grid(x_BxSxHxK, quantizer, axes, grid, own_key)
 
@@ -75,7 +74,7 @@ class Products:
         quantizer = self.static.get("e")
         if quantizer is None:
             return table_VxD
-        own_key = fold_in(self.key, INDEX["e"]) if quantizer.rounding == "stochastic" else None
+        own_key = key_of("e", quantizer, self.key)
         return on_static_grid(table_VxD, quantizer, scale_axes("e", quantizer, 2, (1,)), self.grids["e"], own_key)
 
     def on_grid(self, x, name: str):

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from precision_scaling.numerics import rounding
 from precision_scaling.quantize import aqt
-from precision_scaling.quantize.operands import INDEX
-from precision_scaling.quantize.static import Grids, StaticPrecision, StaticQuantizer
+from precision_scaling.quantize.static import Grids, StaticPrecision
 
 
 def serves(static: StaticPrecision, lhs_name: str) -> bool:
@@ -79,11 +78,7 @@ def _on_grid(x, name: str, axis: int, static: StaticPrecision, grids: Grids, key
     quantizer = static.get(name)
     assert quantizer is not None
     axes = aqt.scale_axes(name, quantizer, 2, (axis,))
-    return aqt.on_static_grid(x, quantizer, axes, grids[name], _own_key(quantizer, name, key))
-
-
-def _own_key(quantizer: StaticQuantizer, name: str, key):
-    return aqt.fold_in(key, INDEX[name]) if quantizer.rounding in rounding.RANDOM else None
+    return aqt.on_static_grid(x, quantizer, axes, grids[name], aqt.key_of(name, quantizer, key))
 
 
 class _Encoded(NamedTuple):
@@ -98,7 +93,7 @@ def _encoded(x, name: str, axis: int, static: StaticPrecision, grids: Grids, key
     quantizer = static.get(name)
     assert quantizer is not None and quantizer.container, f"{name} has no codes"
     axes = aqt.scale_axes(name, quantizer, 2, (axis,))
-    own_key = _own_key(quantizer, name, key)
+    own_key = aqt.key_of(name, quantizer, key)
     codes, scales, unit = rounding.block_codes(x, grids[name], quantizer.kind, axes, quantizer.rounding, own_key)
     if len(axes) == 2:  # one scale of a tile for each of its rows
         assert quantizer.kind.block_size

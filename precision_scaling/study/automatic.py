@@ -44,7 +44,7 @@ class Choice:
 
 def asked(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The options of a config that are "auto"."""
-    return tuple(name for name in options.AUTOMATIC if _get(config, name) == options.AUTO)
+    return tuple(name for name in options.AUTOMATIC if options.get(config, name) == options.AUTO)
 
 
 def choose(config: ml_collections.ConfigDict, target: Target, held: Mapping[str, Any] | None = None) -> Choice | None:
@@ -70,9 +70,9 @@ def _made(config, target: Target, free: Iterable[str], devices: str, said: str =
     free = tuple(free)
     if target.memory is None:
         defaults = base.get_config()
-        values = {name: _get(defaults, name) for name in free}
+        values = {name: options.get(defaults, name) for name in free}
         why = "the defaults, because CPUs have no memory of their own to fit"
-        return Choice(_with(config, values), values, devices, said + why)
+        return Choice(options.replaced(config, values), values, devices, said + why)
     own, slices = _own(config, target, free)
     memory = target.memory
     target = dataclasses.replace(target, slices=slices)
@@ -82,7 +82,9 @@ def _made(config, target: Target, free: Iterable[str], devices: str, said: str =
         for group in division.search(config, target, own, free, division.largest, most_lanes):
             if group[0].fits:
                 values = {name: group[0].setting.options[name] for name in free}
-                return Choice(_with(config, values), values, devices, said + _reasons(group, passed, target, free))
+                return Choice(
+                    options.replaced(config, values), values, devices, said + _reasons(group, passed, target, free)
+                )
             passed += group
     if (errors := [one.error for one in passed if one.error]) and len(errors) == len(passed):
         raise errors[0]
@@ -98,16 +100,18 @@ def _made(config, target: Target, free: Iterable[str], devices: str, said: str =
 def _kept(config, target: Target, free: tuple[str, ...], devices: str, held: Mapping[str, Any]) -> Choice:
     """As in a workdir. Its chosen mesh is made anew for devices that are not those that it was made for."""
     then, before = held["config"], held.get("chosen") or {"options": {}, "devices": ""}
-    values = {name: _get(then, name) for name in free if name in _OF_RUNS}
+    values = {name: options.get(then, name) for name in free if name in _OF_RUNS}
     mesh = tuple(name for name in free if name not in _OF_RUNS)
-    config = _with(config, values)
+    config = options.replaced(config, values)
     same = devices == before["devices"]
     of_runs = f"as the runs of the workdir have it{'' if same else _chosen_for(before)}"
     if not mesh:
         return Choice(config, values, devices, of_runs)
     if same and set(mesh) <= set(before["options"]):
         values |= {name: before["options"][name] for name in mesh}
-        return Choice(_with(config, values), values, devices, "as the workdir has it, chosen for such devices")
+        return Choice(
+            options.replaced(config, values), values, devices, "as the workdir has it, chosen for such devices"
+        )
     said = f"{of_runs}; " if values else ""
     said += f"the mesh is new, as it was chosen for {before['devices']}: " if before["devices"] else "the mesh is new: "
     new = _made(config, target, mesh, devices, said)
@@ -149,20 +153,6 @@ def _own(config, target: Target, free: Iterable[str]) -> tuple[Setting, int]:
     microbatches = 1 if "train.microbatches" in free else config.train.microbatches
     remat = "full" if "model.remat" in free else config.model.remat
     return Setting(sizes["fsdp"], microbatches, remat, sizes["run"], sizes["tensor"]), layout.slices
-
-
-def _with(config, values: Mapping[str, int | str]) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    with config.ignore_type():
-        for name, value in values.items():
-            section, leaf = name.split(".")
-            config[section][leaf] = value
-    return config
-
-
-def _get(config: Any, name: str) -> Any:
-    section, leaf = name.split(".")
-    return config[section][leaf]
 
 
 def _agree(choice: Choice) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import ml_collections
 
-from precision_scaling.config import experiment
+from precision_scaling.config import experiment, options
 from precision_scaling.config.experiment import Experiment
 from precision_scaling.errors import ConfigError
 from precision_scaling.model.accounting import count_parameters
@@ -39,12 +39,7 @@ class Setting:
 
     def applied(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         """The config with it; data takes the devices that are left."""
-        config = config.copy_and_resolve_references()
-        with config.ignore_type():
-            for name, value in self.options.items():
-                section, leaf = name.split(".")
-                config[section][leaf] = value
-        return config
+        return options.replaced(config, self.options)
 
     @property
     def options(self) -> dict[str, int | str]:

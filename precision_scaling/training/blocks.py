@@ -70,7 +70,7 @@ class Stored:
 
     def top(self) -> Any:
         """See `Blocks`."""
-        return self._read(self.directory / paths.TOP, Stacked(abstract(self.model)).top())
+        return self._read(self.directory / paths.TOP, Stacked(decoder.abstract(self.model)).top())
 
     def block(self, layer: int) -> Any:
         """See `Blocks`."""
@@ -138,12 +138,7 @@ def stack(blocks: Blocks) -> Any:
     return {**blocks.top(), "layers": {"block": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
 
 
-def abstract(model: ModelConfig) -> Any:
-    """Shapes and dtypes of all parameters, blocks stacked."""
-    return decoder.abstract(model)
-
-
 def abstract_block(model: ModelConfig) -> Any:
     """Shapes and dtypes of one block."""
-    block = abstract(model)["layers"]["block"]
+    block = decoder.abstract(model)["layers"]["block"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)

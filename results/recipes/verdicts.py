@@ -22,14 +22,6 @@ from precision_scaling.quantize.parsing import parse
 HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
-PARTS = {
-    "weights in groups, not tiles": study_recipes.NVFP4[3],
-    "gradients to nearest": study_recipes.NVFP4[4],
-    "no rotation of the weight gradient": study_recipes.NVFP4[5],
-    "no layer in bf16": study_recipes.NVFP4[6],
-    "four over six": study_recipes.NVFP4[7],
-    "MS-EDEN in both gradients": study_recipes.NVFP4[8],
-}
 
 
 class Pair(NamedTuple):
@@ -101,7 +93,10 @@ def recipe_pairs(size: str) -> list[Pair]:
         Pair("nvfp4_train over bf16", bf16, whole, where),
         Pair("nvfp4_train over nvfp4", nvfp4, whole, where),
     ]
-    pairs += [Pair(f"nvfp4_train, {name}, over nvfp4_train", whole, said(text), where) for name, text in PARTS.items()]
+    pairs += [
+        Pair(f"nvfp4_train, {name}, over nvfp4_train", whole, said(text), where)
+        for name, text in study_recipes.PARTS.items()
+    ]
     for text in study_recipes.LAYERS:
         rules = text.partition(" ")[2].replace("=bf16", "")
         pairs.append(Pair(f"nvfp4 with {rules} in bf16 over nvfp4", nvfp4, said(text), where))
