@@ -149,7 +149,10 @@ def save_blocks(
     by_layer: Sequence[Mapping[Linear, Format]],
     operands: tuple[str, ...] = (),
 ) -> None:
-    """The same for a model whose blocks are packed already. top: its parameters outside of the blocks."""
+    """The same for a model whose blocks are packed already; they lose their kernels, so that no two copies are in memory.
+
+    top: its parameters outside of the blocks.
+    """
     files.remove_tree(path, first=paths.DESCRIPTION)
     words = {_word(fmt) for wanted in by_layer for fmt in wanted.values()}
     by_name: dict[str, dict[str, list[Word]]] = {}
@@ -158,8 +161,8 @@ def save_blocks(
     integers = all(isinstance(word, int) for word in words)
     bits: Bits = by_name if len(words) > 1 else words.pop()
     kernels = {
-        module: {name: _joined([block.kernels[module][name] for block in blocks]) for name in names}
-        for module, names in blocks[0].kernels.items()
+        module: {name: _joined([block.kernels[module].pop(name) for block in blocks]) for name in names}
+        for module, names in by_name.items()
     }
     rest = jax.tree.map(lambda *x: np.stack(x), *(block.rest for block in blocks))
     arrays = {"kernels": kernels, "rest": {**jax.tree.map(np.asarray, top), "layers": {"block": rest}}}

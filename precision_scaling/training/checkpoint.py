@@ -52,7 +52,7 @@ def begin_save(path: Path, tree: Any) -> Callable[[], None]:
             remove(path)  # in this order; Orbax would begin anywhere
         elif hosts.primary():
             _make_a_directory_beside(path)
-        fingerprint = np.asarray(_fingerprint(tree))
+        fingerprint = _fingerprint(tree)
         checkpointer = _checkpointer(tree)
         with contextlib.ExitStack() as stack:
             stack.callback(checkpointer.close)
@@ -123,13 +123,12 @@ def restore(path: Path, abstract: Any) -> Any:
         if not files.is_remote(path):
             _check_files(path)
         with _checkpointer(abstract) as checkpointer:
-            fingerprint = jax.eval_shape(_fingerprint, abstract)
-            wanted = {"arrays": abstract, "fingerprint": np.empty(fingerprint.shape, fingerprint.dtype)}
+            wanted = {"arrays": abstract, "fingerprint": np.zeros((), np.uint32)}
             found = checkpointer.restore(_absolute(path), wanted)
         for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(found["arrays"]), strict=True):
             if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
                 raise ValueError(f"holds {leaf.dtype}{leaf.shape} where {wanted.dtype}{wanted.shape} is wanted")
-        if found["fingerprint"] != np.asarray(_fingerprint(found["arrays"])):
+        if found["fingerprint"] != _fingerprint(found["arrays"]):
             raise ValueError("the arrays do not have the fingerprint they were written with")
         return found["arrays"]
     except Exception as error:  # Orbax raises errors of many kinds for a damaged file
@@ -186,23 +185,51 @@ def _checkpointer(tree: Any) -> Any:
     return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-@jax.jit
-def _fingerprint(tree: Any) -> jax.Array:
+def _fingerprint(tree: Any) -> np.ndarray:
     """A sum over all bits of all arrays, each element with an odd weight of its own: uint32.
 
     Integer sums do not depend on their order, so it is the same however the arrays are spread over devices and hosts. A
     changed element always changes it; of other changes one in 2^32 goes unseen.
     """
+    leaves = jax.tree.leaves(tree)
+    whole = tuple(len(getattr(getattr(leaf, "sharding", None), "device_set", "1")) == 1 for leaf in leaves)
+    return np.asarray(_sum_of_bits(leaves, whole))
+
+
+_PIECE = 1 << 22  # elements: a CPU writes all products to memory before it sums them
+
+
+@functools.partial(jax.jit, static_argnames="whole")
+def _sum_of_bits(leaves: list[Any], whole: tuple[bool, ...]) -> jax.Array:
+    """whole: of each array, whether it lies on one device, where it can be taken in pieces."""
     total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-        index = jnp.zeros(leaf.shape, jnp.uint32)  # of the element in the flat array, made where the element is
-        for axis in range(leaf.ndim):
-            index = index * leaf.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        weight = (index + jnp.uint32(number + 1) * jnp.uint32(0x9E3779B9)) * jnp.uint32(0x85EBCA6B)
-        weight = (weight ^ (weight >> 15)) * jnp.uint32(0xC2B2AE35) | 1
-        total = total + jnp.sum(bits * weight, dtype=jnp.uint32)
+    for number, (leaf, on_one) in enumerate(zip(leaves, whole, strict=True)):
+        start = jnp.uint32(number + 1) * jnp.uint32(0x9E3779B9)
+        if not on_one or leaf.size <= _PIECE:
+            index = jnp.zeros(leaf.shape, jnp.uint32)  # of the element in the flat array, made where the element is
+            for axis in range(leaf.ndim):
+                index = index * leaf.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            total = total + _weighed(leaf, index + start)
+            continue
+        flat, pieces = leaf.reshape(-1), leaf.size // _PIECE
+        index = jnp.arange(_PIECE, dtype=jnp.uint32)
+
+        def add(i, total, flat=flat, index=index + start):
+            piece = jax.lax.dynamic_slice(flat, (i * _PIECE,), (_PIECE,))
+            return total + _weighed(piece, index + i.astype(jnp.uint32) * _PIECE)
+
+        total = jax.lax.fori_loop(0, pieces, add, total)
+        rest = flat[pieces * _PIECE :]
+        index = jnp.arange(rest.size, dtype=jnp.uint32) + jnp.uint32(pieces * _PIECE & 0xFFFFFFFF)
+        total = total + _weighed(rest, index + start)
     return total
+
+
+def _weighed(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    weight = index * jnp.uint32(0x85EBCA6B)
+    weight = (weight ^ (weight >> 15)) * jnp.uint32(0xC2B2AE35) | 1
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 class CohortCheckpoints:
