@@ -24,7 +24,7 @@ import pytest
 from precision_scaling.data import tokenize, tokens
 from precision_scaling.errors import UserError
 from precision_scaling.ptq import codes, layers, packed
-from precision_scaling.ptq.apply import Report
+from precision_scaling.ptq.projection import Report
 from precision_scaling.runtime import files, paths
 from precision_scaling.runtime.stopping import Stop, Stopped
 from precision_scaling.study import results, run_missing

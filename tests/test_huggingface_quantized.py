@@ -18,9 +18,8 @@ from precision_scaling.model.decoder import Decoder
 from precision_scaling.numerics import bit_patterns
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import codes, rtn
-from precision_scaling.ptq.apply import LINEARS
 from precision_scaling.ptq.packed import Bits, Loaded, format_of
-from precision_scaling.ptq.scheme import Scheme
+from precision_scaling.ptq.scheme import LINEARS, Scheme
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

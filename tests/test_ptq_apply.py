@@ -13,7 +13,7 @@ from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.model.decoder import Block
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, gptq, rtn, statistics
+from precision_scaling.ptq import apply, gptq, projection, rtn, statistics
 from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import dequantize, each, parameters
 from precision_scaling.ptq.parts import Parts
@@ -215,7 +215,7 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
 
     def added(block, kernel=None):
         if kernel is not None:
-            block = apply.with_kernel(block, apply.QKV, kernel)
+            block = projection.with_kernel(block, apply.QKV, kernel)
         apply_block = functools.partial(Block(MODEL).apply, {"params": block})
         products = Products(PROGRAM, grids_of())
         o = apply_block(apply_block(x, method=Block.before_qkv), products, method=Block.before_out)
@@ -254,14 +254,15 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
     before = Block(model).apply({"params": task.block}, x, Products())
     changed = []
     for linear in (apply.OUT, apply.DOWN, apply.QKV, apply.GATE_UP):
-        size = apply.kernel_of(block, linear).shape[0]
+        size = projection.kernel_of(block, linear).shape[0]
         factor = np.exp(rng.normal(size=size)).astype(np.float32)
         if linear == apply.OUT:
             factor = np.asarray(apply._per_value(factor, model))
             assert len(np.unique(factor)) == 8
-        kernel = apply.kernel_of(task.block, linear)
+        kernel = projection.kernel_of(task.block, linear)
         changed.append(task._fold(linear, factor))
-        task.block = apply.with_kernel(task.block, linear, kernel / factor.reshape(-1, *(1 for _ in kernel.shape[1:])))
+        divided = kernel / factor.reshape(-1, *(1 for _ in kernel.shape[1:]))
+        task.block = projection.with_kernel(task.block, linear, divided)
     assert changed == [True, True, False, False]
     after = Block(model).apply({"params": task.block}, x, Products())
     np.testing.assert_allclose(after, before, atol=2e-5)
@@ -270,7 +271,7 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
     # What is stored has the folded scales: without the rows' factors it is what the block has.
     rows = (rest["mlp_norm"]["scale"] / block["mlp_norm"]["scale"])[:, None, None]
     folded = dequantize(kernels["mlp"]["gate_up"])
-    np.testing.assert_allclose(folded, apply.kernel_of(task.block, apply.GATE_UP) * rows, rtol=1e-5)
+    np.testing.assert_allclose(folded, projection.kernel_of(task.block, apply.GATE_UP) * rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [24, 520])  # the second in panels
@@ -349,7 +350,7 @@ def test_errors_split_into_what_a_kernel_makes_and_what_it_inherits_and_correcti
         for name, of in (("as it was", blocks), ("quantized", quantized))
     }
     h = {name: np.asarray(value, np.float64).reshape(-1, 24) for name, value in h.items()}
-    w, q = (np.asarray(apply.kernel_of(of.block(1), apply.DOWN), np.float64) for of in (blocks, quantized))
+    w, q = (np.asarray(projection.kernel_of(of.block(1), apply.DOWN), np.float64) for of in (blocks, quantized))
     size = np.sum((h["quantized"] @ w) ** 2)
     expected = [h["as it was"] @ w - h["quantized"] @ w, h["as it was"] @ w - h["quantized"] @ q]
     found = corrected.inherited_error[0, 1, 3], corrected.total_error[0, 1, 3]

@@ -15,7 +15,18 @@ from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import allotment, apply, by_layer, codes, gptq, packed, registry, rtn, sensitivity
+from precision_scaling.ptq import (
+    allotment,
+    apply,
+    by_layer,
+    codes,
+    gptq,
+    packed,
+    projection,
+    registry,
+    rtn,
+    sensitivity,
+)
 from precision_scaling.ptq.registry import scheme_of
 from precision_scaling.ptq.scheme import LINEARS
 from precision_scaling.quantize.static import UNQUANTIZED
@@ -121,7 +132,7 @@ def logits_with(params, layer, linear, noise, tokens_BxS):
     mix = lambda module, y: module.attention.mix(y, products)
 
     def project(i, name, h):
-        found = jnp.einsum("bsi,i...->bs...", h, apply.kernel_of(Stacked(params).block(i), name))
+        found = jnp.einsum("bsi,i...->bs...", h, projection.kernel_of(Stacked(params).block(i), name))
         return found + noise if (i, name) == (layer, linear) else found
 
     for i in range(MODEL.depth):
@@ -140,7 +151,7 @@ def test_the_expected_loss_is_that_of_gradients_taken_one_by_one(params, tokens_
     arguments = scheme, local_layout(), Stacked(params), tokens_CxBxS1, 0.01, np.inf
     cost_LxPxK = sensitivity.measure(STATIC, *arguments, lambda: None)
     layer, tokens_NxS1 = 1, tokens_CxBxS1.reshape(6, 9)
-    kernel = apply.kernel_of(jax.tree.map(lambda leaf: leaf[layer], params["layers"]["block"]), linear)
+    kernel = projection.kernel_of(jax.tree.map(lambda leaf: leaf[layer], params["layers"]["block"]), linear)
 
     def total(noise):
         logits = logits_with(params, layer, linear, noise, tokens_NxS1[:, :-1])
@@ -150,8 +161,8 @@ def test_the_expected_loss_is_that_of_gradients_taken_one_by_one(params, tokens_
     h = inputs_of(params, layer, linear, tokens_NxS1[:, :-1])
     hessian = h.T @ h
     for k, width in enumerate(scheme.widths):
-        quantized = gptq.quantize_kernel(apply.flat(kernel), hessian, width)
-        output_error = h @ np.asarray(apply.flat(kernel) - quantized, np.float64)
+        quantized = gptq.quantize_kernel(projection.flat(kernel), hessian, width)
+        output_error = h @ np.asarray(projection.flat(kernel) - quantized, np.float64)
         expected = 0.5 * np.sum(np.mean(gradient**2, axis=0) * np.sum(output_error**2, axis=0)) / 48
         np.testing.assert_allclose(cost_LxPxK[layer, LINEARS.index(linear), k], expected, rtol=2e-3)
 
@@ -183,7 +194,7 @@ def test_a_model_of_formats_by_layer_has_each_kernel_as_alone_and_comes_back_fro
     scheme = dataclasses.replace(scheme_of("rtn"), layers=text)
     (row,) = results.read_rows(directory, scheme.name)
     formats_found = registry.by_layer_of(scheme, 4, run.shape.model)
-    sizes = {linear: apply.kernel_of(params_of(workspace, run), linear)[0].size for linear in LINEARS}
+    sizes = {linear: projection.kernel_of(params_of(workspace, run), linear)[0].size for linear in LINEARS}
     mean = np.mean([[wanted[linear].bits for linear in LINEARS] for wanted in formats_found], axis=0)
     assert row["P_post"] == pytest.approx(np.dot(mean, list(sizes.values())) / sum(sizes.values()), abs=1e-4)
     assert bits(row["post_layers"], depth=depth) == bits(text, depth=depth)
@@ -191,9 +202,9 @@ def test_a_model_of_formats_by_layer_has_each_kernel_as_alone_and_comes_back_fro
     found = codes.parameters(loaded.model)["layers"]["block"]
     for layer, wanted in enumerate(formats_found):
         for linear in LINEARS:
-            kernel = apply.kernel_of(params_of(workspace, run), linear)[layer]
-            alone = rtn.quantize_kernel(apply.flat(kernel), int(wanted[linear].bits))
-            np.testing.assert_array_equal(apply.flat(apply.kernel_of(found, linear)[layer]), alone)
+            kernel = projection.kernel_of(params_of(workspace, run), linear)[layer]
+            alone = rtn.quantize_kernel(projection.flat(kernel), int(wanted[linear].bits))
+            np.testing.assert_array_equal(projection.flat(projection.kernel_of(found, linear)[layer]), alone)
     # What it takes: every kernel at its own width.
     weights = sum(-(-sizes[linear] * int(wanted[linear].bits) // 8) for wanted in formats_found for linear in LINEARS)
     scales = 4 * sum(c.scales.size for c in codes.each(loaded.model.kernels))

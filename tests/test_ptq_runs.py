@@ -14,8 +14,9 @@ from precision_scaling.model import decoder
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import parse
 from precision_scaling.ptq import __main__, apply, codes, layers, packed
-from precision_scaling.ptq.apply import LINEARS, Report
+from precision_scaling.ptq.projection import Report
 from precision_scaling.ptq.registry import of_method, scheme_of
+from precision_scaling.ptq.scheme import LINEARS
 from precision_scaling.quantize import fake_quant
 from precision_scaling.runtime import paths
 from precision_scaling.study import evaluate as evaluate_lib

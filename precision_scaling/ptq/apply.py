@@ -1,11 +1,10 @@
 """Post-training quantization of a decoder, block by block: each projection on inputs made by what is quantized already.
 
-Stands between the methods for one kernel, which `registry` lists, and `study.ptq`, which loads the parameters and
-evaluates. Shape letters: C calibration batches of B sequences, S positions, D width, I inputs, O outputs, L layers.
+Stands between `projection`, which applies a method to one kernel, and `study.ptq`, which loads the parameters and
+evaluates. Shape letters: C calibration batches of B sequences, S positions, I inputs, L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_scaling.model.config import ModelConfig
-from precision_scaling.model.decoder import Block
 from precision_scaling.numerics import formats
 from precision_scaling.numerics.formats import Format
-from precision_scaling.ptq import rtn, statistics
+from precision_scaling.ptq import projection, statistics
 from precision_scaling.ptq.activations import Stream
-from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize, encode
-from precision_scaling.ptq.error import relative_output_error, split_errors
+from precision_scaling.ptq.codes import Codes, QuantizedModel, block_parameters, dequantize
 from precision_scaling.ptq.forward import Forward, forward
+from precision_scaling.ptq.projection import Report
 from precision_scaling.ptq.scheme import (
     DOWN,
     GATE_UP,
@@ -29,36 +26,14 @@ from precision_scaling.ptq.scheme import (
     NORMS,
     OUT,
     QKV,
-    Calibration,
     Linear,
-    Rounded,
     Scheme,
-    has_gains,
 )
 from precision_scaling.ptq.statistics import Inherited, Statistics
-from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import of_layer, of_place
-from precision_scaling.runtime import compilation
-from precision_scaling.runtime.sharding import Layout, split_batch, splitting
+from precision_scaling.runtime.sharding import Layout
 from precision_scaling.training.blocks import Stacked
 from precision_scaling.training.step import StepConfig
-
-
-class Report(NamedTuple):
-    """What happened to each projection: arrays (projections,) of a block, (K, L, projections) of a model at K formats.
-
-    Errors are ‖X (W - Q)‖² / ‖X W‖² on the inputs X that the layers quantized before it make; NaN where nothing was
-    calibrated.
-    """
-
-    fell_back: jax.Array  # the calibration statistics were unusable, so rounded to nearest
-    damping: jax.Array  # NaN where nothing was damped
-    error: jax.Array
-    rtn_error: jax.Array  # of rounding to nearest on the same inputs
-    # Of the inputs, which were quantized before: ‖(X₀ - X) W‖² / ‖X W‖², X₀ those of the model as it was; and of both,
-    # ‖X₀ W - X Q‖² / ‖X W‖². NaN where X₀ was not computed.
-    inherited_error: jax.Array
-    total_error: jax.Array
 
 
 class QuantizedBlock(NamedTuple):
@@ -106,7 +81,7 @@ class BlockQuantizer:
         return found
 
     def _quantized(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
-        task = _Task(self, as_multiplied(block, self.step_config.model.dtype), wanted)
+        task = _Task(self, projection.as_multiplied(block, self.step_config.model.dtype), wanted)
         f, g = self._forward, self.block_grids
 
         task.solve(QKV, lambda block: (f.before_qkv(block, g, x) for x in self.stream))
@@ -141,7 +116,7 @@ class BlockQuantizer:
 
     def _advance_original(self, block: Any) -> None:
         if self.original is not None:
-            block, grids = as_multiplied(block, self.step_config.model.dtype), self.block_grids
+            block, grids = projection.as_multiplied(block, self.step_config.model.dtype), self.block_grids
             pairs = zip(self.original, self.starts, strict=True)
             self.original = self._stream(self._forward.through(block, grids, *pair) for pair in pairs)
 
@@ -161,7 +136,7 @@ class BlockQuantizer:
         return Stream(batches, self.stream.limit)
 
     def _rounded(self, block: Any, wanted: Mapping[Linear, Format]) -> QuantizedBlock:
-        task = _Task(self, as_multiplied(block, self.step_config.model.dtype), wanted)
+        task = _Task(self, projection.as_multiplied(block, self.step_config.model.dtype), wanted)
         for linear in LINEARS:
             task.round(linear)
         return task.result()
@@ -200,7 +175,7 @@ class _Task:
     def _solve(self, linear: Linear, found: Statistics | None, batches_CxBxSxI, unusable=False, inherited=None):
         """Puts the codes of a projection in its place; the factors (I,) that its inputs are to get, or None."""
         of, fmt = self._of, self._wanted[linear]
-        solve = solver(of.step_config, of.scheme, fmt.kind, linear, of.layout)
+        solve = projection.solver(of.step_config, of.scheme, fmt.kind, linear, of.layout)
         levels = jax.tree.map(jnp.asarray, fmt.grid())
         starts = None if batches_CxBxSxI is None else jax.tree.map(lambda *batches: jnp.stack(batches), *of.starts)
         arguments = self.block, found, batches_CxBxSxI, of.block_grids, levels, of.damping, starts, inherited
@@ -212,16 +187,16 @@ class _Task:
 
     def _set(self, linear: Linear) -> None:
         """The block's kernel is what the codes say."""
-        dtype = kernel_of(self.block, linear).dtype
-        self.block = with_kernel(self.block, linear, _dequantized(self._codes[linear]).astype(dtype))
+        dtype = projection.kernel_of(self.block, linear).dtype
+        self.block = projection.with_kernel(self.block, linear, _dequantized(self._codes[linear]).astype(dtype))
 
     def _statistics(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Statistics:
-        size, grids = kernel_of(self.block, linear).shape[0], of_place(self._of.block_grids, linear[1])
+        size, grids = projection.kernel_of(self.block, linear).shape[0], of_place(self._of.block_grids, linear[1])
         return statistics.gather(self._of.step_config, self._of.layout, grids, size, inputs(self.block))
 
     def _inherited(self, linear: Linear, inputs: Callable[[Any], Iterable[Any]]) -> Inherited:
         """Of what is read in place of what the model as it was would read."""
-        of, size = self._of, kernel_of(self.block, linear).shape[0]
+        of, size = self._of, projection.kernel_of(self.block, linear).shape[0]
         assert of.original is not None
         pairs = zip(of.original, of.starts, strict=True)
         read = (of._forward.inputs(linear, self._original, of.block_grids, *pair) for pair in pairs)
@@ -232,9 +207,10 @@ class _Task:
         """The method's factors moved from the norm before a projection into its kernel; whether that was impossible."""
         scheme = self._of.scheme
         assert scheme.method.input_scales is not None
-        kernel = kernel_of(self.block, linear)
-        s_I, unusable = scheme.method.input_scales(largest_I, flat(kernel), scheme)
-        self.block = with_kernel(self.block, linear, (flat(kernel) * s_I[:, None]).reshape(kernel.shape))
+        kernel = projection.kernel_of(self.block, linear)
+        s_I, unusable = scheme.method.input_scales(largest_I, projection.flat(kernel), scheme)
+        scaled_IxO = projection.flat(kernel) * s_I[:, None]
+        self.block = projection.with_kernel(self.block, linear, scaled_IxO.reshape(kernel.shape))
         self._scale_norm(linear, 1 / s_I)
         return unusable
 
@@ -245,7 +221,7 @@ class _Task:
     def _fold(self, linear: Linear, factor_I) -> bool:
         """The factor of a projection's inputs goes to what makes them; whether that was another projection."""
         if linear in NORMS:
-            if can_fold(self._of.step_config.model, linear):
+            if projection.can_fold(self._of.step_config.model, linear):
                 self._scale_norm(linear, factor_I)
             return False
         model, before = self._of.step_config.model, QKV if linear == OUT else GATE_UP
@@ -264,14 +240,6 @@ class _Task:
         self._codes[before] = codes._replace(scales=scales)
         self._set(before)
         return True
-
-
-def can_fold(model: ModelConfig, linear: Linear) -> bool:
-    """Whether what makes a projection's inputs can take a factor of each: then it belongs to a model anyone can load.
-
-    The gain of a norm before it, the values of attention, the half of gate_up that is not activated.
-    """
-    return linear not in NORMS or has_gains(model)
 
 
 def needs_calibration(scheme: Scheme) -> bool:
@@ -324,116 +292,6 @@ def quantize_model(
     return tuple(models), jax.tree.map(lambda *formats: np.stack(formats), *reports)
 
 
-def solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
-    """(block, Statistics or None, inputs (C, B, S, I) or None, grids, levels, damping, starts (C, B, S) or None,
-    Inherited or None) -> (Codes, Report), for a projection in formats of that kind."""
-    return _solver(step_config, scheme.of_kind(kind), kind, linear, layout)
-
-
-@functools.lru_cache(maxsize=64)
-def _solver(step_config: StepConfig, scheme: Scheme, kind: formats.Kind, linear: Linear, layout: Layout):
-    method, model = scheme.method, step_config.model
-    assert method.solve is not None, "what leaves kernels alone is not applied"
-    method_solve = method.solve
-
-    def solve(block, found, inputs_CxBxSxI, grids, levels, damping, starts_CxBxS=None, inherited=None):
-        kernel = kernel_of(block, linear)
-        if found is None:
-            rounded, hessian_IxI = method_solve(flat(kernel), levels, kind, scheme, None), None
-        else:
-            hessian_IxI, magnitude_I = found.hessian_IxI, found.magnitude_I
-            if linear == OUT:
-                magnitude_I = _per_value(magnitude_I, model)
-            if not can_fold(model, linear):
-                magnitude_I = jnp.ones_like(magnitude_I)
-            objective = None
-            if inputs_CxBxSxI is not None:
-                products = Products(step_config.static, grids)
-                objective = _branch_error(model, products, block, linear, inputs_CxBxSxI, starts_CxBxS)
-            cross_IxI = None if inherited is None else inherited.cross_IxI
-            calibration = Calibration(hessian_IxI, magnitude_I, jnp.asarray(damping), cross_IxI, objective)
-            rounded = method_solve(flat(kernel), levels, kind, scheme, calibration)
-        codes = _encoded(scheme, kind, rounded, kernel.shape)
-        fell_back, damped = jnp.asarray(rounded.fell_back), jnp.asarray(rounded.damping, jnp.float32)
-        unknown = jnp.asarray(jnp.nan)
-        if hessian_IxI is None:
-            return codes, Report(fell_back, damped, *[unknown] * 4)
-        grid = scheme.group_size or None, scheme.symmetric, False, scheme.has_full_range(kind)
-        plain = rtn.nearest(flat(kernel), levels, kind, *grid)
-        both = flat(dequantize(codes)), plain
-        errors = (relative_output_error(flat(kernel), q, hessian_IxI) for q in both)
-        split = (
-            (unknown, unknown) if inherited is None else split_errors(flat(kernel), both[0], hessian_IxI, *inherited)
-        )
-        return codes, Report(fell_back, damped, *errors, *split)
-
-    def solve_on_layout(*arguments):
-        with splitting(layout):
-            return solve(*arguments)
-
-    return compilation.jit(solve_on_layout)
-
-
-def _per_value(magnitude_I, model: ModelConfig):
-    """The mean over the heads that read the same values, which can take but one factor."""
-    heads_GxQxK = magnitude_I.reshape(model.key_heads, -1, model.head_dim)
-    return jnp.broadcast_to(jnp.mean(heads_GxQxK, axis=1, keepdims=True), heads_GxQxK.shape).reshape(-1)
-
-
-def _branch_error(model: ModelConfig, products: Products, block, linear: Linear, inputs_CxBxSxI, starts_CxBxS):
-    """Of a kernel that begins a branch (the whole attention or MLP): another kernel (I, O) -> the squared error of what
-    the branch adds."""
-    module = Block(model)
-    nothing_BxSxD = jnp.zeros((*inputs_CxBxSxI.shape[1:3], model.width), model.dtype)
-
-    def added(block):
-        def one(batch):
-            call = lambda method, *args: module.apply({"params": block}, *args, method=method)
-            h_BxSxI, starts_BxS = jax.tree.map(split_batch, batch)
-            if linear == QKV:
-                mixed_BxSxI = call(Block.before_out, h_BxSxI, products, starts_BxS)
-                return call(Block.after_out, nothing_BxSxD, mixed_BxSxI, products)
-            return call(Block.after_down, nothing_BxSxD, call(Block.before_down, h_BxSxI, products), products)
-
-        return jax.lax.map(one, (inputs_CxBxSxI, starts_CxBxS)).astype(jnp.float32)
-
-    kernel, before = kernel_of(block, linear), added(block)
-
-    def objective(other_IxO):
-        return jnp.sum(jnp.square(added(with_kernel(block, linear, other_IxO.reshape(kernel.shape))) - before))
-
-    return objective
-
-
-def as_multiplied(block: Any, dtype: str) -> Any:
-    """The kernels as the products see them, still in float32. In bfloat16 the grid of the float32 kernel is another one
-    than training rounded to, and a model trained at the very precision would lose something."""
-    if dtype == "float32":
-        return block
-    info = jnp.finfo(dtype)
-
-    def rounded(path, leaf):
-        return jax.lax.reduce_precision(leaf, info.nexp, info.nmant) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(rounded, block)
-
-
-def flat(kernel):
-    """(in, *features) -> (in, out)."""
-    return kernel.reshape(kernel.shape[0], -1)
-
-
-def kernel_of(block: Any, linear: Linear):
-    """The kernel of a projection (in, *features)."""
-    return block[linear[0]][linear[1]]["kernel"]
-
-
-def with_kernel(block: Any, linear: Linear, kernel) -> Any:
-    """The block with another kernel for a projection."""
-    module, name = linear
-    return {**block, module: {**block[module], name: {"kernel": kernel}}}
-
-
 def _split(block: Any, codes: dict[Linear, Codes]) -> tuple[dict[str, dict[str, Codes]], Any]:
     """(codes by module and name, the block's parameters without its kernels)."""
     kernels: dict[str, dict[str, Codes]] = {}
@@ -444,14 +302,6 @@ def _split(block: Any, codes: dict[Linear, Codes]) -> tuple[dict[str, dict[str, 
         for module, parameters in block.items()
     }
     return kernels, {module: parameters for module, parameters in left.items() if parameters}
-
-
-def _encoded(scheme: Scheme, kind: formats.Kind, rounded: Rounded, shape: tuple[int, ...]) -> Codes:
-    # The zero of all 2^b levels is the same everywhere, so the codes are kept without it.
-    code_IxO = rounded.code_IxO - rounded.zero_GxO[:1] if scheme.has_full_range(kind) else rounded.code_IxO
-    arrays = code_IxO, rounded.scale_GxO, rounded.zero_GxO
-    integers = kind.family == "int"
-    return encode(*arrays, scheme.symmetric, shape, rounded.row_scale_I, integers, scheme.group_size)
 
 
 _dequantized = jax.jit(dequantize)

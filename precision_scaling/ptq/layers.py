@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from precision_scaling.errors import UserError
-from precision_scaling.ptq.apply import LINEARS, Report
+from precision_scaling.ptq.projection import Report
+from precision_scaling.ptq.scheme import LINEARS
 from precision_scaling.runtime import files, paths
 
 _ALWAYS = set(Report._fields) - {"inherited_error", "total_error"}  # older files lack these
@@ -22,7 +23,7 @@ def write(run_directory: Path, name: str, bits: Sequence[float], report: Report)
     """Adds the reports at these bit-widths to a run's file, in place of older ones at the same.
 
     The file: {"projections": [name], "bits": {"4": {"error": [layer][projection], ...}}} with the fields of
-    `apply.Report`, null where there is no number.
+    `projection.Report`, null where there is no number.
     """
     path = paths.layer_errors(run_directory, name)
     found = _read(path)["bits"] if files.exists(path) else {}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from precision_scaling.model import decoder
 from precision_scaling.model.accounting import bytes_of
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import apply
+from precision_scaling.ptq import apply, projection
 from precision_scaling.ptq.activations import memory_limit
 from precision_scaling.ptq.forward import forward
 from precision_scaling.ptq.scheme import LINEARS, NORMS, Scheme
@@ -77,7 +77,7 @@ def plan(
     limits = [memory_limit(layout) * of_width, memory_limit(layout), memory_limit(layout) * 2]
     kept = [int(min(size, limit)) for size, limit in zip(streams, limits, strict=True)]
     hessians = (3 if scheme.correct_inputs else 1) * 4 * widest**2 if calibrated else 0
-    kernels = sum(apply.kernel_of(block, linear).size for linear in LINEARS)
+    kernels = sum(projection.kernel_of(block, linear).size for linear in LINEARS)
     programs = _programs(step_config, scheme, layout, grids, bits, calibration[1] if calibrated else 0, held_out[1])
     return Plan(
         block=COPIES * bytes_of(block),
@@ -119,7 +119,7 @@ def _programs(
     fmt = formats.parse(scheme.format or bits)
     levels = jax.tree.map(jnp.asarray, fmt.grid())
     for linear in LINEARS:
-        size = apply.kernel_of(block, linear).shape[0]
+        size = projection.kernel_of(block, linear).shape[0]
         square: Any = jax.ShapeDtypeStruct((size, size), jnp.float32)
         vector: Any = jax.ShapeDtypeStruct((size,), jnp.float32)
         found = Statistics(square, vector, vector) if batch else None
@@ -127,5 +127,5 @@ def _programs(
         inputs = None
         if batch and scheme.method.branch_error and linear in NORMS:
             inputs = jax.ShapeDtypeStruct((1, batch, model.sequence_length, size), model.dtype)
-        solve = apply.solver(step_config, scheme, fmt.kind, linear, layout)
+        solve = projection.solver(step_config, scheme, fmt.kind, linear, layout)
         yield taken(solve, block, found, inputs, of_block, levels, 0.01, None, inherited)

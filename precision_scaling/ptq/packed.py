@@ -149,7 +149,7 @@ def save_blocks(
     by_layer: Sequence[Mapping[Linear, Format]],
     operands: tuple[str, ...] = (),
 ) -> None:
-    """The same for a model whose blocks are packed already; they lose their kernels, so that no two copies are in memory.
+    """The same for a model whose blocks are packed already; they lose their kernels, which are in memory once.
 
     top: its parameters outside of the blocks.
     """

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from precision_scaling.ptq.apply import QuantizedBlock, Report
+from precision_scaling.ptq.apply import QuantizedBlock
 from precision_scaling.ptq.codes import Codes
+from precision_scaling.ptq.projection import Report
 from precision_scaling.runtime import files
 
 _KEY = "key"

@@ -23,7 +23,7 @@ from flax import linen as nn
 from precision_scaling.model.decoder import Block
 from precision_scaling.model.decoder import Linear as Projection
 from precision_scaling.numerics import formats
-from precision_scaling.ptq import apply, statistics
+from precision_scaling.ptq import projection, statistics
 from precision_scaling.ptq.activations import Stream
 from precision_scaling.ptq.codes import dequantize
 from precision_scaling.ptq.forward import forward
@@ -103,7 +103,7 @@ def measure(
 
 
 def _block(step_config: StepConfig, blocks: Blocks, layer: int) -> Any:
-    return apply.as_multiplied(blocks.block(layer), step_config.model.dtype)
+    return projection.as_multiplied(blocks.block(layer), step_config.model.dtype)
 
 
 def _costs(
@@ -114,15 +114,15 @@ def _costs(
     for linear in LINEARS:
         pairs = zip(x, starts, strict=True)
         inputs = (forward(step_config, layout).inputs(linear, block, {}, *pair) for pair in pairs)
-        kernel = apply.kernel_of(block, linear)
+        kernel = projection.kernel_of(block, linear)
         found = statistics.gather(step_config, layout, {}, kernel.shape[0], inputs)
         given = found if scheme.method.calibrated else None
         row = []
         for width in scheme.widths:
             fmt = formats.parse(width)
-            solve = apply.solver(step_config, scheme, fmt.kind, linear, layout)
+            solve = projection.solver(step_config, scheme, fmt.kind, linear, layout)
             codes, _ = solve(block, given, None, {}, jax.tree.map(jnp.asarray, fmt.grid()), damping)
-            error_IxO = apply.flat(kernel - dequantize(codes))
+            error_IxO = projection.flat(kernel - dequantize(codes))
             row.append(float(_expected(error_IxO, found.hessian_IxI, gradients[linear])) / tokens)
         costs.append(row)
     return costs
@@ -155,7 +155,7 @@ def _backward(step_config: StepConfig, layout: Layout):
 
         with splitting(layout):
             x_BxSxD, above_BxSxD = split_batch(x_BxSxD), split_batch(above_BxSxD)
-            features = {linear: apply.kernel_of(block, linear).shape[1:] for linear in LINEARS}
+            features = {linear: projection.kernel_of(block, linear).shape[1:] for linear in LINEARS}
             noise = {
                 linear: jnp.zeros((*x_BxSxD.shape[:2], *shape), x_BxSxD.dtype) for linear, shape in features.items()
             }

@@ -19,7 +19,18 @@ from precision_scaling.config.options import check_ptq
 from precision_scaling.errors import ConfigError, UserError
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics.formats import parse
-from precision_scaling.ptq import apply, by_layer, codes, layers, memory, packed, registry, rotation, sensitivity
+from precision_scaling.ptq import (
+    apply,
+    by_layer,
+    codes,
+    layers,
+    memory,
+    packed,
+    projection,
+    registry,
+    rotation,
+    sensitivity,
+)
 from precision_scaling.ptq.activations import memory_limit
 from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.parts import Parts
@@ -203,7 +214,7 @@ class _Measured(NamedTuple):
     """A run under a scheme at one bit-width; report and stored_bits are None where kernels stay."""
 
     loss: float
-    report: apply.Report | None
+    report: projection.Report | None
     stored_bits: float | None
 
 
