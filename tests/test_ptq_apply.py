@@ -223,7 +223,7 @@ def test_awq_changes_what_attention_adds_no_more_than_rounding_to_nearest_does(p
 
     for bits in BITS:
         fmt = parse(bits)
-        solver = apply._solver(STATIC, scheme_of("awq"), fmt.kind, apply.QKV, local_layout())
+        solver = projection._solver(STATIC, scheme_of("awq"), fmt.kind, apply.QKV, local_layout())
         codes, _ = solver(block, found, h[None], grids_of(), fmt.grid(), DAMPING)
         plain = rtn.quantize_kernel(kernel_of(params, 0, "attention", "qkv"), bits)
         kernels = dequantize(codes), plain.reshape(codes.codes.shape)
@@ -257,7 +257,7 @@ def test_scales_of_inputs_are_folded_into_what_makes_them_and_the_block_computes
         size = projection.kernel_of(block, linear).shape[0]
         factor = np.exp(rng.normal(size=size)).astype(np.float32)
         if linear == apply.OUT:
-            factor = np.asarray(apply._per_value(factor, model))
+            factor = np.asarray(projection._per_value(factor, model))
             assert len(np.unique(factor)) == 8
         kernel = projection.kernel_of(task.block, linear)
         changed.append(task._fold(linear, factor))
