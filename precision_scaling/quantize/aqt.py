@@ -321,7 +321,8 @@ def dot_general(
         for raw in (config.fwd, config.dlhs):
             raw.dot_general = _of_kernel(raw.dot_general, kernel_axis)
         sums_wide = sums_wide and not wide and not config.drhs.dg_accumulator_dtype
-        config.drhs.dot_general = _summed(config.drhs.dot_general, kernel_axis, sums_wide)
+        # Which AQT computes transposed: of outputs by inputs.
+        config.drhs.dot_general = _summed(config.drhs.dot_general, 1 - kernel_axis, sums_wide)
 
     dtype = lhs.dtype
     if wide:
