@@ -432,7 +432,9 @@ def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
     assert np.mean(np.asarray(fq(key=jax.random.key(1))) != fq(key=jax.random.key(2))) > 0.1
 
 
-@pytest.mark.parametrize("name, rounding", [("nvfp4", "nearest"), ("nvfp4_4over6", "stochastic"), ("mxfp8", "stochastic")])
+@pytest.mark.parametrize(
+    "name, rounding", [("nvfp4", "nearest"), ("nvfp4_4over6", "stochastic"), ("mxfp8", "stochastic")]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_blocks_without_their_shape_as_on_tpus_have_the_same_bits(monkeypatch, name, rounding, dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(96, 64)) * 2.0 ** np.arange(-40, 24), dtype)
