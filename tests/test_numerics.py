@@ -432,6 +432,26 @@ def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
     assert np.mean(np.asarray(fq(key=jax.random.key(1))) != fq(key=jax.random.key(2))) > 0.1
 
 
+@pytest.mark.parametrize(
+    "name, rounding", [("nvfp4", "nearest"), ("nvfp4_4over6", "stochastic"), ("mxfp8", "stochastic")]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_without_their_shape_as_on_tpus_have_the_same_bits(monkeypatch, name, rounding, dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(96, 64)) * 2.0 ** np.arange(-40, 24), dtype)
+    quantized = lambda x: [fake_quant_whole(x, name, axis, rounding) for axis in (0, 1)]
+    plain = jax.jit(quantized)(x)
+    taken = []
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, tpu, default: taken.append(1) or tpu(*x))
+    for one, other in zip(jax.jit(lambda x: quantized(x))(x), plain, strict=True):
+        np.testing.assert_array_equal(one.view(jnp.uint8), other.view(jnp.uint8))
+    assert len(taken) == 2
+
+
+def fake_quant_whole(x, name, axis, rounding):
+    key = jax.random.key(1) if rounding == "stochastic" else None
+    return rounding_lib.fake_quant_array(x, name, axis, rounding=rounding, key=key)
+
+
 def test_rounding_noise_is_uniform_and_uncorrelated():
     noise = lambda i: rounding_lib.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
     draws = np.asarray(jax.jit(jax.vmap(noise))(jnp.arange(200)))

@@ -17,7 +17,7 @@ from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import rounding
 from precision_scaling.quantize.products import Products
 from precision_scaling.quantize.static import UNQUANTIZED, Grids, StaticPrecision, by_layer
-from precision_scaling.runtime.sharding import split_batch
+from precision_scaling.runtime import sharding
 
 # What the backward pass keeps of a block instead of recomputing it; "none": everything. Devices would have to agree
 # again on a scale that they share.
@@ -212,7 +212,7 @@ class _ScannedBlock(nn.Module):
             # The scan over layers keeps the recomputation from being merged with the forward pass, without barriers.
             block = nn.remat(Block, policy=policy, prevent_cse=False)
         products = Products(self.static, grids, key)
-        return block(self.config, name="block")(split_batch(x_BxSxD), products, starts_BxS), None
+        return block(self.config, name="block")(sharding.split_batch(x_BxSxD), products, starts_BxS), None
 
 
 class Decoder(nn.Module):
@@ -243,10 +243,11 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BxS, products: Products):
         """Residual stream before the first block, (B, S, D)."""
-        if products.static.get("e") is None:
-            return self.embedding(tokens_BxS)
+        if products.static.get("e") is None and not sharding.sums_in_float32():
+            return sharding.looked_up(self.embedding, tokens_BxS)
         embedding_VxD = products.embedding_table(self.embedding.embedding)
-        return jnp.take(embedding_VxD, tokens_BxS, axis=0).astype(self.config.dtype)
+        rows = lambda tokens_BxS: jnp.take(embedding_VxD, tokens_BxS, axis=0).astype(self.config.dtype)
+        return sharding.looked_up(rows, tokens_BxS)
 
     def unembed(self, x_BxSxD, products: Products):
         """Logits in float32, (B, S, V)."""
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
             logits_BxSxV = products.linear(h_BxSxD, kernel_DxV, _HEAD)
         else:
             logits_BxSxV = self.head(h_BxSxD, products)
-        return split_batch(logits_BxSxV * self.config.logit_scale).astype(jnp.float32)
+        return sharding.split_batch(logits_BxSxV * self.config.logit_scale).astype(jnp.float32)
 
     def __call__(self, tokens_BxS, grids: Grids | None = None, key: jax.Array | None = None):
         """Logits in float32, (B, S, V). grids: of the operands that `static` names, the same or by layer."""

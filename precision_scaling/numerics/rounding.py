@@ -20,7 +20,8 @@ from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, For
 ROUNDINGS = ("nearest", "stochastic", "eden")
 RANDOM = ("stochastic", "eden")  # those that need a key
 
-SCALE = "scale"  # by which a policy of recomputation knows the abs-max of a whole tensor
+SCALE = "scale"  # by which a policy of recomputation knows the abs-max of a whole tensor or channel
+_FEW = 128  # elements or more that share a scale that is kept
 _EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
 LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
@@ -78,22 +79,39 @@ def fake_quant_grid(
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
     if kind.family == "none" or x.size == 0:
         return x
-    x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
     if key is not None and rounding == "eden":
-        x_q = _eden(x_f32, grid, kind, axes, key).reshape(x.shape).astype(x.dtype)
-        return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
-    levels, scale = _scaled_levels(x_f32, grid, kind, axes, key if rounding == "stochastic" else None)
-    x_q = (levels * scale).reshape(x.shape).astype(x.dtype)
-    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q))
+        x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
+        x_q = _eden(x_f32, grid, kind, axes, key).reshape(x.shape)
+    else:
+        x_q = _fake_quantized(
+            lax.stop_gradient(x), grouped_shape, grid, kind, axes, key if rounding == "stochastic" else None
+        )
+    return straight_through(x, jnp.where(grid.passthrough > 0, x, x_q.astype(x.dtype)))
 
 
-def _scaled_levels(x: jax.Array, grid: Grid, kind: Kind, axes: tuple[int, ...], key) -> tuple[jax.Array, jax.Array]:
-    """x, in groups, as levels of the grid and their scales: to nearest, or with a key at random."""
+def _fake_quantized(x: jax.Array, shape: tuple[int, ...], grid: Grid, kind: Kind, axes: tuple[int, ...], key):
+    """x on its scaled grid, float32. shape: of x in groups, axes: of that shape, that share a scale."""
+    scale = scale_of(x.reshape(shape), grid, kind, axes, unsaturated=key is not None)
+
+    def grouped(x, scale):
+        return (_levels(x.astype(jnp.float32).reshape(shape), scale, grid, kind, key) * scale).reshape(x.shape)
+
+    def spread(x, scale):
+        scale = jnp.broadcast_to(scale, shape).reshape(x.shape)
+        return _levels(x.astype(jnp.float32), scale, grid, kind, key) * scale
+
+    if shape == x.shape or not isinstance(x, jax.core.Tracer):
+        return grouped(x, scale)
+    # On TPUs groups are another layout of memory, and whatever has their shape an array of its own: only the scales.
+    return lax.platform_dependent(x, scale, tpu=spread, default=grouped)
+
+
+def _levels(x: jax.Array, scale: jax.Array, grid: Grid, kind: Kind, key) -> jax.Array:
+    """x (float32) as levels of the grid: to nearest, or with a key at random."""
     noise = None if key is None else rounding_noise(key, x.shape)
-    scale = scale_of(x, grid, kind, axes, unsaturated=noise is not None)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
-    return _round_to_grid(_divided(x, scale), grid, kind, noise, saturate), scale
+    return _round_to_grid(_divided(x, scale), grid, kind, noise, saturate)
 
 
 def block_codes(
@@ -116,7 +134,9 @@ def block_codes(
         )
     grouped_shape, axes = _grouping(x.shape, axis, _group_size(kind, None))
     x_f32 = lax.stop_gradient(x).astype(jnp.float32).reshape(grouped_shape)
-    levels, scale = _scaled_levels(x_f32, grid, kind, axes, key if rounding == "stochastic" else None)
+    key = key if rounding == "stochastic" else None
+    scale = scale_of(x_f32, grid, kind, axes, unsaturated=key is not None)
+    levels = _levels(x_f32, scale, grid, kind, key)
     unit = _tensor_scale(jnp.max(jnp.abs(x_f32)), grid, kind)
     return levels.reshape(x.shape), jnp.squeeze(scale / unit, axes), unit
 
@@ -201,13 +221,16 @@ def scale_of(
 
     `unsaturated` asks for one under which no element exceeds the last level, as unbiased rounding needs.
     """
+    # The largest of bfloat16 values is one: no array in float32 is needed to find it.
+    found = jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32) if x.dtype == jnp.bfloat16 else None
+    x = x.astype(jnp.float32)
     magnitudes = jnp.abs(x)
     if kind.scale == "absmean" and not unsaturated:
         mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
         # A sum can overflow where the mean does not.
         shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
         return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
-    largest = _kept(jnp.max(magnitudes, axis=axes, keepdims=True))
+    largest = _kept(jnp.max(magnitudes, axis=axes, keepdims=True) if found is None else found, x.size)
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
     if kind.family != "block":
@@ -220,9 +243,11 @@ def scale_of(
     return _two_level_scale(largest, grid, kind, unsaturated)
 
 
-def _kept(largest: jax.Array) -> jax.Array:
-    """The abs-max of a whole tensor, named `SCALE`: kept where the tensor is recomputed, devices agree on it once."""
-    return checkpoint_name(largest, SCALE) if largest.size == 1 else largest
+def _kept(largest: jax.Array, size: int = 1) -> jax.Array:
+    """The abs-max of a tensor of that size, or those of its channels, named `SCALE`: kept where the tensor is
+    recomputed, devices agree on it once. Those of many small blocks are not, which would take memory."""
+    few = largest.size == 1 or largest.size * _FEW <= size
+    return checkpoint_name(largest, SCALE) if few else largest
 
 
 @jax.custom_jvp

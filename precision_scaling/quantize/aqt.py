@@ -187,30 +187,48 @@ def _dot_float32(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     )
 
 
-def _summed_in_float32(dot: Callable) -> Callable:
-    """`dot` whose partial sums, one on each device, are float32; rounded to its own dtype when they are added up."""
+def _of_kernel(dot: Callable, axis: int) -> Callable:
+    """`dot` of which the right side is a kernel, gathered from the devices that share it."""
 
-    def wide(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    def whole(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        rhs = sharding.whole_kernel(rhs, axis)
+        return dot(lhs, rhs, dimension_numbers, preferred_element_type=preferred_element_type)
+
+    return whole
+
+
+def _summed(dot: Callable, axis: int, wide: bool) -> Callable:
+    """`dot` that gives a kernel's gradient, summed over devices that keep their share of that axis.
+
+    wide: partial sums, one on each device, are float32; rounded to the product's own dtype when they are added up.
+    """
+
+    def summed(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
         dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
-        return dot(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32).astype(dtype)
+        partial = dot(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32 if wide else dtype)
+        return sharding.in_shares(partial, axis).astype(dtype)
 
-    return wide
-
-
-@jax.custom_vjp
-def _matmul(x, kernel):
-    """x @ kernel, the kernel's gradient summed in float32 over devices."""
-    return _dot(x, kernel, (((1,), (0,)), ((), ())))
+    return summed
 
 
-def _matmul_backward(kept, g):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x, kernel, axis: int, wide: bool):
+    """x @ kernel on several devices: see `_of_kernel`, and of its gradient `_summed`."""
+    return _of_kernel(_dot, axis)(x, kernel, (((1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x, kernel, axis, wide):
+    # The product itself, not `_matmul`: policies of recomputation look for it.
+    return _of_kernel(_dot, axis)(x, kernel, (((1,), (0,)), ((), ()))), (x, kernel)
+
+
+def _matmul_backward(axis, wide, kept, g):
     x, kernel = kept
-    dx = _dot(g, kernel, (((1,), (1,)), ((), ())))
-    return dx, _summed_in_float32(_dot)(x, g, (((0,), (0,)), ((), ())))
+    dx = _of_kernel(_dot, axis)(g, kernel, (((1,), (1,)), ((), ())))
+    return dx, _summed(_dot, axis, wide)(x, g, (((0,), (0,)), ((), ())))
 
 
-# The product itself, not `_matmul`: policies of recomputation look for it.
-_matmul.defvjp(lambda x, kernel: (_dot(x, kernel, (((1,), (0,)), ((), ()))), (x, kernel)), _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -> None:
@@ -245,21 +263,34 @@ def _set_product(raw, sides, grids: Grids, key, wide: bool, rotation: int = 0) -
         )
 
 
-def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, static: StaticPrecision, grids, key=None):
+def dot_general(
+    lhs,
+    rhs,
+    dimension_numbers,
+    lhs_name: str,
+    rhs_name: str,
+    static: StaticPrecision,
+    grids,
+    key=None,
+    kernel_axis: int = 0,
+):
     """lax.dot_general of two named operands, it and its gradients each at the precision that `static` and `grids` give.
 
     An operand that `static` does not name is exact. Gradients are straight-through and, unless `static` says
     otherwise, use the quantized operands and the incoming gradient as it is (paper, section 2).
     grids: of every operand of `static`. key: a PRNG key that no other product of the step has, where `static` is
-    `stochastic`.
+    `stochastic`. kernel_axis: of a kernel, that fsdp divides.
     """
     show(lhs, rhs, lhs_name, rhs_name, dimension_numbers[0], static, grids)
     names = (lhs_name, rhs_name, f"g_{lhs_name}", f"s_{lhs_name}", f"g_{rhs_name}", f"s_{rhs_name}")
     lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s = (static.get(name) for name in names)
     # Tokens lie on many devices, which add up the gradients of a kernel.
-    sums_wide = sharding.sums_in_float32() and lhs.dtype == jnp.bfloat16 and rhs_name in ("w", "head_w")
+    of_kernel = sharding.on_several_devices() and rhs_name in ("w", "head_w")
+    sums_wide = of_kernel and sharding.sums_in_float32() and lhs.dtype == jnp.bfloat16
     if not any((lhs_operand, rhs_operand, lhs_g, lhs_s, rhs_g, rhs_s)):
-        return _matmul(lhs, rhs) if sums_wide else jax.lax.dot_general(lhs, rhs, dimension_numbers)
+        if of_kernel:
+            return _matmul(lhs, rhs, kernel_axis, sums_wide)
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers)
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     lhs_free = tuple(sorted({*range(lhs.ndim)} - {*lhs_contracting, *lhs_batch}))
     rhs_free = tuple(sorted({*range(rhs.ndim)} - {*rhs_contracting, *rhs_batch}))
@@ -286,8 +317,12 @@ def dot_general(lhs, rhs, dimension_numbers, lhs_name: str, rhs_name: str, stati
             raw.rhs.use_fwd_quant = True
         rotation = dict(static.gradient_rotations).get(x, 0)
         _set_product(raw, ((f"g_{x}", g, out_ndim, out_axes), saved), grids, key, wide, rotation)
-    if sums_wide and not wide and not config.drhs.dg_accumulator_dtype:
-        config.drhs.dot_general = _summed_in_float32(_dot)
+    if of_kernel:
+        for raw in (config.fwd, config.dlhs):
+            raw.dot_general = _of_kernel(raw.dot_general, kernel_axis)
+        sums_wide = sums_wide and not wide and not config.drhs.dg_accumulator_dtype
+        # Which AQT computes transposed: of outputs by inputs.
+        config.drhs.dot_general = _summed(config.drhs.dot_general, 1 - kernel_axis, sums_wide)
 
     dtype = lhs.dtype
     if wide:

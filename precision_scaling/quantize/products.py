@@ -36,8 +36,6 @@ class Products:
         """
         # A product of matrices, whatever the ranks: XLA's CPU backend is 1.5 times slower on the higher-rank form.
         x_2d, kernel_2d = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
-        if kernel.ndim > 2:  # of which the compilers of TPUs do not scatter the gradient
-            kernel_2d = sharding.split_rows(kernel_2d)
         if self.static.rotated and names == ("a", "w"):
             signs = _rotation_signs(x.shape[-1])
             x_2d, kernel_2d = hadamard.rotate(x_2d, signs, 1), hadamard.rotate(kernel_2d, signs, 0)
@@ -103,7 +101,8 @@ class Products:
         grids = of_place({name: given[name] for name in mine if name in given}, place)
         if scaled.serves(self.static, lhs_name):
             return scaled.dot_general(lhs, rhs, lhs_name, rhs_name, self.static, grids, self.key)
-        return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, grids, self.key)
+        axis = sharding.KERNEL_AXES.get(place, 0)
+        return dot_general(lhs, rhs, dimension_numbers, lhs_name, rhs_name, self.static, grids, self.key, axis)
 
 
 def _rotation_signs(width: int) -> jax.Array:

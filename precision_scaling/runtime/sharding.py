@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,9 @@ RULES = (
     (r"head/kernel$", P("fsdp", "tensor")),  # (width, vocabulary)
     (r"/scale$", P(("fsdp", "tensor"))),  # gains of norms
 )
+
+# Of kernels as matrices: the axis that fsdp divides, where it is not the first.
+KERNEL_AXES = {"out": 1, "down": 1}
 
 
 def fit(spec: P | Sequence[Any], shape: tuple[int, ...], sizes: dict[str, int], movable: Sequence[int] = ()) -> P:
@@ -147,13 +150,38 @@ def split_batch(x: jax.Array, rest: Sequence[Any] | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def split_rows(kernel_2d: jax.Array) -> jax.Array:
-    """A kernel of a projection, and so its gradient, with its inputs over fsdp; outside of `splitting`, as it is."""
+def in_shares(gradient_IxO: jax.Array, axis: int) -> jax.Array:
+    """The gradient of a kernel with that axis over fsdp, as `RULES` has it; outside of `splitting`, as it is.
+
+    The axis is cut into what each device keeps. The compilers of TPUs otherwise scatter a sum only where its tiles
+    divide evenly, and sum the whole array on every device where they do not.
+    """
     if (split := _batches.get()) is None:
-        return kernel_2d
+        return gradient_IxO
     mesh, _ = split
-    (rows,) = fit(P("fsdp"), kernel_2d.shape[:1], dict(mesh.shape))
-    return jax.lax.with_sharding_constraint(kernel_2d, NamedSharding(mesh, P(rows, P.UNCONSTRAINED)))
+    shape = gradient_IxO.shape
+    parts = mesh.shape["fsdp"] if shape[axis] % mesh.shape["fsdp"] == 0 else 1
+    cut = gradient_IxO.reshape(*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
+    spec: list[Any] = [P.UNCONSTRAINED] * len(shape)
+    spec[axis : axis + 1] = ["fsdp" if parts > 1 else None, None]
+    return jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, P(*spec))).reshape(shape)
+
+
+def looked_up(look_up: Callable[[jax.Array], jax.Array], tokens_BxS: jax.Array) -> jax.Array:
+    """look_up(tokens), (B, S, D), of a table whose width fsdp divides; outside of `splitting`, just that.
+
+    Each device looks up its share of the width, for the sequences of all that have another, and rows then go to the
+    devices of their sequences. Gradients come back the same way before they are added to the table's rows: left to
+    itself the partitioner may add to a whole table on every device, and sum those.
+    """
+    if (split := _batches.get()) is None:
+        return look_up(tokens_BxS)
+    mesh, axes = split
+    sizes = dict(mesh.shape)
+    others = tuple(axis for axis in axes if axis != "fsdp")
+    place = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit(spec, x.shape, sizes)))
+    x_BxSxD = place(look_up(place(tokens_BxS, others)), others, None, "fsdp")
+    return split_batch(x_BxSxD, (None, None))
 
 
 def batch_parts(size: int) -> int:
@@ -162,7 +190,12 @@ def batch_parts(size: int) -> int:
         return 1
     mesh, axes = split
     (first,) = fit(P(axes), (size,), dict(mesh.shape))
-    return math.prod(mesh.shape[axis] for axis in ((first,) if isinstance(first, str) else first or ()))
+    return math.prod(mesh.shape[axis] for axis in _names(first))
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The axes of one dimension of a spec."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def summed_parts(x_PxIxO: jax.Array, spec: Sequence[Any]) -> jax.Array:
@@ -175,14 +208,21 @@ def summed_parts(x_PxIxO: jax.Array, spec: Sequence[Any]) -> jax.Array:
     mesh, axes = split
     sizes = dict(mesh.shape)
     (first,) = fit(P(axes), x_PxIxO.shape[:1], sizes)
-    left = list(first or ())
+    left = list(_names(first))
     x = x_PxIxO.reshape(*(sizes[axis] for axis in left), *x_PxIxO.shape[1:]) if left else x_PxIxO[0]
     own = fit(spec, x_PxIxO.shape[1:], sizes)
+    # Dimensions that are sharded in shares, or the compilers of TPUs sum the whole array on every device.
+    shares, placed = [], []
+    for size, axes_of_it in zip(x_PxIxO.shape[1:], own, strict=True):
+        parts = math.prod(sizes[axis] for axis in _names(axes_of_it))
+        shares += [parts, size // parts]
+        placed += [axes_of_it, None]
+    x = x.reshape(*x.shape[: len(left)], *shares)
     while left:
         left.pop()
         x = jax.numpy.sum(x, axis=len(left))
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*left, *own)))
-    return x
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*left, *placed)))
+    return x.reshape(x_PxIxO.shape[1:])
 
 
 @contextlib.contextmanager
@@ -195,9 +235,29 @@ def summing_gradients(dtype: str) -> Iterator[None]:
         _gradients.reset(token)
 
 
+def on_several_devices() -> bool:
+    """Whether what is traced now is for several devices, see `splitting`."""
+    return _batches.get() is not None
+
+
 def sums_in_float32() -> bool:
     """Whether a product that several devices add up leaves each of them in float32. On one device there is none."""
-    return _batches.get() is not None and _gradients.get() == "float32"
+    return on_several_devices() and _gradients.get() == "float32"
+
+
+def whole_kernel(kernel_IxO: jax.Array, axis: int) -> jax.Array:
+    """A kernel of a projection as its products multiply it, gathered over fsdp; outside of `splitting`, as it is.
+
+    axis: that fsdp divides. Products of the same kernel share what is gathered; the partitioner would gather it for
+    each in a shape of its own. Where layers are divided over tensor, too, that is left to the partitioner.
+    """
+    if (split := _batches.get()) is None or split[0].shape["tensor"] > 1:
+        return kernel_IxO
+    mesh, _ = split
+    # As a matrix, and not in the shape that it comes from.
+    own = fit(P(*(("fsdp",) if i == axis else () for i in range(2))), kernel_IxO.shape, dict(mesh.shape))
+    kernel_IxO = jax.lax.with_sharding_constraint(kernel_IxO, NamedSharding(mesh, own))
+    return jax.lax.with_sharding_constraint(kernel_IxO, NamedSharding(mesh, P(None, None)))
 
 
 def gathered(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
