@@ -37,7 +37,7 @@ def table(path: Path) -> pd.DataFrame:
     """Rows of a study, whole numbers of tokens in millions, "" where nothing is said."""
     rows = pd.read_csv(path, low_memory=False)
     for column in ("method", "average", "optimizer"):
-        rows[column] = rows[column].fillna("")
+        rows[column] = rows[column].astype(object).fillna("")
     rows["M"] = (rows.D / M).round(2)
     return rows[rows.status == "ok"]
 
@@ -120,19 +120,24 @@ def block_pairs(size: str) -> list[Pair]:
 
 
 def begin_lines(rows: pd.DataFrame) -> list[str]:
-    """w4_a4 from a share of the steps on, over bf16, at three D/N."""
+    """w4_a4 from a share of the steps on, over bf16 and over the share before it, at three D/N."""
     rows = rows[(rows["size"] == "53k") & (rows.schedule == "wsd")]
     rows = rows.assign(begin=rows.switched_share.fillna(0.0).where(rows.w_format == "int4", -1.0))
-    lines, samples = [], {}
+    lines, samples, steps = [], {}, {}
     for tokens in sorted(rows.M.unique()):
         at = rows[rows["M"] == tokens]
         bf16 = at[at.begin == -1.0].set_index("seed").loss
+        before = None
         for begin in sorted(set(at.begin) - {-1.0}):
             low = at[at.begin == begin].set_index("seed").loss
             samples[tokens, begin] = (low - bf16).dropna().to_numpy()
-    spread, degrees = pooled(list(samples.values()))
-    for (tokens, begin), values in samples.items():
-        lines.append(f"| {tokens:g}M | {begin:.2f} | {shown(values, spread, degrees)} |")
+            if before is not None:
+                steps[tokens, begin] = (low - before).dropna().to_numpy()
+            before = low
+    of_bf16, of_step = pooled(list(samples.values())), pooled(list(steps.values()))
+    for key, values in samples.items():
+        step = shown(steps[key], *of_step) if key in steps else "| |"
+        lines.append(f"| {key[0]:g}M | {key[1]:.2f} | {shown(values, *of_bf16)} | {step} |")
     return lines
 
 
@@ -169,9 +174,12 @@ def main() -> None:
     rows = table(folder / "recipes.csv.gz")
     for size in study_recipes.SIZES:
         for title, pairs in (("NVFP4 and its parts", recipe_pairs(size)), ("Integers or floats", block_pairs(size))):
-            print(f"\n{title}, {size}\n\n| difference | nats | the loss is | seeds |\n|---|---:|---|---:|")
-            print("\n".join(compared(rows, pairs)))
-    print("\nWhen w4_a4 begins, 53k\n\n| D | begins at | over bf16, nats | | seeds |\n|---:|---:|---:|---|---:|")
+            if lines := compared(rows, pairs):
+                print(f"\n{title}, {size}\n\n| difference | nats | the loss is | seeds |\n|---|---:|---|---:|")
+                print("\n".join(lines))
+    print("\nWhen w4_a4 begins, 53k\n")
+    print("| D | begins at | over bf16 | the loss is | seeds | over the share before | the loss is | seeds |")
+    print("|---:|---:|---:|---|---:|---:|---|---:|")
     print("\n".join(begin_lines(rows)))
     if (folder / "muon.csv.gz").exists():
         print("\nOptimizers\n\n| size | D | trained at | | difference | nats | the loss is | seeds |")
