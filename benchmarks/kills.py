@@ -1,14 +1,18 @@
 """Kills a small study with SIGKILL at random moments, again and again, and compares its end with one left alone.
 
-    python -m benchmarks.kills [--kills=50] [--seed=0] [--directory=DIR]
+    python -m benchmarks.kills [--kills=50] [--seed=0] [--directory=DIR] [--bucket]
 
 Every process is the study command, forked from this one, which has the imports. Each is killed at a moment drawn
 uniformly from its start to a little after its first steps, so that some die while they compile, some in a step, in a
 checkpoint or a row. In the end runs.csv must be equal byte by byte, all parameters bit by bit, and every step must
-stand in the metrics once, with the same loss. Exits with 1 where they are not.
+stand in the metrics once, with the same loss. Exits with 1 where they are not. With --bucket the killed study keeps
+everything in a bucket, of an object store on this machine, and is compared with one on the disk.
 """
 
+import contextlib
+import fnmatch
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -16,10 +20,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
 
+from benchmarks import object_store
 from precision_scaling.runtime import cli
 
 FLAGS = flags.FlagValues()
@@ -28,6 +34,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", flag_values=FLAGS)
 _DIRECTORY = flags.DEFINE_string(
     "directory", None, "Where the studies are kept; default: deleted afterwards.", flag_values=FLAGS
 )
+
+_BUCKET = flags.DEFINE_bool("bucket", False, "The study that is killed is in a bucket.", flag_values=FLAGS)
 
 CONFIG = """
 from configs import base
@@ -45,15 +53,60 @@ def get_config():
 STEPS = 6000
 
 
-def start(config: Path, workdir: Path) -> int:
+class Study:
+    """The workdir of a study: a directory, or with a store what is below its name in the bucket."""
+
+    def __init__(self, directory: Path, store: object_store.Store | None = None):
+        self.directory, self._store = directory, store
+        self.log = directory.with_suffix(".log")
+        self.workdir = f"{store.url}/{directory.name}" if store else str(directory)
+
+    def has(self, pattern: str) -> bool:
+        """Whether a file is there."""
+        if self._store is None:
+            return any(self.directory.glob(pattern))
+        name = self.directory.name
+        return any(fnmatch.fnmatch(found, f"{name}/{pattern}") for found in self._store.objects(f"{name}/"))
+
+    def fetch(self) -> Path:
+        """A directory with all of it."""
+        for name in self._store.objects(f"{self.directory.name}/") if self._store else ():
+            path = self.directory.parent / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._store.read(name))
+        return self.directory
+
+
+def _serve(ports) -> None:
+    with object_store.bucket() as store:
+        ports.send((store.port, store.own))
+        ports.recv()
+
+
+@contextlib.contextmanager
+def served() -> Iterator[object_store.Store]:
+    """A bucket that another process serves: this one is forked, and would leave the server's threads behind."""
+    mine, its = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_serve, args=(its,), daemon=True)
+    process.start()
+    store = object_store.Store(*mine.recv())
+    os.environ.update(store.environment)
+    try:
+        yield store
+    finally:
+        mine.send(None)
+        process.join()
+
+
+def start(config: Path, study: Study) -> int:
     """The study command in a process of its own; returns its id."""
     child = os.fork()
     if child:
         return child
-    log = os.open(workdir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(study.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = ["study", f"--config={config}", f"--workdir={workdir}"]
+    sys.argv = ["study", f"--config={config}", f"--workdir={study.workdir}"]
     status = 0
     try:
         runpy.run_module("precision_scaling.study", run_name="__main__", alter_sys=True)
@@ -62,20 +115,20 @@ def start(config: Path, workdir: Path) -> int:
     os._exit(status if isinstance(status, int) else 1)
 
 
-def finish(config: Path, workdir: Path) -> float:
+def finish(config: Path, study: Study) -> float:
     """Runs the study to its end; returns the seconds it took."""
     started = time.monotonic()
-    status = os.waitstatus_to_exitcode(os.waitpid(start(config, workdir), 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(start(config, study), 0)[1])
     if status:
-        sys.exit(f"the study ended with {status}: see {workdir.with_suffix('.log')}")
+        sys.exit(f"the study ended with {status}: see {study.log}")
     return time.monotonic() - started
 
 
-def seconds_to_first_step(config: Path, workdir: Path) -> float:
-    """How long a process takes from its start to its first steps, with programs that were compiled before."""
+def seconds_to_first_step(config: Path, study: Study) -> float:
+    """How long a process takes from its start to its first checkpoint, with programs that were compiled before."""
     started = time.monotonic()
-    child = start(config, workdir)
-    while not any(workdir.glob("runs/*/metrics.jsonl")):
+    child = start(config, study)
+    while not study.has("cohorts/*/*/lanes.json"):
         time.sleep(0.01)
     seconds = time.monotonic() - started
     os.kill(child, signal.SIGKILL)
@@ -119,36 +172,43 @@ def _main() -> None:
 
     logging.set_verbosity(logging.WARNING)
     kills, moments = _KILLS.value, random.Random(_SEED.value)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(_DIRECTORY.value or temporary)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(served()) if _BUCKET.value else None
+        directory = Path(_DIRECTORY.value or stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         config = directory / "study.py"
         config.write_text(CONFIG.format(cache=str(directory / "xla"), steps=STEPS))
-        finish(config, directory / "first")  # compiles
-        whole = finish(config, directory / "whole")
-        startup = seconds_to_first_step(config, directory / "startup")
+        first, left_alone, killed_study = (
+            Study(directory / "first"),
+            Study(directory / "whole"),
+            Study(directory / "killed", store),
+        )
+        finish(config, first)  # compiles
+        whole = finish(config, left_alone)
+        startup = seconds_to_first_step(config, Study(directory / "startup", store))
         # Moments go so far past the start that about half of the work is done when the last one falls.
         latest = startup + 3 * max(whole - startup, 1.0) / kills
         print(
-            f"left alone: {whole:.1f} s, {startup:.1f} s to the first step; kills from 0 to {latest:.1f} s", flush=True
+            f"left alone: {whole:.1f} s, {startup:.1f} s to the first checkpoint; kills from 0 to {latest:.1f} s",
+            flush=True,
         )
         killed, working = 0, 0
         while killed < kills:
-            child = start(config, directory / "killed")
+            child = start(config, killed_study)
             time.sleep(moments.uniform(0, latest))
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended and status:
-                sys.exit(f"a process ended by itself, with an error: see {directory / 'killed.log'}")
+                sys.exit(f"a process ended by itself, with an error: see {killed_study.log}")
             if ended:
                 print(f"the study was complete after {killed} kills", flush=True)
                 break
-            working += any((directory / "killed").glob("cohorts/*/*/lanes.json"))
+            working += killed_study.has("cohorts/*/*/lanes.json")
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed += 1
-        last = finish(config, directory / "killed")
-        found = [*differences(directory / "first", directory / "whole")]
-        found += differences(directory / "whole", directory / "killed")
+        last = finish(config, killed_study)
+        found = [*differences(first.directory, left_alone.directory)]
+        found += differences(left_alone.directory, killed_study.fetch())
         print(
             f"{killed} kills, {working} of them with a checkpoint to go on from; the last process took {last:.1f} s: "
             + (f"DIFFERENT: {', '.join(found)}" if found else "same table, parameters and metrics, bit for bit")

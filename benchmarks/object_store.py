@@ -38,7 +38,8 @@ class Store:
 
     url: gs://BUCKET. environment: variables by which gcsfs, TensorStore and Orbax find it. requests: method and path of
     each. faults: how many of each kind there were. latency: seconds, before every answer. share: of the requests that
-    fail: refused with 503 or 429, cut before or after they were done, or answered in part, in turn.
+    fail: refused with 503 or 429, cut before or after they were done, or answered in part, in turn. port, own: of the
+    server and of the proxy.
     """
 
     def __init__(self, port: int, own: int):
@@ -47,7 +48,7 @@ class Store:
         self.kinds = itertools.cycle(KINDS)  # of the faults
         self.next = list[str]()  # what the next requests meet: one of KINDS, 401 (an expired token) or hang (no answer)
         self.refuse = 0  # the status of every answer, if not 0
-        self.port = port
+        self.port, self.own = port, own
         address = f"http://127.0.0.1:{own}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": address,
