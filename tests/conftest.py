@@ -31,6 +31,11 @@ def _source(rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest thing that tests wait for begins first: at the end one process would wait for it alone."""
+    items.sort(key=lambda item: "on_meshes" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def no_url_is_a_directory():
     """Fails a test that leaves a directory of the name "gs:" where commands run: a URL was taken for a path."""
