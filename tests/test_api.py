@@ -84,8 +84,7 @@ def test_greedy_text_takes_the_likeliest_token_of_a_full_pass_at_each_step(finis
     seen = [workspace.corpus.end_of_text, *b"def alpha"]
     for _ in range(10):  # beyond the 16 positions of the model
         window = seen[-16:]
-        # Where a tensor shares one scale, what fills the window up has a part in it.
-        padded = (window * 16)[:16] if quantized else window
+        padded = (window * 16)[:16]  # where a tensor shares one scale, what fills the window up has a part in it
         seen.append(int(jnp.argmax(apply(jnp.asarray([padded]))[0, len(window) - 1])))
     assert ps.generate(workdir, "def alpha", tokens=10, run=run.id) == bytes(seen[10:]).decode("utf-8", "replace")
 

@@ -311,26 +311,19 @@ def test_a_study_that_is_killed_again_and_again_has_them_too(place, study, store
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_study(place, study):
-    config, whole = study
-    other = start(config, place, "--shard=1/2")
-    do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--shard=0/2")
-    ((status, said),) = wait(other)
-    assert status == 0, said
-    compare(place, whole)  # the table, too: the last to end has gathered all rows
-
-
-@pytest.mark.slow
-def test_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
+def test_two_workers_share_a_study_and_a_server_that_fails_now_and_then_changes_nothing(place, study, store):
     config, whole = study
     store.share, store.latency = 0.015, 0.005
     store.faults.clear()
     try:
-        do("precision_scaling.study", f"--config={config}", f"--workdir={place}")
+        other = start(config, place, "--shard=1/2")
+        do("precision_scaling.study", f"--config={config}", f"--workdir={place}", "--shard=0/2")
+        ((status, said),) = wait(other)
     finally:
         store.share, store.latency = 0.0, 0.0
+    assert status == 0, said
     assert all(store.faults[kind] for kind in object_store.KINDS), store.faults
-    compare(place, whole)
+    compare(place, whole)  # the table, too: the last to end has gathered all rows
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_a_million_rows_fit():
     truth = {"A": 30.0, "alpha": 0.3, "B": 200.0, "beta": 0.4, "E": 0.9}
     loss = laws.predict("chinchilla", truth, N=n, D=d) * np.exp(0.01 * rng.standard_normal(10**6))
     table = tables.from_columns({"run": np.arange(10**6), "N": n, "D": d, "loss": loss})
-    result = fit("chinchilla", table, starts=64, bootstrap_resamples=40)
+    result = fit("chinchilla", table, starts=16, bootstrap_resamples=40)
     for name, value in truth.items():
         assert result.params[name] == pytest.approx(value, rel=0.02)
 
