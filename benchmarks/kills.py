@@ -12,6 +12,7 @@ everything in a bucket, of an object store on this machine, and is compared with
 import contextlib
 import fnmatch
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from benchmarks import object_store
+from precision_scaling.errors import UserError
 from precision_scaling.runtime import cli
 
 FLAGS = flags.FlagValues()
@@ -89,6 +91,7 @@ def served() -> Iterator[object_store.Store]:
     mine, its = multiprocessing.Pipe()
     process = multiprocessing.Process(target=_serve, args=(its,), daemon=True)
     process.start()
+    its.close()  # else nothing tells that the server's process has ended
     store = object_store.Store(*mine.recv())
     os.environ.update(store.environment)
     try:
@@ -168,6 +171,8 @@ def parameters(run: Path) -> list[bytes]:
 
 
 def _main() -> None:
+    if _BUCKET.value and not object_store.is_installed():
+        raise UserError("--bucket: the server is missing; allowed is pip install -e '.[dev]' first")
     from precision_scaling.study import __main__  # noqa: F401  imported once, for all processes
 
     logging.set_verbosity(logging.WARNING)
@@ -186,8 +191,10 @@ def _main() -> None:
         finish(config, first)  # compiles
         whole = finish(config, left_alone)
         startup = seconds_to_first_step(config, Study(directory / "startup", store))
-        # Moments go so far past the start that about half of the work is done when the last one falls.
-        latest = startup + 3 * max(whole - startup, 1.0) / kills
+        # A process that is killed at t > startup has worked for t - startup. Moments go so far past the start that all
+        # together do half of the work, so that there is something left to kill when the last one falls.
+        share = max(whole - startup, 1.0) / 2 / kills
+        latest = startup + share + math.sqrt(share * (share + 2 * startup))
         print(
             f"left alone: {whole:.1f} s, {startup:.1f} s to the first checkpoint; kills from 0 to {latest:.1f} s",
             flush=True,
@@ -204,8 +211,7 @@ def _main() -> None:
                 break
             working += killed_study.has("cohorts/*/*/lanes.json")
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
+            killed += os.waitpid(child, 0)[1] == signal.SIGKILL  # or it had just ended
         last = finish(config, killed_study)
         found = [*differences(first.directory, left_alone.directory)]
         found += differences(left_alone.directory, killed_study.fetch())
