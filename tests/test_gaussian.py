@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from precision_scaling.numerics import rounding
+from precision_scaling.numerics import elements, rounding
 from precision_scaling.numerics.formats import FormatError, parse
 from precision_scaling.numerics.gaussian import gaussian_mse
 
@@ -62,7 +62,7 @@ def test_nvfp4_errs_as_in_a_sampled_tensor():
 def test_a_fixed_scale_errs_as_on_sampled_data():
     x = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
     fmt = parse("e3m2")
-    q = np.asarray(rounding.round_to_grid(x / np.float32(0.2), fmt.grid(), "float"), np.float64) * 0.2
+    q = np.asarray(elements.round_to_grid(x / np.float32(0.2), fmt.grid(), "float"), np.float64) * 0.2
     errors = (q - x) ** 2
     assert abs(gaussian_mse(fmt, scale=0.2) - errors.mean()) < 4 * errors.std() / np.sqrt(x.size)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from precision_scaling.numerics import formats
+from precision_scaling.numerics import elements, formats
 from precision_scaling.numerics import rounding as rounding_lib
 from precision_scaling.numerics.formats import Kind, parse
 from precision_scaling.ptq import kernel_grid
@@ -37,7 +37,7 @@ OTHER_FLOATS = [
 BLOCKS = ["mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "mxint8", "nvfp4"]
 
 # One compiled program per family and shape: the grids are traced.
-round_traced = jax.jit(rounding_lib.round_to_grid, static_argnames=("kind", "saturate"))
+round_traced = jax.jit(elements.round_to_grid, static_argnames=("kind", "saturate"))
 fake_quant_static = jax.jit(rounding_lib.fake_quant_array, static_argnames=("fmt", "axis", "group_size", "rounding"))
 fake_quant_traced = jax.jit(rounding_lib.fake_quant_grid, static_argnames=("kind", "axis", "group_size", "rounding"))
 
@@ -453,7 +453,7 @@ def fake_quant_whole(x, name, axis, rounding):
 
 
 def test_rounding_noise_is_uniform_and_uncorrelated():
-    noise = lambda i: rounding_lib.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
+    noise = lambda i: elements.rounding_noise(jax.random.fold_in(jax.random.key(3), i), (1000,))
     draws = np.asarray(jax.jit(jax.vmap(noise))(jnp.arange(200)))
     assert draws.min() >= 0 and draws.max() < 1
     assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
@@ -519,4 +519,4 @@ def test_bad_input_is_one_line_that_names_the_value_and_what_is_allowed(argument
 
 def test_an_unknown_family_is_refused():
     with pytest.raises(formats.FormatError, match="'decimal'"):
-        rounding_lib.round_to_grid(jnp.ones(3), parse(4).grid(), "decimal")
+        elements.round_to_grid(jnp.ones(3), parse(4).grid(), "decimal")

@@ -14,7 +14,7 @@ import pytest
 
 from precision_scaling.model import decoder
 from precision_scaling.model.config import ModelConfig
-from precision_scaling.numerics import rounding
+from precision_scaling.numerics import elements
 from precision_scaling.numerics.formats import FormatError, parse
 from precision_scaling.quantize.operands import BACKWARD, OPERANDS
 from precision_scaling.quantize.products import Products
@@ -237,13 +237,13 @@ def tokens_of(batch=2, length=7):
 @pytest.mark.slow
 def test_no_key_repeats_across_steps_layers_and_operands(monkeypatch):
     seen = []
-    noise = rounding.rounding_noise
+    noise = elements.rounding_noise
 
     def recording(key, shape):
         jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
         return noise(key, shape)
 
-    monkeypatch.setattr(rounding, "rounding_noise", recording)
+    monkeypatch.setattr(elements, "rounding_noise", recording)
     static = stochastic(*EVERYTHING)
     step_config = step_lib.StepConfig(TINY, static, OPTIMIZER)
     step = jax.jit(functools.partial(step_lib.train_step, step_config))

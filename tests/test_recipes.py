@@ -13,7 +13,7 @@ import scipy.linalg
 from precision_scaling import quantize
 from precision_scaling.config import base, experiment
 from precision_scaling.errors import ConfigError
-from precision_scaling.numerics import hadamard, rounding
+from precision_scaling.numerics import elements, hadamard
 from precision_scaling.numerics.formats import FormatError
 from precision_scaling.numerics.formats import parse as parse_format
 from precision_scaling.numerics.gaussian import gaussian_mse
@@ -248,7 +248,7 @@ def test_eden_multiplies_scales_so_that_a_rotated_block_keeps_its_direction():
     numbers = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)[:-1]
     above = np.searchsorted(numbers, exact, side="right")
     low, high = numbers[above - 1], numbers[above]
-    noise = np.asarray(rounding.rounding_noise(key, (32, 4, 1))).reshape(exact.shape)
+    noise = np.asarray(elements.rounding_noise(key, (32, 4, 1))).reshape(exact.shape)
     by_hand = (codes * np.where(noise < (exact - low) / (high - low), high, low) * tensor_scale).reshape(x.shape)
     np.testing.assert_allclose(fake_quant(x, fmt="nvfp4", axis=1, rounding="eden", key=key), by_hand, rtol=1e-5)
 

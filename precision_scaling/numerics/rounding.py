@@ -1,12 +1,11 @@
 """Rounding arithmetic: an array, a grid and a scale in, the same array on the scaled grid out.
 
-Pure functions of JAX arrays that take the grid of `formats` as traced scalars. `quantize` puts them inside the model's
-products; post-training quantization and the tests call them directly.
+Pure functions of JAX arrays that take the grid of `formats` as traced scalars; `elements` rounds each number.
+`quantize` puts them inside the model's products; post-training quantization and the tests call them directly.
 """
 
 import functools
 import itertools
-import math
 import numbers
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from precision_scaling.numerics import elements
 from precision_scaling.numerics.formats import FOUR_OVER_SIX, POWERS_OF_TWO, FormatError, Grid, Kind, parse
 
 ROUNDINGS = ("nearest", "stochastic", "eden")
@@ -22,7 +22,6 @@ RANDOM = ("stochastic", "eden")  # those that need a key
 
 SCALE = "scale"  # by which a policy of recomputation knows the abs-max of a whole tensor or channel
 _FEW = 128  # elements or more that share a scale that is kept
-_EXPONENT_FIELD = 0x7F800000  # of a float32
 _SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number: XLA flushes what is below to zero
 LARGEST_INVERTIBLE = 2.0**126  # the inverse of a scale above is flushed to zero
 
@@ -108,10 +107,10 @@ def _fake_quantized(x: jax.Array, shape: tuple[int, ...], grid: Grid, kind: Kind
 
 def _levels(x: jax.Array, scale: jax.Array, grid: Grid, kind: Kind, key) -> jax.Array:
     """x (float32) as levels of the grid: to nearest, or with a key at random."""
-    noise = None if key is None else rounding_noise(key, x.shape)
+    noise = None if key is None else elements.rounding_noise(key, x.shape)
     # A scale from the abs-max leaves at most float32's rounding above the last level, which only noise can round up.
     saturate = kind.family == "block" or kind.scale != "absmax" or noise is not None
-    return _round_to_grid(_divided(x, scale), grid, kind, noise, saturate)
+    return elements.rounded(_divided(x, scale), grid, kind, noise, saturate)
 
 
 def block_codes(
@@ -189,31 +188,6 @@ def scale_ends(
     return count(True), count(scale < least * 1.01), count(scale > most * 0.99)
 
 
-def round_to_grid(
-    x: jax.Array, grid: Grid, kind: Kind | str, noise: jax.Array | None = None, *, saturate: bool = True
-) -> jax.Array:
-    """x (float32, already divided by its scale) on the grid of a format of that kind, or scalar family.
-
-    Nearest, ties to even (without mantissa bits, which leave no even one, to the larger: IEEE 754-2019, 4.3.1); with
-    `noise` uniform in [0, 1) of x's shape up or down at random so that the mean is x.
-    Values beyond ±max_value saturate; `saturate=False` skips that for inputs known to lie inside. NaN stays NaN.
-    """
-    x_q = _round_to_grid(x, grid, Kind(kind) if isinstance(kind, str) else kind, noise, saturate)
-    return jnp.where(grid.passthrough > 0, x, x_q)
-
-
-def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform float32 noise in [0, 1), a multiple of 2^-24, for stochastic rounding.
-
-    A hash of the element's index (MurmurHash3's finalizer, twice), seeded by `key`: on a CPU it costs about three times
-    a multiplication of the array, where `jax.random.uniform` costs thirty.
-    """
-    seeds = jax.random.bits(key, (2,), jnp.uint32)
-    index = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = _mix(_mix(index ^ seeds[0]) + seeds[1])
-    return (bits >> 8).astype(jnp.float32) * 2.0**-24
-
-
 def scale_of(
     x: jax.Array, grid: Grid, kind: Kind, axes: int | tuple[int, ...] | None, unsaturated: bool = False
 ) -> jax.Array:
@@ -221,16 +195,14 @@ def scale_of(
 
     `unsaturated` asks for one under which no element exceeds the last level, as unbiased rounding needs.
     """
-    # The largest of bfloat16 values is one: no array in float32 is needed to find it.
-    found = jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32) if x.dtype == jnp.bfloat16 else None
-    x = x.astype(jnp.float32)
-    magnitudes = jnp.abs(x)
     if kind.scale == "absmean" and not unsaturated:
-        mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
+        mean, magnitudes = functools.partial(jnp.mean, axis=axes, keepdims=True), jnp.abs(x.astype(jnp.float32))
         # A sum can overflow where the mean does not.
         shrunk = mean(magnitudes * 2.0**-64) * 2.0**64
         return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
-    largest = _kept(jnp.max(magnitudes, axis=axes, keepdims=True) if found is None else found, x.size)
+    # The largest of bfloat16 values is one: no array in float32 is needed to find it.
+    narrow = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    largest = _kept(jnp.max(jnp.abs(narrow), axis=axes, keepdims=True).astype(jnp.float32), x.size)
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
     if kind.family != "block":
@@ -239,7 +211,7 @@ def scale_of(
     if kind.block_scale in POWERS_OF_TWO:
         return _power_of_two_scale(largest, grid.max_value, unsaturated or kind.block_scale == "e8m0_up")
     if kind.block_scale.endswith(FOUR_OVER_SIX):
-        return _four_over_six(x, largest, grid, kind, axes, unsaturated)
+        return _four_over_six(x.astype(jnp.float32), largest, grid, kind, axes, unsaturated)
     return _two_level_scale(largest, grid, kind, unsaturated)
 
 
@@ -268,12 +240,6 @@ def _is_key(key: object) -> bool:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key.shape == ()
     return key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
 
 
 def _group_size(kind: Kind, group_size: int | None) -> int | None:
@@ -373,7 +339,7 @@ def _four_over_six(x, largest, grid: Grid, kind: Kind, axes, unsaturated: bool) 
 
     def candidate(share: float):
         scale = _stored(largest / (grid.max_value * share + 0 * largest), tensor_scale, stored, unsaturated)
-        error = _round_to_grid(_divided(x, scale), grid, kind, None, saturate=True) * scale - x
+        error = elements.rounded(_divided(x, scale), grid, kind, None, saturate=True) * scale - x
         return scale, jnp.sum(jnp.square(error), axis=axes, keepdims=True)
 
     (six, error_of_six), (four, error_of_four) = candidate(1.0), candidate(2 / 3)
@@ -391,77 +357,15 @@ def _eden(x, grid: Grid, kind: Kind, axes, key: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     tensor_scale = _fit(_kept(jnp.max(largest)), grid.max_value * 256.0)
     scale = _stored(largest / (grid.max_value + 0 * largest), tensor_scale, stored, unsaturated=False)
-    codes = _round_to_grid(_divided(x, scale), grid, kind, None, saturate=True)
+    codes = elements.rounded(_divided(x, scale), grid, kind, None, saturate=True)
     found = jnp.sum(x * codes, axis=axes, keepdims=True)
     exact = jnp.sum(jnp.square(x), axis=axes, keepdims=True) / jnp.where(found == 0, 1, found)
-    fmt, noise = parse(stored), rounding_noise(key, exact.shape)
-    return codes * _round_to_grid(exact / tensor_scale, fmt.grid(), fmt.kind, noise, saturate=True) * tensor_scale
+    fmt, noise = parse(stored), elements.rounding_noise(key, exact.shape)
+    return codes * elements.rounded(exact / tensor_scale, fmt.grid(), fmt.kind, noise, saturate=True) * tensor_scale
 
 
 def _stored(scale: jax.Array, tensor_scale: jax.Array, block_scale: str, unsaturated: bool) -> jax.Array:
     """Scales of blocks as they are kept: in `block_scale`, relative to that of the tensor."""
     scale_format, relative = parse(block_scale), scale / tensor_scale
     noise = jnp.zeros_like(relative) if unsaturated else None  # zero noise rounds up
-    return _round_to_grid(relative, scale_format.grid(), scale_format.kind, noise, saturate=True) * tensor_scale
-
-
-def _round_to_grid(x: jax.Array, grid: Grid, kind: Kind, noise: jax.Array | None, saturate: bool) -> jax.Array:
-    if kind.family == "wide":
-        return _round_mantissa(x, grid, noise)
-    if kind.levels is not None:
-        return _nearest_level(x, kind.levels, noise)
-    if saturate:
-        x = jnp.clip(x, -grid.max_value, grid.max_value)
-    if kind.family == "int":
-        return _round(x, noise)
-    if kind.family in ("float", "block"):
-        step, inverse_step = _spacing(x, grid)
-        return _round(x * inverse_step, noise) * step
-    raise FormatError(f"family {kind.family!r} does not round; allowed: int, float, wide, levels, block")
-
-
-def _round(levels: jax.Array, noise: jax.Array | None) -> jax.Array:
-    if noise is None:
-        return lax.round(levels, lax.RoundingMethod.TO_NEAREST_EVEN)
-    below = jnp.floor(levels)
-    return below + (noise < levels - below)  # compared, not added: the sum would round and bias the mean
-
-
-def _spacing(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """The grid's spacing at x, a power of two, and its inverse, made from the bits of x because log2 is not exact."""
-    exponent = lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT_FIELD
-    smallest = (jnp.asarray(grid.min_exponent, jnp.int32) + 127) << 23
-    step = jnp.maximum(exponent, smallest) - (jnp.asarray(grid.mantissa_bits, jnp.int32) << 23)
-    inverse_step = (254 << 23) - step
-    return lax.bitcast_convert_type(step, jnp.float32), lax.bitcast_convert_type(inverse_step, jnp.float32)
-
-
-def _round_mantissa(x: jax.Array, grid: Grid, noise: jax.Array | None) -> jax.Array:
-    """Rounds the bits themselves: with float32's exponent range the spacing or its inverse may not be a float32, and
-    arithmetic would flush the subnormals, which are float32's own."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    magnitude = bits & 0x7FFFFFFF
-    dropped_bits = jnp.asarray(23 - grid.mantissa_bits, jnp.uint32)
-    unit = jnp.left_shift(jnp.uint32(1), dropped_bits)
-    dropped = magnitude & (unit - 1)
-    if noise is None:
-        odd = jnp.right_shift(magnitude, dropped_bits) & 1
-        up = dropped + odd > unit >> 1
-    else:
-        up = noise * unit.astype(jnp.float32) < dropped.astype(jnp.float32)
-    rounded = magnitude - dropped + jnp.where(up, unit, 0)
-    largest = lax.bitcast_convert_type(jnp.asarray(grid.max_value, jnp.float32), jnp.uint32)
-    rounded = jnp.minimum(rounded, largest) | (bits ^ magnitude)
-    return jnp.where(magnitude > _EXPONENT_FIELD, x, lax.bitcast_convert_type(rounded, jnp.float32))
-
-
-def _nearest_level(x: jax.Array, levels: tuple[float, ...], noise: jax.Array | None) -> jax.Array:
-    result = jnp.full_like(x, levels[0])
-    for low, high in itertools.pairwise(levels):
-        if noise is None:
-            middle = (low + high) / 2
-            above = x > middle if middle > 0 else x >= middle
-        else:
-            above = x - low > noise * (high - low)
-        result = jnp.where(above, high, result)
-    return jnp.where(jnp.isnan(x), x, result)
+    return elements.rounded(relative, scale_format.grid(), scale_format.kind, noise, saturate=True) * tensor_scale

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_scaling.errors import UserError
-from precision_scaling.numerics import formats, rounding
+from precision_scaling.numerics import elements, formats, rounding
 
 INTEGER = formats.Kind("int")
 
@@ -140,7 +140,7 @@ def nearest_level(x, inverse_scale, zero, levels: formats.Grid, kind: formats.Ki
     """The level that x / scale is nearest to, ties to even; multiplied by the inverse, as training does it."""
     x = x * inverse_scale
     if symmetric:
-        return rounding.round_to_grid(x, levels, kind)
+        return elements.round_to_grid(x, levels, kind)
     level = jnp.clip(jnp.round(x), -zero, 2 * levels.max_value + 1 - zero)
     return jnp.where(levels.passthrough > 0, x, level)
 

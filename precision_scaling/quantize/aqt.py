@@ -16,7 +16,7 @@ from aqt.jax.v2 import utils as aqt_utils
 from aqt.jax.v2.aqt_dot_general import DequantMode
 from aqt.jax.v2.numerics import numerics as aqt_numerics
 
-from precision_scaling.numerics import hadamard, rounding
+from precision_scaling.numerics import elements, hadamard, rounding
 from precision_scaling.numerics.formats import FormatError, Grid
 from precision_scaling.quantize.operands import INDEX, PRODUCTS, SCALE_AXES, group_size
 from precision_scaling.quantize.static import Grids, StaticPrecision, StaticQuantizer
@@ -130,8 +130,8 @@ class CodeNumerics(aqt_numerics.AqtNumerics):
     def vjp_fwd(self, x, context):
         noise = None
         if self.quantizer.rounding == "stochastic":
-            noise = rounding.rounding_noise(_required(context.key), x.shape)
-        codes = rounding.round_to_grid(x, context.grid, self.quantizer.kind, noise, saturate=noise is not None)
+            noise = elements.rounding_noise(_required(context.key), x.shape)
+        codes = elements.round_to_grid(x, context.grid, self.quantizer.kind, noise, saturate=noise is not None)
         return codes.astype(self.quantizer.container), ()
 
     def vjp_bwd(self, res, grad):

@@ -174,15 +174,18 @@ def _checkpointer(tree: Any) -> Any:
     ocp = _orbax()
     options = ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1 and all(
-        device.process_index == jax.process_index()
-        for leaf in jax.tree.leaves(tree)
-        for device in getattr(getattr(leaf, "sharding", None), "device_set", ())
+        device.process_index == jax.process_index() for leaf in jax.tree.leaves(tree) for device in _devices(leaf)
     ):
         me = jax.process_index()
         options = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
         )
     return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _devices(leaf: Any) -> frozenset[jax.Device]:
+    """That hold an array; none hold one of NumPy."""
+    return frozenset(getattr(getattr(leaf, "sharding", None), "device_set", ()))
 
 
 def _fingerprint(tree: Any) -> np.ndarray:
@@ -192,7 +195,7 @@ def _fingerprint(tree: Any) -> np.ndarray:
     changed element always changes it; of other changes one in 2^32 goes unseen.
     """
     leaves = jax.tree.leaves(tree)
-    whole = tuple(len(getattr(getattr(leaf, "sharding", None), "device_set", "1")) == 1 for leaf in leaves)
+    whole = tuple(len(_devices(leaf)) <= 1 for leaf in leaves)
     return np.asarray(_sum_of_bits(leaves, whole))
 
 
