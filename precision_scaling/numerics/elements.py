@@ -28,6 +28,15 @@ def round_to_grid(
     return jnp.where(grid.passthrough > 0, x, x_q)
 
 
+def abs_max(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """The largest magnitude of x along `axis`, which stays with length 1; an infinity where x has one or has a NaN.
+
+    The CPU's `max` loses a NaN in most shapes, so a NaN is an infinity before it. Both have no scale.
+    """
+    magnitude = jnp.abs(x)
+    return jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.inf), axis=axis, keepdims=True)
+
+
 def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 noise in [0, 1), a multiple of 2^-24, for stochastic rounding.
 

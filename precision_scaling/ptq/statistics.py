@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from precision_scaling.numerics import elements
 from precision_scaling.quantize.products import Products
 from precision_scaling.runtime import compilation
 from precision_scaling.runtime.sharding import Layout, split_batch, split_hessian, splitting
@@ -62,7 +63,7 @@ def add(products: Products, found: Statistics, h_BxSxI) -> Statistics:
     return Statistics(
         split_hessian(found.hessian_IxI + _gram(x)),
         found.magnitude_I + jnp.sum(jnp.abs(x), axis=0),
-        jnp.maximum(found.largest_I, jnp.max(jnp.abs(h_BxSxI.astype(jnp.float32)), axis=(0, 1))),
+        jnp.maximum(found.largest_I, elements.abs_max(h_BxSxI.astype(jnp.float32), (0, 1))[0, 0]),
     )
 
 
