@@ -67,6 +67,18 @@ def test_dtype_stays_and_gradients_are_rotated_back():
     np.testing.assert_allclose(gradient, hadamard.unrotate(c, signs), atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [16, None])
+def test_bfloat16_is_rotated_as_in_float32_and_rounded_once(block):
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((8, 256)), jnp.bfloat16)
+    signs = hadamard.random_signs(jax.random.key(0), 256)
+    for turn in (hadamard.rotate, hadamard.unrotate):
+        exact = turn(x.astype(jnp.float32), signs, block=block)
+        np.testing.assert_allclose(turn(x, signs, block=block).astype(jnp.float32), exact, rtol=2.0**-8, atol=1e-5)
+        _, pull_back = jax.vjp(lambda x, turn=turn: turn(x, signs, block=block), x)
+        undo = hadamard.unrotate if turn is hadamard.rotate else hadamard.rotate
+        np.testing.assert_array_equal(pull_back(x)[0], undo(x, signs, block=block))
+
+
 @pytest.mark.parametrize(("width", "block"), [(31, None), (1, None), (96, 64), (64, 3), (64, 1), (64, 0)])
 def test_widths_and_blocks_that_do_not_fit_are_refused(width, block):
     with pytest.raises(ValueError, match="allowed") as error:
