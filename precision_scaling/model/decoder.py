@@ -24,6 +24,7 @@ from precision_scaling.runtime import sharding
 _SCALES = jax.checkpoint_policies.save_only_these_names(rounding.SCALE)
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMATS = {"none": None, "dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _SCALES), "full": _SCALES}
+_WRITTEN_OUT = 16  # layers at most
 _HEAD = ("head_a", "head_w")  # operands of the last product
 
 
@@ -236,6 +237,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.depth,
+            unroll=_layers_at_once(c),
         )(c, self.static)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
@@ -289,6 +291,14 @@ class Decoder(nn.Module):
         starts_BxS = documents.starts(self.config, tokens_BxS)
         x_BxSxD, _ = self.layers(x_BxSxD, by_layer(products.grids, self.config.depth), layer_keys, starts_BxS)
         return x_BxSxD
+
+
+def _layers_at_once(config: ModelConfig) -> int:
+    """Layers in one turn of the loop over them. All on a CPU: what a loop keeps for the backward pass it copies into
+    arrays of all layers and out again, which took a fifth of a small model's step, and compilation is no longer without
+    it. One elsewhere, and where layers are recomputed, which is kept from being merged by the loop."""
+    all_ = sharding.on_one_cpu() and config.remat == "none" and config.depth <= _WRITTEN_OUT
+    return config.depth if all_ else 1
 
 
 def init(config: ModelConfig, key) -> Any:

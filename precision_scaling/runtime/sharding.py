@@ -120,6 +120,7 @@ class Layout:
 
 _batches: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextvars.ContextVar("batches", default=None)
 
+_platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 _gradients: contextvars.ContextVar[str] = contextvars.ContextVar("gradients", default="")
 
 
@@ -127,10 +128,12 @@ _gradients: contextvars.ContextVar[str] = contextvars.ContextVar("gradients", de
 def splitting(layout: Layout, axes: tuple[str, ...] = BATCH) -> Iterator[None]:
     """While a program is traced in here, `split_batch` keeps its activations sharded over these axes."""
     token = _batches.set((layout.mesh, axes) if layout.mesh.size > 1 else None)
+    platform = _platform.set(layout.platform)
     try:
         yield
     finally:
         _batches.reset(token)
+        _platform.reset(platform)
 
 
 def split_batch(x: jax.Array, rest: Sequence[Any] | None = None) -> jax.Array:
@@ -238,6 +241,11 @@ def summing_gradients(dtype: str) -> Iterator[None]:
 def on_several_devices() -> bool:
     """Whether what is traced now is for several devices, see `splitting`."""
     return _batches.get() is not None
+
+
+def on_one_cpu() -> bool:
+    """Whether what is traced now is for one device, and that a CPU."""
+    return not on_several_devices() and (_platform.get() or jax.default_backend()) == "cpu"
 
 
 def sums_in_float32() -> bool:
