@@ -72,7 +72,7 @@ def prepare(moment: str, workdir: Path) -> None:
     name, _, count = moment.partition(":")
     n = int(count or 0)
     if name == "after-cohort-checkpoint":
-        kill_at_call(checkpoint.CohortCheckpoints, "save", n, after=True)
+        kill_at_call(checkpoint.CohortCheckpoints, "_complete", n, after=True)
     elif name == "in-cohort-checkpoint":
         kill_in_write_of_state(workdir, n)
     elif name == "before-lanes":

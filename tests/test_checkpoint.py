@@ -1,16 +1,20 @@
 """Checkpoints: what is damaged is noticed, and a study killed at any moment ends with the bits of one left alone."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,6 +105,33 @@ def test_the_newest_readable_state_of_a_cohort_is_restored(tmp_path, caplog):
     (directories[0] / "lanes.json").write_text('[{"run":')
     checkpoints.clear()
     assert checkpoints.restore(abstract) is None and not (tmp_path / "cohort").exists()
+
+
+def test_the_next_steps_may_take_the_arrays_of_a_checkpoint_under_way(tmp_path, monkeypatch):
+    gate, write = threading.Event(), files.write_sealed
+    monkeypatch.setattr(files, "write_sealed", lambda *arguments: (gate.wait(60), write(*arguments)))
+    checkpoints, others = (checkpoint.CohortCheckpoints(tmp_path / "cohort") for _ in range(2))
+    state = jax.tree.map(jnp.asarray, tree(7))
+    checkpoints.begin_save([{"run": "a", "step": 7}, {"run": None, "step": 0}], state)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    for _ in range(3):
+        state = step(state)
+    assert checkpoints.end_save(wait=False) is None
+    assert others.restore(abstract) is None  # it does not count yet
+    gate.set()
+    assert checkpoints.end_save() > 0
+    assert checkpoints.end_save() is None
+    jax.tree.map(np.testing.assert_array_equal, others.restore(abstract)[1], tree(7))
+
+
+def test_a_checkpoint_under_way_that_fails_is_told_when_it_ends(tmp_path, monkeypatch):
+    checkpoints = checkpoint.CohortCheckpoints(tmp_path / "cohort")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(files, "write_sealed", mock.Mock(side_effect=full))
+    checkpoints.begin_save([{"run": "a", "step": 0}], tree())
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.end_save()
+    assert checkpoints.end_save() is None
 
 
 def test_a_checkpoint_says_what_it_took(tmp_path):

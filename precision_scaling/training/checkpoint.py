@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +245,38 @@ class CohortCheckpoints:
 
     def __init__(self, directory: Path, keep: int = 2):
         self._directory, self._keep = directory, keep
+        self._writing: futures.Future[float] | None = None
 
     def save(self, lanes: list[dict[str, Any]], state: Any) -> float:
         """Writes the next checkpoint and removes those beyond `keep`; returns the seconds until it counted."""
+        self.begin_save(lanes, state)
+        seconds = self.end_save()
+        assert seconds is not None
+        return seconds
+
+    def begin_save(self, lanes: list[dict[str, Any]], state: Any) -> None:
+        """Starts what `save` does; a thread goes on with it, and the state may go. Ends the one under way first."""
+        self.end_save()
         started = time.monotonic()
         number = hosts.largest(max(self._numbers(), default=0)) + 1
         path = self._directory / str(number)
-        save(path / paths.STATE, state)
+        end = begin_save(path / paths.STATE, state)
+        thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing = thread.submit(self._complete, path, lanes, started, end)
+        thread.shutdown(wait=False)
+
+    def end_save(self, wait: bool = True) -> float | None:
+        """The seconds until the checkpoint under way counted; None where there is none or, without `wait`, not yet.
+
+        Once for each. Raises what went wrong.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _complete(self, path: Path, lanes: list[dict[str, Any]], started: float, end: Callable[[], None]) -> float:
+        end()
         if hosts.primary():
             # Last: without it the checkpoint does not count.
             record = {"lanes": lanes, "seconds": round(time.monotonic() - started, 2)}
@@ -266,6 +292,7 @@ class CohortCheckpoints:
 
         abstract_of_lanes: from a number of lanes to the abstract state. A damaged checkpoint is named in a warning.
         """
+        self.end_save()
         for number in reversed(self._numbers()):
             path = self._directory / str(number)
             found = None
@@ -282,6 +309,7 @@ class CohortCheckpoints:
 
     def clear(self) -> None:
         """Removes all of them: the cohort is done."""
+        self.end_save()
         if hosts.primary():
             files.remove_tree(self._directory, first=paths.LANES)
 

@@ -115,13 +115,15 @@ def train_cohort(
         while trainer.fill():
             ended = trainer.advance()
             _call_all(to_end)
+            trainer.end_save(wait=bool(ended))
             to_end += filter(None, map(on_finished, ended))
             trainer.branch()
             asked = hosts.largest(_STOP if stop.asked() else _SAVE if trainer.save_is_due() else _GO_ON)
             if asked != _GO_ON:  # one decision for all processes
                 _call_all(to_end)  # first: a run that has left its lane is in no later checkpoint
-                trainer.save()
+                trainer.begin_save()
             if asked == _STOP:
+                trainer.end_save()
                 raise Stopped(stop.reason)
             context.between()
         _call_all(to_end)
@@ -130,6 +132,7 @@ def train_cohort(
     finally:
         trainer.feed.close()
         trainer.followers.close()
+        trainer.end_save()
         _call_all(to_end)
 
 
@@ -174,6 +177,7 @@ class _Trainer:
         self.state: TrainState = self.compiled.spread(self.compiled.initialize(0))
         self.checkpoints = cohort_checkpoints(self.workdir, cohort, context.worker)
         self.saved_at = time.monotonic()
+        self._flushed = 0.0  # seconds of writing the metrics before the checkpoint under way
         self.preemption = Preemption()
         self.most_steps = 1  # of a dispatch; the first one shows how long a step takes
 
@@ -234,6 +238,7 @@ class _Trainer:
     def branch(self) -> None:
         """Keeps the states that waiting runs start from, on disk, as the trunks under way pass them."""
         for i, lane, run in lanes.branches(self.lanes, self.waiting, self._has_branch):
+            self.end_save()
             if hosts.primary():
                 self._copy_history(lane.run, run)
             # Last: with it, the run has what it starts from.
@@ -311,6 +316,7 @@ class _Trainer:
 
     def _newest(self) -> tuple[list[dict[str, Any]], TrainState] | None:
         """(lanes, state) of the newest checkpoint."""
+        self.end_save()
         return self.checkpoints.restore(lambda n: self.layout.abstract(stacked(self.compiled.one, n), lanes=True))
 
     def _saved(self, run: Run, step: int) -> tuple[int, TrainState] | None:
@@ -325,16 +331,23 @@ class _Trainer:
         """Whether the last checkpoint is old enough."""
         return any(self.lanes) and time.monotonic() - self.saved_at > self.options.checkpoint_seconds
 
-    def save(self) -> None:
-        """Writes a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
+    def begin_save(self) -> None:
+        """Starts a checkpoint of all lanes; of none, where the cohort is at its end or between two runs."""
+        self.end_save()
         started = time.monotonic()
         self.metrics_log.flush()  # first: a run goes on with the lines up to its checkpoint
         if any(self.lanes):
             described = lambda lane: {"run": lane.run.id, "step": lane.step, "left_out": lane.left_out}
             entries = [described(lane) if lane else {"run": None, "step": 0} for lane in self.lanes]
-            flushed = time.monotonic() - started
-            self.preemption.saved(flushed + self.checkpoints.save(entries, self.state))
+            self._flushed = time.monotonic() - started
+            self.checkpoints.begin_save(entries, self.state)
         self.saved_at = time.monotonic()
+
+    def end_save(self, wait: bool = True) -> None:
+        """Takes note of the checkpoint under way when it counts. Nothing else is written beside it by Orbax, which
+        numbers what all processes write."""
+        if (seconds := self.checkpoints.end_save(wait)) is not None:
+            self.preemption.saved(self._flushed + seconds)
 
     def _copy_history(self, trunk: Run, run: Run) -> None:
         """What is known of the steps that a run shares with its trunk."""
