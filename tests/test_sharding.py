@@ -56,6 +56,10 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule():
         }
         assert split["layers/block/mlp/down/kernel"] == P(None, ("tensor",), ("fsdp",))
         assert split["layers/block/attention/qkv/kernel"] == P(None, ("fsdp",), ("tensor",), None)
+        for name, spec in split.items():
+            if name.startswith("layers/") and name.endswith("/kernel"):  # as a matrix of inputs and outputs
+                axis = int(spec.index(("fsdp",)) > 1)
+                assert sharding.KERNEL_AXES.get(name.split("/")[-2], 0) == axis, name
         # The moments lie where the parameters lie.
         moments = [s.spec for s in jax.tree.leaves(specs.optimizer) if s.spec != P()]
         assert sorted(map(str, moments)) == sorted(map(str, 2 * list(split.values())))
