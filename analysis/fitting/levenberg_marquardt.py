@@ -18,7 +18,7 @@ import numpy as np
 from precision_scaling.runtime.progress import progress_bar
 
 CHUNK_BYTES = 8 * 2**20  # of Jacobian per compiled call: what a core's cache holds
-LARGEST_CHUNK = 512
+LARGEST_CHUNK = 64  # places are computed whether a problem is left for them or not
 ITERATIONS_PER_CALL = 25  # after which finished problems leave the chunk and waiting ones take their place
 MAX_STEP = 3.0  # in units of Problem.scale
 LEVENBERG = 0.03  # weight of the absolute damping that keeps dead terms from running away
