@@ -132,8 +132,8 @@ def train_cohort(
     finally:
         trainer.feed.close()
         trainer.followers.close()
+        _call_all(to_end)  # first: what is measured is written, whatever becomes of a checkpoint
         trainer.end_save()
-        _call_all(to_end)
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:
