@@ -237,7 +237,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.depth,
-            unroll=_layers_at_once(c),
+            unroll=_layers_at_once(c, self.static),
         )(c, self.static)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
@@ -293,11 +293,13 @@ class Decoder(nn.Module):
         return x_BxSxD
 
 
-def _layers_at_once(config: ModelConfig) -> int:
+def _layers_at_once(config: ModelConfig, static: StaticPrecision) -> int:
     """Layers in one turn of the loop over them. All on a CPU: what a loop keeps for the backward pass it copies into
-    arrays of all layers and out again, which took a fifth of a small model's step, and compilation is no longer without
-    it. One elsewhere, and where layers are recomputed, which is kept from being merged by the loop."""
-    all_ = sharding.on_one_cpu() and config.remat == "none" and config.depth <= _WRITTEN_OUT
+    arrays of all layers and out again, which took a fifth of a small model's step. One elsewhere; where layers are
+    recomputed, which the loop keeps from being merged; and with blocks, whose compilation would take thrice the time
+    and whose steps are no faster."""
+    blocks = any(quantizer.kind.family == "block" for _, quantizer in static.quantizers)
+    all_ = sharding.on_one_cpu() and config.remat == "none" and not blocks and config.depth <= _WRITTEN_OUT
     return config.depth if all_ else 1
 
 
