@@ -102,9 +102,11 @@ def test_one_cohort_serves_formats_by_layer_and_without():
 
 
 def test_weights_by_layer_equal_kernels_rounded_by_hand():
+    # Looped over; layers that are written out are fused with their neighbours, differently in two programs.
+    config = dataclasses.replace(CONFIG, remat="full")
     precision = parse("w4 first:1=bf16 2.down=w2 *.[dg]*=w3", options())
     bits = [[16] * 4, [4, 4, 3, 3], [4, 4, 3, 2], [4, 4, 3, 3]]
-    params = jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0)))()
+    params = jax.jit(lambda: decoder.init(config, jax.random.key(0)))()
     block = jax.tree.map(np.asarray, params["layers"]["block"])
     for layer, of_layer in enumerate(bits):
         for (name, module), b in zip(KERNELS.items(), of_layer, strict=True):
@@ -116,13 +118,13 @@ def test_weights_by_layer_equal_kernels_rounded_by_hand():
                 block[module][name]["kernel"] = kernel
     tokens = np.random.default_rng(0).integers(0, 23, (2, 8))
     static = static_of_one(precision, "float32")
-    quantized = jax.jit(lambda grids: Decoder(CONFIG, static).apply({"params": params}, tokens, grids))
-    plain = jax.jit(lambda params: Decoder(CONFIG).apply({"params": params}, tokens))
+    quantized = jax.jit(lambda grids: Decoder(config, static).apply({"params": params}, tokens, grids))
+    plain = jax.jit(lambda params: Decoder(config).apply({"params": params}, tokens))
     by_hand = {**params, "layers": {"block": block}}
     np.testing.assert_allclose(quantized(static.grids(precision, 4)), plain(by_hand), atol=2e-5)
-    # Layers left in bf16 are exact, but for what two programs round differently.
+    # A layer left in bf16 is exact to the bit.
     nothing = static.grids(parse("w4 *=bf16", options()), 4)
-    np.testing.assert_allclose(quantized(nothing), plain(params), atol=1e-5)
+    np.testing.assert_array_equal(quantized(nothing), plain(params))
     assert quantized._cache_size() == 1
 
 

@@ -28,13 +28,13 @@ def round_to_grid(
     return jnp.where(grid.passthrough > 0, x, x_q)
 
 
-def abs_max(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
-    """The largest magnitude of x along `axis`, which stays with length 1; an infinity where x has one or has a NaN.
+def abs_max(x: jax.Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> jax.Array:
+    """The largest magnitude of x along `axis`, as of `jnp.max`; an infinity where x has one or has a NaN.
 
     The CPU's `max` loses a NaN in most shapes, so a NaN is an infinity before it. Both have no scale.
     """
     magnitude = jnp.abs(x)
-    return jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.inf), axis=axis, keepdims=True)
+    return jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.inf), axis=axis, keepdims=keepdims)
 
 
 def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -136,7 +136,7 @@ def block_codes(
     key = key if rounding == "stochastic" else None
     scale = scale_of(x_f32, grid, kind, axes, unsaturated=key is not None)
     levels = _levels(x_f32, scale, grid, kind, key)
-    unit = _tensor_scale(jnp.max(elements.abs_max(x_f32)), grid, kind)
+    unit = _tensor_scale(elements.abs_max(x_f32), grid, kind)
     return levels.reshape(x.shape), jnp.squeeze(scale / unit, axes), unit
 
 
@@ -172,7 +172,7 @@ def scale_ends(
         return None
     shape, axes = _grouping(x.shape, axis, _group_size(kind, group_size))
     x_f32 = x.astype(jnp.float32).reshape(shape)
-    largest = elements.abs_max(x_f32, axes)
+    largest = elements.abs_max(x_f32, axes, keepdims=True)
     scale = scale_of(x_f32, grid, kind, axes)
     assert kind.block_scale is not None
     if kind.block_scale in POWERS_OF_TWO:
@@ -202,7 +202,7 @@ def scale_of(
         return _fit(jnp.where(jnp.isinf(mean(magnitudes)), shrunk, mean(magnitudes)), grid.max_value)
     # The largest of bfloat16 values is one: no array in float32 is needed to find it.
     narrow = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
-    largest = _kept(elements.abs_max(narrow, axes).astype(jnp.float32), x.size)
+    largest = _kept(elements.abs_max(narrow, axes, keepdims=True).astype(jnp.float32), x.size)
     if kind.family == "wide":
         return jnp.where(jnp.isfinite(largest), 1.0, jnp.nan)
     if kind.family != "block":
@@ -354,7 +354,7 @@ def _eden(x, grid: Grid, kind: Kind, axes, key: jax.Array) -> jax.Array:
     """
     assert kind.block_scale is not None
     stored = kind.block_scale.removesuffix(FOUR_OVER_SIX)
-    largest = elements.abs_max(x, axes)
+    largest = elements.abs_max(x, axes, keepdims=True)
     tensor_scale = _fit(_kept(jnp.max(largest)), grid.max_value * 256.0)
     scale = _stored(largest / (grid.max_value + 0 * largest), tensor_scale, stored, unsaturated=False)
     codes = elements.rounded(_divided(x, scale), grid, kind, None, saturate=True)

@@ -98,7 +98,7 @@ def find(
         raise UserError("full_range = True: allowed with symmetric grids of integers, others have all their levels")
     w_GxSxO = grouped(kernel_IxO, group_rows(kernel_IxO.shape[0], group_size, kind))
     if full_range:
-        largest_GxO = elements.abs_max(w_GxSxO, 1)[:, 0]
+        largest_GxO = elements.abs_max(w_GxSxO, 1)
         full_GxO = jnp.where(largest_GxO == 0, 1, largest_GxO / (levels.max_value + (0 if clip else 0.5)))
         bottom_GxO = -full_GxO * (levels.max_value + 1)
     elif symmetric:

@@ -19,7 +19,7 @@ def smoothing_scales(largest_input_I, kernel_IxO, alpha: float):
     largest_input_I: max |x| of each input over the calibration tokens. Where it is NaN, infinite or zero everywhere, s
     is 1: report it. An input that is zero always, or has no weight, is left alone.
     """
-    weight_I = elements.abs_max(kernel_IxO, 1)[:, 0]
+    weight_I = elements.abs_max(kernel_IxO, 1)
     usable = jnp.all(jnp.isfinite(largest_input_I)) & jnp.any(largest_input_I > 0)
     seen_I = usable & (largest_input_I > 0) & (weight_I > 0)
     s_I = jnp.maximum(largest_input_I, SMALLEST_MAGNITUDE) ** alpha

@@ -63,7 +63,7 @@ def add(products: Products, found: Statistics, h_BxSxI) -> Statistics:
     return Statistics(
         split_hessian(found.hessian_IxI + _gram(x)),
         found.magnitude_I + jnp.sum(jnp.abs(x), axis=0),
-        jnp.maximum(found.largest_I, elements.abs_max(h_BxSxI.astype(jnp.float32), (0, 1))[0, 0]),
+        jnp.maximum(found.largest_I, elements.abs_max(h_BxSxI.astype(jnp.float32), (0, 1))),
     )
 
 
