@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 import precision_scaling  # noqa: F401  before SciPy, for which it sets the number of threads
 from precision_scaling.config import base
@@ -185,10 +186,24 @@ def run_command(data_options, compilation_cache):
 
 
 @contextlib.contextmanager
+def _simple_loops():
+    """XLA's earlier way to write loops on a CPU, which compiles in two thirds of the time."""
+    options_of = compiler.get_compile_options
+
+    def options(*arguments, env_options_overrides=None, **others):
+        overrides = {**(env_options_overrides or {}), "xla_cpu_use_fusion_emitters": False}
+        return options_of(*arguments, env_options_overrides=overrides, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)  # operations that are called one by one take it, too
+        yield
+
+
+@contextlib.contextmanager
 def _few_optimizations():
     from precision_scaling.runtime import compilation
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _simple_loops():
         patch.setattr(
             compilation, "jit", lambda function, level=0, platform=None, **options: jax.jit(function, **options)
         )
@@ -201,4 +216,11 @@ def _few_optimizations():
 def quick_compile():
     """Compiles with few optimizations: the programs of these tests take seconds to compile and no time to run."""
     with _few_optimizations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def simple_loops():
+    """Compiles in less time programs that take as long to run as to compile, such as fits."""
+    with _simple_loops():
         yield

@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # see conftest
+
 from precision_scaling.runtime import files
 from precision_scaling.study import (
     __main__,  # noqa: F401  imported once, for all processes

@@ -5,8 +5,11 @@ python tests/quick_command.py MODULE ARGUMENTS OF THE COMMAND [--then MODULE ARG
 """
 
 import itertools
+import os
 import runpy
 import sys
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # see conftest
 
 import jax
 

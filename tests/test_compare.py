@@ -16,6 +16,8 @@ from analysis.fitting.setup import set_up
 from analysis.laws import paper, synthetic
 from analysis.laws.law import LawError
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 WEIGHTS_ONLY = {"gamma_a", "n_a", "gamma_kv", "n_kv"}
 
 

@@ -17,6 +17,8 @@ from analysis.fitting.setup import set_up
 from analysis.laws import synthetic
 from analysis.laws.law import MIN_FRACTION
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 ROOT = Path(__file__).resolve().parents[1]
 QUEST = ROOT.parent / "shared" / "data" / "quest_runs.csv"
 QUEST_METHOD = ["HalfHadamardTrustQuantizer", "HadamardTrustQuantizer", "NoQuantizer"]

@@ -13,6 +13,8 @@ from analysis import laws
 from analysis.fitting.fit import Fit, FitError, load
 from analysis.laws import synthetic
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -20,6 +20,8 @@ from precision_scaling.numerics.gaussian import gaussian_mse
 from precision_scaling.numerics.rounding import fake_quant_array
 from precision_scaling.quantize import fake_quant
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 OUTER = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5, "g": 2.0}  # (4 + 3)^2 + 1.5 at N 1e4, D 1e8
 HERE = {"N": 1e4, "D": 1e8}
 

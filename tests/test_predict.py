@@ -14,6 +14,8 @@ from analysis.fitting.options import FitError, Options
 from analysis.laws import synthetic
 from analysis.predict import FLAGS
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 LOSS = {"A": 400.0, "alpha": 0.5, "B": 300.0, "beta": 0.25, "E": 1.5}  # 8.5 at N 1e4, D 1e8
 DELTA = {"C": 0.5, "gamma_D": 0.25, "gamma_N": 0.5}  # .5 s_post^2 there
 

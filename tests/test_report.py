@@ -19,6 +19,8 @@ from analysis.reporting import report
 from analysis.reporting.verdicts import finding
 from analysis.table import from_columns
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 TRUTH = {
     **paper.PUBLISHED,
     "A": 7.2,

@@ -20,6 +20,8 @@ from analysis.fitting.setup import set_up
 from analysis.laws import law, synthetic
 from analysis.table.seed_noise import noise_floor
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 TRUTH = {"A": 400.0, "alpha": 0.4, "B": 2000.0, "beta": 0.4, "E": 1.5}
 
 

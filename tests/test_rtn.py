@@ -9,6 +9,8 @@ from precision_scaling.numerics import rounding
 from precision_scaling.ptq import kernel_grid, rtn
 from precision_scaling.ptq.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 

@@ -32,6 +32,8 @@ from analysis.reporting.verdicts.finding import CONTRADICTED, FORCED, SUPPORTED,
 from analysis.reporting.verdicts.series import FALLS, FLAT, RISES, TURNS, all_series
 from analysis.table import from_columns
 
+pytestmark = pytest.mark.usefixtures("simple_loops")
+
 SIZES, TOKENS = (1e5, 4e5), (1e6, 2e6, 4e6, 8e6)
 
 

@@ -72,12 +72,6 @@ def _runs(by_layer: ByLayer) -> list[tuple[int, int, Mapping[Linear, Format]]]:
     return runs
 
 
-def mean_bits(by_layer: ByLayer, sizes: Mapping[Linear, int]) -> float:
-    """Bits per weight, over all projections; sizes: weights of each in a layer."""
-    bits = sum(fmt.bits * sizes[linear] for wanted in by_layer for linear, fmt in wanted.items())
-    return bits / (sum(sizes.values()) * len(by_layer))
-
-
 def check_packable(by_layer: ByLayer, found: str) -> None:
     """UserError for formats that `packed` cannot keep. found: what asks for them, in the message."""
     for linear in LINEARS:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from precision_scaling.model import mixture
 from precision_scaling.model.accounting import count_parameters, projection_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
+from precision_scaling.numerics.formats import Format
 from precision_scaling.ptq import allotment, awq, by_layer, gptq, kv_cache, rtn, smoothquant
 from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.scheme import LINEARS, Linear, Scheme
@@ -64,14 +67,17 @@ def allotted(scheme: Scheme, cost_LxPxK: np.ndarray, model: ModelConfig) -> ByLa
 
 
 def bits_post(scheme: Scheme, bits: float, model: ModelConfig) -> float:
-    """P_post of the row of a scheme without a target: the bits, or their mean where formats are by layer."""
-    return mean_bits(by_layer_of(scheme, bits, model), model) if scheme.layers else bits
+    """P_post of the row of a scheme without a target: the bits, or those of the mean noise where formats are by layer."""
+    return effective_bits(by_layer_of(scheme, bits, model), model) if scheme.layers else bits
 
 
-def mean_bits(formats_by_layer: ByLayer, model: ModelConfig) -> float:
-    """Of a weight: those of the format where there is one, else to four digits behind the point."""
-    alike = {fmt.bits for wanted in formats_by_layer for fmt in wanted.values()}
-    return alike.pop() if len(alike) == 1 else round(by_layer.mean_bits(formats_by_layer, sizes(model)), 4)
+def effective_bits(formats_by_layer: ByLayer, model: ModelConfig) -> float:
+    """Those of the format where there is one, else those of the mean noise over all weights, as P_w has them."""
+    found, of_each = defaultdict[Format, float](float), sizes(model)
+    for wanted in formats_by_layer:
+        for linear, fmt in wanted.items():
+            found[fmt] += of_each[linear] / sum(of_each.values()) / len(formats_by_layer)
+    return mixture.bits(tuple(found.items()))
 
 
 def sizes(model: ModelConfig) -> dict[Linear, int]:

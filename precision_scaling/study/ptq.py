@@ -169,7 +169,7 @@ def _quantize_run(workspace: Workspace, job: _Job, save: bool, bar: Bar) -> list
     directory, scheme, warnings = workspace.directory(job.run), job.scheme, []
     for planned_bits in job.bits:
         formats = _formats(workspace, job, planned_bits, bar)
-        b = registry.mean_bits(formats, job.group.shape.model)
+        b = registry.effective_bits(formats, job.group.shape.model)
         found = _quantize_at(workspace, job, b, formats, save, bar)
         if found.report is not None and np.isfinite(found.report.error).any():
             layers.write(directory, scheme.name, [b], found.report)
@@ -236,7 +236,7 @@ def _parts(workspace: Workspace, job: _Job, b: float, formats: ByLayer) -> Parts
 def _quantize_at(workspace: Workspace, job: _Job, b: float, formats: ByLayer, save: bool, bar: Bar) -> _Measured:
     """Quantizes and evaluates block by block: in memory are one block and two texts on their way.
 
-    b: mean bits of the formats, that of the operands which are quantized on the fly where all are alike.
+    b: P_post, which are the bits of the operands that are quantized on the fly.
     """
     scheme, run = job.scheme, job.run
     shape, step_config, grids = _evaluated(workspace, scheme, job.group, run, b)
