@@ -26,6 +26,7 @@ SEVERAL_PARTS = (
 def get_config():
     """The study's config."""
     c = base.get_config()
+    c.model.parametrization = "depth_mup"  # as in study_overnight_cpu
     c.optimizer.peak_lr = 1.6e-2  # as in study_overnight_cpu
     c.study.lanes = 2
     c.ptq.methods = ()

@@ -43,6 +43,7 @@ def get_config():
     c = base.get_config()
     c.data.root = "runs/decide_corpus"
     c.data.hash = "f152602cf19680ff"
+    c.model.parametrization = "depth_mup"  # with which its table was measured
     c.model.base_size = SIZES[0]
     c.optimizer.peak_lr = 1.6e-2
     c.study.lanes = 3

@@ -84,7 +84,7 @@ def test_a_shape_without_a_name_is_called_by_its_parameters_and_is_its_own_base(
 def test_a_shape_that_is_not_its_sizes_is_called_by_its_parameters():
     """The named sizes keep their names; so do shapes with as many parameters, whatever else is changed."""
     (named,) = resolve().runs
-    assert named.shape.size == "25k" and named.id == "25k-D999424-bf16-s0-f5bbd6"
+    assert named.shape.size == "25k" and named.id == "25k-D999424-bf16-s0-2bf48d"
     # Two layers of 4·64² + 3·64·176 + 2·64, and 64: 100,672; the width alone sets 8/3 of it as the hidden width.
     (wide,) = resolve(model__width=64).runs
     assert wide.shape.size == "101k" and wide.id.startswith("101k-")

@@ -186,16 +186,18 @@ def test_a_workdir_of_options_with_their_earlier_names_goes_on(study_config, tmp
     assert again.experiment.config.optimizer.peak_lr == study_config.optimizer.peak_lr
 
 
-def test_a_workdir_that_is_older_than_an_option_has_it_at_its_default(study_config, tmp_path):
+def test_a_workdir_that_is_older_than_an_option_has_it_at_the_default_that_it_had_when_new(study_config, tmp_path):
     open_workspace(study_config, tmp_path)
     path = tmp_path / "config.json"
     claim = json.loads(path.read_text())
     del claim["config"]["train"]["rewinds"], claim["config"]["optimizer"]["z_loss"], claim["config"]["mesh"]
-    del claim["fingerprint"]
+    del claim["config"]["model"]["parametrization"], claim["fingerprint"]
     path.write_text(json.dumps(claim))
-    assert reopen_workspace(tmp_path).experiment.config.train.rewinds == 0
+    again = reopen_workspace(tmp_path).experiment.config
+    assert again.train.rewinds == 0 and again.model.parametrization == "depth_mup" != study_config.model.parametrization
     path.write_text(json.dumps(claim))
     other = study_config.copy_and_resolve_references()
+    other.model.parametrization = "depth_mup"
     other.optimizer.z_loss = 1e-4
     with pytest.raises(UserError, match=r"optimizer.z_loss was 0.0 and is 0.0001 now"):
         open_workspace(other, tmp_path)

@@ -74,8 +74,8 @@ def get_config() -> ml_collections.ConfigDict:
     # "whole" (an array of all scores), "blocks" (in the memory of queries, keys and values), or "cudnn" (the same, on
     # a GPU); the latter two for exact queries and probabilities. "auto": blocks there from 1024 positions on, or whole.
     c.model.attention = "auto"
-    # How rates, weight decay, residual branches and logits depend on width and depth: "depth_mup" or "completep".
-    c.model.parametrization = "depth_mup"
+    # How rates, weight decay, residual branches and logits depend on width and depth: "completep" or "depth_mup".
+    c.model.parametrization = "completep"
     # That equals the standard parametrization at this size's width and depth. Empty: at the model's own.
     c.model.base_size = "25k"
     c.model.imported = ""  # set by `precision_scaling.huggingface import`: which model, trained elsewhere, this is

@@ -36,6 +36,9 @@ RENAMED = {
     "train.sinks": "train.trackers",
 }
 
+# What options had as their default when they were new, where it is another now: workdirs that lack them are older.
+WHEN_NEW = {"model.parametrization": "depth_mup"}
+
 INT32 = 2**31 - 1  # counts and seeds are int32 in the compiled programs
 # Numbers are float32 there: above zero is what is not flushed to zero.
 SMALLEST, LARGEST = 2.0**-126, 3.4e38

@@ -63,7 +63,7 @@ class ModelConfig:
     qkv_bias: bool = False
     attention: str = "auto"
     document_token: int = -1
-    parametrization: str = "depth_mup"
+    parametrization: str = "depth_mup"  # not the config's default: ids of runs leave out what is as here
 
     @property
     def head_dim(self) -> int:

@@ -31,7 +31,8 @@ SIZES = {
     "25k": _size(32, 2, 2, 8),
     "55k": _size(48, 2, 3, 8),
     "100k": _size(64, 2, 4, 8),
-    # A ladder in width alone, for depth-µP does not carry the best rate across depth. Blocks of 32 divide its kernels.
+    # A ladder in width alone: depth-µP, which trained it, does not carry the best rate across depth. Blocks of
+    # 32 divide its kernels.
     "27k": _size(32, 2, 2, 32),
     "106k": _size(64, 2, 4, 32),
     "400k": _size(128, 2, 8, 32),

@@ -67,7 +67,7 @@ def allotted(scheme: Scheme, cost_LxPxK: np.ndarray, model: ModelConfig) -> ByLa
 
 
 def bits_post(scheme: Scheme, bits: float, model: ModelConfig) -> float:
-    """P_post of the row of a scheme without a target: the bits, or those of the mean noise where formats are by layer."""
+    """P_post of the row of a scheme without a target: the bits, or those of the mean noise where layers differ."""
     return effective_bits(by_layer_of(scheme, bits, model), model) if scheme.layers else bits
 
 

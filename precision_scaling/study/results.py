@@ -30,7 +30,7 @@ COLUMNS = {
     "P_w": "bits of the weights in training, by the mean noise where layers differ; 16 is bf16, unquantized",
     "P_a": "bits of the activations in training",
     "P_kv": "bits of keys and values in training, the fewer of the two",
-    "P_post": "bits after quantization after training, by the mean noise where layers differ; empty for the loss before it",
+    "P_post": "bits after post-training quantization, by the mean noise where layers differ; empty before it",
     "loss": "nats per token on the held-out documents; empty where the run diverged",
     "status": "`ok` or `diverged`",
     "diverged_step": "the first step whose loss was not finite",

@@ -168,7 +168,9 @@ def _read_claim(workdir: Path) -> dict[str, Any]:
     path = workdir / paths.CONFIG
     try:
         claim = files.read_sealed(path, older=lambda found: set(found) == {"config", "corpus"})
-        defaults = experiment.describe(base.get_config())
+        before = base.get_config()
+        before.update_from_flattened_dict(options.WHEN_NEW)
+        defaults = experiment.describe(before)
         return {**claim, "config": _filled(_renamed(claim["config"]), defaults), "corpus": claim["corpus"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
