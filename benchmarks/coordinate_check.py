@@ -1,6 +1,6 @@
 """Parametrizations shown at work: activations that keep their size at any width and depth.
 
-    python -m benchmarks.coordinate_check [--parametrization=completep] [--out=docs/coordinate_check.png]
+    python -m benchmarks.coordinate_check [--parametrization=depth_mup] [--out=docs/coordinate_check.png]
 
 Coordinate check (Yang et al. 2022, arXiv 2203.03466, appendix D.1): root mean square of the residual stream after the
 last layer, of the attention logits and of the logits, on held-out text, after t = 0 to 10 steps of AdamW at one rate.
@@ -38,7 +38,7 @@ FLAGS = flags.FlagValues()
 _OUT = flags.DEFINE_string("out", "docs/coordinate_check.png", "The figure.", flag_values=FLAGS)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Initializations that it averages over.", flag_values=FLAGS)
 _PARAMETRIZATION = flags.DEFINE_enum(
-    "parametrization", "depth_mup", PARAMETRIZATIONS, "That of the scaled models.", flag_values=FLAGS
+    "parametrization", "completep", PARAMETRIZATIONS, "That of the scaled models.", flag_values=FLAGS
 )
 _RATE = flags.DEFINE_float("rate", 4e-3, "Learning rate.", flag_values=FLAGS)
 
@@ -50,7 +50,7 @@ DRAWN = QUANTITIES[:3]
 ADAMW = optimizer.OptimizerConfig(0.9, 0.95, 1e-15, 0.1, 1.0, 0.1)
 
 
-def decoder(width: int, depth: int, scaled: bool, parametrization: str = "depth_mup") -> ModelConfig:
+def decoder(width: int, depth: int, scaled: bool, parametrization: str = "completep") -> ModelConfig:
     """A decoder with heads of one size, at a parametrization of the project or, not scaled, the standard one."""
     return ModelConfig(
         vocab_size=257,
