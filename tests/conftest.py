@@ -20,6 +20,7 @@ from precision_scaling.config import base
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).parent.parent
+LONGEST = ("test_sharding", "test_hosts", "test_report", "test_launch_tpu", "test_checkpoint", "test_bucket")
 _WORDS = ("alpha", "beta", "count", "data", "edge", "field", "graph", "hash", "index", "join", "key", "line")
 
 
@@ -33,8 +34,8 @@ def _source(rng: np.random.Generator) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest thing that tests wait for begins first: at the end one process would wait for it alone."""
-    items.sort(key=lambda item: "on_meshes" not in getattr(item, "fixturenames", ()))
+    """The longest begin first: at the end one process would run them alone, or wait for what the other makes for both."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

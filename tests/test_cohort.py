@@ -95,7 +95,7 @@ def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study
     in_block = jax.tree_util.tree_map_with_path(
         lambda path, _: path[0].key == "layers" and path[-1].key == "kernel", params
     )
-    multiplier = (16 / 32) ** -1 * (2 / 2) ** -0.5  # base size 25k: width 32, depth 2
+    multiplier = (16 / 32) ** -1  # base size 25k: width 32, depth 2; rate times decay is free of the width
     losses, loader = [], workspace.loader(run.shape)
     for t in range(12):
         loss, grads = loss_and_grads(params, loader.windows(loader.window_indices(run.seed, t, 1)[0]).astype(np.int32))
@@ -110,7 +110,8 @@ def test_bf16_member_equals_a_plain_model_trained_by_a_plain_loop(finished_study
 
         def apply(p, m, v, decay, block, rate=rate, t=t):
             direction = m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-15)
-            return p - np.float32(rate * (multiplier if block else 1.0)) * (direction + 0.1 * decay * p)
+            of_width = multiplier if block else 1.0
+            return p - np.float32(rate * of_width) * (direction + 0.1 / of_width * decay * p)
 
         params = jax.tree.map(apply, params, first, second, decays, in_block)
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
@@ -232,7 +233,7 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
             together = losses_of(tmp_path / lanes, run)
             # Programs for other numbers of lanes sum in another order. With quantized operands such a difference grows
             # as soon as it carries one value over a rounding boundary; without, it stays a float's.
-            exact = 5 if run.bits("w", "a", "q", "k", "v", "p") < 16 else run.steps
+            exact = 3 if run.bits("w", "a", "q", "k", "v", "p") < 16 else run.steps
             np.testing.assert_allclose(together[:exact], alone[:exact], rtol=2e-4, err_msg=run.id)
             np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
     for run in workspace.experiment.runs:

@@ -18,6 +18,7 @@ from analysis.reporting import laws as reporting_laws
 from analysis.reporting import report
 from analysis.reporting.verdicts import finding
 from analysis.table import from_columns
+from tests.conftest import once
 
 pytestmark = pytest.mark.usefixtures("simple_loops")
 
@@ -101,17 +102,22 @@ class Links(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    runs = write_csv(folder / "runs.csv", [*small_rows(), {**small_rows()[0], "run": "lost", "loss": "nan"}])
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "out", done.stdout
+def written(session_directory):
+    """(directory of a report, what its command printed), made once for all workers."""
+    folder = session_directory / "report"
+    with once(folder) as first:
+        if first:
+            folder.mkdir()
+            runs = write_csv(folder / "runs.csv", [*small_rows(), {**small_rows()[0], "run": "lost", "loss": "nan"}])
+            done = subprocess.run(
+                [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=40"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            (folder / "printed.txt").write_text(done.stdout)
+    return folder / "out", (folder / "printed.txt").read_text()
 
 
 @pytest.mark.slow

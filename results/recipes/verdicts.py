@@ -22,6 +22,7 @@ from precision_scaling.quantize.parsing import parse
 HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
+POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))  # method and bits of PTQ; the first is before it
 
 
 class Pair(NamedTuple):
@@ -141,31 +142,36 @@ def begin_lines(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
-def optimizer_lines(adamw: pd.DataFrame, muon: pd.DataFrame) -> list[str]:
-    """Muon over AdamW, and averages over the last parameters, before PTQ and after it."""
+def optimizer_lines(adamw: pd.DataFrame, muon: pd.DataFrame, of_delta: bool) -> list[str]:
+    """Muon over AdamW, and averages over the last parameters: the loss before and after PTQ, or what PTQ adds to it."""
     rows = pd.concat([adamw, muon])
     rows["post"] = rows.P_post.fillna(0)
     lines = []
     for (size, tokens), at in rows.groupby(["size", "M"]):
         for low in ("bf16", "int4"):
-            of = at[at.w_format == low]
-            samples = {}
-            for method, post in (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3)):
+            of, samples = at[at.w_format == low], {}
+            for method, post in POST:
                 measured = of[(of.method == method) & (of.post == post)]
                 take = lambda o, a, measured=measured: chosen(measured, {"optimizer": o, "average": a})
-                name = f"{method} {post} bits" if method else "before PTQ"
-                samples[name, "Muon over AdamW"] = (take("muon", "") - take("adamw", "")).dropna().to_numpy()
+                samples["Muon over AdamW", method, post] = take("muon", "") - take("adamw", "")
                 for optimizer in ("adamw", "muon"):
                     for average in sorted(set(of.average) - {""}):
-                        values = (take(optimizer, average) - take(optimizer, "")).dropna().to_numpy()
-                        samples[name, f"{optimizer}: {average} over the last"] = values
-            spread, degrees = pooled(list(samples.values()))
-            for (name, what), values in samples.items():
-                if len(values):
-                    lines.append(
-                        f"| {size} | {tokens:g}M | {low} | {name} | {what} | {shown(values, spread, degrees)} |"
-                    )
+                        differs = take(optimizer, average) - take(optimizer, "")
+                        samples[f"{optimizer}: {average} over the last", method, post] = differs
+            if of_delta:
+                samples = {key: values - samples[key[0], "", 0] for key, values in samples.items() if key[1]}
+            found = {key: values.dropna().to_numpy() for key, values in samples.items()}
+            spread, degrees = pooled(list(found.values()))
+            for what in dict.fromkeys(what for what, *_ in found):
+                cells = [cell(found[key], spread, degrees) for key in found if key[0] == what]
+                lines.append(f"| {size} | {tokens:g}M | {low} | {what} | {' | '.join(cells)} |")
     return lines
+
+
+def cell(values: np.ndarray, spread: float, degrees: int) -> str:
+    """The mean difference and its interval, bold where it leaves out 0."""
+    number, verdict, _ = shown(values, spread, degrees).split(" | ")
+    return f"**{number}**" if verdict != "undecided" else number
 
 
 def main() -> None:
@@ -182,9 +188,12 @@ def main() -> None:
     print("|---:|---:|---:|---|---:|---:|---|---:|")
     print("\n".join(begin_lines(rows)))
     if (folder / "muon.csv.gz").exists():
-        print("\nOptimizers\n\n| size | D | trained at | | difference | nats | the loss is | seeds |")
-        print("|---|---:|---|---|---|---:|---|---:|")
-        print("\n".join(optimizer_lines(table(folder / "adamw.csv.gz"), table(folder / "muon.csv.gz"))))
+        adamw, muon = (table(folder / f"{name}.csv.gz") for name in ("adamw", "muon"))
+        for title, of_delta in (("loss", False), ("what PTQ adds to the loss", True)):
+            columns = [f"{method} {post}" if method else "before PTQ" for method, post in POST[of_delta:]]
+            print(f"\nOptimizers and averages: {title}\n\n| size | D | trained at | | {' | '.join(columns)} |")
+            print("|---|---:|---|---|" + "---:|" * len(columns))
+            print("\n".join(optimizer_lines(adamw, muon, of_delta)))
 
 
 if __name__ == "__main__":
