@@ -34,7 +34,7 @@ def _source(rng: np.random.Generator) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest begin first: at the end one process would run them alone, or wait for what the other makes for both."""
+    """The longest begin first: at the end one process would run them alone, or wait for what another makes."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 

@@ -109,12 +109,9 @@ def written(session_directory):
         if first:
             folder.mkdir()
             runs = write_csv(folder / "runs.csv", [*small_rows(), {**small_rows()[0], "run": "lost", "loss": "nan"}])
-            done = subprocess.run(
-                [sys.executable, "-m", "analysis.report", f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=40"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            arguments = [f"--runs={runs}", f"--out={folder / 'out'}", "--bootstrap=40"]
+            command = [sys.executable, "-m", "analysis.report", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             (folder / "printed.txt").write_text(done.stdout)
     return folder / "out", (folder / "printed.txt").read_text()
