@@ -22,6 +22,7 @@ from precision_scaling.quantize.parsing import parse
 HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
+RATED = (("", 0), ("gptq", 4), ("gptq", 3))
 POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))  # method and bits of PTQ; the first is before it
 
 
@@ -168,6 +169,28 @@ def optimizer_lines(adamw: pd.DataFrame, muon: pd.DataFrame, of_delta: bool) -> 
     return lines
 
 
+def rate_lines(rows: pd.DataFrame) -> list[str]:
+    """The loss by peak rate, before PTQ and after it, and Muon over AdamW, each at its best rate of those tried."""
+    rows = rows[rows.average == ""].assign(post=lambda of: of.P_post.fillna(0))
+    lines = []
+    for (size, tokens), at in rows.groupby(["size", "M"]):
+        for low in ("bf16", "int4"):
+            best, samples = {}, []
+            for method, post in RATED:
+                of = at[(at.w_format == low) & (at.method == method) & (at.post == post)]
+                means = of.groupby(["optimizer", "peak_rate"]).loss.mean()
+                found = {o: chosen(of, {"optimizer": o, "peak_rate": means[o].idxmin()}) for o in ("adamw", "muon")}
+                best[method, post] = means, (found["muon"] - found["adamw"]).dropna().to_numpy()
+                samples.append(best[method, post][1])
+            spread, degrees = pooled(samples)
+            for optimizer, rate in best["", 0][0].index:
+                numbers = " | ".join(f"{means[optimizer, rate]:.3f}" for means, _ in best.values())
+                lines.append(f"| {size} | {tokens:g}M | {low} | {optimizer}, {rate:g} | {numbers} |")
+            cells = " | ".join(cell(values, spread, degrees) for _, values in best.values())
+            lines.append(f"| {size} | {tokens:g}M | {low} | Muon over AdamW, each at its best | {cells} |")
+    return lines
+
+
 def cell(values: np.ndarray, spread: float, degrees: int) -> str:
     """The mean difference and its interval, bold where it leaves out 0."""
     number, verdict, _ = shown(values, spread, degrees).split(" | ")
@@ -194,6 +217,10 @@ def main() -> None:
             print(f"\nOptimizers and averages: {title}\n\n| size | D | trained at | | {' | '.join(columns)} |")
             print("|---|---:|---|---|" + "---:|" * len(columns))
             print("\n".join(optimizer_lines(adamw, muon, of_delta)))
+        print(
+            "\nRates\n\n| size | D | trained at | | before PTQ | gptq 4 | gptq 3 |\n|---|---:|---|---|---:|---:|---:|"
+        )
+        print("\n".join(rate_lines(pd.concat([adamw, muon, table(folder / "rates.csv.gz")]))))
 
 
 if __name__ == "__main__":
