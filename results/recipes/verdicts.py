@@ -22,6 +22,7 @@ from precision_scaling.quantize.parsing import parse
 HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
+RATE = 1.6e-2  # the peak rate of the study
 RATED = (("", 0), ("gptq", 4), ("gptq", 3))
 POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))  # method and bits of PTQ; the first is before it
 
@@ -191,6 +192,28 @@ def rate_lines(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
+def recipe_rate_lines(rows: pd.DataFrame) -> list[str]:
+    """53k at 1M: the loss of some choices by peak rate, and each at its best rate over bf16 at its best."""
+    rates = [*sorted(rows[rows.peak_rate < RATE].peak_rate.unique()), RATE]
+    tried = {}
+    for schedule, texts in (("wsd", ("bf16", "w4_a4", "w4_a4 @decay")), ("cosine", ("bf16", "nvfp4", RECIPE))):
+        for text in texts:
+            where = {"size": "53k", "M": 1.0, "schedule": schedule, "average": "", **said(text)}
+            of = {rate: chosen(rows, where | {"peak_rate": rate}) for rate in rates}
+            tried[schedule, text] = {rate: losses for rate, losses in of.items() if len(losses)}
+    best = {key: min(of.values(), key=lambda losses: losses.mean()) for key, of in tried.items()}
+    over = {key: (best[key] - best[key[0], "bf16"]).dropna() for key in tried if key[1] != "bf16"}
+    samples = {key: values.to_numpy() for key, values in over.items()}
+    spread, degrees = pooled(list(samples.values()))
+    lines = ["| schedule | | " + " | ".join(f"{rate:g}" for rate in rates) + " | over bf16, each at its best |"]
+    lines.append("|---|---|" + "---:|" * (len(rates) + 1))
+    for (schedule, text), of in tried.items():
+        numbers = " | ".join(f"{of[rate].mean():.3f}" if rate in of else "" for rate in rates)
+        last = cell(samples[schedule, text], spread, degrees) if (schedule, text) in samples else ""
+        lines.append(f"| {schedule} | {text} | {numbers} | {last} |")
+    return lines
+
+
 def cell(values: np.ndarray, spread: float, degrees: int) -> str:
     """The mean difference and its interval, bold where it leaves out 0."""
     number, verdict, _ = shown(values, spread, degrees).split(" | ")
@@ -210,6 +233,9 @@ def main() -> None:
     print("| D | begins at | over bf16 | the loss is | seeds | over the share before | the loss is | seeds |")
     print("|---:|---:|---:|---|---:|---:|---|---:|")
     print("\n".join(begin_lines(rows)))
+    if (folder / "recipes_rates.csv.gz").exists():
+        both = pd.concat([rows, table(folder / "recipes_rates.csv.gz")], ignore_index=True)
+        print("\nRates of recipes, 53k at 1M\n\n" + "\n".join(recipe_rate_lines(both)))
     if (folder / "muon.csv.gz").exists():
         adamw, muon = (table(folder / f"{name}.csv.gz") for name in ("adamw", "muon"))
         for title, of_delta in (("loss", False), ("what PTQ adds to the loss", True)):
