@@ -4,8 +4,8 @@
     python -m precision_scaling.study --config=configs/study_optimizers.py --workdir=runs/muon \\
         --config.optimizer.name=muon --config.optimizer.peak_lr=3.2e-2
 
-These are the best rates of short runs (docs/recipes.md); those of these runs are lower (results/recipes/README.md). Sizes,
-seeds and corpus are those of `study_recipes`. Expected on two CPU cores: twenty minutes each.
+These are the best rates of short runs (docs/recipes.md); those of these runs are lower (results/recipes/README.md).
+Sizes, seeds and corpus are those of `study_recipes`. Expected on two CPU cores: twenty minutes each.
 """
 
 from precision_scaling.config import base

@@ -74,6 +74,7 @@ def test_a_study_returns_its_table(finished_study, study_config):
     pd.testing.assert_frame_equal(ps.run_study(study_config, workdir), pd.read_csv(workdir / "runs.csv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "w3_a4_kv4"])
 def test_greedy_text_takes_the_likeliest_token_of_a_full_pass_at_each_step(finished_study, quantized):
     workspace, workdir = finished_study

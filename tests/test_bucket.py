@@ -149,6 +149,7 @@ def test_a_killed_process_of_this_machine_loses_its_lease_at_once(place):
         assert [path.name for path in bucket.below(place / paths.LOCKS)] == ["0of1.2"]
 
 
+@pytest.mark.slow
 def test_one_of_another_machine_loses_it_when_it_has_not_renewed_it(place, monkeypatch):
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.6)
     path, there = place / paths.LOCKS / "0of1.7", json.dumps({"process": ["elsewhere", "", "", 1]})

@@ -389,6 +389,7 @@ def test_a_switch_of_precision_equals_runs_joined_by_a_checkpoint(finished_study
     jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
 
+@pytest.mark.slow
 def test_runs_share_the_steps_before_they_switch_and_go_on_to_the_same_bits(
     finished_study, switching, train, tmp_path, monkeypatch
 ):

@@ -44,6 +44,7 @@ def test_more_bits_of_a_family_err_less():
     assert gaussian_mse("bf16") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"), [("int2", 32), ("int4", 32), ("e2m1", 128), ("mxfp4", 32), ("mxfp8", 32), ("mxint8", 32)]
 )
@@ -53,6 +54,7 @@ def test_abs_max_errors_are_those_of_sampled_tensors(name, count):
     assert abs(gaussian_mse(name, "absmax", count) - errors.mean()) < 4 * errors.std() / np.sqrt(len(errors))
 
 
+@pytest.mark.slow
 def test_nvfp4_errs_as_in_a_sampled_tensor():
     x = np.random.default_rng(0).standard_normal((2**20 // 16, 16)).astype(np.float32)
     error = np.mean((np.asarray(rounding.fake_quant_array(x, "nvfp4"), np.float64) - x) ** 2)

@@ -361,6 +361,7 @@ def test_what_the_format_cannot_hold_is_refused_by_name():
         quantized.check(loaded._replace(model=loaded.model._replace(kernels=scaled)), "awq-4", MODEL)
 
 
+@pytest.mark.slow
 def test_a_shorter_last_group_is_refused_as_the_format_has_none():
     with pytest.raises(UserError, match="--quantized=x: has groups with a shorter last one"):
         quantized.check(packed_model(MODEL, 4, 20, True), "x", MODEL)

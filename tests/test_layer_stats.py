@@ -53,6 +53,7 @@ def test_saturated_is_what_lies_beyond_the_last_level():
         assert not rounding.saturated(jnp.asarray(rng.normal(size=100)), fmt.grid(), fmt.kind).any()
 
 
+@pytest.mark.slow
 def test_blocks_at_the_ends_of_their_scales_are_counted():
     # nvfp4: the largest block has 448 times 6 units; one of 6/512 units has e4m3's smallest scale, a smaller one none.
     x = np.zeros((6, 16), np.float32)

@@ -57,6 +57,7 @@ def value_and_gradients(function, args, g):
     return value, *pull(g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_values_and_gradients_are_those_of_the_plain_form(name, dtype):
@@ -86,6 +87,7 @@ def test_gradients_are_differences_of_values(name):
         np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_mapped_gradients_are_those_of_each_run(name):
     function, _, args, g = case(name, "float32")

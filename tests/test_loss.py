@@ -23,6 +23,7 @@ def chosen(finished_study):
     return workspace, workdir, cohort, run
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_text_is_that_of_its_windows(chosen, tmp_path):
     workspace, _, cohort, run = chosen
     texts = ["def alpha(beta):\n    return beta + 1\n" * 3, "import graph\n" * 9]

@@ -75,6 +75,7 @@ def test_the_capacity_of_a_channel_is_its_formula():
     assert laws.predict("shannon", params, **HERE) == pytest.approx(1 / (0.01 * 10 * np.log2(1 + 10 / 3)))
 
 
+@pytest.mark.slow
 def test_a_format_has_the_step_of_the_integers_that_err_as_much():
     # between 4 and 5 bits under one scale for 1024 values, as sampled
     x = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)

@@ -194,6 +194,7 @@ def test_zeros_stay_zero_and_have_a_gradient(name, rounding):
     np.testing.assert_array_equal(*pull_back(jnp.full((4, 64), 3.0)), np.full((4, 64), 3.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["int4", "e4m3", "ternary", "binary", "e8m7", "nvfp4_4over6", *BLOCKS])
 def test_a_nan_or_infinity_makes_everything_under_its_scale_nan(name, bad):
@@ -443,6 +444,7 @@ def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another():
     assert np.mean(np.asarray(fq(key=jax.random.key(1))) != fq(key=jax.random.key(2))) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, rounding", [("nvfp4", "nearest"), ("nvfp4_4over6", "stochastic"), ("mxfp8", "stochastic")]
 )

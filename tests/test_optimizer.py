@@ -144,6 +144,7 @@ def whole(name, parts, shape):
     return np.stack(parts, axis=1) if name.endswith("gate_up/kernel") else parts[0]
 
 
+@pytest.mark.slow
 def test_updates_equal_muon_and_adamw_written_out():
     config = dataclasses.replace(CONFIG, name="muon", muon_beta=0.9, head_rate=0.5, vector_rate=2.0)
     rng = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def test_what_cannot_be_written_after_all_is_printed(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == '{"N": 3}'
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_a_plan_is_made_loses_nothing(tmp_path):
     """A limit on the size of files stands for it: empty ones can be made, this one cannot be written."""
 

@@ -146,6 +146,7 @@ def logits_with(params, layer, linear, noise, tokens_BxS):
     return decoder.Decoder(MODEL).apply({"params": params}, x, products, method=decoder.Decoder.unembed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", LINEARS)
 def test_the_expected_loss_is_that_of_gradients_taken_one_by_one(params, tokens_CxBxS1, linear):
     scheme = dataclasses.replace(scheme_of("gptq"), widths=(3, 8))

@@ -39,6 +39,7 @@ def test_seven_billion_parameters_fit_in_sixteen_gigabytes():
     assert planned(LLAMA_7B, scheme, save=False).peak == found.peak - found.packed
 
 
+@pytest.mark.slow
 def test_more_text_takes_files_and_not_memory_and_what_rounds_to_nearest_takes_none_of_either():
     model = dataclasses.replace(
         LLAMA_7B, width=128, depth=2, heads=4, mlp_width=256, vocab_size=512, sequence_length=2048
@@ -50,6 +51,7 @@ def test_more_text_takes_files_and_not_memory_and_what_rounds_to_nearest_takes_n
     assert (rtn.statistics, rtn.files) == (0, 0) and rtn.peak < less.peak
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_corrected_for_its_inputs_takes_two_matrices_and_two_streams_more():
     model = dataclasses.replace(LLAMA_7B, width=64, depth=2, heads=4, mlp_width=128, vocab_size=512)
     model = dataclasses.replace(model, sequence_length=128)

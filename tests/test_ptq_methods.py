@@ -143,6 +143,7 @@ def test_keys_and_values_are_rounded_as_training_would_and_nothing_else(params, 
     assert 0 < abs(loss_of(params, scheme, 8) - whole) < abs(loss_of(params, scheme, 2) - whole)
 
 
+@pytest.mark.slow
 def test_a_token_of_its_own_scale_loses_less(params, loss_of):
     whole = loss_of(params, scheme_of("rtn"), 16)
     token, tensor = (loss_of(params, scheme_of("kv_cache", granularity=name), 4) for name in ("token", "tensor"))

@@ -151,6 +151,7 @@ def in_format(name):
     return codes.QuantizedModel({"mlp": kernels}, rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["e4m3", "nvfp4", *(pytest.param(name, marks=SLOW) for name in FORMATS if name not in ("e4m3", "nvfp4"))]
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from precision_scaling.ptq import codes, kernel_grid, packed, registry
 from precision_scaling.ptq.scheme import Method, Rounded
@@ -28,6 +29,7 @@ def solve(kernel_IxO, levels, kind, scheme, calibration):
 TOWARD_ZERO = Method("toward_zero", solve=solve, options=("group_size",))
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_is_a_module_and_an_entry(finished_study, tmp_path):
     workspace, workdir = finished_study
     shutil.copytree(workdir, tmp_path / "study")

@@ -42,6 +42,7 @@ def test_the_matrix_is_orthogonal_and_mixes_every_feature(width):
     assert np.all(np.abs(r) > 1e-8) and np.max(np.abs(r)) < 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("whole", [True, False])
 def test_logits_are_the_same_and_the_stream_is_rotated(tied, whole):

@@ -190,6 +190,7 @@ def test_tiles_and_scales_above():
         assert gaussian_mse(fmt, "absmax", count) == pytest.approx(measured, rel=0.02), fmt
 
 
+@pytest.mark.slow
 def test_recipes_resolve_and_share_cohorts_with_bf16():
     config = base.get_config()
     config.model.update({"width": 64, "depth": 8, "heads": 2, "mlp_width": 128})

@@ -47,6 +47,7 @@ def test_is_the_rounding_of_training_bit_for_bit(group_size):
         np.testing.assert_array_equal(rtn.quantize_kernel(kernel, bits, group_size=group_size), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"full_range": True}], ids=str)
 def test_a_last_group_of_fewer_inputs_is_rounded_as_if_it_were_alone(options, clip):

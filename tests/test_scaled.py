@@ -44,6 +44,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BLOCKS)
 def test_native_products_of_blocks_equal_the_simulated_ones(case):
     rng = np.random.default_rng(0)
@@ -68,6 +69,7 @@ def test_lanes_of_native_blocks_are_those_one_by_one():
             np.testing.assert_allclose(ours[lane], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_codes_and_scales_of_blocks_are_values_of_their_dtypes():
     """What is cast to a container is exact: levels in e4m3, e5m2 or e2m1, scales in e8m0 or e4m3."""
     x = np.random.default_rng(0).standard_t(3, size=(32, 64)).astype(np.float32) * 1e-3
