@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
 RATE = 1.6e-2  # the peak rate of the study
-RATED = (("", 0), ("gptq", 4), ("gptq", 3))
+RATED = (("", 0), ("gptq", 4), ("gptq", 3), ("smoothquant", 8), ("smoothquant", 4))
 POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))  # method and bits of PTQ; the first is before it
 
 
@@ -171,24 +171,35 @@ def optimizer_lines(adamw: pd.DataFrame, muon: pd.DataFrame, of_delta: bool) -> 
 
 
 def rate_lines(rows: pd.DataFrame) -> list[str]:
-    """The loss by peak rate, before PTQ and after it, and Muon over AdamW, each at its best rate of those tried."""
+    """The loss by peak rate, before PTQ and after it, and Muon over AdamW, each at its best rate of those tried.
+
+    smoothquant, of weights and activations, was asked of bf16 models at the rates near the best.
+    """
     rows = rows[rows.average == ""].assign(post=lambda of: of.P_post.fillna(0))
     lines = []
     for (size, tokens), at in rows.groupby(["size", "M"]):
         for low in ("bf16", "int4"):
-            best, samples = {}, []
+            means, samples = {}, {}
             for method, post in RATED:
                 of = at[(at.w_format == low) & (at.method == method) & (at.post == post)]
-                means = of.groupby(["optimizer", "peak_rate"]).loss.mean()
-                found = {o: chosen(of, {"optimizer": o, "peak_rate": means[o].idxmin()}) for o in ("adamw", "muon")}
-                best[method, post] = means, (found["muon"] - found["adamw"]).dropna().to_numpy()
-                samples.append(best[method, post][1])
-            spread, degrees = pooled(samples)
-            for optimizer, rate in best["", 0][0].index:
-                numbers = " | ".join(f"{means[optimizer, rate]:.3f}" for means, _ in best.values())
+                means[method, post] = of.groupby(["optimizer", "peak_rate"]).loss.mean()
+                if of.empty:
+                    continue
+                best = lambda o, of=of, mean=means[method, post]: chosen(
+                    of, {"optimizer": o, "peak_rate": mean[o].idxmin()}
+                )
+                samples[method, post] = (best("muon") - best("adamw")).dropna().to_numpy()
+            # With activations in 4 bits seeds differ ten times as much: a spread of its own.
+            alike = pooled([values for key, values in samples.items() if key != RATED[-1]])
+            cells = {
+                key: cell(values, *(pooled([values]) if key == RATED[-1] else alike)) for key, values in samples.items()
+            }
+            for optimizer, rate in means["", 0].index:
+                found = [of.get((optimizer, rate), np.nan) for of in means.values()]
+                numbers = " | ".join("" if np.isnan(mean) else f"{mean:.3f}" for mean in found)
                 lines.append(f"| {size} | {tokens:g}M | {low} | {optimizer}, {rate:g} | {numbers} |")
-            cells = " | ".join(cell(values, spread, degrees) for _, values in best.values())
-            lines.append(f"| {size} | {tokens:g}M | {low} | Muon over AdamW, each at its best | {cells} |")
+            last = " | ".join(cells.get(key, "") for key in means)
+            lines.append(f"| {size} | {tokens:g}M | {low} | Muon over AdamW, each at its best | {last} |")
     return lines
 
 
@@ -243,9 +254,9 @@ def main() -> None:
             print(f"\nOptimizers and averages: {title}\n\n| size | D | trained at | | {' | '.join(columns)} |")
             print("|---|---:|---|---|" + "---:|" * len(columns))
             print("\n".join(optimizer_lines(adamw, muon, of_delta)))
-        print(
-            "\nRates\n\n| size | D | trained at | | before PTQ | gptq 4 | gptq 3 |\n|---|---:|---|---|---:|---:|---:|"
-        )
+        columns = [f"{method} {post}" if method else "before PTQ" for method, post in RATED]
+        print(f"\nRates\n\n| size | D | trained at | | {' | '.join(columns)} |")
+        print("|---|---:|---|---|" + "---:|" * len(columns))
         print("\n".join(rate_lines(pd.concat([adamw, muon, table(folder / "rates.csv.gz")]))))
 
 
