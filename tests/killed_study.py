@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # see conftest
+import simple_loops
 
 from precision_scaling.runtime import files
 from precision_scaling.study import (
@@ -112,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simple_loops.FLAG}"
     main()

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+import simple_loops
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {simple_loops.FLAG}"
 
 import jax
 import numpy as np

@@ -9,13 +9,13 @@ import os
 import runpy
 import sys
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"  # see conftest
-
 import jax
+import simple_loops
 
 from precision_scaling.runtime import compilation
 
 if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simple_loops.FLAG}"
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", 0.0
