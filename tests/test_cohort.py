@@ -135,6 +135,8 @@ def test_one_compilation_serves_all_precisions_lengths_rates_and_seeds(finished_
     step_config = step_lib.StepConfig(group.shape.model, group.static, workspace.experiment.optimizer, 1)
     programs = compiled_cohort(step_config, workspace.layout, OPTIONS.lanes)
     compiled = (programs.initialize, programs.train, programs.parameters, programs.put)
+    for program in compiled:
+        program.clear_cache()  # other tests, which may run before, dispatch other numbers of steps
     w4 = by_name(group.runs, "wint4-s0")
     train([dataclasses.replace(w4, steps=2)], tmp_path)
     before = [program._cache_size() for program in compiled]
@@ -233,7 +235,7 @@ def test_a_cohort_equals_its_runs_trained_one_by_one_whatever_the_lanes(finished
             together = losses_of(tmp_path / lanes, run)
             # Programs for other numbers of lanes sum in another order. With quantized operands such a difference grows
             # as soon as it carries one value over a rounding boundary; without, it stays a float's.
-            exact = 3 if run.bits("w", "a", "q", "k", "v", "p") < 16 else run.steps
+            exact = 3 if run.bits("a", "q", "k", "v", "p") < 16 else 5 if run.bits("w") < 16 else run.steps
             np.testing.assert_allclose(together[:exact], alone[:exact], rtol=2e-4, err_msg=run.id)
             np.testing.assert_allclose(together, alone, rtol=0.05, err_msg=run.id)
     for run in workspace.experiment.runs:
