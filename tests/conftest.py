@@ -15,7 +15,7 @@ from jax._src import compiler
 
 import precision_scaling  # noqa: F401  before SciPy, for which it sets the number of threads
 from precision_scaling.config import base
-from tests import simple_loops as simple_loops_of_xla
+from tests.simple_loops import KNOWN, OPTION
 
 # An operand of lower rank is broadcast where the code says so, and nowhere else.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -189,14 +189,15 @@ def run_command(data_options, compilation_cache):
 
 @contextlib.contextmanager
 def _simple_loops():
+    """`tests.simple_loops` in one part of a process: operations that are called one by one take it, too."""
     options_of = compiler.get_compile_options
 
     def options(*arguments, env_options_overrides=None, **others):
-        overrides = {**(env_options_overrides or {}), simple_loops_of_xla.OPTION: False}
+        overrides = {**(env_options_overrides or {}), OPTION: False}
         return options_of(*arguments, env_options_overrides=overrides, **others)
 
     with pytest.MonkeyPatch.context() as patch:
-        if simple_loops_of_xla.KNOWN:  # operations that are called one by one take it, too
+        if KNOWN:
             patch.setattr(compiler, "get_compile_options", options)
         yield
 

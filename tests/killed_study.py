@@ -112,5 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simple_loops.FLAG}"
+    simple_loops.use()
     main()

@@ -16,12 +16,11 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-import simple_loops
-
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {simple_loops.FLAG}"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np
+import simple_loops
 from tqdm import tqdm
 
 from precision_scaling.config import base, experiment
@@ -137,6 +136,7 @@ def hessian_parts(layout: sharding.Layout) -> list[int]:
 
 
 if __name__ == "__main__":
+    simple_loops.use()
     jax.config.update("jax_disable_most_optimizations", True)
     compilation.jit = lambda function, level=0, platform=None, **options: jax.jit(function, **options)
     for text in sys.argv[2:]:

@@ -5,7 +5,6 @@ python tests/quick_command.py MODULE ARGUMENTS OF THE COMMAND [--then MODULE ARG
 """
 
 import itertools
-import os
 import runpy
 import sys
 
@@ -15,7 +14,7 @@ import simple_loops
 from precision_scaling.runtime import compilation
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simple_loops.FLAG}"
+    simple_loops.use()
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", 0.0

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 from precision_scaling.model.accounting import projection_parameters
 from precision_scaling.model.config import ModelConfig
@@ -23,11 +24,17 @@ def shares(precision: Precision, name: str, model: ModelConfig) -> Shares:
     if not precision.layers:
         return ((precision.format(name), 1.0),)
     weights = _parameters(model) if name.removeprefix("g_").removeprefix("s_") in ("a", "w") else (1,)
-    found: dict[Format, float] = defaultdict(float)
-    for row in precision.by_place(name, model.depth):
-        for fmt, weight in zip(row, weights, strict=True):
-            found[fmt] += weight / sum(weights) / model.depth
-    return tuple(sorted(found.items(), key=lambda item: (-round(item[1], 9), item[0].name)))
+    rows = precision.by_place(name, model.depth)
+    return of_weights((fmt, weight) for row in rows for fmt, weight in zip(row, weights, strict=True))
+
+
+def of_weights(weighted: Iterable[tuple[Format, int]]) -> Shares:
+    """(format, share) of what has these formats, each with its weight; largest share first."""
+    found: dict[Format, int] = defaultdict(int)
+    for fmt, weight in weighted:
+        found[fmt] += weight
+    shares = ((fmt, weight / sum(found.values())) for fmt, weight in found.items())
+    return tuple(sorted(shares, key=lambda item: (-round(item[1], 9), item[0].name)))
 
 
 def bits(mixture: Shares) -> float:

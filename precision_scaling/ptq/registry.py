@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from precision_scaling.model import mixture
 from precision_scaling.model.accounting import count_parameters, projection_parameters
 from precision_scaling.model.config import ModelConfig
 from precision_scaling.numerics import formats
-from precision_scaling.numerics.formats import Format
 from precision_scaling.ptq import allotment, awq, by_layer, gptq, kv_cache, rtn, smoothquant
 from precision_scaling.ptq.by_layer import ByLayer
 from precision_scaling.ptq.scheme import LINEARS, Linear, Scheme
@@ -73,11 +71,9 @@ def bits_post(scheme: Scheme, bits: float, model: ModelConfig) -> float:
 
 def effective_bits(formats_by_layer: ByLayer, model: ModelConfig) -> float:
     """Those of the format where there is one, else those of the mean noise over all weights, as P_w has them."""
-    found, of_each = defaultdict[Format, float](float), sizes(model)
-    for wanted in formats_by_layer:
-        for linear, fmt in wanted.items():
-            found[fmt] += of_each[linear] / sum(of_each.values()) / len(formats_by_layer)
-    return mixture.bits(tuple(found.items()))
+    weights = sizes(model)
+    weighted = ((fmt, weights[linear]) for wanted in formats_by_layer for linear, fmt in wanted.items())
+    return mixture.bits(mixture.of_weights(weighted))
 
 
 def sizes(model: ModelConfig) -> dict[Linear, int]:

@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 M = study_recipes.M
 RECIPE = "nvfp4_train"
 RATE = 1.6e-2  # the peak rate of the study
+# Methods and bits of PTQ, the first before it: of the optimizers' own rates, and of others.
+POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))
 RATED = (("", 0), ("gptq", 4), ("gptq", 3), ("smoothquant", 8), ("smoothquant", 4))
-POST = (("", 0), ("gptq", 4), ("gptq", 3), ("rtn", 4), ("rtn", 3))  # method and bits of PTQ; the first is before it
 
 
 class Pair(NamedTuple):
@@ -225,6 +226,12 @@ def recipe_rate_lines(rows: pd.DataFrame) -> list[str]:
     return lines
 
 
+def head(schemes: Iterable[tuple[str, int]]) -> str:
+    """The two lines above `optimizer_lines` and `rate_lines`."""
+    columns = [f"{method} {post}" if method else "before PTQ" for method, post in schemes]
+    return f"| size | D | trained at | | {' | '.join(columns)} |\n|---|---:|---|---|" + "---:|" * len(columns)
+
+
 def cell(values: np.ndarray, spread: float, degrees: int) -> str:
     """The mean difference and its interval, bold where it leaves out 0."""
     number, verdict, _ = shown(values, spread, degrees).split(" | ")
@@ -250,14 +257,11 @@ def main() -> None:
     if (folder / "muon.csv.gz").exists():
         adamw, muon = (table(folder / f"{name}.csv.gz") for name in ("adamw", "muon"))
         for title, of_delta in (("loss", False), ("what PTQ adds to the loss", True)):
-            columns = [f"{method} {post}" if method else "before PTQ" for method, post in POST[of_delta:]]
-            print(f"\nOptimizers and averages: {title}\n\n| size | D | trained at | | {' | '.join(columns)} |")
-            print("|---|---:|---|---|" + "---:|" * len(columns))
+            print(f"\nOptimizers and averages: {title}\n\n{head(POST[of_delta:])}")
             print("\n".join(optimizer_lines(adamw, muon, of_delta)))
-        columns = [f"{method} {post}" if method else "before PTQ" for method, post in RATED]
-        print(f"\nRates\n\n| size | D | trained at | | {' | '.join(columns)} |")
-        print("|---|---:|---|---|" + "---:|" * len(columns))
-        print("\n".join(rate_lines(pd.concat([adamw, muon, table(folder / "rates.csv.gz")]))))
+        if (folder / "rates.csv.gz").exists():
+            print(f"\nRates\n\n{head(RATED)}")
+            print("\n".join(rate_lines(pd.concat([adamw, muon, table(folder / "rates.csv.gz")]))))
 
 
 if __name__ == "__main__":
